@@ -1,0 +1,22 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test check bench clean
+
+test: .venv/ready  ## set up, then check style and types and run every test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: .venv/ready  ## set up, then print the benchmark tables
+	$(BIN)/python benchmarks/holdouts.py
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fedclip-flwr needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: run make PYTHON=python3.12 (or wherever a newer one is)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:  ## forget the environment
+	rm -rf .venv

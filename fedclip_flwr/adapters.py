@@ -1,0 +1,92 @@
+"""The trainable part: a small network that reweights the features of a frozen CLIP.
+
+`attention` is FedCLIP's (arXiv 2302.13485): Linear → Tanh → Linear → Softmax, multiplied into the feature, which is then
+brought back to unit length. Deviation: with `identity=True` the last layer starts at zero, so that the first prediction
+is exactly zero-shot (the paper starts from random weights, which is only next to it).
+
+`gate` does the same through a few dimensions, `scale` is one number for each dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedclip_flwr.errors import UserError
+
+
+class Adapter(nn.Module):
+    """Takes features of unit length [N, dim], gives adapted features of unit length.
+
+    Its parameters are exactly the tensors that travel. `blend` is the share of the adapted feature in the result.
+    """
+
+    def __init__(self, blend: float) -> None:
+        super().__init__()
+        self.blend = blend
+
+    def weigh(self, features: Tensor) -> Tensor:
+        """What each dimension is multiplied by."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Tensor:
+        adapted = F.normalize(features * self.weigh(features), dim=-1)
+        if self.blend == 1.0:
+            return adapted
+        return F.normalize((1 - self.blend) * features + self.blend * adapted, dim=-1)
+
+
+class Attention(Adapter):
+    """The paper's: 2·(dim² + dim) parameters in four tensors."""
+
+    def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
+        super().__init__(blend)
+        self.inner = nn.Linear(dim, dim)
+        self.outer = nn.Linear(dim, dim)
+        if identity:
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
+
+    def weigh(self, features: Tensor) -> Tensor:
+        return self.outer(self.inner(features).tanh()).softmax(dim=-1)
+
+
+class Gate(Adapter):
+    """Low rank: 2·dim·rank + rank + dim parameters; each weight is 1 + tanh of its input's answer."""
+
+    def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
+        super().__init__(blend)
+        self.inner = nn.Linear(dim, rank)
+        self.outer = nn.Linear(rank, dim)
+        if identity:
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
+
+    def weigh(self, features: Tensor) -> Tensor:
+        return 1 + self.outer(self.inner(features).tanh()).tanh()
+
+
+class Scale(Adapter):
+    """Diagonal: dim parameters in one tensor, the same weights for every feature."""
+
+    def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
+        super().__init__(blend)
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+
+    def weigh(self, features: Tensor) -> Tensor:
+        return self.log_scale.exp()
+
+
+ADAPTERS: dict[str, type[Attention | Gate | Scale]] = {"attention": Attention, "gate": Gate, "scale": Scale}
+
+
+def make_adapter(
+    kind: str, dim: int, *, rank: int = 4, blend: float = 1.0, identity: bool = True, seed: int = 0
+) -> Adapter:
+    """A new adapter whose random weights follow from the seed alone."""
+    if kind not in ADAPTERS:
+        raise UserError(f"adapter = {kind!r}: expected one of {', '.join(ADAPTERS)}")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return ADAPTERS[kind](dim, rank, blend, identity)

@@ -1,0 +1,131 @@
+"""The settings of a run: typed, frozen, and checked all at once.
+
+They come from Flower's run config (`[tool.flwr.app.config]` and `--run-config`), whose keys have hyphens where the
+fields here have underscores. Each field tells its default, what it means and what it may be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedclip_flwr.errors import UserError
+
+
+def _setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field with its meaning and its limits: `choices`, `least`, `most`, `above`, `pattern` with `expected`."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
+
+
+_PATH_DATA = ("folder:", "features:")
+_DEVICE = {"pattern": r"auto|cpu|cuda(:\d+)?", "expected": "auto, cpu, cuda or cuda:N"}
+_NAME = {"pattern": r"[\w.-]*", "expected": "the name of a run, without slashes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str = _setting("bundled", "`bundled`, a Hugging Face id, or a folder saved by `save_pretrained`")
+    data: str = _setting("drawn", "`drawn`, a preset, a hub data set id, `folder:PATH` or `features:PATH`")
+    holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
+    method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
+    adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
+    adapter_rank: int = _setting(4, "the gate's rank", least=1)
+    blend: float = _setting(1.0, "share of the adapted feature", least=0.0, most=1.0)
+    recipe: str = _setting("default", "loss, optimizer, site weights and prompt", choices=("default", "paper"))
+    prompt: str = _setting("", "overrides the recipe's template; `{}` stands for the class name")
+    class_names: str = _setting("", "overrides the data's class names: a file or a comma list")
+    num_server_rounds: int = _setting(20, "rounds", least=1)
+    local_epochs: int = _setting(1, "epochs at a site in a round", least=1)
+    batch_size: int = _setting(32, "examples a step", least=1)
+    learning_rate: float = _setting(0.0, "0 is the recipe's own", least=0.0)
+    seed: int = _setting(0, "all that is random follows from it", least=0)
+    strategy: str = _setting("fedavg", "any of Flower's, by name", pattern=r"\w+", expected="the name of a strategy")
+    codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
+    fraction_train: float = _setting(1.0, "share of the sites in a round", above=0.0, most=1.0)
+    min_sites: int = _setting(1, "answers that a round needs to count", least=1)
+    round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
+    partition: str = _setting(
+        "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes")
+    )
+    alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0)
+    personalize: bool = _setting(False, "each site goes on alone after the last round; never sent")
+    device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
+    precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
+    resume: str = _setting("", "the run to go on with from its last complete round", **_NAME)
+    results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
+
+    @classmethod
+    def from_run_config(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings from Flower's run config; every problem is told in one `UserError`."""
+        fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(cls)}
+        values, problems = {}, []
+        for key, value in given.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, 1)
+                problems.append(f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+                continue
+            try:
+                values[fields[key].name] = _checked(key, value, fields[key])
+            except ValueError as error:
+                problems.append(f"{key} = {value!r}: {error}")
+        if problems:
+            raise UserError("\n  ".join([f"{len(problems)} of the settings can't be used:", *problems]))
+        return cls(**values)
+
+    def as_run_config(self) -> dict[str, str | int | float | bool]:
+        """The settings under the keys that `from_run_config` takes."""
+        return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
+
+
+def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    """The value in its field's type; `ValueError` says what was expected."""
+    kind = type(field.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise ValueError(f"expected {names[kind]}")
+    limits = field.metadata
+    if kind is float and not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    if "choices" in limits and value not in limits["choices"]:
+        raise ValueError(f"expected one of {', '.join(limits['choices'])}")
+    for limit, fits, word in (
+        ("least", lambda bound: value >= bound, "at least"),
+        ("above", lambda bound: value > bound, "more than"),
+        ("most", lambda bound: value <= bound, "at most"),
+    ):
+        if limit in limits and not fits(limits[limit]):
+            raise ValueError(f"expected {word} {limits[limit]:g}")
+    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
+        raise ValueError(f"expected {limits['expected']}")
+    if kind is str:
+        _check_text(key, value)
+    return value
+
+
+def _check_text(key: str, value: str) -> None:
+    """What a single text has to fulfil beyond its field's limits."""
+    if key in ("model", "data") and not value:
+        raise ValueError("expected a name; it is empty")
+    if key == "prompt" and value and value.count("{}") != 1:
+        raise ValueError("expected a template with one {} for the class name, such as 'a photo of a {}'")
+    head, path = "", value
+    if key == "data":
+        head = next((h for h in _PATH_DATA if value.startswith(h)), "")
+        path = value.removeprefix(head) if head else ""
+        if head and not path:
+            raise ValueError(f"expected a path after {head}")
+    elif key == "model":
+        path = value if value.startswith((".", "~", "/")) else ""
+    elif key != "results-dir":
+        return
+    if path and not Path(path).is_absolute():
+        whole = Path(path).expanduser().absolute()
+        raise ValueError(f"expected an absolute path, such as {head}{whole}")
