@@ -81,7 +81,7 @@ class Recipe:
 RECIPES = {
     "default": Recipe(
         loss=class_loss,
-        learning_rate={"attention": 5e-4, "gate": 1e-3, "scale": 3e-3},
+        learning_rate={"attention": 2e-4, "gate": 1e-3, "scale": 3e-3},
         weight_decay=0.0,
         identity=True,
         prompt="a picture of a {}",

@@ -1,0 +1,61 @@
+"""Content hashes of files, so that what was computed from them can be found again and never goes stale.
+
+Reading a model or ten thousand images for every message would cost more than the round itself. So a hash is remembered
+under the names, sizes, times and inodes of the files it was made from: whatever is written to a file changes its ctime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def digest(*parts: str | bytes) -> str:
+    """A short name for the parts: equal only if they are, one by one."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        whole.update(len(data).to_bytes(8, "little") + data)
+    return whole.hexdigest()[:32]
+
+
+def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
+    """The hash of the named files below `root`: of their names and bytes, not of where or when they are.
+
+    `memory` is the folder in which known hashes are remembered.
+    """
+    stats = [os.stat(root / name) for name in names]
+    facts = [f"{n}/{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}" for n, s in zip(names, stats, strict=True)]
+    known = memory / digest(*facts)
+    try:
+        found = known.read_text()
+    except (OSError, UnicodeDecodeError):
+        found = ""
+    if len(found) == 32:
+        return found
+    made = digest(*(part for name in names for part in (name, _of_file(root / name))))
+    write_whole(known, lambda path: path.write_text(made))
+    return made
+
+
+def _of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file and puts it in place at once: `path` is never half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
