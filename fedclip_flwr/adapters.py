@@ -1,8 +1,8 @@
 """The trainable part: a small network that reweights the features of a frozen CLIP.
 
-`attention` is FedCLIP's (arXiv 2302.13485): Linear → Tanh → Linear → Softmax, multiplied into the feature, which is then
-brought back to unit length. Deviation: with `identity=True` the last layer starts at zero, so that the first prediction
-is exactly zero-shot (the paper starts from random weights, which is only next to it).
+`attention` is FedCLIP's (arXiv 2302.13485): Linear → Tanh → Linear → Softmax, multiplied into the feature, which is
+then brought back to unit length. Deviation: with `identity=True` the last layer starts at zero, so that the first
+prediction is exactly zero-shot (the paper starts from random weights, which is only next to it).
 
 `gate` does the same through a few dimensions, `scale` is one number for each dimension.
 """

@@ -82,7 +82,9 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UserError(f"device = {name!r}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}; use auto")
+        raise UserError(
+            f"device = {name!r}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}; use auto"
+        )
     return device
 
 

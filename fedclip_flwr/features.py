@@ -195,7 +195,9 @@ def _kept(path: Path, make: Callable[[], tuple[Tensors, dict[str, str]]]) -> tup
             "make room there, or let FEDCLIP_HOME name a folder that can be written to"
         ) from error
     if not entry:
-        raise UserError(f"features stored in {path} come back damaged: check the disk, or let FEDCLIP_HOME name another")
+        raise UserError(
+            f"features stored in {path} come back damaged: check the disk, or let FEDCLIP_HOME name another"
+        )
     return entry
 
 

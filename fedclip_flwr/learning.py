@@ -1,9 +1,9 @@
 """Training and evaluating an adapter on stored features: tensors in, tensors out.
 
-The recipe `paper` follows FedCLIP (arXiv 2302.13485) and its released code: symmetric contrastive loss within the batch,
-in which two images of one class count as each other's negatives; Adam with L2 decay 0.2; a new optimizer every round; a
-batch of one skipped; splits of 60/20/20, each rounded down; the round with the best mean validation accuracy.
-Deviation: the round before training takes part in the selection, so that the result is never worse there than zero-shot.
+The recipe `paper` follows FedCLIP (arXiv 2302.13485) and its released code: symmetric contrastive loss within the
+batch, in which two images of one class count as each other's negatives; Adam with L2 decay 0.2; a new optimizer every
+round; a batch of one skipped; splits of 60/20/20, each rounded down; the round with the best mean validation accuracy.
+Deviation: the state before round 1 takes part in the selection, so that no result is worse there than zero-shot.
 
 The recipe `default` is cross-entropy over all class prompts without decay, from an exact identity.
 """

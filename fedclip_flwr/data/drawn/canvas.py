@@ -115,9 +115,7 @@ class Figure:
         self.oval(x + size * 0.2, y, size * 0.55, size * 0.6, "dark", fine=True)
 
 
-def arc(
-    x: float, y: float, rx: float, ry: float, start: float, end: float, *, turn: float = 0.0
-) -> list[Point]:
+def arc(x: float, y: float, rx: float, ry: float, start: float, end: float, *, turn: float = 0.0) -> list[Point]:
     """Points on an ellipse from angle `start` to `end` (degrees, clockwise on the screen), tilted by `turn`."""
     steps = max(4, round(abs(end - start) / 22))
     ct, st = math.cos(math.radians(turn)), math.sin(math.radians(turn))

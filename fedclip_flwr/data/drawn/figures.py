@@ -9,13 +9,17 @@ from collections.abc import Callable
 
 from fedclip_flwr.data.drawn.canvas import Figure, Rng, arc
 
+# fmt: off
+# (an outline reads better as a run of points than with each on a line of its own)
+
 
 def bird(f: Figure, r: Rng) -> None:
     tail = r.between(0.75, 1.0)
     f.line([(-0.05, 0.4), (-0.1, 0.85), (0.1, 0.87)], 0.06, "orange")
     f.line([(0.2, 0.4), (0.2, 0.85), (0.4, 0.87)], 0.06, "orange")
     f.poly([(-0.4, 0.05), (-tail, r.between(-0.25, 0.05)), (-tail - 0.02, 0.25), (-0.4, 0.35)], f.second)
-    f.blob([(0.55, -0.55), (0.72, -0.2), (0.5, 0.3), (0.05, 0.52), (-0.42, 0.32), (-0.5, 0.05), (0.05, -0.2), (0.2, -0.55)], f.main)
+    f.blob([(0.55, -0.55), (0.72, -0.2), (0.5, 0.3), (0.05, 0.52), (-0.42, 0.32), (-0.5, 0.05), (0.05, -0.2),
+            (0.2, -0.55)], f.main)
     f.poly([(0.62, -0.5), (1.0, r.between(-0.42, -0.3)), (0.65, -0.22)], "orange")
     if r.chance(0.35):
         f.blob([(0.15, -0.1), (-0.1, -0.85), (-0.5, -0.8), (-0.4, -0.1), (-0.1, 0.15)], f.second)
@@ -42,7 +46,8 @@ def car(f: Figure, r: Rng) -> None:
     f.poly([(back - 0.15, 0.0), (back + 0.05, roof), (front - 0.1, roof), (front + 0.22, 0.0)], f.main)
     f.poly([(back - 0.02, -0.02), (back + 0.12, roof + 0.1), (-0.1, roof + 0.1), (-0.1, -0.02)], "glass", fine=True)
     f.poly([(0.0, -0.02), (0.0, roof + 0.1), (front - 0.15, roof + 0.1), (front + 0.08, -0.02)], "glass", fine=True)
-    f.blob([(-0.95, 0.05), (-0.4, -0.04), (0.5, -0.04), (0.92, 0.08), (0.98, 0.35), (0.6, 0.42), (-0.6, 0.42), (-0.98, 0.35)], f.main)
+    f.blob([(-0.95, 0.05), (-0.4, -0.04), (0.5, -0.04), (0.92, 0.08), (0.98, 0.35), (0.6, 0.42), (-0.6, 0.42),
+            (-0.98, 0.35)], f.main)
     size = r.between(0.2, 0.26)
     for x in (-0.55, 0.55):
         f.oval(x, 0.42, size, size, "dark")
@@ -88,7 +93,8 @@ def chair(f: Figure, r: Rng) -> None:
             w = right - left - 0.05
             f.line([(left + w * x - lean / 2, top), (left + w * x, seat)], 0.1, f.main)
         f.line([(left - lean, top + 0.06), (right - 0.05, top + 0.02)], 0.18, f.main)
-    f.poly([(left - 0.05, seat), (right, seat), (right + 0.2, seat + 0.2), (left + 0.08, seat + 0.2)], f.second if r.chance(0.5) else f.main)
+    f.poly([(left - 0.05, seat), (right, seat), (right + 0.2, seat + 0.2),
+            (left + 0.08, seat + 0.2)], f.second if r.chance(0.5) else f.main)
     f.line([(left + 0.1, seat + 0.2), (left + 0.06, 0.95)], leg, wood)
     f.line([(right + 0.14, seat + 0.2), (right + 0.18, 0.95)], leg, wood)
 
@@ -117,7 +123,8 @@ def fish(f: Figure, r: Rng) -> None:
     f.poly([(-0.5, 0), (-1.0, -0.42), (fork, 0), (-1.0, 0.42)], f.second)
     f.blob([(-0.25, -high + 0.1), (0.0, -high - 0.25), (0.3, -high + 0.02), (0.1, -0.1)], f.second)
     f.poly([(0.0, high - 0.1), (-0.2, high + 0.22), (0.25, high - 0.12)], f.second)
-    f.blob([(-0.62, 0), (-0.2, -high * 0.85), (0.3, -high), (nose, -0.08), (nose, 0.08), (0.3, high), (-0.2, high * 0.85)], f.main)
+    f.blob([(-0.62, 0), (-0.2, -high * 0.85), (0.3, -high), (nose, -0.08), (nose, 0.08), (0.3, high),
+            (-0.2, high * 0.85)], f.main)
     if r.chance(0.5):
         for x in (-0.25, 0.0, 0.2):
             h = high * 0.7
@@ -175,8 +182,8 @@ def tree(f: Figure, r: Rng) -> None:
         lobes = r.count(7, 9)
         points = []
         for i in range(lobes):
-            for radius in (r.between(0.6, 0.72), r.between(0.5, 0.56)):
-                points += arc(0, -0.35, radius, radius * 0.92, (i + (radius < 0.57) * 0.5) * 360 / lobes, 359.9 + i * 360 / lobes)[:1]
+            for radius, angle in ((r.between(0.6, 0.72), i), (r.between(0.5, 0.56), i + 0.5)):
+                points += arc(0, -0.35, radius, radius * 0.92, angle * 360 / lobes, 360)[:1]
         f.blob(points, f.main)
     else:  # several heaps of leaves
         for x, y in ((-0.42, -0.1), (0.42, -0.12), (0.0, -0.05), (-0.25, -0.5), (0.25, -0.52), (0.0, -0.65)):
@@ -188,7 +195,8 @@ def tree(f: Figure, r: Rng) -> None:
 
 
 def apple(f: Figure, r: Rng) -> None:
-    f.blob([(0, -0.45), (0.4, -0.6), (0.78, -0.15), (0.55, 0.6), (0.15, 0.8), (0, 0.72), (-0.15, 0.8), (-0.55, 0.6), (-0.78, -0.15), (-0.4, -0.6)], f.main)
+    f.blob([(0, -0.45), (0.4, -0.6), (0.78, -0.15), (0.55, 0.6), (0.15, 0.8), (0, 0.72), (-0.15, 0.8), (-0.55, 0.6),
+            (-0.78, -0.15), (-0.4, -0.6)], f.main)
     f.line([(0, -0.42), (0.05, -0.7), (0.14, -0.9)], 0.07, "wood")
     if r.chance(0.8):
         f.blob([(0.1, -0.72), (0.35, -0.98), (0.62, -0.9), (0.4, -0.68)], "leaf")
@@ -207,13 +215,15 @@ def balloon(f: Figure, r: Rng) -> None:
     f.line([(-0.3, 0.2), (-0.16, 0.68)], 0.03, "dark", fine=True)
     f.line([(0.3, 0.2), (0.16, 0.68)], 0.03, "dark", fine=True)
     f.blob([(0, -0.98), (0.6, -0.75), (0.68, -0.25), (0.25, 0.4), (-0.25, 0.4), (-0.68, -0.25), (-0.6, -0.75)], f.main)
-    f.blob([(0, -0.98), (0.22, -0.7), (0.25, -0.2), (0.1, 0.4), (-0.1, 0.4), (-0.25, -0.2), (-0.22, -0.7)], f.second, fine=True)
+    f.blob([(0, -0.98), (0.22, -0.7), (0.25, -0.2), (0.1, 0.4), (-0.1, 0.4), (-0.25, -0.2),
+            (-0.22, -0.7)], f.second, fine=True)
     f.box(-0.2, 0.65, 0.2, r.between(0.88, 0.98), "wood")
 
 
 def book(f: Figure, r: Rng) -> None:
     tilt = r.between(0.05, 0.2)
-    f.poly([(-0.95, -0.45 - tilt), (0, -0.4), (0.95, -0.45 - tilt), (0.95, 0.55 - tilt), (0, 0.65), (-0.95, 0.55 - tilt)], f.main)
+    f.poly([(-0.95, -0.45 - tilt), (0, -0.4), (0.95, -0.45 - tilt), (0.95, 0.55 - tilt), (0, 0.65),
+            (-0.95, 0.55 - tilt)], f.main)
     for s in (-1, 1):
         f.poly([(0, -0.45), (s * 0.85, -0.55 - tilt), (s * 0.85, 0.4 - tilt), (0, 0.55)], "cream")
         for y in (-0.25, -0.02, 0.2):
@@ -222,7 +232,8 @@ def book(f: Figure, r: Rng) -> None:
 
 def bottle(f: Figure, r: Rng) -> None:
     w, shoulder = r.between(0.26, 0.36), r.between(-0.35, -0.15)
-    f.poly([(-w, shoulder), (-0.11, shoulder - 0.25), (-0.11, -0.85), (0.11, -0.85), (0.11, shoulder - 0.25), (w, shoulder), (w, 0.95), (-w, 0.95)], f.main)
+    f.poly([(-w, shoulder), (-0.11, shoulder - 0.25), (-0.11, -0.85), (0.11, -0.85), (0.11, shoulder - 0.25),
+            (w, shoulder), (w, 0.95), (-w, 0.95)], f.main)
     f.box(-0.14, -0.98, 0.14, -0.82, f.second)
     f.box(-w, 0.1, w, 0.6, r.pick(["cream", f.second]), fine=True)
 
@@ -296,14 +307,16 @@ def dog(f: Figure, r: Rng) -> None:
     for x in (-0.5, -0.3, 0.22, 0.4):
         f.line([(x, 0.25), (x + 0.02, 0.88)], 0.15, f.main)
     f.blob([(-0.65, 0.0), (-0.1, -0.12), (0.4, -0.18), (0.52, 0.15), (0.3, 0.4), (-0.4, 0.38), (-0.66, 0.28)], f.main)
-    f.blob([(0.25, -0.05), (0.28, -0.55), (0.5, -0.78), (0.72, -0.62), (0.98, -0.45), (0.95, -0.28), (0.68, -0.26), (0.5, 0.05)], f.main)
+    f.blob([(0.25, -0.05), (0.28, -0.55), (0.5, -0.78), (0.72, -0.62), (0.98, -0.45), (0.95, -0.28), (0.68, -0.26),
+            (0.5, 0.05)], f.main)
     f.blob([(0.36, -0.7), (0.48, -0.66), (0.44, -0.3), (0.3, -0.18), (0.24, -0.42)], f.second)
     f.oval(0.97, -0.42, 0.07, 0.06, "dark", fine=True)
     f.eye(0.64, -0.55, 0.06)
 
 
 def duck(f: Figure, r: Rng) -> None:
-    f.blob([(-0.95, -0.1), (-0.55, 0.1), (0.1, 0.05), (0.3, -0.2), (0.62, 0.05), (0.55, 0.5), (0.1, 0.7), (-0.5, 0.62), (-0.8, 0.35)], f.main)
+    f.blob([(-0.95, -0.1), (-0.55, 0.1), (0.1, 0.05), (0.3, -0.2), (0.62, 0.05), (0.55, 0.5), (0.1, 0.7),
+            (-0.5, 0.62), (-0.8, 0.35)], f.main)
     f.poly([(0.6, -0.52), (1.0, -0.45), (0.98, -0.28), (0.6, -0.25)], "orange")
     f.oval(0.38, -0.42, 0.32, 0.31, f.main)
     f.blob([(0.15, 0.15), (0.0, 0.48), (-0.5, 0.45), (-0.65, 0.1)], f.second)
@@ -313,7 +326,8 @@ def duck(f: Figure, r: Rng) -> None:
 def guitar(f: Figure, r: Rng) -> None:
     f.box(-0.08, -0.8, 0.08, 0.1, "wood")
     f.box(-0.14, -1.0, 0.14, -0.78, r.pick(["dark", "wood"]))
-    f.blob([(0, -0.1), (0.3, -0.08), (0.36, 0.15), (0.28, 0.32), (0.5, 0.6), (0.3, 0.92), (0, 0.97), (-0.3, 0.92), (-0.5, 0.6), (-0.28, 0.32), (-0.36, 0.15), (-0.3, -0.08)], f.main)
+    f.blob([(0, -0.1), (0.3, -0.08), (0.36, 0.15), (0.28, 0.32), (0.5, 0.6), (0.3, 0.92), (0, 0.97), (-0.3, 0.92),
+            (-0.5, 0.6), (-0.28, 0.32), (-0.36, 0.15), (-0.3, -0.08)], f.main)
     f.oval(0, 0.3, 0.15, 0.15, "dark", fine=True)
     f.box(-0.2, 0.68, 0.2, 0.76, "dark", fine=True)
     f.line([(0, -0.8), (0, 0.7)], 0.03, "cream", fine=True)
@@ -333,7 +347,8 @@ def hat(f: Figure, r: Rng) -> None:
 
 def heart(f: Figure, r: Rng) -> None:
     w = r.between(0.75, 0.95)
-    f.blob([(0, -0.4), (w * 0.5, -0.75), (w, -0.35), (w * 0.6, 0.3), (0.04, 0.85), (-0.04, 0.85), (-w * 0.6, 0.3), (-w, -0.35), (-w * 0.5, -0.75)], f.main)
+    f.blob([(0, -0.4), (w * 0.5, -0.75), (w, -0.35), (w * 0.6, 0.3), (0.04, 0.85), (-0.04, 0.85), (-w * 0.6, 0.3),
+            (-w, -0.35), (-w * 0.5, -0.75)], f.main)
 
 
 def horse(f: Figure, r: Rng) -> None:
@@ -341,7 +356,8 @@ def horse(f: Figure, r: Rng) -> None:
     step = r.between(-0.1, 0.1)
     for x, d in ((-0.5, step), (-0.34, -step), (0.2, step), (0.36, -step)):
         f.line([(x, 0.2), (x + d, 0.6), (x + d, 0.95)], 0.12, f.main)
-    f.blob([(-0.65, -0.15), (-0.1, -0.15), (0.35, -0.25), (0.48, 0.1), (0.25, 0.32), (-0.4, 0.34), (-0.66, 0.18)], f.main)
+    f.blob([(-0.65, -0.15), (-0.1, -0.15), (0.35, -0.25), (0.48, 0.1), (0.25, 0.32), (-0.4, 0.34),
+            (-0.66, 0.18)], f.main)
     f.poly([(0.12, -0.15), (0.5, -0.85), (0.7, -0.8), (0.55, -0.4), (0.48, 0.1)], f.main)
     f.blob([(0.5, -0.88), (0.7, -0.86), (0.98, -0.5), (0.9, -0.36), (0.6, -0.5)], f.main)
     f.poly([(0.5, -0.92), (0.4, -0.82), (0.05, -0.2), (0.22, -0.22)], f.second)
@@ -385,7 +401,8 @@ def lamp(f: Figure, r: Rng) -> None:
 def leaf(f: Figure, r: Rng) -> None:
     f.line([(0, 0.5), (0.08, 0.98)], 0.07, "wood")
     w = r.between(0.4, 0.6)
-    f.blob([(0, -0.98), (w * 0.8, -0.45), (w, 0.1), (w * 0.6, 0.5), (0, 0.68), (-w * 0.6, 0.5), (-w, 0.1), (-w * 0.8, -0.45)], f.main)
+    f.blob([(0, -0.98), (w * 0.8, -0.45), (w, 0.1), (w * 0.6, 0.5), (0, 0.68), (-w * 0.6, 0.5), (-w, 0.1),
+            (-w * 0.8, -0.45)], f.main)
     f.line([(0, -0.7), (0, 0.6)], 0.04, "dark", fine=True)
     for y in (-0.3, 0.0, 0.3):
         f.line([(-w * 0.6, y - 0.15), (0, y + 0.1), (w * 0.6, y - 0.15)], 0.03, "dark", fine=True)
@@ -415,7 +432,8 @@ def mushroom(f: Figure, r: Rng) -> None:
 
 
 def pear(f: Figure, r: Rng) -> None:
-    f.blob([(0, -0.7), (0.25, -0.55), (0.32, -0.1), (0.62, 0.35), (0.4, 0.85), (0, 0.93), (-0.4, 0.85), (-0.62, 0.35), (-0.32, -0.1), (-0.25, -0.55)], f.main)
+    f.blob([(0, -0.7), (0.25, -0.55), (0.32, -0.1), (0.62, 0.35), (0.4, 0.85), (0, 0.93), (-0.4, 0.85), (-0.62, 0.35),
+            (-0.32, -0.1), (-0.25, -0.55)], f.main)
     f.line([(0, -0.68), (r.between(-0.1, 0.1), -0.98)], 0.07, "wood")
     if r.chance(0.5):
         f.blob([(0.03, -0.75), (0.25, -0.95), (0.48, -0.88), (0.28, -0.7)], "leaf")
@@ -481,13 +499,15 @@ def rocket(f: Figure, r: Rng) -> None:
 
 
 def snail(f: Figure, r: Rng) -> None:
-    f.blob([(-0.95, 0.7), (-0.3, 0.5), (0.4, 0.45), (0.55, -0.1), (0.85, -0.15), (0.92, 0.3), (0.6, 0.75), (-0.2, 0.82)], "cream")
+    f.blob([(-0.95, 0.7), (-0.3, 0.5), (0.4, 0.45), (0.55, -0.1), (0.85, -0.15), (0.92, 0.3), (0.6, 0.75),
+            (-0.2, 0.82)], "cream")
     for x in (0.6, 0.82):
         f.line([(x, -0.1), (x + 0.06, -0.42)], 0.05, "cream")
         f.oval(x + 0.06, -0.44, 0.05, 0.05, "dark", fine=True)
     size = r.between(0.5, 0.58)
     f.oval(-0.15, 0.1, size, size, f.main)
-    f.line([*arc(-0.15, 0.1, size * 0.68, size * 0.68, -30, 250), *arc(-0.15, 0.1, size * 0.36, size * 0.36, 250, 500)], 0.07, f.second)
+    f.line([*arc(-0.15, 0.1, size * 0.68, size * 0.68, -30, 250),
+            *arc(-0.15, 0.1, size * 0.36, size * 0.36, 250, 500)], 0.07, f.second)
 
 
 def snake(f: Figure, r: Rng) -> None:
@@ -567,7 +587,8 @@ def umbrella(f: Figure, r: Rng) -> None:
     low = r.between(-0.05, 0.1)
     scallops = [p for i in range(4) for p in arc(0.69 - i * 0.46, low, 0.23, 0.14, 0, -180)]
     f.poly([*arc(0, low, 0.92, r.between(0.75, 0.85), 180, 360), *scallops], f.main)
-    f.poly([*arc(0, low, 0.4, 0.78, 180, 360), *arc(0.23, low, 0.23, 0.14, 0, -180), *arc(-0.23, low, 0.23, 0.14, 0, -180)], f.second, fine=True)
+    f.poly([*arc(0, low, 0.4, 0.78, 180, 360), *arc(0.23, low, 0.23, 0.14, 0, -180),
+            *arc(-0.23, low, 0.23, 0.14, 0, -180)], f.second, fine=True)
     f.line([(0, -0.75), (0, -0.98)], 0.06, "dark", fine=True)
 
 
@@ -579,6 +600,6 @@ FIGURES: dict[str, Callable[[Figure, Rng], None]] = {
         *(moon, mushroom, pear, person, plane, rabbit, robot, rocket, snail, snake, snowman, star, table, teapot),
         *(tent, tree, truck, umbrella),
     )
-}  # fmt: skip
+}
 
 CLASSES = ("bird", "boat", "car", "cat", "chair", "cup", "fish", "flower", "house", "tree")

@@ -97,7 +97,9 @@ def photo(scene: Scene, r: Rng) -> Image.Image:
     round_off = mask.filter(ImageFilter.GaussianBlur(r.between(3, 5)))
     dx, dy = r.count(-2, 2), r.count(-3, -1)
     dark = r.between(0.3, 0.6)
-    round_off = ImageChops.offset(round_off, dx, dy).point([int(255 * (1 - dark * (1 - v / 255) * 1.6)) for v in range(256)])
+    round_off = ImageChops.offset(round_off, dx, dy).point(
+        [int(255 * (1 - dark * (1 - v / 255) * 1.6)) for v in range(256)]
+    )
     body = _times(_times(body, round_off), _grain(r, r.pick([12, 24, 32]), r.count(170, 220), 255))
 
     shadow = ImageChops.offset(mask, -2 * dx, r.count(2, 4)).filter(ImageFilter.GaussianBlur(2))
