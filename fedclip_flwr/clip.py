@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -106,7 +107,7 @@ class Clip:
                 self._net = AutoModel.from_pretrained(model.folder, dtype=self.dtype, use_safetensors=True)
                 self._processor = AutoImageProcessor.from_pretrained(model.folder)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"model = {model.name!r}: {model.folder} can't be loaded ({reason})") from error
         if not hasattr(self._net, "get_image_features") or not hasattr(self._net, "get_text_features"):

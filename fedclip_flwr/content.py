@@ -6,11 +6,14 @@ under the names, sizes, times and inodes of the files it was made from: whatever
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from fedclip_flwr.errors import UserError
 
 
 def digest(*parts: str | bytes) -> str:
@@ -37,7 +40,8 @@ def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
     if len(found) == 32:
         return found
     made = digest(*(part for name in names for part in (name, _of_file(root / name))))
-    write_whole(known, lambda path: path.write_text(made))
+    with contextlib.suppress(UserError):  # it could not be remembered: no more than time is lost
+        write_whole(known, lambda path: path.write_text(made))
     return made
 
 
@@ -46,16 +50,29 @@ def _of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Tells the user what to do when the folder can't be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be written to ({error.strerror or error}): "
+            "make room there, or let FEDCLIP_HOME name another folder"
+        ) from error
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file and puts it in place at once: `path` is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing_to(path.parent):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        part = Path(name)
+        try:
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)

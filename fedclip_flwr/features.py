@@ -174,26 +174,20 @@ def _kept(path: Path, make: Callable[[], tuple[Tensors, dict[str, str]]]) -> tup
     entry = _read(path)
     if entry:
         return entry
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
+    lock = FileLock(f"{path}.lock")
+    with content.writing_to(path.parent):
         try:
             lock.acquire(timeout=2)
         except Timeout:
             log.warning("waiting for another process that is encoding the same features")
             lock.acquire()
-        try:
+    try:
+        entry = _read(path)
+        if not entry:
+            _write(path, *make())
             entry = _read(path)
-            if not entry:
-                _write(path, *make())
-                entry = _read(path)
-        finally:
-            lock.release()
-    except OSError as error:
-        raise UserError(
-            f"features can't be stored in {path.parent} ({error.strerror or error}): "
-            "make room there, or let FEDCLIP_HOME name a folder that can be written to"
-        ) from error
+    finally:
+        lock.release()
     if not entry:
         raise UserError(
             f"features stored in {path} come back damaged: check the disk, or let FEDCLIP_HOME name another"
@@ -206,7 +200,14 @@ def _write(path: Path, tensors: Tensors, facts: dict[str, str]) -> None:
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink()
     facts = {**facts, "checksum": _checksum(tensors, facts)}
-    content.write_whole(path, lambda part: save_file(tensors, part, facts))
+
+    def save(part: Path) -> None:
+        try:
+            save_file(tensors, part, facts)
+        except SafetensorError as error:  # a full disk, in safetensors' words
+            raise OSError(str(error)) from error
+
+    content.write_whole(path, save)
 
 
 def _read(path: Path) -> tuple[Tensors, Mapping[str, str]] | None:

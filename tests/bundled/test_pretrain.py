@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedclip_flwr import clip
+from fedclip_flwr.bundled import pretrain
+from fedclip_flwr.data.drawn import CLASSES, FIGURES, SEEDS
+from fedclip_flwr.data.drawn.canvas import Rng
+
+
+def test_it_learns_from_no_sketch_and_no_seed_of_a_data_set() -> None:
+    assert "sketch" not in pretrain.DECK
+    assert pretrain.DECK.count("photo") > len(pretrain.DECK) / 2
+    assert pretrain.SEED >= SEEDS
+    assert len(FIGURES) >= 4 * len(CLASSES)
+
+
+def test_captions_vary_and_name_the_figure() -> None:
+    _, domain, scene = pretrain.scene_of(0)
+    r = Rng("captions")
+    captions = {pretrain.caption(domain, scene, r) for _ in range(200)}
+    assert len(captions) > 20
+    assert all(scene.figure in caption.split() for caption in captions)
+    assert any(scene.colour in caption.split() for caption in captions)
+    assert any(scene.place in caption for caption in captions)
+
+
+def test_every_word_of_a_caption_is_one_token_and_any_text_can_be_read() -> None:
+    vocabulary = pretrain.tokenizer()
+    for text in ("a picture of a small red house in front of hills", "an umbrella among clouds"):
+        assert len(vocabulary.tokenize(text)) == len(text.split())
+    assert vocabulary.unk_token_id not in vocabulary("giraffe Ünïcode 象")["input_ids"][1:-1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("pretrained") / name for name in ("one", "two")]
+    for folder in folders:
+        command = [sys.executable, "-m", "fedclip_flwr.bundled.pretrain", str(folder), "--steps=2", "--pictures=512"]
+        assert "parameters" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return folders
+
+
+def test_the_script_makes_what_the_package_ships(made: list[Path]) -> None:
+    assert {f.name for f in made[0].iterdir()} == {f.name for f in clip.BUNDLED.iterdir()}
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+        assert (made[0] / name).read_text() == (clip.BUNDLED / name).read_text()
+    assert clip.find(str(made[0])).load().parameters == clip.find("bundled").load().parameters
+
+
+def test_the_script_makes_the_same_model_again(made: list[Path], tmp_path: Path) -> None:
+    one, two = (clip.find(str(folder)).content(tmp_path) for folder in made)
+    assert one == two

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+
+CONTRACT: dict[str, Any] = {
+    "model": "bundled",
+    "data": "drawn",
+    "holdout": "auto",
+    "method": "adapter",
+    "adapter": "attention",
+    "adapter-rank": 4,
+    "blend": 1.0,
+    "recipe": "default",
+    "prompt": "",
+    "class-names": "",
+    "num-server-rounds": 20,
+    "local-epochs": 1,
+    "batch-size": 32,
+    "learning-rate": 0.0,
+    "seed": 0,
+    "strategy": "fedavg",
+    "codec": "float32",
+    "fraction-train": 1.0,
+    "min-sites": 1,
+    "round-timeout": 600.0,
+    "partition": "domain",
+    "alpha": 0.5,
+    "personalize": False,
+    "device": "auto",
+    "precision": "auto",
+    "resume": "",
+    "results-dir": "",
+}
+
+
+def test_the_keys_and_defaults_are_those_of_the_contract() -> None:
+    assert Settings().as_run_config() == CONTRACT
+    assert Settings.from_run_config(CONTRACT) == Settings()
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert all(field.metadata["meaning"] for field in dataclasses.fields(Settings))
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().seed = 1  # type: ignore[misc]
+
+
+def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
+    rate = Settings.from_run_config({"learning-rate": 1}).learning_rate
+    assert rate == 1.0
+    assert type(rate) is float
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("adapter", "attn", "attention, gate, scale"),
+        ("learning-rate", -1, "at least 0"),
+        ("learning-rate", float("nan"), "finite"),
+        ("blend", 1.5, "at most 1"),
+        ("fraction-train", 0.0, "more than 0"),
+        ("num-server-rounds", 0, "at least 1"),
+        ("num-server-rounds", 2.0, "whole number"),
+        ("num-server-rounds", True, "whole number"),
+        ("personalize", 1, "true or false"),
+        ("seed", "0", "whole number"),
+        ("device", "gpu", "cuda:N"),
+        ("resume", "../elsewhere", "without slashes"),
+        ("prompt", "a picture", "one {}"),
+        ("model", "", "empty"),
+        ("data", "folder:", "a path after folder:"),
+        ("data", "folder:images", "folder:/"),
+        ("data", "features:~/f", "features:/"),
+        ("model", "./clip", "/clip"),
+        ("results-dir", "results", "/results"),
+        ("bach-size", 3, "did you mean batch-size?"),
+    ],
+)
+def test_a_bad_setting_is_told_with_what_was_expected(key: str, value: Any, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        Settings.from_run_config({key: value})
+    assert key in str(error.value)
+    assert told in str(error.value)
+
+
+def test_all_bad_settings_are_told_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        Settings.from_run_config({"adapter": "attn", "learning-rate": -1, "seed": 3, "colour": "red"})
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith("3 of the settings")
+    assert [line.split()[0].rstrip(":") for line in lines] == ["adapter", "learning-rate", "colour"]

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, CLIPModel
+
+from fedclip_flwr import clip
+from fedclip_flwr.config import Settings
+from fedclip_flwr.data.folder import ImageFolder
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import FeatureFolder, Features, open_features
+from fedclip_flwr.learning import Examples
+
+OPEN = """
+import sys
+from pathlib import Path
+from fedclip_flwr import clip, features
+from fedclip_flwr.config import Settings
+opened = features.open_features(Settings(data=f"folder:{sys.argv[1]}"), store=Path(sys.argv[2]), progress=False)
+"""
+
+
+def opened(tree: Path, **settings: Any) -> Features:
+    return open_features(Settings(data=f"folder:{tree}", **settings), store=tree / "store", progress=False)
+
+
+def python(script: str, tree: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OPEN + script, str(tree), str(tree / "store")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def truth(tree: Path) -> Examples:
+    """The photos' features by transformers' own forward pass, and their labels."""
+    pictures = list(ImageFolder(tree).images("photo"))
+    net = CLIPModel.from_pretrained(clip.BUNDLED, dtype=torch.float32).eval()
+    processor = AutoImageProcessor.from_pretrained(clip.BUNDLED)
+    with torch.no_grad():
+        pixels = processor([image for image, _ in pictures], return_tensors="pt")
+        features = net.get_image_features(**pixels).pooler_output
+    return Examples(features / features.norm(dim=1, keepdim=True), torch.tensor([label for _, label in pictures]))
+
+
+def assert_right(found: Examples, truth: Examples) -> None:
+    torch.testing.assert_close(found.features, truth.features, rtol=0, atol=1e-5)
+    assert torch.equal(found.labels, truth.labels)
+
+
+@pytest.fixture
+def no_encoding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called once all is stored: from then on, loading a model fails the test."""
+    return lambda: monkeypatch.setattr(clip.Model, "load", lambda *_: pytest.fail("encoded again"))
+
+
+def test_features_are_right_and_encoded_once(tree: Path, truth: Examples, no_encoding: Callable[[], None]) -> None:
+    first = opened(tree)
+    assert_right(first.examples("photo"), truth)
+    text = first.classes.text
+    no_encoding()
+    again = opened(tree)
+    assert_right(again.examples("photo"), truth)
+    assert torch.equal(again.classes.text, text)
+    assert again.classes.scale == first.classes.scale
+    assert again.parameters == first.parameters
+
+
+def test_another_prompt_encodes_no_image_again(tree: Path, no_encoding: Callable[[], None]) -> None:
+    opened(tree).examples("photo")
+    one, other = opened(tree).classes.text, opened(tree, prompt="a sketch of a {}").classes.text
+    assert not torch.allclose(one, other, atol=1e-3)
+    no_encoding()
+    opened(tree, prompt="a sketch of a {}").examples("photo")
+
+
+def test_other_images_or_precision_are_other_features(tree: Path, truth: Examples) -> None:
+    opened(tree).examples("photo")
+    lower = opened(tree, precision="bfloat16").examples("photo")
+    assert not torch.equal(lower.features, truth.features)
+    (tree / "photo" / "cat" / "0.png").unlink()
+    assert len(opened(tree).examples("photo").labels) == len(truth.labels) - 1
+
+
+def entry_of(tree: Path) -> Path:
+    (path,) = (tree / "store").glob("*/images-*.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("where", [0, 8, 20, 60, 120, 200, -5000, -1])
+def test_a_flipped_byte_is_noticed_and_mended(
+    tree: Path, truth: Examples, where: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(tree).examples("photo")
+    whole = bytearray(entry_of(tree).read_bytes())
+    whole[where] ^= 1
+    entry_of(tree).write_bytes(whole)
+    assert_right(opened(tree).examples("photo"), truth)
+    assert "damaged and will be made again" in caplog.text
+    caplog.clear()
+    assert_right(opened(tree).examples("photo"), truth)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_a_truncated_entry_is_mended(tree: Path, truth: Examples, size: int) -> None:
+    opened(tree).examples("photo")
+    entry_of(tree).write_bytes(entry_of(tree).read_bytes()[:size])
+    assert_right(opened(tree).examples("photo"), truth)
+
+
+KILLED = """
+import os, signal
+save = features.save_file
+def half(tensors, path, facts):
+    save(tensors, path, facts)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+features.save_file = half
+opened.examples("photo")
+"""
+
+
+def test_a_writer_that_is_killed_leaves_nothing_behind(tree: Path, truth: Examples) -> None:
+    process = python(KILLED, tree)
+    process.communicate()
+    assert process.returncode == -9
+    (folder,) = (tree / "store").glob("*-float32")
+    assert any(f.name.startswith(".images-") for f in folder.iterdir())
+    assert_right(opened(tree).examples("photo"), truth)
+    assert not any(f.name.startswith(".") for f in folder.iterdir())
+
+
+ONE_OF_MANY = """
+import os
+encode = clip.Clip.encode_images
+def told(self, images, *rest):
+    print("encoding", flush=True)
+    return encode(self, images, *rest)
+clip.Clip.encode_images = told
+print("ready", flush=True)
+sys.stdin.readline()
+examples = opened.examples("photo")
+features.save_file({"features": examples.features, "labels": examples.labels}, sys.argv[1] + f"/{os.getpid()}")
+"""
+
+
+def test_four_processes_at_once_get_the_right_features_and_encode_once(tree: Path, truth: Examples) -> None:
+    command = [sys.executable, "-c", OPEN + ONE_OF_MANY, str(tree), str(tree / "store")]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told = "".join(process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0] * 4
+    assert told == "encoding\n"
+    for process in processes:
+        found = load_file(tree / str(process.pid))
+        assert_right(Examples(found["features"], found["labels"]), truth)
+
+
+WARM_ROUND = """
+from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.learning import RECIPES, evaluate, train
+examples, classes = opened.examples("photo").ready(), opened.classes.ready()
+adapter = make_adapter("attention", classes.text.shape[1])
+train(adapter, examples, classes, RECIPES["default"], learning_rate=1e-3)
+evaluate(adapter, examples, classes)
+heavy = {"transformers", "datasets", "flwr_datasets", "flwr", "torch._dynamo", "sklearn", "matplotlib"}
+print(sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_a_warm_round_imports_nothing_heavy(tree: Path) -> None:
+    opened(tree).examples("photo")
+    assert len(opened(tree).classes.text) == 3
+    process = python(WARM_ROUND, tree)
+    told, errors = process.communicate()
+    assert (process.returncode, told) == (0, "[]\n"), errors
+
+
+def test_a_store_that_cannot_be_written_is_told(tree: Path) -> None:
+    (tree / "store").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="FEDCLIP_HOME"):
+        opened(tree).examples("photo")
+
+
+NO_ROOM = """
+import resource
+from fedclip_flwr.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    opened.examples("photo")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_finds_no_room_is_told_and_leaves_nothing_half_written(tree: Path, truth: Examples) -> None:
+    told, errors = python(NO_ROOM, tree).communicate()
+    assert "File too large" in told, errors
+    assert "make room there" in told
+    assert not list((tree / "store").glob("*/*.safetensors"))
+    assert not list((tree / "store").glob("*/.*"))
+    assert_right(opened(tree).examples("photo"), truth)
+
+
+def test_stored_features_are_mapped_not_copied(tree: Path) -> None:
+    opened(tree).examples("photo")
+    examples = opened(tree).examples("photo")
+    maps = Path("/proc/self/maps").read_text()
+    assert entry_of(tree).name in maps
+    del examples
+
+
+def write_folder(root: Path, dtype: torch.dtype = torch.float16, **changed: Any) -> Path:
+    """A small feature folder made by hand, as another program would."""
+    facts = {
+        "model": "other/clip",
+        "embedding_dim": 3,
+        "logit_scale": 50.0,
+        "prompt": "a {}",
+        "class_names": ["cat", "dog"],
+        "domains": ["b", "a"],
+    }
+    root.mkdir(exist_ok=True)
+    facts = {k: v for k, v in (facts | changed).items() if v is not None}
+    (root / "features.json").write_text(json.dumps(facts))
+    save_file({"text_features": torch.eye(2, 3, dtype=torch.float32)}, root / "classes.safetensors")
+    for domain in ("a", "b"):
+        tensors = {"image_features": torch.full((4, 3), 0.5, dtype=dtype), "labels": torch.tensor([0, 1, 1, 0])}
+        save_file(tensors, root / f"{domain}.safetensors")
+    return root
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_feature_folder_is_read_as_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_folder(tmp_path, dtype, logit_bias=-2.0, parameters=151_277_313)
+    features = open_features(Settings(data=f"features:{tmp_path}"))
+    assert features.class_names == ("cat", "dog")
+    assert features.domains == ("a", "b")
+    assert (features.classes.scale, features.classes.bias, features.parameters) == (50.0, -2.0, 151_277_313)
+    ready = features.examples("a").ready()
+    torch.testing.assert_close(ready.features, torch.full((4, 3), 3**-0.5))
+    assert ready.labels.tolist() == [0, 1, 1, 0]
+
+
+def test_a_feature_folder_names_its_model(tmp_path: Path) -> None:
+    data = f"features:{write_folder(tmp_path)}"
+    open_features(Settings(data=data, model="other/clip", prompt="a {}"))
+    for wrong in ({"model": "another/clip"}, {"prompt": "the {}"}):
+        with pytest.raises(UserError, match="leave it out"):
+            open_features(Settings(data=data, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"class_names": None}, "lacks 'class_names'"),
+        ({"embedding_dim": "many"}, "damaged"),
+        ({"class_names": ["cat"]}, "two classes"),
+        ({"logit_scale": float("nan")}, "finite scale"),
+        ({"domains": ["../a"]}, "no plain file name"),
+    ],
+)
+def test_a_damaged_feature_folder_is_told(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    write_folder(tmp_path, **changed)
+    with pytest.raises(UserError, match=told):
+        FeatureFolder(tmp_path)
+
+
+def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't be read"):
+        FeatureFolder(tmp_path)
+    for text in ("{", "[]", "\udcff"):
+        (tmp_path / "features.json").write_bytes(os.fsencode(text))
+        with pytest.raises(UserError, match="damaged"):
+            FeatureFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, "holds no image_features"),
+        ({"image_features": torch.ones(4, 2)}, r"shape \(4, 2\), expected \('N', 3\)"),
+        ({"image_features": torch.full((4, 3), float("nan"))}, "finite numbers"),
+        ({"image_features": torch.ones(4, 3), "labels": torch.zeros(3, dtype=torch.int64)}, "shape"),
+        ({"image_features": torch.ones(4, 3), "labels": torch.zeros(4)}, "whole numbers"),
+        ({"image_features": torch.ones(4, 3), "labels": torch.tensor([0, 1, 2, 0])}, "labels must lie in 0…1"),
+        (None, "can't be read"),
+    ],
+)
+def test_bad_tensors_of_a_feature_folder_are_told(
+    tmp_path: Path, tensors: dict[str, torch.Tensor] | None, told: str
+) -> None:
+    path = write_folder(tmp_path) / "a.safetensors"
+    if tensors is None:
+        path.write_bytes(b"not a tensor")
+    else:
+        save_file(tensors, path)
+    with pytest.raises(UserError, match=told):
+        FeatureFolder(tmp_path).examples("a")

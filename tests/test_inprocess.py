@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.features import Features
+from fedclip_flwr.inprocess import Site, federate, make_sites, pooled
+from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, seed_of, train
+
+CLASSES = Classes(torch.eye(3, 8), 20.0)
+
+
+def some(count: int, seed: int) -> Examples:
+    generator = torch.Generator().manual_seed(seed)
+    return Examples(
+        torch.randn(count, 8, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+    ).ready()
+
+
+def site(name: str, count: int, seed: int) -> Site:
+    return Site(name, some(count, seed), some(6, seed + 1), some(5, seed + 2))
+
+
+SITES = [site("b", 20, 10), site("a", 9, 20)]
+
+
+def test_two_rounds_by_hand() -> None:
+    result = federate(SITES, CLASSES, some(7, 99), rounds=2, batch_size=4, seed=3)
+    shared = make_adapter("attention", 8, seed=3)
+    for number in (1, 2):
+        own = []
+        for one in (SITES[1], SITES[0]):  # in the order of their names
+            adapter = copy.deepcopy(shared)
+            seed = seed_of(3, "train", one.name, number)
+            rate = RECIPES["default"].learning_rate["attention"]
+            train(adapter, one.train, CLASSES, RECIPES["default"], learning_rate=rate, batch_size=4, seed=seed)
+            own.append(adapter.state_dict())
+        shared.load_state_dict({k: (own[0][k] + own[1][k]) / 2 for k in own[0]})  # equal, not by examples
+        line = result.lines[number]
+        validation = [evaluate(shared, s.validation, CLASSES).accuracy or 0.0 for s in SITES]
+        test = [evaluate(shared, s.test, CLASSES).accuracy or 0.0 for s in SITES]
+        assert line.round == number
+        assert line.validation == pytest.approx(sum(validation) / 2)
+        assert line.seen == pytest.approx(sum(test) / 2)
+        assert line.unseen == evaluate(shared, some(7, 99), CLASSES).accuracy
+    assert result.selected.validation == max(line.validation for line in result.lines)
+    if result.selected.round == 2:
+        torch.testing.assert_close(result.adapter, dict(shared.state_dict()))
+
+
+def test_the_selected_adapter_is_the_one_of_the_selected_round() -> None:
+    result = federate(SITES, CLASSES, rounds=5, learning_rate=0.05, batch_size=4)
+    adapter = make_adapter("attention", 8)
+    adapter.load_state_dict(result.adapter)
+    validation = [evaluate(adapter, s.validation, CLASSES).accuracy or 0.0 for s in SITES]
+    assert result.selected.validation == pytest.approx(sum(validation) / 2)
+    assert result.selected.unseen is None
+
+
+def test_the_same_seed_gives_the_same_adapter_to_the_bit_in_any_order_of_sites() -> None:
+    one = federate(SITES, CLASSES, rounds=3, seed=1)
+    two = federate(SITES[::-1], CLASSES, rounds=3, seed=1)
+    assert all(torch.equal(one.adapter[k], two.adapter[k]) for k in one.adapter)
+    assert one.lines == two.lines
+
+
+def test_a_site_without_training_rows_does_not_pull_the_average() -> None:
+    none = some(0, 0)
+    with_it = federate([*SITES, Site("c", none, none, none)], CLASSES, rounds=2)
+    assert with_it.lines == federate(SITES, CLASSES, rounds=2).lines
+
+
+def test_pooled_sites_train_in_one_place_and_are_tested_where_they_were() -> None:
+    whole, *rest = pooled(SITES)
+    assert len(whole.train.labels) == 29
+    assert [(s.name, len(s.train.labels), len(s.test.labels)) for s in rest] == [("b", 0, 5), ("a", 0, 5)]
+
+
+def test_sites_hold_every_seen_row_once_and_none_of_the_holdout(drawn: Features) -> None:
+    sites, unseen = make_sites(drawn, "photo", sites=7, seed=2)
+    assert [s.name for s in sites] == ["art-0", "art-1", "art-2", "cartoon-0", "cartoon-1", "sketch-0", "sketch-1"]
+    assert unseen is not None
+    assert torch.equal(unseen.labels, drawn.examples("photo").labels)
+    sizes = [[len(p.labels) for p in (s.train, s.validation, s.test)] for s in sites]
+    assert sizes == [[300, 100, 100]] * 3 + [[450, 150, 150]] * 4
+    rows = torch.cat([torch.cat([s.train.features, s.validation.features, s.test.features]) for s in sites])
+    assert len(rows) == 4500
+    assert len(rows.unique(dim=0)) == len(torch.cat([drawn.examples(d).features for d in drawn.domains[:3]])) == 4500
+
+
+def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(drawn: Features) -> None:
+    sites, unseen = make_sites(drawn)
+    result = federate(sites, drawn.classes, unseen)
+    assert result.selected.seen >= result.zero_shot.seen + 0.05
+    assert result.selected.unseen is not None
+    assert result.zero_shot.unseen is not None
+    assert result.selected.unseen > result.zero_shot.unseen

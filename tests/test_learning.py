@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.learning import (
+    RECIPES,
+    Classes,
+    Examples,
+    average,
+    best_round,
+    class_loss,
+    contrastive_loss,
+    evaluate,
+    seed_of,
+    split,
+    train,
+)
+
+DIM = 8
+
+
+def problem(count: int, seed: int = 0) -> tuple[Examples, Classes]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = Examples(
+        torch.randn(count, DIM, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+    )
+    return examples.ready(), Classes(torch.randn(3, DIM, generator=generator), 20.0).ready()
+
+
+def test_a_split_is_60_20_20_rounded_down_without_overlap() -> None:
+    parts = split(17, seed=4)
+    assert [len(p) for p in parts] == [10, 3, 3]
+    assert len(set(torch.cat(parts).tolist())) == 16
+    assert all(torch.equal(a, b) for a, b in zip(parts, split(17, seed=4), strict=True))
+    assert not torch.equal(torch.cat(parts), torch.cat(split(17, seed=5)))
+    assert [len(p) for p in split(1, 0)] == [0, 0, 0]
+
+
+def test_class_loss_by_hand() -> None:
+    classes = Classes(torch.eye(2), scale=2.0)
+    loss = class_loss(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([0, 0]), classes)
+    first, second = math.log(1 + math.exp(-2)), math.log(1 + math.exp(1.6 - 1.2))
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+def test_contrastive_loss_takes_a_second_image_of_a_class_for_a_negative() -> None:
+    classes = Classes(torch.eye(2), scale=2.0)
+    loss = contrastive_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]), classes)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)  # two equal prompts: no better than a coin
+    mixed = contrastive_loss(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([0, 1]), classes)
+    rows = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1.2 - 1.6))
+    columns = math.log(1 + math.exp(1.2 - 2)) + math.log(1 + math.exp(-1.6))
+    assert mixed.item() == pytest.approx((rows + columns) / 4, rel=1e-6)
+
+
+def test_logits_have_the_scale_and_the_bias() -> None:
+    logits = Classes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), scale=10.0, bias=-3.0).logits(torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(logits, torch.tensor([[3.0, 5.0]]))
+
+
+def plainly_trained(state: dict[str, Tensor], examples: Examples, classes: Classes, recipe: str, seed: int) -> Tensor:
+    """Two epochs of the attention adapter with torch.optim.Adam, written out; the outer weight at the end."""
+    w = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
+    paper = recipe == "paper"
+    optimizer = torch.optim.Adam(
+        w.values(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2 if paper else 0.0, foreach=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        order = torch.randperm(len(examples.labels), generator=generator)
+        for start in range(0, len(order), 4):
+            rows = order[start : start + 4]
+            if paper and len(rows) == 1:
+                continue
+            x, y = examples.features[rows], examples.labels[rows]
+            hidden = torch.tanh(F.linear(x, w["inner.weight"], w["inner.bias"]))
+            x = F.normalize(x * F.softmax(F.linear(hidden, w["outer.weight"], w["outer.bias"]), 1), dim=1)
+            if paper:
+                logits = 20.0 * x @ classes.text[y].T
+                target = torch.arange(len(y))
+                loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            else:
+                loss = F.cross_entropy(20.0 * x @ classes.text.T, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return w["outer.weight"].detach()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("count", [13, 14])  # a last batch of one, and of two
+def test_training_equals_a_plain_loop_with_torchs_adam(recipe: str, count: int) -> None:
+    examples, classes = problem(count)
+    adapter = make_adapter("attention", DIM, identity=RECIPES[recipe].identity, seed=1)
+    start = copy.deepcopy(adapter.state_dict())
+    train(adapter, examples, classes, RECIPES[recipe], learning_rate=1e-2, epochs=2, batch_size=4, seed=9)
+    expected = plainly_trained(start, examples, classes, recipe, seed=9)
+    torch.testing.assert_close(adapter.state_dict()["outer.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, start["outer.weight"], atol=1e-3)
+
+
+def test_training_is_the_same_to_the_bit_for_a_seed_and_another_for_another() -> None:
+    examples, classes = problem(40)
+
+    def trained(seed: int) -> Tensor:
+        adapter = make_adapter("attention", DIM)
+        train(adapter, examples, classes, RECIPES["default"], learning_rate=1e-2, batch_size=8, seed=seed)
+        return adapter.state_dict()["outer.weight"]
+
+    assert torch.equal(trained(1), trained(1))
+    assert not torch.equal(trained(1), trained(2))
+
+
+def test_training_returns_the_mean_loss_of_an_example() -> None:
+    examples, classes = problem(10)
+    adapter = make_adapter("scale", DIM)
+    loss = train(adapter, examples, classes, RECIPES["default"], learning_rate=0.0, batch_size=4)
+    assert loss == pytest.approx(class_loss(examples.features, examples.labels, classes).item(), rel=1e-5)
+    assert train(adapter, examples.rows(torch.arange(0)), classes, RECIPES["default"], learning_rate=1.0) == 0.0
+
+
+def test_evaluation_by_hand() -> None:
+    classes = Classes(torch.eye(2), scale=1.0)
+    examples = Examples(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]), torch.tensor([0, 1, 0]))
+    score = evaluate(None, examples, classes)
+    assert (score.examples, score.correct) == (3, 2)
+    assert score.accuracy == pytest.approx(2 / 3)
+    assert score.loss == pytest.approx(2 * math.log(1 + math.exp(-1)) + math.log(1 + math.exp(0.2)), rel=1e-6)
+    assert evaluate(None, examples.rows(torch.arange(0)), classes).accuracy is None
+
+
+def test_evaluation_looks_through_the_adapter() -> None:
+    adapter = make_adapter("scale", 2)
+    adapter.load_state_dict({"log_scale": torch.tensor([3.0, 0.0])})
+    examples = Examples(torch.tensor([[0.6, 0.8]]), torch.tensor([0]))
+    assert evaluate(adapter, examples, Classes(torch.eye(2), 1.0)).correct == 1
+    assert evaluate(None, examples, Classes(torch.eye(2), 1.0)).correct == 0
+
+
+def test_average_by_hand() -> None:
+    states = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([4.0, 8.0])}]
+    torch.testing.assert_close(average(states)["a"], torch.tensor([2.5, 5.0]))
+    torch.testing.assert_close(average(states, [1, 2])["a"], torch.tensor([3.0, 6.0]))
+    assert average(states)["a"].dtype == torch.float32
+
+
+def test_the_best_round_is_the_earliest_of_the_best() -> None:
+    assert best_round([0.5, 0.8, 0.8, 0.7]) == 1
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert seed_of(0, "train", "art-0", 1) == 44286163806066768
+    assert seed_of(0, "train", "art-0", 2) != seed_of(0, "train", "art-01", 2)
