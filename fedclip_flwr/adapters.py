@@ -49,7 +49,7 @@ class Attention(Adapter):
             nn.init.zeros_(self.outer.bias)
 
     def weigh(self, features: Tensor) -> Tensor:
-        return self.outer(self.inner(features).tanh()).softmax(dim=-1)
+        return torch.softmax(self.outer(torch.tanh(self.inner(features))), dim=-1)
 
 
 class Gate(Adapter):
@@ -64,7 +64,7 @@ class Gate(Adapter):
             nn.init.zeros_(self.outer.bias)
 
     def weigh(self, features: Tensor) -> Tensor:
-        return 1 + self.outer(self.inner(features).tanh()).tanh()
+        return 1 + torch.tanh(self.outer(torch.tanh(self.inner(features))))
 
 
 class Scale(Adapter):

@@ -78,34 +78,33 @@ class Settings:
             raise UserError("\n  ".join([f"{len(problems)} of the settings can't be used:", *problems]))
         return cls(**values)
 
-    def as_run_config(self) -> dict[str, str | int | float | bool]:
+    def as_run_config(self) -> dict[str, Any]:
         """The settings under the keys that `from_run_config` takes."""
         return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
 
 
 def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     """The value in its field's type; `ValueError` says what was expected."""
-    kind = type(field.default)
+    kind: type = type(field.default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
         raise ValueError(f"expected {names[kind]}")
     limits = field.metadata
-    if kind is float and not math.isfinite(value):
-        raise ValueError("expected a finite number")
     if "choices" in limits and value not in limits["choices"]:
         raise ValueError(f"expected one of {', '.join(limits['choices'])}")
-    for limit, fits, word in (
-        ("least", lambda bound: value >= bound, "at least"),
-        ("above", lambda bound: value > bound, "more than"),
-        ("most", lambda bound: value <= bound, "at most"),
-    ):
-        if limit in limits and not fits(limits[limit]):
-            raise ValueError(f"expected {word} {limits[limit]:g}")
-    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
-        raise ValueError(f"expected {limits['expected']}")
-    if kind is str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    if value < limits.get("least", value):
+        raise ValueError(f"expected at least {limits['least']:g}")
+    if value > limits.get("most", value):
+        raise ValueError(f"expected at most {limits['most']:g}")
+    if "above" in limits and value <= limits["above"]:
+        raise ValueError(f"expected more than {limits['above']:g}")
+    if isinstance(value, str):
+        if not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
+            raise ValueError(f"expected {limits['expected']}")
         _check_text(key, value)
     return value
 

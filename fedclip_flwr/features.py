@@ -236,7 +236,7 @@ def _checksum(tensors: Tensors, facts: Mapping[str, str]) -> str:
     value = zlib.crc32(json.dumps(sorted(facts.items())).encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(memoryview(tensor.contiguous().view(torch.uint8).numpy()), value)
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

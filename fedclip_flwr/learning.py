@@ -122,7 +122,7 @@ def train(
     seed: int = 0,
 ) -> float:
     """Trains the adapter in place with a new Adam; the mean loss of an example over all epochs (0.0 without any)."""
-    parameters = list(adapter.parameters())
+    parameters: list[Tensor] = list(adapter.parameters())
     moments = [torch.zeros_like(p) for p in parameters]
     squares = [torch.zeros_like(p) for p in parameters]
     steps = [torch.zeros((), device=p.device) for p in parameters]
@@ -130,7 +130,7 @@ def train(
     total, seen = torch.zeros((), device=examples.features.device), 0
     for _ in range(epochs):
         order = torch.randperm(len(examples.labels), generator=generator).to(examples.labels.device)
-        for rows in order.split(batch_size):
+        for rows in torch.split(order, batch_size):
             if len(rows) < recipe.smallest_batch:
                 continue
             batch = examples.rows(rows)

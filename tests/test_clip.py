@@ -48,7 +48,7 @@ def test_a_lower_precision_finds_the_same_classes() -> None:
     found = []
     for precision in ("float32", "bfloat16"):
         loaded = clip.find("bundled").load(precision=precision)
-        found.append((torch.cat(list(loaded.encode_images(IMAGES))) @ loaded.encode_prompts(prompts).T))
+        found.append(torch.cat(list(loaded.encode_images(IMAGES))) @ loaded.encode_prompts(prompts).T)
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0.03)
     assert not torch.equal(found[0], found[1])

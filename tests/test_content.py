@@ -42,6 +42,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         part.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(UserError, match="disk full.*make room"):
+    with pytest.raises(UserError, match=r"disk full.*make room"):
         content.write_whole(path, fail)
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a", "old")]

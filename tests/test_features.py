@@ -260,9 +260,9 @@ def test_a_feature_folder_is_read_as_it_is(tmp_path: Path, dtype: torch.dtype) -
 def test_a_feature_folder_names_its_model(tmp_path: Path) -> None:
     data = f"features:{write_folder(tmp_path)}"
     open_features(Settings(data=data, model="other/clip", prompt="a {}"))
-    for wrong in ({"model": "another/clip"}, {"prompt": "the {}"}):
+    for wrong in (Settings(data=data, model="another/clip"), Settings(data=data, prompt="the {}")):
         with pytest.raises(UserError, match="leave it out"):
-            open_features(Settings(data=data, **wrong))
+            open_features(wrong)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,11 @@ def test_sites_hold_every_seen_row_once_and_none_of_the_holdout(drawn: Features)
     assert sizes == [[300, 100, 100]] * 3 + [[450, 150, 150]] * 4
     rows = torch.cat([torch.cat([s.train.features, s.validation.features, s.test.features]) for s in sites])
     assert len(rows) == 4500
-    assert len(rows.unique(dim=0)) == len(torch.cat([drawn.examples(d).features for d in drawn.domains[:3]])) == 4500
+    assert (
+        len(torch.unique(rows, dim=0))
+        == len(torch.cat([drawn.examples(d).features for d in drawn.domains[:3]]))
+        == 4500
+    )
 
 
 def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(drawn: Features) -> None:

@@ -89,7 +89,7 @@ def plainly_trained(state: dict[str, Tensor], examples: Examples, classes: Class
             else:
                 loss = F.cross_entropy(20.0 * x @ classes.text.T, y)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
     return w["outer.weight"].detach()
 
@@ -112,7 +112,8 @@ def test_training_is_the_same_to_the_bit_for_a_seed_and_another_for_another() ->
     def trained(seed: int) -> Tensor:
         adapter = make_adapter("attention", DIM)
         train(adapter, examples, classes, RECIPES["default"], learning_rate=1e-2, batch_size=8, seed=seed)
-        return adapter.state_dict()["outer.weight"]
+        weight: Tensor = adapter.state_dict()["outer.weight"]
+        return weight
 
     assert torch.equal(trained(1), trained(1))
     assert not torch.equal(trained(1), trained(2))
