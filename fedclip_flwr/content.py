@@ -30,9 +30,7 @@ def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
 
     `memory` is the folder in which known hashes are remembered.
     """
-    stats = [os.stat(root / name) for name in names]
-    facts = [f"{n}/{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}" for n, s in zip(names, stats, strict=True)]
-    known = memory / digest(*facts)
+    known = memory / digest(*(part for name in names for part in (name, _facts(root / name))))
     try:
         found = known.read_text()
     except (OSError, UnicodeDecodeError):
@@ -45,9 +43,21 @@ def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
     return made
 
 
+def _facts(path: Path) -> str:
+    """What can't stay the same when the file is written to."""
+    try:
+        s = path.stat()
+    except OSError:
+        return "unreadable"
+    return f"{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}"
+
+
 def _of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # no permission, a link to nothing, a folder: whoever opens it will say so
+        return "unreadable"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedclip_flwr.adapters import Adapter, make_adapter
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.partition import by_domain
+from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import RECIPES, Classes, Examples, average, best_round, evaluate, seed_of, split, train
 
@@ -84,16 +85,18 @@ def federate(
     how = RECIPES[recipe]
     shared = make_adapter(kind, classes.text.shape[1], rank=rank, blend=blend, identity=how.identity, seed=seed)
     classes = classes.ready()
-    lines, states = [], []
+    learners = sorted((s for s in sites if len(s.train.labels)), key=lambda s: s.name)
+    if not learners:
+        raise UserError("no site has an example to learn from: use more data or fewer sites")
+    lines: list[Line] = []
     for number in range(rounds + 1):
         lines.append(_line(number, shared, sites, classes, unseen))
-        states.append(copy.deepcopy(shared.state_dict()))
+        if best_round([line.validation for line in lines]) == number:
+            best = copy.deepcopy(shared.state_dict())
         if number == rounds:
             break
         answers = []
-        for site in sorted(sites, key=lambda s: s.name):
-            if not len(site.train.labels):
-                continue
+        for site in learners:
             own = copy.deepcopy(shared)
             train(
                 own,
@@ -107,8 +110,7 @@ def federate(
             )
             answers.append(own.state_dict())
         shared.load_state_dict(average(answers))
-    selected = best_round([line.validation for line in lines])
-    return Result(lines, lines[selected], states[selected])
+    return Result(lines, lines[best_round([line.validation for line in lines])], best)
 
 
 def _line(number: int, adapter: Adapter, sites: Sequence[Site], classes: Classes, unseen: Examples | None) -> Line:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
 from fedclip_flwr.inprocess import Site, federate, make_sites, pooled
 from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, seed_of, train
@@ -71,6 +72,12 @@ def test_a_site_without_training_rows_does_not_pull_the_average() -> None:
     none = some(0, 0)
     with_it = federate([*SITES, Site("c", none, none, none)], CLASSES, rounds=2)
     assert with_it.lines == federate(SITES, CLASSES, rounds=2).lines
+
+
+def test_sites_that_are_all_too_small_are_told() -> None:
+    none = some(0, 0)
+    with pytest.raises(UserError, match="no site has an example"):
+        federate([Site("c", none, none, none)], CLASSES)
 
 
 def test_pooled_sites_train_in_one_place_and_are_tested_where_they_were() -> None:

@@ -33,9 +33,11 @@ def test_broken_images_are_left_out_and_counted(tree: Path, caplog: pytest.LogCa
     whole = (tree / "photo" / "fish" / "1.png").read_bytes()
     (tree / "photo" / "fish" / "1.png").write_bytes(whole[: len(whole) // 2])
     (tree / "photo" / "fish" / "notes.txt").write_text("not an image")
+    (tree / "photo" / "fish" / "nowhere.png").symlink_to("nothing")
+    (tree / "photo" / "fish" / "folder.png").mkdir()
     examples = open_features(Settings(data=f"folder:{tree}"), store=tree / "store", progress=False).examples("photo")
     assert examples.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3
-    assert "photo: 2 of 12 images can't be read and are left out" in caplog.text
+    assert "photo: 4 of 14 images can't be read and are left out" in caplog.text
 
 
 def test_a_domain_of_broken_images_only_is_refused(tree: Path) -> None:
