@@ -83,7 +83,8 @@ def federate(
 ) -> Result:
     """Runs the rounds; sites train one after the other, in the order of their names."""
     how = RECIPES[recipe]
-    shared = make_adapter(kind, classes.text.shape[1], rank=rank, blend=blend, identity=how.identity, seed=seed)
+    dim = classes.text.shape[1]
+    shared = make_adapter(kind, dim, rank=rank, blend=blend, identity=how.identity, seed=seed)
     classes = classes.ready()
     learners = sorted((s for s in sites if len(s.train.labels)), key=lambda s: s.name)
     if not learners:
@@ -103,7 +104,7 @@ def federate(
                 site.train,
                 classes,
                 how,
-                learning_rate=learning_rate or how.learning_rate[kind],
+                learning_rate=learning_rate or how.rate(kind, dim),
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=seed_of(seed, "train", site.name, number + 1),

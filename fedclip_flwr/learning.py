@@ -76,12 +76,19 @@ class Recipe:
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
+    width: int | None = None  # the dimension that attention's learning rate is meant for
+
+    def rate(self, kind: str, dim: int) -> float:
+        """The learning rate for an adapter: a layer that is wider takes steps that are as many times smaller."""
+        rate = self.learning_rate[kind]
+        return rate * self.width / dim if self.width and kind == "attention" else rate
 
 
 RECIPES = {
     "default": Recipe(
         loss=class_loss,
-        learning_rate={"attention": 2e-4, "gate": 1e-3, "scale": 3e-3},
+        learning_rate={"attention": 1e-4, "gate": 1e-3, "scale": 3e-3},
+        width=512,
         weight_decay=0.0,
         identity=True,
         prompt="a picture of a {}",

@@ -36,7 +36,7 @@ def test_two_rounds_by_hand() -> None:
         for one in (SITES[1], SITES[0]):  # in the order of their names
             adapter = copy.deepcopy(shared)
             seed = seed_of(3, "train", one.name, number)
-            rate = RECIPES["default"].learning_rate["attention"]
+            rate = RECIPES["default"].rate("attention", 8)
             train(adapter, one.train, CLASSES, RECIPES["default"], learning_rate=rate, batch_size=4, seed=seed)
             own.append(adapter.state_dict())
         shared.load_state_dict({k: (own[0][k] + own[1][k]) / 2 for k in own[0]})  # equal, not by examples

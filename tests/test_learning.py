@@ -156,6 +156,13 @@ def test_the_best_round_is_the_earliest_of_the_best() -> None:
     assert best_round([0.5, 0.8, 0.8, 0.7]) == 1
 
 
+def test_a_wider_attention_takes_smaller_steps_but_the_paper_keeps_its_own() -> None:
+    default, paper = RECIPES["default"], RECIPES["paper"]
+    assert default.rate("attention", 128) == pytest.approx(4 * default.rate("attention", 512))
+    assert default.rate("scale", 128) == default.rate("scale", 512)
+    assert paper.rate("attention", 128) == paper.rate("attention", 512) == 5e-5
+
+
 def test_seeds_are_the_same_on_every_machine() -> None:
     assert seed_of(0, "train", "art-0", 1) == 44286163806066768
     assert seed_of(0, "train", "art-0", 2) != seed_of(0, "train", "art-01", 2)
