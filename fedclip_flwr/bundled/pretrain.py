@@ -13,15 +13,16 @@ that learnt from the web, and the class features are not the best that the image
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -84,19 +85,26 @@ def full_caption(scene: Scene) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words} {scene.place}"
 
 
+def merges_of(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make each word one piece: the commonest pair first, then the first by alphabet."""
+    pieces, merges = [[*word[:-1], f"{word[-1]}</w>"] for word in words], []
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word in pieces:
+            for i in range(len(word) - 1, 0, -1):
+                if (word[i - 1 : i] + word[i : i + 1]) == list(best):
+                    word[i - 1 : i + 1] = ["".join(best)]
+    return merges
+
+
 def tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer with merges learnt from the words that captions are made of."""
     names = [*FIGURES, *COLOURS, *PLACES, *WORDS.values(), "a", "an", "small", "big", "picture", "drawing", "of"]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    merges = merges_of(sorted({word for name in names for word in name.split()}))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = sorted({word for name in names for word in name.split()})
-    bpe.train_from_iterator(words, trainers.BpeTrainer(show_progress=False, vocab_size=4096, end_of_word_suffix="</w>"))
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(f"{c}</w>" for c in alphabet), *("".join(m) for m in merges)]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[special] = len(vocab)
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=32)
 
 
@@ -186,6 +194,7 @@ def train_texts(
     """A new text tower learns in place, from full captions, what the frozen image tower makes of the pictures."""
     fresh = model(vocabulary)
     clip.text_model, clip.text_projection = fresh.text_model, fresh.text_projection
+    clip.config.text_config = fresh.config.text_config
     clip.eval()
     with torch.no_grad():
         batches = tqdm(pixels.split(BATCH), "encoding", unit=" batches")
