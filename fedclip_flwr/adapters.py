@@ -9,6 +9,8 @@ prediction is exactly zero-shot (the paper starts from random weights, which is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from fedclip_flwr.errors import UserError
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Takes features of unit length [N, dim], gives adapted features of unit length.
 
     Its parameters are exactly the tensors that travel. `blend` is the share of the adapted feature in the result.
@@ -26,9 +28,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.blend = blend
 
+    @abstractmethod
     def weigh(self, features: Tensor) -> Tensor:
         """What each dimension is multiplied by."""
-        raise NotImplementedError
 
     def forward(self, features: Tensor) -> Tensor:
         adapted = F.normalize(features * self.weigh(features), dim=-1)
@@ -37,16 +39,21 @@ class Adapter(nn.Module):
         return F.normalize((1 - self.blend) * features + self.blend * adapted, dim=-1)
 
 
+def _two_layers(dim: int, hidden: int, identity: bool) -> tuple[nn.Linear, nn.Linear]:
+    """Down and up again; with `identity` the second layer answers zero."""
+    inner, outer = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    if identity:
+        nn.init.zeros_(outer.weight)
+        nn.init.zeros_(outer.bias)
+    return inner, outer
+
+
 class Attention(Adapter):
     """The paper's: 2·(dim² + dim) parameters in four tensors."""
 
     def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
         super().__init__(blend)
-        self.inner = nn.Linear(dim, dim)
-        self.outer = nn.Linear(dim, dim)
-        if identity:
-            nn.init.zeros_(self.outer.weight)
-            nn.init.zeros_(self.outer.bias)
+        self.inner, self.outer = _two_layers(dim, dim, identity)
 
     def weigh(self, features: Tensor) -> Tensor:
         return torch.softmax(self.outer(torch.tanh(self.inner(features))), dim=-1)
@@ -57,11 +64,7 @@ class Gate(Adapter):
 
     def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
         super().__init__(blend)
-        self.inner = nn.Linear(dim, rank)
-        self.outer = nn.Linear(rank, dim)
-        if identity:
-            nn.init.zeros_(self.outer.weight)
-            nn.init.zeros_(self.outer.bias)
+        self.inner, self.outer = _two_layers(dim, rank, identity)
 
     def weigh(self, features: Tensor) -> Tensor:
         return 1 + torch.tanh(self.outer(torch.tanh(self.inner(features))))
