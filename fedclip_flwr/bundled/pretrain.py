@@ -197,7 +197,7 @@ def train_texts(
     clip.config.text_config = fresh.config.text_config
     clip.eval()
     with torch.no_grad():
-        batches = tqdm(pixels.split(BATCH), "encoding", unit=" batches")
+        batches = tqdm(torch.split(pixels, BATCH), "encoding", unit=" batches")
         images = torch.cat([clip.get_image_features((b.float() / 255 - MEAN) / STD).pooler_output for b in batches])
     images = images / images.norm(dim=1, keepdim=True)
     parameters = [*clip.text_model.parameters(), *clip.text_projection.parameters(), clip.logit_scale]
@@ -212,7 +212,7 @@ def train_texts(
         targets = torch.arange(BATCH)
         loss = (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
 
 
