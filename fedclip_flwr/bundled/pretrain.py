@@ -1,4 +1,4 @@
-"""Makes the bundled CLIP: `python -m fedclip_flwr.bundled.pretrain FOLDER` (about 30 minutes on two CPU cores).
+"""Makes the bundled CLIP: `python -m fedclip_flwr.bundled.pretrain FOLDER` (about 35 minutes on two CPU cores).
 
 A small `transformers.CLIPModel` learns from scratch, with CLIP's own contrastive loss, which caption belongs to which
 picture. It sees 50 kinds of figures as photos, paintings and cartoons, drawn with a seed that no data set may have, and
