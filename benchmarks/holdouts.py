@@ -1,6 +1,7 @@
 """Every domain held out in turn: zero-shot, the paper's recipe, the default recipe, and all features in one place.
 
-    python benchmarks/holdouts.py [--data drawn] [--model bundled] [--seeds 3] [--first-seed 0] [--rounds 20] [--sites 10]
+    python benchmarks/holdouts.py [--data drawn] [--model bundled] [--seeds 3] [--first-seed 0] [--rounds 20]
+        [--sites 10]
 
 Prints a Markdown table of test accuracies in per cent, `seen site mean / unseen domain`, mean over the seeds. Each seed
 is another split; for the drawn pictures it is another set of pictures too. The round is selected by validation.
@@ -94,7 +95,8 @@ def main() -> None:
     for method in METHODS[1:]:
         print(f"{method}: {gain(method, 'seen'):+.1f} points seen, {gain(method, 'unseen'):+.1f} unseen over zero-shot")
     print(
-        f"{given.data}, {given.sites} sites, {given.rounds} rounds, {given.seeds} seeds from {given.first_seed}, attention adapter; "
+        f"{given.data}, {given.sites} sites, {given.rounds} rounds, {given.seeds} seeds "
+        f"from {given.first_seed}, attention adapter; "
         f"{time.perf_counter() - start:.0f} s on {os.cpu_count()} cores, {platform.machine()}"
     )
 
