@@ -93,3 +93,8 @@ def make_adapter(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return ADAPTERS[kind](dim, rank, blend, identity)
+
+
+def tensor_names(kind: str) -> frozenset[str]:
+    """The tensors that an adapter of that kind consists of."""
+    return frozenset(make_adapter(kind, 1, rank=1).state_dict())

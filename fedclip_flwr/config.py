@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from fedclip_flwr.errors import UserError
 
 
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field with its meaning and its limits: `choices`, `least`, `most`, `above`, `pattern` with `expected`."""
+    """A field with its meaning and its limits: `choices`, `least`, `most`, `above`, `pattern` with `expected`.
+
+    `planned`: so far only the default works.
+    """
     return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -33,54 +36,73 @@ class Settings:
     model: str = _setting("bundled", "`bundled`, a Hugging Face id, or a folder saved by `save_pretrained`")
     data: str = _setting("drawn", "`drawn`, a preset, a hub data set id, `folder:PATH` or `features:PATH`")
     holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
-    method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
+    method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"), planned=True)
     adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
     adapter_rank: int = _setting(4, "the gate's rank", least=1)
     blend: float = _setting(1.0, "share of the adapted feature", least=0.0, most=1.0)
     recipe: str = _setting("default", "loss, optimizer, site weights and prompt", choices=("default", "paper"))
     prompt: str = _setting("", "overrides the recipe's template; `{}` stands for the class name")
-    class_names: str = _setting("", "overrides the data's class names: a file or a comma list")
+    class_names: str = _setting("", "overrides the data's class names: a file or a comma list", planned=True)
     num_server_rounds: int = _setting(20, "rounds", least=1)
     local_epochs: int = _setting(1, "epochs at a site in a round", least=1)
     batch_size: int = _setting(32, "examples a step", least=1)
     learning_rate: float = _setting(0.0, "0 is the recipe's own", least=0.0)
     seed: int = _setting(0, "all that is random follows from it", least=0)
-    strategy: str = _setting("fedavg", "any of Flower's, by name", pattern=r"\w+", expected="the name of a strategy")
-    codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
+    strategy: str = _setting(
+        "fedavg", "any of Flower's, by name", pattern=r"\w+", expected="the name of a strategy", planned=True
+    )
+    site_weights: str = _setting("equal", "how much a site counts in the mean", choices=("equal", "examples"))
+    codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"), planned=True)
     fraction_train: float = _setting(1.0, "share of the sites in a round", above=0.0, most=1.0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
     round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
     partition: str = _setting(
-        "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes")
+        "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes"), planned=True
     )
     alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0)
-    personalize: bool = _setting(False, "each site goes on alone after the last round; never sent")
+    personalize: bool = _setting(False, "each site goes on alone after the last round; never sent", planned=True)
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
     precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
-    resume: str = _setting("", "the run to go on with from its last complete round", **_NAME)
+    resume: str = _setting("", "the run to go on with from its last complete round", **_NAME, planned=True)
     results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
 
     @classmethod
-    def from_run_config(cls, given: Mapping[str, Any]) -> Settings:
-        """Settings from Flower's run config; every problem is told in one `UserError`."""
-        fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(cls)}
-        values, problems = {}, []
+    def read(cls, given: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
+        """Settings from Flower's run config, and what is wrong with the keys that can't be used (these have defaults)."""
+        fields = cls.keys()
+        values, problems = {}, {}
         for key, value in given.items():
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, 1)
-                problems.append(f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+                problems[key] = f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
                 continue
             try:
                 values[fields[key].name] = _checked(key, value, fields[key])
             except ValueError as error:
-                problems.append(f"{key} = {value!r}: {error}")
+                problems[key] = f"{key} = {value!r}: {error}"
+        return cls(**values), problems
+
+    @classmethod
+    def from_run_config(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings from Flower's run config; every problem is told in one `UserError`."""
+        settings, problems = cls.read(given)
         if problems:
-            raise UserError("\n  ".join([f"{len(problems)} of the settings can't be used:", *problems]))
-        return cls(**values)
+            raise unusable(problems.values())
+        return settings
+
+    @classmethod
+    def keys(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields under the keys of the run config."""
+        return {field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
 
     def as_run_config(self) -> dict[str, Any]:
         """The settings under the keys that `from_run_config` takes."""
         return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
+
+
+def unusable(problems: Collection[str]) -> UserError:
+    """One error for everything that is wrong with the settings."""
+    return UserError("\n  ".join([f"{len(problems)} of the settings can't be used:", *problems]))
 
 
 def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
@@ -106,6 +128,8 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
         if not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
             raise ValueError(f"expected {limits['expected']}")
         _check_text(key, value)
+    if limits.get("planned") and value != field.default:
+        raise ValueError(f"only {field.default!r} works in this version")
     return value
 
 

@@ -9,11 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from fedclip_flwr.errors import UserError
+
+PACKAGE = Path(__file__).parent
 
 
 def digest(*parts: str | bytes) -> str:
@@ -60,25 +66,33 @@ def _of_file(path: Path) -> str:
         return "unreadable"
 
 
+def of_package(memory: Path) -> str:
+    """The hash of this installed package: its code and its model, but not the apps that a wheel carries along."""
+    names = sorted(
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.suffix in (".py", ".json", ".txt", ".safetensors") and path.parent != PACKAGE / "app"
+    )
+    return of_files(PACKAGE, names, memory)
+
+
 @contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Tells the user what to do when the folder can't be written to."""
+def writing_to(folder: Path, setting: str = "FEDCLIP_HOME") -> Iterator[None]:
+    """Tells the user what to do when the folder can't be written to; `setting` names it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UserError(
             f"{folder} can't be written to ({error.strerror or error}): "
-            "make room there, or let FEDCLIP_HOME name another folder"
+            f"make room there, or let {setting} name another folder"
         ) from error
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], setting: str = "FEDCLIP_HOME") -> None:
     """Lets `write` fill a temporary file and puts it in place at once: `path` is never half-written."""
-    with writing_to(path.parent):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        part = Path(name)
+    with writing_to(path.parent, setting):
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             write(part)
             with part.open("rb") as file:
@@ -86,3 +100,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
+    """A safetensors file, its `facts` in the header."""
+    try:
+        save_file(tensors, path, facts)
+    except SafetensorError as error:  # a full disk, in safetensors' words
+        raise OSError(str(error)) from error

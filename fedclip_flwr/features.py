@@ -19,17 +19,16 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from fedclip_flwr import clip, content, data
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import RECIPES, Classes, Examples
 
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def home() -> Path:
@@ -55,8 +55,20 @@ class Features(Protocol):
     def domains(self) -> tuple[str, ...]: ...
 
     @property
+    def model(self) -> str:
+        """The name of the model."""
+
+    @property
+    def model_content(self) -> str | None:
+        """The hash of the model's files, where they are at hand."""
+
+    @property
     def parameters(self) -> int | None:
         """How many numbers the whole model has, where that is known."""
+
+    @property
+    def prompt(self) -> str:
+        """The template in which `{}` stands for the class name."""
 
     @property
     def classes(self) -> Classes: ...
@@ -85,6 +97,31 @@ def open_features(settings: Settings, *, store: Path | None = None, progress: bo
     )
 
 
+def open_run(given: Mapping[str, Any]) -> tuple[Settings, Features, str | None]:
+    """The settings of a run, its features and the held-out domain; one `UserError` tells everything that is wrong."""
+    settings, problems = Settings.read(given)
+    features = holdout = None
+
+    def check(key: str, *needs: str, look: Callable[[], T]) -> T | None:
+        if problems.keys() & {key, *needs}:
+            return None
+        try:
+            return look()
+        except UserError as error:
+            problems[key] = str(error)
+            return None
+
+    check("device", look=lambda: clip.pick_device(settings.device))
+    if not settings.data.startswith("features:"):
+        check("model", look=lambda: clip.find(settings.model))
+    features = check("data", "model", "prompt", look=lambda: open_features(settings))
+    if features:
+        holdout = check("holdout", look=lambda: data.pick_holdout(settings.holdout, features.domains))
+    if problems or not features:
+        raise unusable(problems.values())
+    return settings, features, holdout
+
+
 class Encoded:
     """Features of a source's images, encoded by a model now or earlier."""
 
@@ -99,7 +136,8 @@ class Encoded:
         precision: str = "auto",
         progress: bool = True,
     ) -> None:
-        self._source, self._model, self._prompt = source, model, prompt
+        self.model, self.prompt = model.name, prompt
+        self._source, self._model = source, model
         self._device, self._precision, self._progress = device, precision, progress
         self._store = store or home() / "features"
         self._memory = self._store / "contents"
@@ -111,6 +149,10 @@ class Encoded:
     @property
     def domains(self) -> tuple[str, ...]:
         return self._source.domains
+
+    @cached_property
+    def model_content(self) -> str:
+        return self._model.content(self._memory)
 
     @property
     def parameters(self) -> int:
@@ -132,7 +174,7 @@ class Encoded:
     @cached_property
     def _folder(self) -> Path:
         precision = str(clip.pick_precision(self._precision)).removeprefix("torch.")
-        return self._store / f"{self._model.content(self._memory)}-{precision}"
+        return self._store / f"{self.model_content}-{precision}"
 
     @cached_property
     def _clip(self) -> clip.Clip:
@@ -140,7 +182,7 @@ class Encoded:
 
     @cached_property
     def _class_entry(self) -> tuple[Tensors, Mapping[str, str]]:
-        prompts = [self._prompt.replace("{}", name) for name in self.class_names]
+        prompts = [self.prompt.replace("{}", name) for name in self.class_names]
         path = self._folder / f"classes-{content.digest(*prompts)}.safetensors"
         return _kept(path, lambda: self._encode_classes(prompts))
 
@@ -200,14 +242,7 @@ def _write(path: Path, tensors: Tensors, facts: dict[str, str]) -> None:
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink()
     facts = {**facts, "checksum": _checksum(tensors, facts)}
-
-    def save(part: Path) -> None:
-        try:
-            save_file(tensors, part, facts)
-        except SafetensorError as error:  # a full disk, in safetensors' words
-            raise OSError(str(error)) from error
-
-    content.write_whole(path, save)
+    content.write_whole(path, lambda part: content.save_tensors(tensors, part, facts))
 
 
 def _read(path: Path) -> tuple[Tensors, Mapping[str, str]] | None:
@@ -242,6 +277,8 @@ def _checksum(tensors: Tensors, facts: Mapping[str, str]) -> str:
 
 class FeatureFolder:
     """Features made elsewhere: `features.json`, `classes.safetensors`, and `DOMAIN.safetensors` for each domain."""
+
+    model_content: str | None = None
 
     def __init__(self, root: Path) -> None:
         self._root = root

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from fedclip_flwr.adapters import Adapter, make_adapter
 from fedclip_flwr.data import pick_holdout
-from fedclip_flwr.data.partition import by_domain
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
-from fedclip_flwr.learning import RECIPES, Classes, Examples, average, best_round, evaluate, seed_of, split, train
-
-
-@dataclass(frozen=True)
-class Site:
-    """What one site holds."""
-
-    name: str
-    train: Examples
-    validation: Examples
-    test: Examples
+from fedclip_flwr.learning import (
+    RECIPES,
+    Classes,
+    Examples,
+    average,
+    best_round,
+    evaluate,
+    mean_accuracy,
+    seed_of,
+    train,
+)
+from fedclip_flwr.sites import Site, simulated_site
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Line:
 
     round: int
     seen: float
-    validation: float
+    validation: float | None
     unseen: float | None
 
 
@@ -56,14 +56,8 @@ def make_sites(
 ) -> tuple[list[Site], Examples | None]:
     """The sites in the order of their names, and the domain that none of them holds."""
     unseen = pick_holdout(holdout, features.domains)
-    domains = {d: features.examples(d).ready() for d in features.domains if d != unseen}
-    shards = by_domain({d: len(e.labels) for d, e in domains.items()}, sites, seed)
-    made = []
-    for shard in sorted(shards):
-        own = domains[shard.domain].rows(shard.rows)
-        parts = split(len(own.labels), seed_of(seed, "split", shard.site))
-        made.append(Site(shard.site, *(own.rows(rows) for rows in parts)))
-    return made, features.examples(unseen).ready() if unseen else None
+    made = [simulated_site(features, unseen, number, sites, seed) for number in range(sites)]
+    return sorted(made, key=lambda site: site.name), features.examples(unseen).ready() if unseen else None
 
 
 def federate(
@@ -115,13 +109,12 @@ def federate(
 
 
 def _line(number: int, adapter: Adapter, sites: Sequence[Site], classes: Classes, unseen: Examples | None) -> Line:
-    def mean(parts: list[Examples]) -> float:
-        scores = [evaluate(adapter, part, classes).accuracy for part in parts if len(part.labels)]
-        return sum(s for s in scores if s is not None) / len(scores) if scores else 0.0
+    def mean(parts: list[Examples]) -> float | None:
+        return mean_accuracy(evaluate(adapter, part, classes) for part in parts)
 
     return Line(
         number,
-        seen=mean([s.test for s in sites]),
+        seen=mean([s.test for s in sites]) or 0.0,
         validation=mean([s.validation for s in sites]),
         unseen=evaluate(adapter, unseen, classes).accuracy if unseen else None,
     )

@@ -11,7 +11,7 @@ The recipe `default` is cross-entropy over all class prompts without decay, from
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -198,6 +198,13 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | N
     }
 
 
-def best_round(validation: Sequence[float]) -> int:
-    """The round with the best validation accuracy; the earliest where several are."""
-    return max(range(len(validation)), key=lambda r: (validation[r], -r))
+def best_round(validation: Sequence[float | None]) -> int:
+    """The round with the best validation accuracy, the earliest of several; without validation data the last."""
+    known = [(accuracy, -number) for number, accuracy in enumerate(validation) if accuracy is not None]
+    return -max(known)[1] if known else len(validation) - 1
+
+
+def mean_accuracy(scores: Iterable[Score]) -> float | None:
+    """The mean over those sites that have examples, each counting the same."""
+    known = [score.accuracy for score in scores if score.accuracy is not None]
+    return sum(known) / len(known) if known else None

@@ -118,12 +118,12 @@ def test_a_truncated_entry_is_mended(tree: Path, truth: Examples, size: int) -> 
 
 KILLED = """
 import os, signal
-save = features.save_file
+save = content.save_file
 def half(tensors, path, facts):
     save(tensors, path, facts)
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-features.save_file = half
+content.save_file = half
 opened.examples("photo")
 """
 
@@ -148,7 +148,7 @@ clip.Clip.encode_images = told
 print("ready", flush=True)
 sys.stdin.readline()
 examples = opened.examples("photo")
-features.save_file({"features": examples.features, "labels": examples.labels}, sys.argv[1] + f"/{os.getpid()}")
+content.save_file({"features": examples.features, "labels": examples.labels}, sys.argv[1] + f"/{os.getpid()}")
 """
 
 

@@ -8,8 +8,9 @@ import torch
 from fedclip_flwr.adapters import make_adapter
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
-from fedclip_flwr.inprocess import Site, federate, make_sites, pooled
+from fedclip_flwr.inprocess import federate, make_sites, pooled
 from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, seed_of, train
+from fedclip_flwr.sites import Site
 
 CLASSES = Classes(torch.eye(3, 8), 20.0)
 
@@ -47,7 +48,7 @@ def test_two_rounds_by_hand() -> None:
         assert line.validation == pytest.approx(sum(validation) / 2)
         assert line.seen == pytest.approx(sum(test) / 2)
         assert line.unseen == evaluate(shared, some(7, 99), CLASSES).accuracy
-    assert result.selected.validation == max(line.validation for line in result.lines)
+    assert result.selected.validation == max(line.validation or 0.0 for line in result.lines)
     if result.selected.round == 2:
         torch.testing.assert_close(result.adapter, dict(shared.state_dict()))
 

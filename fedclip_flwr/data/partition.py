@@ -20,16 +20,15 @@ class Shard(NamedTuple):
 
 
 def by_domain(counts: Mapping[str, int], sites: int, seed: int) -> list[Shard]:
-    """Site i holds shard i // D of domain i % D (D domains, sorted): each domain shuffled by the seed, then cut.
+    """All sites' shards; with fewer sites than domains, the last domains are at no site."""
+    return [shard(i, counts, sites, seed) for i in range(sites)]
 
-    With fewer sites than domains, the last domains are at no site.
-    """
-    shards = []
+
+def shard(number: int, counts: Mapping[str, int], sites: int, seed: int) -> Shard:
+    """Site i holds shard i // D of domain i % D (D domains, sorted): each domain shuffled by the seed, then cut."""
     domains = sorted(counts)
-    for i in range(sites):
-        domain, number = domains[i % len(domains)], i // len(domains)
-        pieces = (sites - i % len(domains) - 1) // len(domains) + 1
-        generator = torch.Generator().manual_seed(seed_of(seed, "partition", domain))
-        order = torch.randperm(counts[domain], generator=generator)
-        shards.append(Shard(f"{domain}-{number}", domain, order.tensor_split(pieces)[number]))
-    return shards
+    domain, piece = domains[number % len(domains)], number // len(domains)
+    pieces = (sites - number % len(domains) - 1) // len(domains) + 1
+    generator = torch.Generator().manual_seed(seed_of(seed, "partition", domain))
+    order = torch.randperm(counts[domain], generator=generator)
+    return Shard(f"{domain}-{piece}", domain, order.tensor_split(pieces)[piece])

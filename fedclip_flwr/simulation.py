@@ -1,0 +1,177 @@
+"""A federation of simulated sites on this machine, with a SuperLink of its own.
+
+`flwr run` reports success even when the app failed, and uses a background SuperLink that keeps the environment of the
+moment it was started. Here the SuperLink lives for one run, on ports and in a folder of its own, and the run's status
+is looked up at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedclip_flwr import content
+from fedclip_flwr.config import Settings, unusable
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import open_run
+
+CONNECTION = "fedclip"
+"""What Flower's configuration calls our SuperLink."""
+CHATTER = re.compile(r"^Successfully installed |^\S*/ray/\S* FutureWarning: |^  warnings\.warn\($")
+"""What Flower and Ray print that no user can use."""
+
+
+def run(nodes: int, given: Sequence[str]) -> int:
+    """Runs the federation and shows what it shows; 0 only if the run was completed."""
+    app = app_folder()
+    defaults = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    settings = read_settings(given)
+    open_run({**defaults, **settings})  # what is wrong is told here, before anything is started
+    with tempfile.TemporaryDirectory(prefix="fedclip-") as folder, _superlink(Path(folder)) as env:
+        overrides = Path(folder) / "settings.toml"
+        overrides.write_text("".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items()))
+        federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
+        options = ["--run-config", str(overrides), "--federation-config", federation, "--stream"]
+        number = _show(["flwr", "run", str(app), CONNECTION, *options], env)
+        status = _status(number, env) if number else "not started"
+    if status != "finished:completed":
+        print(f"The run did not complete: {status}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def app_folder() -> Path:
+    """The folder of the Flower app: the current one if it holds one, else this project's."""
+    here = Path.cwd()
+    with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
+        if tomllib.loads((here / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]:
+            return here
+    packed = content.PACKAGE / "app"
+    return packed if packed.is_dir() else content.PACKAGE.parent
+
+
+def read_settings(given: Sequence[str]) -> dict[str, Any]:
+    """Settings from `key=value`, with absolute paths."""
+    fields, settings, problems = Settings.keys(), {}, []
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"{text}: expected key=value")
+            continue
+        kind = type(fields[key].default) if key in fields else str
+        try:
+            settings[key] = _value(value, kind)
+        except ValueError:
+            settings[key] = value  # the settings' own check says what was expected
+        if kind is str:
+            settings[key] = _absolute(key, value)
+    if problems:
+        raise unusable(problems)
+    return settings
+
+
+def _value(text: str, kind: type) -> Any:
+    if kind is bool:
+        return {"true": True, "false": False}[text] if text in ("true", "false") else text
+    return kind(text)
+
+
+def _absolute(key: str, value: str) -> str:
+    """The setting with an absolute path, where it is a path."""
+    head = next((h for h in ("folder:", "features:") if key == "data" and value.startswith(h)), "")
+    path = Path(value.removeprefix(head)).expanduser()
+    named = head or key == "results-dir" or (key == "model" and (value.startswith((".", "~")) or path.is_dir()))
+    return head + str(path.absolute()) if named and value != head else value
+
+
+@contextlib.contextmanager
+def _superlink(folder: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink that runs meanwhile; the environment in which Flower's commands find it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(folder),
+        "FLWR_LOG_LEVEL": "WARNING",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--control-api-address", f"127.0.0.1:{port}", "--serverappio-api-address", "127.0.0.1:0"]
+    log = folder / "superlink.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        _wait_for(port, process, log)
+        yield env
+    finally:
+        _stop(process)
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the SuperLink takes connections."""
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            raise UserError(f"Flower's SuperLink could not be started: {last[0]}")
+        time.sleep(0.05)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the SuperLink and all that it started."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _show(command: list[str], env: Mapping[str, str]) -> str | None:
+    """Runs `flwr run --stream` and passes on what the app says; the run's number, if one was started."""
+    number, shown = None, 0.0
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in io.TextIOWrapper(process.stdout, "utf-8", "replace", newline=""):  # a line may end with \r
+            if started := re.search(r"Successfully started run (\d+)", line):
+                number = started[1]
+            elif not CHATTER.search(line):
+                if line.endswith("\r") and not sys.stdout.isatty():  # a progress bar into a file: now and then
+                    if time.monotonic() < shown + 10:
+                        continue
+                    line, shown = line[:-1] + "\n", time.monotonic()
+                print(line, end="", flush=True)
+    return number
+
+
+def _status(number: str, env: Mapping[str, str]) -> str:
+    """The run's status as the SuperLink tells it."""
+    command = ["flwr", "list", CONNECTION, "--run-id", number, "--format", "json"]
+    answer = subprocess.run(command, env=env, capture_output=True, text=True)
+    with contextlib.suppress(json.JSONDecodeError, LookupError, TypeError):
+        return str(json.loads(answer.stdout)["runs"][0]["status"])
+    return f"unknown ({answer.stdout.strip() or answer.stderr.strip()})"

@@ -1,0 +1,97 @@
+"""The server of a federation: one run, read from top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedclip_flwr import clip, console, content
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.exchange import State
+from fedclip_flwr.features import Features, home, open_run
+from fedclip_flwr.federation import Line, Nodes, federate, refuse, simulated
+from fedclip_flwr.learning import RECIPES, evaluate
+from fedclip_flwr.runs import RunFolder, summary_of
+from fedclip_flwr.sites import new_adapter
+from fedclip_flwr.strategy import AdapterFedAvg
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    try:
+        serve(grid, context.run_config)
+    except UserError as error:
+        refuse(error)
+
+
+def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
+    begun = time.monotonic()
+    settings, features, holdout = open_run(run_config)
+    package = content.of_package(home() / "contents")
+    with RunFolder(settings, package) as folder:
+        device = clip.pick_device(settings.device)
+        classes = features.classes.ready(device)
+        if simulated(grid):  # the sites share this machine's store, and here the progress can be seen
+            for domain in features.domains:
+                features.examples(domain)
+        unseen = features.examples(holdout).ready(device) if holdout else None
+        encoded = time.monotonic()
+
+        dim = classes.text.shape[1]
+        rate = settings.learning_rate or RECIPES[settings.recipe].rate(settings.adapter, dim)
+        adapter = new_adapter(settings, dim)
+        start = copy.deepcopy(adapter.state_dict())
+        adapter.to(device)
+
+        nodes = Nodes(
+            grid,
+            holdout=holdout,
+            package=package,
+            classes=len(features.class_names),
+            timeout=settings.round_timeout,
+            say=console.say,
+        )
+        nodes.wait_for(settings.min_sites)
+        console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, rate, folder.path))
+        console.say(console.heading())
+
+        def accuracy_unseen(state: State) -> float | None:
+            adapter.load_state_dict(state)
+            return evaluate(adapter, unseen, classes).accuracy if unseen else None
+
+        strategy = AdapterFedAvg(start, weights=settings.site_weights, names=nodes.names)
+        outcome = federate(nodes, strategy, settings, start, accuracy_unseen, Watch(folder, features))
+        ended = time.monotonic()
+
+        seconds = {"encode": encoded - begun, "rounds": ended - encoded, "total": ended - begun}
+        summary = summary_of(outcome, nodes, features.parameters, seconds)
+        folder.finish(summary)
+        console.say(console.closing(summary, settings.num_server_rounds, holdout, folder.path))
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Writes each round down and shows it."""
+
+    folder: RunFolder
+    features: Features
+
+    def line(self, line: Line) -> None:
+        self.folder.line(line)
+        console.say(console.line(line))
+
+    def selected(self, number: int, state: State) -> None:
+        self.folder.adapter(number, state, self.features)
+
+    def complete(self, number: int, state: State) -> None:
+        self.folder.checkpoint(number, state)
