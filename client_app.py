@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 import torch
 from flwr.app import Context, Error, Message
@@ -13,6 +14,7 @@ from flwr.common.constant import ErrorCode
 
 from fedclip_flwr import content, exchange
 from fedclip_flwr.adapters import Adapter, tensor_names
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report, Task
 from fedclip_flwr.features import home
@@ -20,13 +22,15 @@ from fedclip_flwr.learning import RECIPES, evaluate, seed_of, train
 from fedclip_flwr.sites import Desk, new_adapter, open_desk
 
 log = logging.getLogger("fedclip_flwr")
+logging.getLogger("flwr").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="ray")  # a tip for Ray's own users
 
 
 def guard(message: Message, context: Context, answer: ClientAppCallable) -> Message:
     """Lets nothing out but what may leave a site; what goes wrong is answered as an error of one line."""
     try:
         reply = answer(message, context)
-        exchange.check_outgoing(reply.content, tensor_names(str(context.run_config["adapter"])))
+        exchange.check_outgoing(reply.content, tensor_names(Settings.from_run_config(context.run_config).adapter))
         return reply
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError)
@@ -41,7 +45,10 @@ app = ClientApp(mods=[guard])
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Who this site is and how much it holds."""
-    site = desk_of(context, exchange.read_task(message.content)).site
+    task = exchange.read_task(message.content)
+    desk = desk_of(context, task)
+    site = desk.site
+    desk.require(task.class_names)
     counts = {part: len(getattr(site, part).labels) for part in ("train", "validation", "test")}
     said = Hello(
         site=site.name,

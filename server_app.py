@@ -57,7 +57,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             grid,
             holdout=holdout,
             package=package,
-            classes=len(features.class_names),
+            classes=features.class_names,
             timeout=settings.round_timeout,
             say=console.say,
         )

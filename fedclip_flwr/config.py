@@ -68,7 +68,7 @@ class Settings:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
-        """Settings from Flower's run config, and what is wrong with the keys that can't be used (these have defaults)."""
+        """Settings from Flower's run config, and what is wrong with those keys that can't be used and keep defaults."""
         fields = cls.keys()
         values, problems = {}, {}
         for key, value in given.items():

@@ -29,30 +29,26 @@ def plan(
     folder: Path,
 ) -> str:
     """All that is decided before round 1."""
-    trainable = sum(tensor.numel() for tensor in tensors.values())
-    whole = features.parameters
+    trainable, whole = sum(tensor.numel() for tensor in tensors.values()), features.parameters
     share = f", {100 * trainable / whole:.2f} % of the model's {whole:,}" if whole else ""
-    sites = sorted(hellos, key=lambda hello: hello.site)
-    rows = [(h.site, h.domain, f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
-    unseen = f"{holdout} is held out ({len(features.examples(holdout).labels):,} images)" if holdout else "no holdout"
-    classes = f"{len(features.class_names)} classes: {_some(features.class_names)}"
-    what = f"rank {settings.adapter_rank}, " * (settings.adapter == "gate")
+    rank = f" of rank {settings.adapter_rank}" if settings.adapter == "gate" else ""
+    rounds, epochs = settings.num_server_rounds, settings.local_epochs
     facts = [
         ("model", f"{features.model}, prompt {features.prompt!r}"),
-        ("data", f"{settings.data}, {classes}; {unseen}"),
-        ("adapter", f"{settings.adapter}, {what}{trainable:,} numbers in {len(tensors)} tensors travel{share}"),
-        ("", f"{_bytes(4 * trainable)} to a site and back in each round"),
-        (
-            "learning",
-            f"{settings.num_server_rounds} rounds of {settings.local_epochs} epochs in batches of "
-            f"{settings.batch_size}, recipe {settings.recipe}, rate {rate:g}, seed {settings.seed}",
-        ),
+        ("data", settings.data),
+        ("classes", f"{len(features.class_names)}: {_some(features.class_names)}"),
+        ("held out", f"{holdout}, {len(features.examples(holdout).labels):,} images" if holdout else "nothing"),
+        ("adapter", f"{settings.adapter}{rank}: {trainable:,} numbers in {_count(len(tensors), 'tensor')}{share}"),
+        ("traffic", f"{_bytes(4 * trainable)} to a site and as much back in each round"),
+        ("learning", f"{_count(rounds, 'round')} of {_count(epochs, 'epoch')} in batches of {settings.batch_size}"),
+        ("", f"recipe {settings.recipe}, learning rate {rate:g}, seed {settings.seed}"),
         ("features", str(home() / "features")),
         ("run folder", str(folder)),
     ]
-    width = max(len(name) for name, _ in facts)
-    table = _table([("site", "domain", "train", "val", "test", "classes"), *rows])
-    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in facts), "", f"{len(sites)} sites", table, ""])
+    sites = sorted(hellos, key=lambda hello: hello.site)
+    rows = [(h.site, h.domain, f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
+    table = _table([(_count(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
+    return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
 
 
 def heading() -> str:
@@ -134,6 +130,10 @@ def _bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

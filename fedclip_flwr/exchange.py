@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,24 +97,28 @@ def size(message: Message) -> int:
 
 
 class Task(NamedTuple):
-    """What a message asks of a site: the round, the domain no site trains on, the adapter (none in a hello)."""
+    """What a message asks of a site: the round, the domain no site trains on, the adapter.
+
+    A hello comes without an adapter, and tells the names of the classes instead.
+    """
 
     round: int
     holdout: str
+    class_names: tuple[str, ...]
     state: ArrayRecord | None
 
 
-def write_task(holdout: str) -> ConfigRecord:
+def write_task(holdout: str, class_names: Sequence[str] = ()) -> ConfigRecord:
     """The part of a message that is the same for all; Flower's strategies add `server-round`."""
-    return ConfigRecord({"holdout": holdout})
+    return ConfigRecord({"holdout": holdout, "classes": list(class_names)})
 
 
 def read_task(content: RecordDict) -> Task:
     config = content.config_records.get("config", ConfigRecord())
-    number, holdout = config.get("server-round", 0), config.get("holdout", "")
-    if type(number) is not int or type(holdout) is not str:
+    number, holdout, classes = config.get("server-round", 0), config.get("holdout", ""), config.get("classes", [])
+    if type(number) is not int or type(holdout) is not str or not isinstance(classes, list):
         raise ExchangeError("the server's message can't be understood: is its version of this package another one?")
-    return Task(number, holdout, content.array_records.get("arrays"))
+    return Task(number, holdout, tuple(map(str, classes)), content.array_records.get("arrays"))
 
 
 # Adapters

@@ -97,9 +97,13 @@ def open_features(settings: Settings, *, store: Path | None = None, progress: bo
     )
 
 
-def open_run(given: Mapping[str, Any]) -> tuple[Settings, Features, str | None]:
-    """The settings of a run, its features and the held-out domain; one `UserError` tells everything that is wrong."""
-    settings, problems = Settings.read(given)
+def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -> tuple[Settings, Features, str | None]:
+    """The settings of a run, its features and the held-out domain.
+
+    One `UserError` tells everything that is wrong, beginning with the problems that are `known`.
+    """
+    settings, found = Settings.read(given)
+    problems = {**(known or {}), **found}
     features = holdout = None
 
     def check(key: str, *needs: str, look: Callable[[], T]) -> T | None:

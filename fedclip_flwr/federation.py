@@ -97,17 +97,19 @@ class Nodes:
         *,
         holdout: str | None,
         package: str,
-        classes: int,
+        classes: Sequence[str],
         timeout: float,
         say: Callable[[str], None],
     ) -> None:
         self.config = exchange.write_task(holdout or "")
+        self._greeting = RecordDict({"config": exchange.write_task(holdout or "", classes)})
         self.hellos: dict[str, Hello] = {}
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
         self.traffic = Traffic()
         self.answers = 0  # in rounds of training, from all sites
-        self._grid, self._package, self._classes, self._timeout, self._say = grid, package, classes, timeout, say
+        self._grid, self._package, self._classes = grid, package, len(classes)
+        self._timeout, self._say = timeout, say
         self._greeted: set[int] = set()
         self._hellos_under_way: dict[str, int] = {}
         self._last_failed: set[str] = set()
@@ -116,23 +118,24 @@ class Nodes:
         """Meets whoever is there, until so many sites take part and every hello is answered."""
         wait = _Wait(self._timeout)
         while self.meet() or self._hellos_under_way or len(self.hellos) < count:
-            if wait.over:
-                break
+            if wait.over or (simulated(self._grid) and self._greeted and not self._hellos_under_way):
+                break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
-                self._say(f"waiting for sites: {len(self._greeted)} connected, {len(self.hellos)} ready")
+                self._say(f"waiting for sites: {len(self.hellos)} of {len(self._greeted)} are ready")
             wait.a_moment()
         if len(self.hellos) < count:
             why = "; ".join(f"{f.site}: {f.why}" for f in self.failures[:3])
             raise UserError(
-                f"{len(self.hellos)} sites take part after {wait.seconds:.0f} s, min-sites = {count} are needed"
+                f"sites that take part after {wait.seconds:.0f} s: {len(self.hellos)}, min-sites = {count} are needed"
                 + (f" ({why})" if why else ": is a SuperNode running for each?")
             )
 
     def meet(self, number: int = 0) -> bool:
         """Greets nodes not met yet and takes in those that have answered; whether anyone is new."""
-        content = RecordDict({"config": self.config})
         new = self._push(
-            Message(content, node, MessageType.QUERY) for node in self._grid.get_node_ids() if node not in self._greeted
+            Message(self._greeting, node, MessageType.QUERY)
+            for node in self._grid.get_node_ids()
+            if node not in self._greeted
         )
         self._greeted |= set(new.values())
         self._hellos_under_way |= new
@@ -344,8 +347,8 @@ def federate(
         nodes.answers += len(replies)
         if len(reports) < settings.min_sites:
             raise UserError(
-                f"round {number}: {len(reports)} sites gave an answer that can be used, min-sites = "
-                f"{settings.min_sites} are needed; the last complete round is {number - 1}"
+                f"round {number}: answers that can be used: {len(reports)}, min-sites = {settings.min_sites} are "
+                f"needed; the last complete round is {number - 1}"
             )
         if averaged is None:
             raise UserError("no site has an example to learn from: use more data or fewer sites")

@@ -24,29 +24,28 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_flwr import content
-from fedclip_flwr.config import Settings, unusable
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_run
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""
-CHATTER = re.compile(r"^Successfully installed |^\S*/ray/\S* FutureWarning: |^  warnings\.warn\($")
-"""What Flower and Ray print that no user can use."""
 
 
 def run(nodes: int, given: Sequence[str]) -> int:
     """Runs the federation and shows what it shows; 0 only if the run was completed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the SuperLink is stopped
     app = app_folder()
     defaults = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    settings = read_settings(given)
-    open_run({**defaults, **settings})  # what is wrong is told here, before anything is started
-    with tempfile.TemporaryDirectory(prefix="fedclip-") as folder, _superlink(Path(folder)) as env:
+    settings, problems = read_settings(given)
+    open_run({**defaults, **settings}, problems)  # what is wrong is told here, before anything is started
+    with tempfile.TemporaryDirectory(prefix="fedclip-") as folder, superlink(Path(folder)) as env:
         overrides = Path(folder) / "settings.toml"
         overrides.write_text("".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items()))
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
         options = ["--run-config", str(overrides), "--federation-config", federation, "--stream"]
         number = _show(["flwr", "run", str(app), CONNECTION, *options], env)
-        status = _status(number, env) if number else "not started"
+        status = status_of(number, env) if number else "not started"
     if status != "finished:completed":
         print(f"The run did not complete: {status}.", file=sys.stderr)
         return 1
@@ -63,13 +62,15 @@ def app_folder() -> Path:
     return packed if packed.is_dir() else content.PACKAGE.parent
 
 
-def read_settings(given: Sequence[str]) -> dict[str, Any]:
-    """Settings from `key=value`, with absolute paths."""
-    fields, settings, problems = Settings.keys(), {}, []
+def read_settings(given: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings from `key=value`, with absolute paths; and what is wrong with texts that are nothing of the kind."""
+    fields = Settings.keys()
+    settings: dict[str, Any] = {}
+    problems: dict[str, str] = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
-            problems.append(f"{text}: expected key=value")
+            problems[text] = f"{text}: expected key=value"
             continue
         kind = type(fields[key].default) if key in fields else str
         try:
@@ -78,9 +79,7 @@ def read_settings(given: Sequence[str]) -> dict[str, Any]:
             settings[key] = value  # the settings' own check says what was expected
         if kind is str:
             settings[key] = _absolute(key, value)
-    if problems:
-        raise unusable(problems)
-    return settings
+    return settings, problems
 
 
 def _value(text: str, kind: type) -> Any:
@@ -98,7 +97,7 @@ def _absolute(key: str, value: str) -> str:
 
 
 @contextlib.contextmanager
-def _superlink(folder: Path) -> Iterator[dict[str, str]]:
+def superlink(folder: Path) -> Iterator[dict[str, str]]:
     """A SuperLink that runs meanwhile; the environment in which Flower's commands find it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -123,13 +122,13 @@ def _superlink(folder: Path) -> Iterator[dict[str, str]]:
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
     try:
-        _wait_for(port, process, log)
+        wait_for(port, process, log)
         yield env
     finally:
-        _stop(process)
+        stop(process)
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     """Until the SuperLink takes connections."""
     deadline = time.monotonic() + 60
     while True:
@@ -141,7 +140,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.05)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends the SuperLink and all that it started."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -154,21 +153,25 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _show(command: list[str], env: Mapping[str, str]) -> str | None:
     """Runs `flwr run --stream` and passes on what the app says; the run's number, if one was started."""
     number, shown = None, 0.0
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
+    try:
         assert process.stdout is not None
         for line in io.TextIOWrapper(process.stdout, "utf-8", "replace", newline=""):  # a line may end with \r
             if started := re.search(r"Successfully started run (\d+)", line):
                 number = started[1]
-            elif not CHATTER.search(line):
+            elif not line.startswith("Successfully installed "):  # the bundle: no user can use that
                 if line.endswith("\r") and not sys.stdout.isatty():  # a progress bar into a file: now and then
                     if time.monotonic() < shown + 10:
                         continue
                     line, shown = line[:-1] + "\n", time.monotonic()
                 print(line, end="", flush=True)
+    finally:
+        process.terminate()
+        process.wait()
     return number
 
 
-def _status(number: str, env: Mapping[str, str]) -> str:
+def status_of(number: str, env: Mapping[str, str]) -> str:
     """The run's status as the SuperLink tells it."""
     command = ["flwr", "list", CONNECTION, "--run-id", number, "--format", "json"]
     answer = subprocess.run(command, env=env, capture_output=True, text=True)

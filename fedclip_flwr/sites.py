@@ -67,8 +67,18 @@ class Desk:
 
     settings: Settings
     site: Site
+    class_names: tuple[str, ...]
     classes: Classes
     device: torch.device
+
+    def require(self, class_names: tuple[str, ...]) -> None:
+        """Raises unless these are the classes here: else their numbers would mean other things."""
+        if class_names != self.class_names:
+            extra = ", ".join(sorted({*self.class_names} - {*class_names}))
+            missing = ", ".join(sorted({*class_names} - {*self.class_names}))
+            parts = [f"has also {extra}"] * bool(extra) + [f"lacks {missing}"] * bool(missing)
+            how = " and ".join(parts) or "has them in another order"
+            raise UserError(f"this site's classes are not the server's: it {how}")
 
 
 def open_desk(
@@ -105,7 +115,7 @@ def _desk(
         site = simulated_site(features, holdout or None, number, sites, settings.seed, device)
     else:
         site = _whole(features, holdout, str(node.get("site", "")), settings.seed, device)
-    return Desk(settings, site, features.classes.ready(device), device)
+    return Desk(settings, site, features.class_names, features.classes.ready(device), device)
 
 
 def _whole(features: Features, holdout: str, name: str, seed: int, device: torch.device) -> Site:

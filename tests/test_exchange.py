@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedclip_flwr import exchange
+from fedclip_flwr.adapters import ADAPTERS, make_adapter, tensor_names
+from fedclip_flwr.exchange import ExchangeError, Hello, Report
+from fedclip_flwr.learning import Score
+
+LIKE = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
+GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([0.1, -2.0, 3e-30])}
+HELLO = Hello("north", "train", "photo", 6, 2, 2, [0, 2], "0123")
+REPORT = Report(6, Score(2, 1, 0.5), Score(3, 0, 4.25))
+
+
+def arrays(**changes: Any) -> ArrayRecord:
+    """The good adapter with some of its arrays replaced (None: left out)."""
+    whole = {**exchange.write_adapter(GOOD), **changes}
+    return ArrayRecord({name: array for name, array in whole.items() if array is not None})
+
+
+def test_an_adapter_comes_back_to_the_bit() -> None:
+    back = exchange.read_adapter(exchange.write_adapter(GOOD), LIKE)
+    assert all(torch.equal(back[name], GOOD[name]) and back[name].dtype == torch.float32 for name in GOOD)
+
+
+def saved(values: object, **kind: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, **kind)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+B = np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"b": None}, "lacks b"),
+        ({"c": Array(B)}, "more than its tensors: c"),
+        ({"b": Array(np.zeros(4, np.float32))}, r"b is float32\[4\], expected float32\[3\]"),
+        ({"b": Array(np.zeros((3, 1), np.float32))}, r"float32\[3, 1\]"),
+        ({"b": Array(np.zeros(3))}, r"b is float64\[3\], expected float32\[3\]"),
+        ({"b": Array(np.array([0, np.nan, 0], np.float32))}, "b has numbers that are not finite"),
+        ({"b": Array(np.array([0, -np.inf, 0], np.float32))}, "not finite"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", saved(np.zeros(4, np.float32)))}, "not what it claims"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", saved(np.zeros(3)))}, "not what it claims"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", b"\x93NUMPY")}, "can't be unpacked"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", b"")}, "can't be unpacked"),
+        ({"b": Array("float32", (3,), "pickle", saved(B))}, "can't be unpacked"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", saved(B) + bytes(5000))}, "comes with 5,1"),
+        (
+            {"b": Array("float32", (3,), "numpy.ndarray", saved(np.array([{}], object), allow_pickle=True))},
+            "can't be unpacked",
+        ),
+    ],
+)
+def test_an_adapter_that_is_not_as_expected_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ExchangeError, match=told):
+        exchange.read_adapter(arrays(**changes), LIKE)
+
+
+def test_a_name_of_a_million_letters_makes_no_line_of_a_million_letters() -> None:
+    with pytest.raises(ExchangeError) as error:
+        exchange.read_adapter(arrays(**{"x" * 1_000_000 + "\n": Array(B)}), LIKE)
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+
+
+def test_a_hello_comes_back() -> None:
+    assert exchange.read_hello(exchange.write_hello(HELLO)) == HELLO
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"site": ""},
+        {"site": "two\nlines"},
+        {"site": "x" * 65},
+        {"site": 3},
+        {"train": -1},
+        {"test": 1.5},
+        {"validation": True},
+        {"classes": [0.5]},
+        {"classes": 3},
+        {"package": 7},
+        {"more": 1},
+    ],
+)
+def test_a_hello_that_is_not_as_expected_is_refused(changes: dict[str, Any]) -> None:
+    content = exchange.write_hello(HELLO)
+    content.config_records["hello"].update(changes)
+    with pytest.raises(ExchangeError, match="hello"):
+        exchange.read_hello(content)
+
+
+def test_an_answer_comes_back() -> None:
+    answer = exchange.read_answer(exchange.write_answer(REPORT, GOOD), LIKE)
+    assert answer.report == REPORT
+    assert torch.equal(answer.state["a"], GOOD["a"])
+    assert exchange.read_answer(exchange.write_answer(REPORT)) == (REPORT, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("num-examples", -1, "num-examples"),
+        ("num-examples", 2.0, "num-examples"),
+        ("validation-correct", 10, "10 of 2"),
+        ("validation-correct", -1, "-1 of 2"),
+        ("validation-correct", 0.5, "validation"),
+        ("test-examples", [3], "test"),
+        ("test-loss", float("nan"), "loss"),
+        ("test-loss", -1.0, "loss"),
+        ("more", 1, "not those that were asked for"),
+    ],
+)
+def test_a_report_that_is_not_as_expected_is_refused(key: str, value: Any, told: str) -> None:
+    content = exchange.write_answer(REPORT)
+    content.metric_records["metrics"][key] = value
+    with pytest.raises(ExchangeError, match=told):
+        exchange.read_answer(content)
+
+
+def test_records_that_nobody_asked_for_are_refused() -> None:
+    content = exchange.write_answer(REPORT, GOOD)
+    with pytest.raises(ExchangeError, match="not asked for"):
+        exchange.read_answer(content)
+    content["images"] = ArrayRecord()
+    with pytest.raises(ExchangeError, match="more than it should: images"):
+        exchange.read_answer(content, LIKE)
+
+
+def test_an_answer_without_an_adapter_is_refused_where_one_is_needed() -> None:
+    with pytest.raises(ExchangeError, match="lacks a, b"):
+        exchange.read_answer(exchange.write_answer(REPORT), LIKE)
+
+
+def test_a_task_comes_back_and_nonsense_is_refused() -> None:
+    config = exchange.write_task("sketch", ["cat", "dog"])
+    config["server-round"] = 3
+    state = exchange.write_adapter(GOOD)
+    assert exchange.read_task(RecordDict({"config": config, "arrays": state})) == (3, "sketch", ("cat", "dog"), state)
+    config["holdout"] = 3
+    with pytest.raises(ExchangeError, match="can't be understood"):
+        exchange.read_task(RecordDict({"config": config}))
+
+
+def test_the_list_of_what_may_leave_a_site() -> None:
+    """Written out once more by hand: whoever adds to it has to want it twice."""
+    assert exchange.may_leave(tensor_names("attention")) == {
+        "arrays": {"inner.weight", "inner.bias", "outer.weight", "outer.bias"},
+        "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package"},
+        "metrics": {
+            "num-examples",
+            "validation-examples",
+            "validation-correct",
+            "validation-loss",
+            "test-examples",
+            "test-correct",
+            "test-loss",
+        },
+    }
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_what_a_site_writes_may_leave_it(kind: str) -> None:
+    adapter = make_adapter(kind, 4)
+    exchange.check_outgoing(exchange.write_answer(REPORT, adapter.state_dict()), tensor_names(kind))
+    exchange.check_outgoing(exchange.write_hello(HELLO), tensor_names(kind))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"images": ArrayRecord({"a": Array(B)})},
+        {"arrays": ArrayRecord({"features": Array(B)})},
+        {"metrics": MetricRecord({"labels": [1, 2]})},
+        {"hello": ConfigRecord({"path": "/data"})},
+    ],
+)
+def test_nothing_else_may_leave_it(more: dict[str, Any]) -> None:
+    with pytest.raises(ExchangeError, match="must not leave"):
+        exchange.check_outgoing(RecordDict({**exchange.write_answer(REPORT, GOOD), **more}), LIKE)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a\n  b\tc\x1b[31m", "a b c [31m"), ("ü – 数", "ü – 数"), ("x" * 400, "x" * 299 + "…")],
+)
+def test_one_line(text: str, line: str) -> None:
+    assert exchange.one_line(text) == line
+
+
+def test_the_size_of_a_message_is_that_of_its_tensors_and_little_more() -> None:
+    state = make_adapter("attention", 64).state_dict()
+    message = Message(RecordDict({"arrays": exchange.write_adapter(state)}), 1, "train")
+    assert 4 * 8320 < exchange.size(message) < 4 * 8320 + 1500

@@ -1,0 +1,296 @@
+"""The loop over rounds, on a grid in memory whose sites do as they are told. Real grids: tests/test_running.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import torch
+from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.common.typing import Run
+from flwr.serverapp import Grid
+
+from fedclip_flwr import exchange
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.exchange import Hello, Report, State
+from fedclip_flwr.federation import Line, Nodes, Outcome, federate
+from fedclip_flwr.learning import Score
+from fedclip_flwr.strategy import AdapterFedAvg
+
+START = {"w": torch.zeros(1)}
+Answer = Callable[[Message], Message | None]
+
+
+class FakeGrid(Grid):
+    """Nodes answer as soon as they are asked; None is no answer."""
+
+    def __init__(self, nodes: dict[int, Answer]) -> None:
+        self.nodes = nodes
+        self.asked: list[tuple[int, str]] = []
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            self.asked.append((message.metadata.dst_node_id, message.metadata.message_type))
+            if reply := self.nodes[message.metadata.dst_node_id](message):
+                self._replies[message.metadata.message_id] = reply
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise AssertionError("not used")
+
+    def set_run(self, run: Run) -> None:
+        raise AssertionError("not used")
+
+    @property
+    def run(self) -> Run:
+        raise AssertionError("not used")
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise AssertionError("not used")
+
+
+class Site:
+    """Adds `step` to the adapter when it trains; its validation accuracy is a table by the adapter's value."""
+
+    def __init__(self, name: str, step: float = 1.0, correct: dict[float, int] | None = None, **hello: Any) -> None:
+        self.hello = Hello(**{**HELLO, "site": name, **hello})
+        self.step, self.correct = step, correct or {}
+        self.trained_in: list[int] = []
+
+    def __call__(self, message: Message) -> Message | None:
+        task = exchange.read_task(message.content)
+        if message.metadata.message_type == MessageType.QUERY:
+            return Message(exchange.write_hello(self.hello), reply_to=message)
+        assert task.state is not None
+        state = exchange.read_adapter(task.state, START)
+        value = float(state["w"])
+        report = Report(6, Score(10, self.correct.get(value, 5), 5.0), Score(10, min(int(value), 10), 5.0))
+        if message.metadata.message_type == MessageType.EVALUATE:
+            return Message(exchange.write_answer(report), reply_to=message)
+        self.trained_in.append(task.round)
+        return Message(exchange.write_answer(report, {"w": state["w"] + self.step}), reply_to=message)
+
+
+HELLO: dict[str, Any] = {
+    "role": "train",
+    "domain": "d",
+    "train": 6,
+    "validation": 10,
+    "test": 10,
+    "classes": [0, 1],
+    "package": "same",
+}
+
+
+class Told:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.best: list[int] = []
+        self.completed: list[tuple[int, float]] = []
+
+    def line(self, line: Line) -> None:
+        self.lines.append(line)
+
+    def selected(self, number: int, state: State) -> None:
+        self.best.append(number)
+
+    def complete(self, number: int, state: State) -> None:
+        self.completed.append((number, float(state["w"])))
+
+
+class Running:
+    """A federation over these nodes, and all that it said."""
+
+    def __init__(self, nodes: dict[int, Answer], **settings: Any) -> None:
+        self.settings = Settings(**{"num_server_rounds": 3, "round_timeout": 0.2, **settings})
+        self.grid, self.said, self.told = FakeGrid(nodes), list[str](), Told()
+        self.nodes = Nodes(
+            self.grid,
+            holdout="x",
+            package="same",
+            classes=("yes", "no"),
+            timeout=self.settings.round_timeout,
+            say=self.said.append,
+        )
+
+    def run(self) -> Outcome:
+        self.nodes.wait_for(self.settings.min_sites)
+        strategy = AdapterFedAvg(START, names=self.nodes.names)
+        return federate(self.nodes, strategy, self.settings, START, lambda s: float(s["w"]) / 100, self.told)
+
+
+def test_three_rounds_by_hand() -> None:
+    north, south = Site("north", 1.0, {0.0: 1, 2.0: 9, 4.0: 7}), Site("south", 3.0, {0.0: 3, 2.0: 6, 4.0: 8})
+    running = Running({5: south, 9: north})
+    outcome = running.run()
+    # each round adds the mean of 1 and 3
+    assert running.told.completed == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    assert [line.round for line in running.told.lines] == [0, 1, 2, 3]
+    assert [line.validation for line in running.told.lines] == [0.2, 0.75, 0.75, 0.5]
+    assert [line.seen for line in running.told.lines] == [0.0, 0.2, 0.4, 0.6]
+    assert [line.unseen for line in running.told.lines] == [0.0, 0.02, 0.04, 0.06]
+    assert [line.loss for line in running.told.lines] == [0.5] * 4
+    assert running.told.best == [0, 1]  # the earliest of the two best
+    assert outcome.adapted.round == 1
+    assert float(outcome.state["w"]) == 2.0
+    assert {site: report.test.accuracy for site, report in outcome.adapted.reports.items()} == {
+        "north": 0.2,
+        "south": 0.2,
+    }
+    assert outcome.zero_shot.round == 0
+    # one hello each, one exchange a round, one closing evaluation
+    for node in (5, 9):
+        assert [kind for n, kind in running.grid.asked if n == node] == ["query", "train", "train", "train", "evaluate"]
+    assert north.trained_in == [1, 2, 3]
+    assert not running.nodes.failures
+
+
+def test_bytes_are_counted_there_and_back_and_a_line_tells_those_of_its_round() -> None:
+    running = Running({5: Site("north"), 9: Site("south")})
+    running.run()
+    traffic = running.nodes.traffic
+    assert traffic.down > 0 < traffic.up
+    counted = sum(line.bytes for line in running.told.lines)
+    assert running.told.lines[0].bytes < running.told.lines[1].bytes == running.told.lines[2].bytes
+    assert counted < traffic.both < counted * 2  # the closing evaluation belongs to no round
+
+
+def test_a_late_site_is_taken_in_and_its_zero_shot_asked_for_at_the_end() -> None:
+    late, early = Site("late"), Site("early")
+    running = Running({5: early})
+
+    def first(message: Message) -> Message | None:
+        if message.metadata.message_type == MessageType.TRAIN:
+            running.grid.nodes[7] = late
+        return early(message)
+
+    running.grid.nodes[5] = first
+    outcome = running.run()
+    assert late.trained_in == [2, 3]
+    assert [len(line.reports) for line in running.told.lines] == [1, 2, 2, 2]
+    assert set(outcome.zero_shot.reports) == {"early", "late"}
+    assert outcome.zero_shot.reports["late"].test.accuracy == 0.0
+
+
+def test_a_site_with_other_code_is_refused_by_name_and_never_asked_again() -> None:
+    stale = Site("stale", package="older")
+    running = Running({5: Site("north"), 9: stale})
+    running.run()
+    assert [kind for node, kind in running.grid.asked if node == 9] == ["query"]
+    (failure,) = running.nodes.failures
+    assert failure.round == 0
+    assert failure.site.startswith("stale")
+    assert "install the same version" in failure.why
+    assert len([line for line in running.said if "stale" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (Site("north"), "there is a site of that name already"),
+        (Site("south", classes=[0, 2]), "other classes"),
+        (lambda m: Message(Error(2, "no such\nfolder"), reply_to=m), "no such folder"),
+        (lambda m: Message(RecordDict(), reply_to=m), "hello can't be understood"),
+    ],
+)
+def test_a_hello_that_will_not_do_is_named_and_the_others_go_on(other: Answer, told: str) -> None:
+    running = Running({5: Site("north"), 9: other})
+    running.run()
+    assert [told in failure.why for failure in running.nodes.failures] == [True]
+    assert running.told.lines[-1].round == 3
+
+
+def test_a_site_that_does_not_answer_in_time_is_left_behind_and_named() -> None:
+    slow = Site("slow")
+    running = Running(
+        {5: Site("north"), 9: lambda m: slow(m) if m.metadata.message_type == MessageType.QUERY else None}
+    )
+    running.run()
+    assert [(f.round, f.site, f.why) for f in running.nodes.failures] == [
+        (number, "slow", "no answer within 0.2 s") for number in (1, 2, 3)
+    ]
+    assert [line for line in running.said if "left out" in line] == [
+        "round 1: slow is left out: no answer within 0.2 s"
+    ]
+    assert ("evaluate" in {kind for node, kind in running.grid.asked if node == 9}) is False
+
+
+def test_a_site_that_fails_once_takes_part_again() -> None:
+    north, south = Site("north"), Site("south", 3.0)
+
+    def once(message: Message) -> Message | None:
+        if message.metadata.message_type == MessageType.TRAIN and not south.trained_in:
+            south.trained_in.append(1)
+            return Message(Error(2, "out of memory"), reply_to=message)
+        return south(message)
+
+    running = Running({5: north, 9: once})
+    outcome = running.run()
+    assert running.told.completed == [(1, 1.0), (2, 3.0), (3, 5.0)]
+    assert [(f.round, f.site, f.why) for f in running.nodes.failures] == [(1, "south", "out of memory")]
+    assert set(outcome.zero_shot.reports) == {"north", "south"}
+
+
+def test_a_site_that_answers_in_anothers_name_is_left_out() -> None:
+    north, south = Site("north"), Site("south", 100.0)
+
+    def liar(message: Message) -> Message | None:
+        reply = south(message)
+        if reply and message.metadata.message_type == MessageType.TRAIN:
+            reply.metadata.__dict__["_src_node_id"] = 5
+        return reply
+
+    running = Running({5: north, 9: liar})
+    running.run()
+    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert {f.why for f in running.nodes.failures} == {"it answered in another node's name"}
+
+
+def test_too_few_sites_end_the_run_in_words() -> None:
+    with pytest.raises(UserError, match=r": 1, min-sites = 2"):
+        Running({5: Site("north")}, min_sites=2).run()
+
+
+def test_too_few_answers_end_the_run_in_words() -> None:
+    def broken(message: Message) -> Message | None:
+        if message.metadata.message_type == MessageType.QUERY:
+            return Site("south")(message)
+        return Message(Error(2, "x"), reply_to=message)
+
+    with pytest.raises(UserError, match=r"round 1: .*: 1, min-sites = 2"):
+        Running({5: Site("north"), 9: broken}, min_sites=2).run()
+
+
+def test_the_sites_of_a_round_follow_from_seed_and_names_not_from_node_ids() -> None:
+    def trained(nodes: list[int], seed: int = 0) -> dict[str, list[int]]:
+        sites = {name: Site(name) for name in "abcdef"}
+        Running(dict(zip(nodes, sites.values(), strict=True)), fraction_train=0.5, num_server_rounds=8, seed=seed).run()
+        return {name: site.trained_in for name, site in sites.items()}
+
+    first = trained([1, 2, 3, 4, 5, 6])
+    assert first == trained([62, 5, 44, 3, 21, 10])
+    assert first != trained([1, 2, 3, 4, 5, 6], seed=1)
+    assert sum(map(len, first.values())) == 8 * 3
+    assert len(set(map(tuple, first.values()))) > 1
+
+
+def test_with_a_fraction_of_the_sites_the_closing_reports_are_of_all() -> None:
+    sites: dict[int, Answer] = {n: Site(f"site-{n}") for n in range(4)}
+    running = Running(sites, fraction_train=0.5)
+    outcome = running.run()
+    assert [len(line.reports) for line in running.told.lines] == [2, 2, 2, 4]
+    assert len(outcome.zero_shot.reports) == len(outcome.adapted.reports) == 4

@@ -1,0 +1,300 @@
+"""The real thing: `fedclip run` and `flwr run` over Ray, and a SuperLink with SuperNodes over gRPC."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedclip_flwr import content, runs, simulation
+from fedclip_flwr.adapters import tensor_names
+from fedclip_flwr.data.drawn import picture
+from fedclip_flwr.exchange import may_leave
+from fedclip_flwr.features import Features
+from fedclip_flwr.inprocess import Result, federate, make_sites
+
+PROJECT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+ROUNDS = 2
+
+
+def fedclip(*words: str, cwd: Path = PROJECT, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "fedclip"), *words]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def run_folder(results: Path) -> Path:
+    return (results / "latest").resolve()
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def completed(nodes: int, results: Path, *settings: str, **where: Any) -> Path:
+    """The folder of a run that was completed."""
+    given = [f"num-server-rounds={ROUNDS}", f"results-dir={results}", *settings]
+    done = fedclip("run", "--nodes", str(nodes), *given, **where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_folder(results)
+
+
+def in_one_process(features: Features, nodes: int) -> Result:
+    sites, unseen = make_sites(features, sites=nodes)
+    return federate(sites, features.classes, unseen, rounds=ROUNDS)
+
+
+def assert_same_result(folder: Path, truth: Result) -> None:
+    """The run came to what the one-process federation comes to."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [line.round for line in truth.lines]
+    for line, expected in zip(lines, truth.lines, strict=True):
+        assert line["seen"] == pytest.approx(expected.seen, abs=0.004)  # one image more or less may be right
+        assert line["val"] == pytest.approx(expected.validation, abs=0.004)
+        assert line["unseen"] == pytest.approx(expected.unseen, abs=0.002)
+    last = truth.lines[-1]
+    assert last.round == ROUNDS
+    state = load_file(folder / "adapter.safetensors")
+    assert read(folder, "adapter.json")["round"] == truth.selected.round
+    for name, tensor in truth.adapter.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 40])
+def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_path: Path, drawn: Features) -> None:
+    folder = completed(nodes, tmp_path)
+    assert_same_result(folder, in_one_process(drawn, nodes))
+    assert len(read(folder, "summary.json")["adapted"]["sites"]) == nodes
+
+
+def test_the_same_seed_gives_the_same_adapter_to_the_bit(tmp_path: Path, drawn: Features) -> None:
+    first, again = completed(3, tmp_path / "a"), completed(3, tmp_path / "b")
+    for name in ("adapter.safetensors", "checkpoint/adapter.safetensors"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+    assert_same_result(first, in_one_process(drawn, 3))
+
+
+def test_a_run_folder_is_as_the_contract_says(tmp_path: Path) -> None:
+    folder = completed(2, tmp_path, "adapter=gate", "adapter-rank=3", "seed=5", "holdout=", "site-weights=examples")
+    assert {f.name for f in folder.iterdir()} == {
+        "settings.json",
+        "metrics.jsonl",
+        "adapter.safetensors",
+        "adapter.json",
+        "checkpoint",
+        "summary.json",
+    }
+    settings = read(folder, "settings.json")
+    assert (settings["adapter"], settings["seed"], settings["results-dir"]) == ("gate", 5, str(tmp_path))
+    assert settings["package"] == content.of_package(tmp_path)
+    assert {"fedclip-flwr", "flwr", "torch"} <= settings["versions"].keys()
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line.keys() == {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
+    assert line["unseen"] is None
+    summary = read(folder, "summary.json")
+    assert summary["status"] == "completed"
+    assert summary["failures"] == []
+    assert summary["adapted"]["sites"].keys() == {"art-0", "cartoon-0"}
+    assert summary["adapted"]["unseen"] is None
+    assert summary["adapted"]["personal"] is None
+    traffic = summary["traffic"]
+    assert traffic["full_model_bytes"] == 2 * 4 * 1_357_697
+    assert traffic["per_site_round_bytes"] == (traffic["down_bytes"] + traffic["up_bytes"]) / (2 * ROUNDS)
+    assert traffic["times_less"] == pytest.approx(traffic["full_model_bytes"] / traffic["per_site_round_bytes"])
+    adapter, facts = runs.load_adapter(folder)
+    assert (facts["kind"], facts["rank"], facts["dim"], facts["model"]) == ("gate", 3, 128, "bundled")
+    assert facts["prompts"][0] == "a picture of a bird"
+    assert adapter(torch.eye(2, 128)).shape == (2, 128)
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a SuperLink that simulates."""
+    with simulation.superlink(tmp_path_factory.mktemp("flower")) as env:
+        yield env
+
+
+def flwr_run(env: dict[str, str], *options: str) -> tuple[str, str]:
+    """What a plain `flwr run . --stream` prints, and the run's status."""
+    command = ["flwr", "run", str(PROJECT), simulation.CONNECTION, "--stream", *options]
+    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    number = printed.split("Successfully started run ")[1].split()[0]
+    return printed, simulation.status_of(number, env)
+
+
+def test_a_bare_flwr_run_simulates_ten_sites(flower: dict[str, str], tmp_path: Path, drawn: Features) -> None:
+    printed, status = flwr_run(flower, "--run-config", f"num-server-rounds={ROUNDS} results-dir='{tmp_path}'")
+    assert status == "finished:completed"
+    assert_same_result(run_folder(tmp_path), in_one_process(drawn, 10))
+    for told in ("10 sites", "33,024 numbers in 4 tensors, 2.43 % of the model's 1,357,697", "zero-shot", "gain"):
+        assert told in printed
+    assert printed.rstrip().endswith(f"Run folder: {run_folder(tmp_path)}")
+    for chatter in ("aggregate_train", "ClientAppActor", "FutureWarning", "Traceback"):
+        assert chatter not in printed
+
+
+def test_wrong_settings_end_a_flwr_run_as_failed_with_one_message(flower: dict[str, str], tmp_path: Path) -> None:
+    wrong = f"adapter='attn' learning-rate=-1 data='folder:{tmp_path}/none' results-dir='somewhere'"
+    printed, status = flwr_run(flower, "--run-config", wrong)
+    assert status == "finished:failed"
+    assert "4 of the settings can't be used" in printed
+    for told in ("attention, gate, scale", "at least 0", "no such folder", f"{os.sep}somewhere"):
+        assert told in printed
+    assert "Traceback" not in printed
+    assert "zero-shot" not in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            ["adapter=attn", "learning-rate=-1", "epochs", "seed=x"],
+            ["attention, gate", "at least 0", "key=value", "seed"],
+        ),
+        (["holdout=moon"], ["no such domain; the data has art, cartoon, photo, sketch"]),
+        (["data=folder:/there/is/none"], ["no such folder"]),
+        (["personalize=maybe"], ["true or false"]),
+    ],
+)
+def test_fedclip_run_tells_what_is_wrong_before_anything_starts(given: list[str], told: list[str]) -> None:
+    done = fedclip("run", *given)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 + len(told)
+    assert all(text in done.stderr for text in told)
+
+
+def test_fedclip_run_ends_with_an_error_when_the_run_fails(tmp_path: Path) -> None:
+    done = fedclip("run", "--nodes", "2", "min-sites=3", f"results-dir={tmp_path}")
+    assert done.returncode == 1
+    assert "This run can't go on." in done.stdout
+    assert "min-sites = 3" in done.stdout
+    assert "finished:failed" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert read(run_folder(tmp_path), "summary.json")["status"] == "failed"
+    assert "min-sites" in read(run_folder(tmp_path), "summary.json")["why"]
+
+
+def test_a_folder_of_images_with_a_relative_path(tree: Path, tmp_path: Path) -> None:
+    folder = completed(3, tmp_path / "results", "data=folder:tree", cwd=tree.parent)
+    assert read(folder, "settings.json")["data"] == f"folder:{tree}"
+    assert read(folder, "summary.json")["adapted"]["sites"].keys() == {"cartoon-0", "cartoon-1", "cartoon-2"}
+
+
+def spoiled(tmp_path: Path, spoil: str) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of eight sites, five of which go wrong, and all that the sites sent."""
+    app, sent = tmp_path / "app", tmp_path / f"sent-{spoil}"
+    app.mkdir(exist_ok=True)
+    sent.mkdir()
+    shutil.copy(PROJECT / "server_app.py", app)
+    shutil.copy(PROJECT / "client_app.py", app / "honest.py")
+    shutil.copy(PROJECT / "tests" / "apps" / "spoiling.py", app / "client_app.py")
+    described = (PROJECT / "pyproject.toml").read_text()
+    (app / "README.md").touch()
+    (app / "pyproject.toml").write_text(described.replace('"client_app.py"]', '"client_app.py", "honest.py"]'))
+    folder = completed(8, tmp_path / f"results-{spoil}", cwd=app, SPOIL=spoil, SENT=str(sent))
+    return folder, [json.loads(file.read_text()) for file in sent.iterdir()]
+
+
+def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
+    without, _ = spoiled(tmp_path, "away")
+    folder, sent = spoiled(tmp_path, "spoil")
+    assert (folder / "adapter.safetensors").read_bytes() == (without / "adapter.safetensors").read_bytes()
+    assert (folder / "metrics.jsonl").read_text().count('"sites": 3') == ROUNDS + 1
+    failures = read(folder, "summary.json")["failures"]
+    whys = {failure["site"]: failure["why"] for failure in failures}
+    assert whys == {
+        "cartoon-0": "outer.bias has numbers that are not finite",
+        "photo-0": "inner.weight is float32[128, 127], expected float32[128, 128]",
+        "art-1": "RuntimeError: the disk is on fire and nobody is looking",
+        "cartoon-1": "the adapter has more than its tensors: images",
+        "photo-1": "validation: 750 of 150 examples are said to be right, expected a share of them",
+    }
+    assert len(failures) == 5 * ROUNDS
+
+    # and of the honest sites nothing has left but what may
+    honest = [line["content"] for line in sent if line["node"]["partition-id"] in (0, 6, 7)]
+    assert len(honest) == 3 * (1 + ROUNDS + 1)
+    allowed = may_leave(tensor_names("attention"))
+    assert all(set(record) <= allowed[name] for content in honest for name, record in content.items())
+    trained = [content for content in honest if "arrays" in content]
+    assert len(trained) == 3 * ROUNDS
+    assert all(
+        content["arrays"]
+        == {"inner.weight": [128, 128], "inner.bias": [128], "outer.weight": [128, 128], "outer.bias": [128]}
+        for content in trained
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextmanager
+def started(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is ended at the end, and whatever it started."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        yield process
+    finally:
+        simulation.stop(process)
+
+
+def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path) -> None:
+    """One site has a folder, one is told to take part of the server's data, one was not told where its data is."""
+    north = tmp_path / "north"
+    for figure in ("car", "cat", "fish"):
+        (north / "clinic" / figure).mkdir(parents=True)
+        for i in range(5):
+            picture(9, "photo", figure, i)[0].save(north / "clinic" / figure / f"{i}.png")
+    (tree / "cartoon" / "car" / "0.png").write_bytes(b"no picture")
+    apps, fleet, control, *own = free_ports(6)
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(tmp_path / "flwr")}
+    env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "flwr").mkdir()
+    (tmp_path / "flwr" / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
+    )
+    superlink = ["flower-superlink", "--insecure", "--serverappio-api-address", f"127.0.0.1:{apps}"]
+    superlink += ["--fleet-api-address", f"127.0.0.1:{fleet}", "--control-api-address", f"127.0.0.1:{control}"]
+    nodes = [
+        f"site='north' data='folder:{north}'",
+        f"site='south' data='folder:{tree}'",
+        "partition-id=0 num-partitions=1",
+    ]
+    with ExitStack() as stack:
+        process = stack.enter_context(started(superlink, env, tmp_path / "superlink.log"))
+        simulation.wait_for(control, process, tmp_path / "superlink.log")
+        for i, (node, port) in enumerate(zip(nodes, own, strict=True)):
+            command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{fleet}"]
+            command += ["--clientappio-api-address", f"127.0.0.1:{port}", "--node-config", node]
+            stack.enter_context(started(command, env, tmp_path / f"{i}.log"))
+        settings = f"data='folder:{tree}' num-server-rounds=2 min-sites=2 results-dir='{tmp_path}/results'"
+        command = ["flwr", "run", str(PROJECT), "here", "--stream", "--run-config", settings]
+        printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    summary = read(run_folder(tmp_path / "results"), "summary.json")
+    assert summary["status"] == "completed", printed
+    assert summary["adapted"]["sites"].keys() == {"north", "south"}
+    assert {failure["why"].split(":")[0] for failure in summary["failures"]} == {
+        "this site was not told where its data is"
+    }
+    assert summary["adapted"]["unseen"] is not None
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["north", "clinic", "9", "3", "3", "3"] in rows
+    assert ["south", "cartoon", "6", "2", "2", "3"] in rows  # one of its twelve can't be read, photo is held out

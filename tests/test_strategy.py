@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
+
+from fedclip_flwr.exchange import Report, write_answer
+from fedclip_flwr.learning import Score
+from fedclip_flwr.strategy import AdapterFedAvg
+
+LIKE = {"w": torch.zeros(2)}
+NAMES = {1: "c", 2: "a", 3: "b"}
+
+
+def reply(node: int, values: list[float], examples: int = 1, **changes: Any) -> Message:
+    """What a node answers to TRAIN; `changes` replace records of it."""
+    asked = Message(RecordDict(), node, MessageType.TRAIN)
+    report = Report(examples, Score(4, node, 1.0), Score(4, 0, 2.0))
+    content = RecordDict({**write_answer(report, {"w": torch.tensor(values)}), **changes})
+    return Message(content, reply_to=asked)
+
+
+def failed(node: int, why: str) -> Message:
+    return Message(Error(2, why), reply_to=Message(RecordDict(), node, MessageType.TRAIN))
+
+
+def strategy(**options: Any) -> AdapterFedAvg:
+    return AdapterFedAvg(LIKE, names=NAMES, **options)
+
+
+def mean(replies: list[Message], **options: Any) -> list[float]:
+    arrays, _ = strategy(**options).aggregate_train(1, replies)
+    assert arrays is not None
+    return list(map(float, arrays["w"].numpy()))
+
+
+def test_sites_count_the_same_or_by_their_examples() -> None:
+    replies = [reply(1, [1.0, 0.0], examples=30), reply(2, [5.0, 4.0], examples=10)]
+    assert mean(replies) == [3.0, 2.0]
+    assert mean(replies, weights="examples") == [2.0, 1.0]  # (30·1 + 10·5) / 40, (30·0 + 10·4) / 40
+
+
+def test_the_order_of_arrival_changes_no_bit() -> None:
+    generator = np.random.default_rng(0)
+    replies = [reply(node, generator.normal(size=2).tolist(), examples=node) for node in NAMES]
+    assert mean(replies, weights="examples") == mean(replies[::-1], weights="examples")
+
+
+def test_sums_are_made_in_double_precision() -> None:
+    # in float32, 1e8 + 1 is 1e8 again, and the mean would come out as 0
+    replies = [reply(2, [1e8, 0.0]), reply(3, [1.0, 0.0]), reply(1, [-1e8, 0.0])]
+    assert mean(replies)[0] == pytest.approx(1 / 3, rel=1e-6)
+
+
+BAD = {
+    "a tensor more": {"arrays": ArrayRecord({"w": Array(np.zeros(2, np.float32)), "x": Array(np.zeros(1))})},
+    "a wrong shape": {"arrays": ArrayRecord({"w": Array(np.zeros((2, 1), np.float32))})},
+    "a wrong type": {"arrays": ArrayRecord({"w": Array(np.zeros(2))})},
+    "not finite": {"arrays": ArrayRecord({"w": Array(np.array([1, np.nan], np.float32))})},
+    "a false claim": {"metrics": write_answer(Report(1, Score(4, 20, 1.0), Score(4, 0, 2.0)))["metrics"]},
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_reply_is_dropped_and_named_and_the_others_count(bad: str) -> None:
+    one = strategy()
+    arrays, _ = one.aggregate_train(1, [reply(1, [1.0, 1.0]), reply(2, [9.0, 9.0], **BAD[bad]), reply(3, [2.0, 2.0])])
+    assert arrays is not None
+    assert arrays["w"].numpy().tolist() == [1.5, 1.5]
+    assert list(one.dropped) == ["a"]
+    assert "\n" not in one.dropped["a"]
+    assert list(one.reports) == ["b", "c"]
+
+
+def test_an_error_is_named_in_one_line_and_an_unknown_node_by_its_number() -> None:
+    one = strategy()
+    one.aggregate_train(1, [failed(3, "no\nimages"), failed(7, "x"), reply(1, [1.0, 1.0])])
+    assert one.dropped == {"b": "no images", "node 7": "x"}
+
+
+def test_a_site_that_trained_on_nothing_reports_but_does_not_count() -> None:
+    one = strategy()
+    arrays, _ = one.aggregate_train(1, [reply(1, [1.0, 1.0], examples=0), reply(2, [2.0, 2.0])])
+    assert arrays is not None
+    assert arrays["w"].numpy().tolist() == [2.0, 2.0]
+    assert set(one.reports) == {"a", "c"}
+
+
+def test_without_a_good_reply_there_is_no_mean() -> None:
+    assert strategy().aggregate_train(1, [failed(1, "x")]) == (None, None)
+    assert strategy().aggregate_train(1, [reply(1, [1.0, 1.0], examples=0)]) == (None, None)
+    assert strategy().aggregate_train(1, []) == (None, None)
+
+
+def test_evaluations_are_sorted_out_the_same_way() -> None:
+    one = strategy()
+    report = write_answer(Report(3, Score(4, 2, 1.0), Score(4, 0, 2.0)))
+    good = Message(report, reply_to=Message(RecordDict(), 2, MessageType.EVALUATE))
+    one.aggregate_evaluate(1, [good, reply(1, [1.0, 1.0]), failed(3, "x")])
+    assert one.reports == {"a": Report(3, Score(4, 2, 1.0), Score(4, 0, 2.0))}
+    assert one.dropped == {"c": "the answer has an adapter that was not asked for", "b": "x"}
