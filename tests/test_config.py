@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ CONTRACT: dict[str, Any] = {
     "learning-rate": 0.0,
     "seed": 0,
     "strategy": "fedavg",
+    "site-weights": "equal",
     "codec": "float32",
     "fraction-train": 1.0,
     "min-sites": 1,
@@ -42,6 +45,11 @@ CONTRACT: dict[str, Any] = {
 def test_the_keys_and_defaults_are_those_of_the_contract() -> None:
     assert Settings().as_run_config() == CONTRACT
     assert Settings.from_run_config(CONTRACT) == Settings()
+
+
+def test_the_app_has_the_same_settings() -> None:
+    described = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert described["tool"]["flwr"]["app"]["config"] == CONTRACT
 
 
 def test_every_setting_says_what_it_means() -> None:
@@ -81,6 +89,9 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("data", "features:~/f", "features:/"),
         ("model", "./clip", "/clip"),
         ("results-dir", "results", "/results"),
+        ("codec", "int8", "only 'float32' works"),
+        ("method", "full-model", "only 'adapter' works"),
+        ("personalize", True, "only False works"),
         ("bach-size", 3, "did you mean batch-size?"),
     ],
 )

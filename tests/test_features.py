@@ -17,7 +17,7 @@ from fedclip_flwr import clip
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import FeatureFolder, Features, open_features
+from fedclip_flwr.features import FeatureFolder, Features, open_features, open_run
 from fedclip_flwr.learning import Examples
 
 OPEN = """
@@ -312,3 +312,22 @@ def test_bad_tensors_of_a_feature_folder_are_told(
         save_file(tensors, path)
     with pytest.raises(UserError, match=told):
         FeatureFolder(tmp_path).examples("a")
+
+
+def test_a_run_is_opened_with_its_holdout(tree: Path) -> None:
+    settings, features, holdout = open_run({"data": f"folder:{tree}", "seed": 3})
+    assert (settings.seed, features.domains, holdout) == (3, ("cartoon", "photo"), "photo")
+
+
+def test_all_that_is_wrong_with_a_run_is_told_at_once(tree: Path) -> None:
+    wrong = {"data": f"folder:{tree}", "holdout": "moon", "device": "cuda:77", "adapter": "attn"}
+    with pytest.raises(UserError) as error:
+        open_run(wrong, {"x": "x: expected key=value"})
+    first, *others = str(error.value).splitlines()
+    assert first.startswith("4 of the settings")
+    assert [line.split()[0].rstrip(":") for line in others] == ["x", "adapter", "device", "holdout"]
+
+
+def test_a_wrong_model_is_told_beside_a_wrong_data_setting(tree: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)2 of the settings.*data.*model"):
+        open_run({"data": "folder:here", "model": "/no/model"})

@@ -13,11 +13,13 @@ from fedclip_flwr.learning import (
     RECIPES,
     Classes,
     Examples,
+    Score,
     average,
     best_round,
     class_loss,
     contrastive_loss,
     evaluate,
+    mean_accuracy,
     seed_of,
     split,
     train,
@@ -154,6 +156,17 @@ def test_average_by_hand() -> None:
 
 def test_the_best_round_is_the_earliest_of_the_best() -> None:
     assert best_round([0.5, 0.8, 0.8, 0.7]) == 1
+
+
+def test_rounds_without_validation_do_not_count_and_without_any_the_last_is_taken() -> None:
+    assert best_round([0.5, None, 0.4]) == 0
+    assert best_round([None, 0.1, None]) == 1
+    assert best_round([None, None, None]) == 2
+
+
+def test_sites_without_examples_do_not_count_in_the_mean() -> None:
+    assert mean_accuracy([Score(4, 1, 0.0), Score(0, 0, 0.0), Score(100, 75, 0.0)]) == 0.5
+    assert mean_accuracy([Score(0, 0, 0.0)]) is None
 
 
 def test_a_wider_attention_takes_smaller_steps_but_the_paper_keeps_its_own() -> None:

@@ -55,7 +55,7 @@ def test_sums_are_made_in_double_precision() -> None:
     assert mean(replies)[0] == pytest.approx(1 / 3, rel=1e-6)
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "a tensor more": {"arrays": ArrayRecord({"w": Array(np.zeros(2, np.float32)), "x": Array(np.zeros(1))})},
     "a wrong shape": {"arrays": ArrayRecord({"w": Array(np.zeros((2, 1), np.float32))})},
     "a wrong type": {"arrays": ArrayRecord({"w": Array(np.zeros(2))})},

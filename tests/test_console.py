@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedclip_flwr import console
+from fedclip_flwr.config import Settings
+from fedclip_flwr.exchange import Hello, Report
+from fedclip_flwr.features import Features
+from fedclip_flwr.federation import Line
+from fedclip_flwr.learning import Score
+
+SUMMARY: dict[str, Any] = {
+    "zero_shot": {"seen": 0.5, "unseen": 0.4, "sites": {"a": 0.5}},
+    "adapted": {"seen": 0.625, "unseen": 0.38, "sites": {"b": None, "a": 0.75}, "round": 3},
+    "traffic": {
+        "down_bytes": 1000,
+        "up_bytes": 500,
+        "per_site_round_bytes": 250.0,
+        "full_model_bytes": 1_000_000,
+        "times_less": 4000.0,
+    },
+    "seconds": {"encode": 1.2, "rounds": 4.4, "total": 5.6},
+    "failures": [
+        {"round": 1, "site": "b", "why": "no answer"},
+        {"round": 3, "site": "b", "why": "no answer"},
+        {"round": 0, "site": "c", "why": "other code"},
+    ],
+}
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def test_the_closing_tables() -> None:
+    text = console.closing(SUMMARY, 20, "sketch", Path("/runs/x"))
+    told = rows(text)
+    assert ["a", "50.0", "75.0", "+25.0"] in told
+    assert ["b", "–", "–", "–"] in told
+    assert ["mean", "of", "the", "seen", "50.0", "62.5", "+12.5"] in told
+    assert ["sketch,", "unseen", "40.0", "38.0", "-2.0"] in told
+    assert "Round 3 of 20" in text
+    assert "250 B a site and round; FedAVG of the whole model: 1 MB, 4000 times as much." in text
+    assert "Left out: b: no answer (round 1 to 3, 2 times)" in text
+    assert "Left out: c: other code (round 0)" in text
+    assert text.endswith("Run folder: /runs/x")
+
+
+def test_without_a_holdout_or_a_known_model_size() -> None:
+    traffic = {**SUMMARY["traffic"], "full_model_bytes": None, "times_less": None}
+    text = console.closing({**SUMMARY, "traffic": traffic}, 20, None, Path("/runs/x"))
+    assert "unseen" not in text
+    assert "250 B a site and round, 1.5 kB in all." in text
+
+
+def test_a_line_is_under_its_headings() -> None:
+    report = Report(5, Score(4, 3, 2.0), Score(8, 2, 1.0))
+    line = console.line(Line(0, {"a": report}, 0.123, 2_660_000, 0.26))
+    assert line.split() == ["0", "25.0", "12.3", "75.0", "0.500", "1", "2.66", "MB", "0.3", "zero-shot"]
+    assert line.index("0.500") + 5 == console.heading().index("loss") + 4
+    nothing = console.line(Line(1, {}, None, 0, 0.0))
+    assert nothing.split() == ["1", "–", "–", "–", "–", "0", "0", "B", "0.0"]
+
+
+def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
+    hellos = [Hello("b", "train", "photo", 6, 2, 2, [0, 1], ""), Hello("a", "train", "art", 1200, 400, 400, [0], "")]
+    text = console.plan(
+        Settings(num_server_rounds=1), drawn, "sketch", hellos, {"w": torch.zeros(128)}, 4e-4, Path("/runs/x")
+    )
+    told = rows(text)
+    assert ["2", "sites", "domain", "train", "val", "test", "classes"] in told
+    assert told[-2:] == [["a", "art", "1,200", "400", "400", "1"], ["b", "photo", "6", "2", "2", "2"]]
+    for part in ("sketch, 1,500 images", "128 numbers in 1 tensor, 0.01 %", "512 B to a site", "1 round of 1 epoch"):
+        assert part in text
+    assert "learning rate 0.0004" in text

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import Features
+from fedclip_flwr.runs import RunFolder, load_adapter
+from fedclip_flwr.sites import new_adapter
+
+
+def started(results: Path, **settings: object) -> RunFolder:
+    return RunFolder(Settings(results_dir=str(results), **settings), "0123")  # type: ignore[arg-type]
+
+
+def test_an_adapter_comes_back_with_all_that_it_was_made_for(tmp_path: Path, drawn: Features) -> None:
+    run = started(tmp_path, adapter="gate", adapter_rank=2, blend=0.5)
+    own = new_adapter(Settings(adapter="gate", adapter_rank=2, blend=0.5, seed=8), 128)
+    with torch.no_grad():
+        own.outer.weight.normal_()  # type: ignore[union-attr, operator]
+    run.adapter(7, own.state_dict(), drawn)
+    back, facts = load_adapter(run.path)
+    features = drawn.examples("photo").ready().features[:5]
+    assert torch.equal(back(features), own(features))
+    assert not torch.allclose(back(features), features)
+    assert facts["round"] == 7
+    assert facts["class_names"] == list(drawn.class_names)
+    assert facts["model_content"] == drawn.model_content
+    assert facts["scale"] == drawn.classes.scale
+
+
+def test_a_damaged_adapter_is_told(tmp_path: Path, drawn: Features) -> None:
+    run = started(tmp_path)
+    run.adapter(0, new_adapter(Settings(), 128).state_dict(), drawn)
+    whole = (run.path / "adapter.safetensors").read_bytes()
+    (run.path / "adapter.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="can't be read"):
+        load_adapter(run.path)
+    facts = json.loads((run.path / "adapter.json").read_text())
+    (run.path / "adapter.safetensors").write_bytes(whole)
+    (run.path / "adapter.json").write_text(json.dumps({**facts, "kind": "scale"}))
+    with pytest.raises(UserError, match="does not hold the scale adapter"):
+        load_adapter(run.path)
+    (run.path / "adapter.json").unlink()
+    with pytest.raises(UserError, match=r"adapter.json can't be read"):
+        load_adapter(run.path)
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own_and_latest_is_the_last(tmp_path: Path) -> None:
+    made = [started(tmp_path).path for _ in range(5)]
+    assert len(set(made)) == 5
+    assert (tmp_path / "latest").resolve() == made[-1]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_how_a_run_ended_is_written_down(tmp_path: Path) -> None:
+    def summary(run: RunFolder) -> dict[str, object]:
+        told: dict[str, object] = json.loads((run.path / "summary.json").read_text())
+        return told
+
+    run = started(tmp_path)
+    assert summary(run) == {"status": "running"}
+    with pytest.raises(UserError), run:
+        raise UserError("no site is there")
+    assert summary(run) == {"status": "failed", "why": "no site is there"}
+    with pytest.raises(ZeroDivisionError), (other := started(tmp_path)):
+        _ = 1 / 0
+    assert summary(other)["why"] == "ZeroDivisionError('division by zero')"
+    with (good := started(tmp_path)):
+        good.finish({"status": "completed"})
+    assert summary(good) == {"status": "completed"}
+
+
+def test_results_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="let results-dir name another folder"):
+        started(tmp_path / "file")
+
+
+NO_ROOM = """
+import resource, sys
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.runs import RunFolder
+from fedclip_flwr.sites import new_adapter
+state = new_adapter(Settings(), 128).state_dict()
+with RunFolder(Settings(results_dir=sys.argv[1]), "0123") as run:
+    run.checkpoint(1, state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    try:
+        run.checkpoint(2, state)
+    except UserError as error:
+        print(error)
+        raise
+"""
+
+
+def test_on_a_full_disk_the_last_checkpoint_is_kept_and_the_user_told(tmp_path: Path) -> None:
+    script = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + NO_ROOM
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert "let results-dir name another folder" in done.stdout, done.stderr
+    folder = tmp_path / "latest"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert len(list((folder / "checkpoint").iterdir())) == 1
+    assert (folder / "checkpoint" / "adapter.safetensors").stat().st_size > 4 * 33024

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedclip_flwr import simulation
+
+
+def test_settings_get_their_types() -> None:
+    given = ["seed=3", "blend=1", "learning-rate=1e-4", "personalize=false", "holdout=", "prompt=a {} = b"]
+    settings, problems = simulation.read_settings(given)
+    assert settings == {
+        "seed": 3,
+        "blend": 1.0,
+        "learning-rate": 1e-4,
+        "personalize": False,
+        "holdout": "",
+        "prompt": "a {} = b",
+    }
+    assert not problems
+
+
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "clip").mkdir()
+    given = ["data=folder:images", "model=clip", "results-dir=~/out"]
+    assert simulation.read_settings(given)[0] == {
+        "data": f"folder:{tmp_path}/images",
+        "model": f"{tmp_path}/clip",
+        "results-dir": "/home/me/out",
+    }
+    assert simulation.read_settings(["data=features:/f", "model=bundled"])[0] == {
+        "data": "features:/f",
+        "model": "bundled",
+    }
+    assert simulation.read_settings(["data=drawn", "model=openai/clip", "results-dir="])[0]["results-dir"] == ""
+
+
+def test_what_is_no_setting_is_told() -> None:
+    assert simulation.read_settings(["seed", "adapter=gate"]) == (
+        {"adapter": "gate"},
+        {"seed": "seed: expected key=value"},
+    )
+
+
+def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert simulation.app_folder() == Path(simulation.__file__).parent.parent
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    assert simulation.app_folder() != tmp_path
+    (tmp_path / "pyproject.toml").write_text("[tool.flwr.app.config]\nseed = 7\n")
+    assert simulation.app_folder() == tmp_path

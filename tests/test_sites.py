@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.sites import Desk, open_desk
+
+
+def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any) -> Desk:
+    return open_desk({"data": f"folder:{tree}", "seed": 3, **run}, node, holdout, simulated)
+
+
+def test_a_simulated_site_holds_its_shard_split(tree: Path) -> None:
+    """2 domains of 12 images over 3 sites: cartoon in two shards of 6, photo in one."""
+    sites = [desk(tree, {"partition-id": i, "num-partitions": 3}, simulated=True).site for i in range(3)]
+    assert [(s.name, s.domain) for s in sites] == [
+        ("cartoon-0", "cartoon"),
+        ("photo-0", "photo"),
+        ("cartoon-1", "cartoon"),
+    ]
+    assert [[len(p.labels) for p in (s.train, s.validation, s.test)] for s in sites] == [
+        [3, 1, 1],
+        [7, 2, 2],
+        [3, 1, 1],
+    ]
+    assert sites[1].class_numbers == [0, 1, 2]
+
+
+def test_no_site_holds_the_held_out_domain(tree: Path) -> None:
+    sites = [desk(tree, {"partition-id": i, "num-partitions": 2}, "photo", True).site for i in range(2)]
+    assert {site.domain for site in sites} == {"cartoon"}
+
+
+def test_a_site_with_data_of_its_own_holds_all_of_it_but_the_held_out_domain(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    assert desk(tree, node, data="drawn").site.domain == "cartoon+photo"
+    own = desk(tree, node, "photo", data="drawn").site
+    assert (own.name, own.domain) == ("north", "cartoon")
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [7, 2, 2]
+    assert torch.allclose(own.train.features.norm(dim=1), torch.ones(7))
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"site": "north"}, "was not told where its data is"),
+        ({"partition-id": 0, "num-partitions": 2}, "was not told where its data is"),
+        ({"data": "folder:TREE"}, "has no name"),
+        ({"data": "folder:/nowhere", "site": "north"}, "no such folder"),
+        ({"data": "folder:TREE", "partition-id": 2, "num-partitions": 2}, "expected a number from 0"),
+        ({"data": "folder:TREE", "site": "north", "device": "cuda:77"}, "device"),
+    ],
+)
+def test_a_real_site_is_told_what_its_owner_has_to_mend(tree: Path, node: dict[str, Any], told: str) -> None:
+    given = {key: str(tree).join(v.split("TREE")) if isinstance(v, str) else v for key, v in node.items()}
+    with pytest.raises(UserError, match=told):
+        desk(tree, given)
+
+
+def test_a_site_whose_images_are_all_held_out_is_told(tree: Path) -> None:
+    for picture in (tree / "photo").rglob("*.png"):
+        picture.unlink()
+    with pytest.raises(UserError, match="all images of this site belong to cartoon"):
+        desk(tree, {"data": f"folder:{tree}", "site": "north"}, "cartoon")
+
+
+def test_other_classes_than_the_servers_are_told(tree: Path) -> None:
+    own = desk(tree, {"partition-id": 0, "num-partitions": 1}, simulated=True)
+    own.require(("car", "cat", "fish"))
+    with pytest.raises(UserError, match="it has also car and lacks dog, zebra"):
+        own.require(("cat", "dog", "fish", "zebra"))
+    with pytest.raises(UserError, match="another order"):
+        own.require(("cat", "car", "fish"))
+
+
+def test_the_settings_of_the_run_are_those_of_the_desk(tree: Path) -> None:
+    own = desk(tree, {"partition-id": 0, "num-partitions": 1}, simulated=True, adapter="scale")
+    assert own.settings == Settings(data=f"folder:{tree}", seed=3, adapter="scale")
