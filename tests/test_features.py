@@ -23,7 +23,7 @@ from fedclip_flwr.learning import Examples
 OPEN = """
 import sys
 from pathlib import Path
-from fedclip_flwr import clip, features
+from fedclip_flwr import clip, content, features
 from fedclip_flwr.config import Settings
 opened = features.open_features(Settings(data=f"folder:{sys.argv[1]}"), store=Path(sys.argv[2]), progress=False)
 """
