@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check bench clean
+.PHONY: demo test bench clean
+
+demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
+	$(BIN)/fedclip run $(ARGS)
 
 test: .venv/ready  ## set up, then check style and types and run every test
 	$(BIN)/ruff format --check .

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from fedclip_flwr import __version__
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 
 app = typer.Typer(
     name="fedclip",
-    help="One CLIP for the images of several sites, without moving one image.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -27,30 +28,42 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """One CLIP for the images of several sites, without moving one image."""
 
 
-@app.command()
+def _settings() -> str:
+    """The settings with their defaults and meanings, for the help."""
+    lines = ["Settings and their defaults:"]
+    for key, field in Settings.keys().items():
+        limits = field.metadata
+        choices = "so far the default only" if limits.get("planned") else ", ".join(limits.get("choices", ()))
+        lines.append(f"  {key} = {field.default!r}: {limits['meaning']}" + (f" ({choices})" if choices else ""))
+    return "\b\n" + "\n".join(lines)
+
+
+@app.command(epilog=_settings())
 def run(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as adapter=gate or data=folder:images."),
-    ] = None,
-    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, help="How many sites to simulate.")] = 10,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    nodes: Annotated[
+        int,
+        typer.Option("--nodes", "-n", metavar="N", min=1, help="How many sites: 10 unless said.", show_default=False),
+    ] = 10,
 ) -> None:
-    """Simulate a federation on this machine, from start to summary.
+    """Simulate a federation on this machine, from its plan to its summary.
 
-    It has a SuperLink of its own, started and stopped. The exit status is 0 only if the run was completed.
+    It has a SuperLink of its own, started and stopped. The exit status is 0 only if the run was completed: 1 if it
+    failed, 2 if the settings can't be used. Paths may be relative.
 
-    fedclip run --nodes 4 data=folder:images num-server-rounds=50
+    Example: fedclip run --nodes 4 data=folder:images num-server-rounds=50
     """
-    from fedclip_flwr import simulation
+    from fedclip_flwr import simulation  # not for --help: it brings torch
 
     try:
-        raise typer.Exit(simulation.run(nodes, settings or []))
+        code = simulation.run(nodes, settings or [])
     except UserError as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+        code = 2
+    raise typer.Exit(code)

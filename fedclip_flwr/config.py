@@ -34,7 +34,7 @@ _NAME = {"pattern": r"[\w.-]*", "expected": "the name of a run, without slashes"
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     model: str = _setting("bundled", "`bundled`, a Hugging Face id, or a folder saved by `save_pretrained`")
-    data: str = _setting("drawn", "`drawn`, a preset, a hub data set id, `folder:PATH` or `features:PATH`")
+    data: str = _setting("drawn", "`drawn`, `drawn:SEED`, `folder:PATH` (domain/class/image) or `features:PATH`")
     holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"), planned=True)
     adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
@@ -51,7 +51,7 @@ class Settings:
     strategy: str = _setting(
         "fedavg", "any of Flower's, by name", pattern=r"\w+", expected="the name of a strategy", planned=True
     )
-    site_weights: str = _setting("equal", "how much a site counts in the mean", choices=("equal", "examples"))
+    site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"), planned=True)
     fraction_train: float = _setting(1.0, "share of the sites in a round", above=0.0, most=1.0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
@@ -59,7 +59,7 @@ class Settings:
     partition: str = _setting(
         "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes"), planned=True
     )
-    alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0)
+    alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0, planned=True)
     personalize: bool = _setting(False, "each site goes on alone after the last round; never sent", planned=True)
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
     precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
