@@ -1,7 +1,7 @@
 """The loop over rounds: who is there, what is asked of them, and what their answers come to.
 
-It stands on Flower's public `Grid` and `Strategy` interfaces, so a strategy of Flower's can take the place of ours. The
-loop is our own because Flower's counts from round 1 only, polls slowly and dies of one bad reply.
+It stands on Flower's public `Grid` and `Strategy` interfaces. The loop is our own because Flower's counts from round 1
+only, polls slowly and dies of one bad reply.
 
 One exchange a round: a site first evaluates the adapter that it receives, then trains it, and answers with both. So
 the line of round r (r = 0 is zero-shot) is known when the answers of round r + 1 are there; a closing EVALUATE
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol, cast
 
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
@@ -28,6 +28,8 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report, State
 from fedclip_flwr.learning import best_round, mean_accuracy, seed_of
 from fedclip_flwr.strategy import AdapterFedAvg
+
+Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
 
 
 class Failure(NamedTuple):
@@ -101,8 +103,8 @@ class Nodes:
         timeout: float,
         say: Callable[[str], None],
     ) -> None:
-        self.config = exchange.write_task(holdout or "")
-        self._greeting = RecordDict({"config": exchange.write_task(holdout or "", classes)})
+        self._holdout = holdout or ""
+        self._greeting = RecordDict({"config": exchange.write_task(self._holdout, classes)})
         self.hellos: dict[str, Hello] = {}
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
@@ -189,6 +191,10 @@ class Nodes:
     def _connected(self) -> dict[str, int]:
         present = set(self._grid.get_node_ids())
         return {name: node for node, name in self.names.items() if node in present}
+
+    def config(self) -> ConfigRecord:
+        """What goes with an adapter; a new one each time, for messages under way must not change."""
+        return exchange.write_task(self._holdout)
 
     def ask(self, number: int, messages: Iterable[Message]) -> list[Message]:
         """Sends the messages; the replies that came in time. Sites that didn't answer, or not for themselves, fail."""
@@ -327,6 +333,13 @@ def federate(
     lines: list[Line] = []
     cost = nodes.traffic.both, 0.0
 
+    def ask(configure: Configure, number: int, state: State, asked: Sequence[int]) -> list[Message]:
+        """The replies of these nodes to what the strategy has for them; Flower's strategies wait if there is none."""
+        if not asked:
+            return []
+        messages = configure(number, exchange.write_adapter(state), nodes.config(), nodes.view(asked))
+        return nodes.ask(number, messages)
+
     def add(reports: Mapping[str, Report]) -> None:
         """The line of the adapter `state`, and whether it is the best so far."""
         nonlocal best
@@ -338,10 +351,9 @@ def federate(
 
     for number in range(1, settings.num_server_rounds + 1):
         nodes.meet(number)
-        chosen = nodes.view(nodes.choose(settings.fraction_train, settings.seed, number))
         before, begun = nodes.traffic.both, time.monotonic()
-        arrays = exchange.write_adapter(state)
-        replies = nodes.ask(number, strategy.configure_train(number, arrays, nodes.config, chosen))
+        chosen = nodes.choose(settings.fraction_train, settings.seed, number)
+        replies = ask(strategy.configure_train, number, state, chosen)
         averaged, _ = strategy.aggregate_train(number, replies)
         reports = nodes.sort_out(number, strategy)
         nodes.answers += len(replies)
@@ -357,16 +369,15 @@ def federate(
         state, cost = exchange.read_adapter(averaged, state), spent
         watcher.complete(number, state)
 
-    def evaluate(number: int, arrays: ArrayRecord, asked: Sequence[int]) -> Mapping[str, Report]:
-        messages = strategy.configure_evaluate(number, arrays, nodes.config, nodes.view(asked)) if asked else []
-        strategy.aggregate_evaluate(number, nodes.ask(number, messages))
+    def evaluate(number: int, state: State, asked: Sequence[int]) -> Mapping[str, Report]:
+        strategy.aggregate_evaluate(number, ask(strategy.configure_evaluate, number, state, asked))
         return nodes.sort_out(number, strategy)
 
-    add(evaluate(len(lines), exchange.write_adapter(state), nodes.good()))
+    add(evaluate(len(lines), state, nodes.good()))
 
     def whole(line: Line, state: State) -> Line:
         """The line with the reports of sites that were not asked, or not there, in its round."""
-        others = evaluate(line.round, exchange.write_adapter(state), nodes.good(without=line.reports))
+        others = evaluate(line.round, state, nodes.good(without=line.reports))
         return Line(line.round, {**line.reports, **others}, line.unseen, line.bytes, line.seconds)
 
     selected = lines[best_round([line.validation for line in lines])]

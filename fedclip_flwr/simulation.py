@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,11 +36,12 @@ CONNECTION = "fedclip"
 def run(nodes: int, given: Sequence[str]) -> int:
     """Runs the federation and shows what it shows; 0 only if the run was completed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the SuperLink is stopped
-    app = app_folder()
-    defaults = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    found = app_folder()
+    described = _described(found)
     settings, problems = read_settings(given)
-    open_run({**defaults, **settings}, problems)  # what is wrong is told here, before anything is started
+    open_run({**described["config"], **settings}, problems)  # what is wrong is told before anything is started
     with tempfile.TemporaryDirectory(prefix="fedclip-") as folder, superlink(Path(folder)) as env:
+        app = _copied(found, Path(folder) / "app", described.get("fab-include", []))
         overrides = Path(folder) / "settings.toml"
         overrides.write_text("".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items()))
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
@@ -56,10 +58,27 @@ def app_folder() -> Path:
     """The folder of the Flower app: the current one if it holds one, else this project's."""
     here = Path.cwd()
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
-        if tomllib.loads((here / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]:
+        if _described(here)["config"]:
             return here
     packed = content.PACKAGE / "app"
     return packed if packed.is_dir() else content.PACKAGE.parent
+
+
+def _described(app: Path) -> dict[str, Any]:
+    """What the app's pyproject.toml tells Flower."""
+    described: dict[str, Any] = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    return described
+
+
+def _copied(app: Path, to: Path, include: Sequence[str]) -> Path:
+    """A copy of what goes into the bundle: Flower would look at every file beside it, environments too."""
+    if not include:
+        return app
+    for name in ("pyproject.toml", *include):
+        for file in app.glob(name):
+            (to / file.relative_to(app)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, to / file.relative_to(app))
+    return to
 
 
 def read_settings(given: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -114,6 +133,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
@@ -157,7 +177,7 @@ def _show(command: list[str], env: Mapping[str, str]) -> str | None:
     try:
         assert process.stdout is not None
         for line in io.TextIOWrapper(process.stdout, "utf-8", "replace", newline=""):  # a line may end with \r
-            if started := re.search(r"Successfully started run (\d+)", line):
+            if not number and (started := re.search(r"Successfully started run (\d+)", line)):
                 number = started[1]
             elif not line.startswith("Successfully installed "):  # the bundle: no user can use that
                 if line.endswith("\r") and not sys.stdout.isatty():  # a progress bar into a file: now and then

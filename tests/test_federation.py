@@ -275,6 +275,21 @@ def test_too_few_answers_end_the_run_in_words() -> None:
         Running({5: Site("north"), 9: broken}, min_sites=2).run()
 
 
+def test_when_all_sites_are_gone_the_run_ends_in_words_and_does_not_hang() -> None:
+    north = Site("north")
+    running = Running({5: north})
+
+    def leaves(message: Message) -> Message | None:
+        reply = north(message)
+        if message.metadata.message_type == MessageType.TRAIN:
+            del running.grid.nodes[5]
+        return reply
+
+    running.grid.nodes[5] = leaves
+    with pytest.raises(UserError, match=r"round 2: .*: 0, min-sites = 1"):
+        running.run()
+
+
 def test_the_sites_of_a_round_follow_from_seed_and_names_not_from_node_ids() -> None:
     def trained(nodes: list[int], seed: int = 0) -> dict[str, list[int]]:
         sites = {name: Site(name) for name in "abcdef"}
