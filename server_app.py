@@ -16,8 +16,9 @@ from fedclip_flwr import clip, console, content
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State
 from fedclip_flwr.features import Features, home, open_run
-from fedclip_flwr.federation import Line, Nodes, federate, refuse, simulated
+from fedclip_flwr.federation import Line, federate, refuse
 from fedclip_flwr.learning import RECIPES, evaluate
+from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
 from fedclip_flwr.sites import new_adapter
 from fedclip_flwr.strategy import AdapterFedAvg

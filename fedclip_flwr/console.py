@@ -9,7 +9,8 @@ from typing import Any
 from fedclip_flwr.config import Settings
 from fedclip_flwr.exchange import Hello, State
 from fedclip_flwr.features import Features, home
-from fedclip_flwr.federation import Failure, Line
+from fedclip_flwr.federation import Line
+from fedclip_flwr.nodes import Failure
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
 

@@ -27,7 +27,8 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State, one_line
 from fedclip_flwr.features import Features, home
-from fedclip_flwr.federation import Line, Nodes, Outcome
+from fedclip_flwr.federation import Line, Outcome
+from fedclip_flwr.nodes import Nodes
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 

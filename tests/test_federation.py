@@ -16,8 +16,9 @@ from fedclip_flwr import exchange
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Hello, Report, State
-from fedclip_flwr.federation import Line, Nodes, Outcome, federate
+from fedclip_flwr.federation import Line, Outcome, federate
 from fedclip_flwr.learning import Score
+from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.strategy import AdapterFedAvg
 
 START = {"w": torch.zeros(1)}

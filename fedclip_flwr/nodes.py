@@ -1,0 +1,253 @@
+"""The sites that take part: who is there, what they are asked, what they answer, and what goes wrong with them.
+
+On Flower's public `Grid`. Node ids are random in every simulation: what must be reproducible goes by the sites' names.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, cast
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
+
+from fedclip_flwr import exchange
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.exchange import ExchangeError, Hello, Report
+from fedclip_flwr.learning import seed_of
+from fedclip_flwr.strategy import AdapterFedAvg
+
+
+class Failure(NamedTuple):
+    """What went wrong at a site, and in which round (0: at its hello)."""
+
+    round: int
+    site: str
+    why: str
+
+
+def simulated(grid: Grid) -> bool:
+    """Whether the sites are simulated on this machine."""
+    return isinstance(grid, InMemoryGrid)
+
+
+class Traffic:
+    """Bytes of all messages, as Flower serialises them."""
+
+    def __init__(self) -> None:
+        self.down = self.up = 0
+
+    @property
+    def both(self) -> int:
+        return self.down + self.up
+
+
+class _View:
+    """A grid on which only some nodes are to be seen."""
+
+    def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
+        self._grid, self._nodes = grid, nodes
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._nodes
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._grid, name)
+
+
+class Nodes:
+    """The sites that take part: met by a hello, then asked and listened to."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        holdout: str | None,
+        package: str,
+        classes: Sequence[str],
+        timeout: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._holdout = holdout or ""
+        self._greeting = RecordDict({"config": exchange.write_task(self._holdout, classes)})
+        self.hellos: dict[str, Hello] = {}
+        self.names: dict[int, str] = {}
+        self.failures: list[Failure] = []
+        self.traffic = Traffic()
+        self.answers = 0  # in rounds of training, from all sites
+        self._grid, self._package, self._classes = grid, package, len(classes)
+        self._timeout, self._say = timeout, say
+        self._greeted: set[int] = set()
+        self._hellos_under_way: dict[str, int] = {}
+        self._last_failed: set[str] = set()
+
+    def wait_for(self, count: int) -> None:
+        """Meets whoever is there, until so many sites take part and every hello is answered."""
+        wait = _Wait(self._timeout)
+        while self.meet() or self._hellos_under_way or len(self.hellos) < count:
+            if wait.over or (simulated(self._grid) and self._greeted and not self._hellos_under_way):
+                break  # simulated sites are all there before the first one answers
+            if wait.worth_telling():
+                self._say(f"waiting for sites: {len(self.hellos)} of {len(self._greeted)} are ready")
+            wait.a_moment()
+        if len(self.hellos) < count:
+            why = "; ".join(f"{f.site}: {f.why}" for f in self.failures[:3])
+            raise UserError(
+                f"sites that take part after {wait.seconds:.0f} s: {len(self.hellos)}, min-sites = {count} are needed"
+                + (f" ({why})" if why else ": is a SuperNode running for each?")
+            )
+
+    def meet(self, number: int = 0) -> bool:
+        """Greets nodes not met yet and takes in those that have answered; whether anyone is new."""
+        new = self._push(
+            Message(self._greeting, node, MessageType.QUERY)
+            for node in self._grid.get_node_ids()
+            if node not in self._greeted
+        )
+        self._greeted |= set(new.values())
+        self._hellos_under_way |= new
+        for node, reply in self._pull(self._hellos_under_way):
+            try:
+                hello = self._read_hello(reply)
+            except ExchangeError as error:
+                self._fail(number, f"node {node}", str(error))
+                continue
+            if why := self._objection(hello):
+                self._fail(number, f"{hello.site} (node {node})", why)
+                continue
+            self.names[node] = hello.site
+            self.hellos[hello.site] = hello
+        return bool(new)
+
+    def _read_hello(self, reply: Message) -> Hello:
+        if reply.has_error():
+            raise ExchangeError(exchange.one_line(reply.error.reason or "an error without a reason"))
+        return exchange.read_hello(reply.content)
+
+    def _objection(self, hello: Hello) -> str | None:
+        """Why the site can't take part."""
+        if hello.package != self._package:
+            return (
+                f"it runs other code than the server (package {hello.package[:12]}, here {self._package[:12]}): "
+                "install the same version of fedclip-flwr there"
+            )
+        if hello.site in self.hellos:
+            return "there is a site of that name already: give each SuperNode a name of its own"
+        if any(not 0 <= number < self._classes for number in hello.classes):
+            return f"it has other classes than the {self._classes} of this run"
+        return None
+
+    def choose(self, share: float, seed: int, number: int) -> list[int]:
+        """Node ids for a round: that share of the connected sites, drawn by the seed, in the order of their names."""
+        sites = self._connected()
+        count = max(1, round(share * len(sites)))
+        names = sorted(random.Random(seed_of(seed, "sites", number)).sample(sorted(sites), min(count, len(sites))))
+        return [sites[name] for name in names]
+
+    def good(self, without: Iterable[str] = ()) -> list[int]:
+        """Node ids of the connected sites whose last answer could be used."""
+        left_out = self._last_failed | set(without)
+        return [node for name, node in sorted(self._connected().items()) if name not in left_out]
+
+    def view(self, nodes: Sequence[int]) -> Grid:
+        """The grid as a strategy should see it: these nodes only."""
+        return cast(Grid, _View(self._grid, nodes))
+
+    def _connected(self) -> dict[str, int]:
+        present = set(self._grid.get_node_ids())
+        return {name: node for node, name in self.names.items() if node in present}
+
+    def config(self) -> ConfigRecord:
+        """What goes with an adapter; a new one each time, for messages under way must not change."""
+        return exchange.write_task(self._holdout)
+
+    def ask(self, number: int, messages: Iterable[Message]) -> list[Message]:
+        """Sends the messages; the replies that came in time. Sites that didn't answer, or not for themselves, fail."""
+        messages = list(messages)
+        under_way = self._push(messages)
+        for node in {message.metadata.dst_node_id for message in messages} - set(under_way.values()):
+            self._fail(number, self.names[node], "it could not be reached")
+        asked = len(under_way)
+        replies: list[Message] = []
+        wait = _Wait(self._timeout)
+        while under_way and not wait.over:
+            for node, reply in self._pull(under_way):
+                if reply.has_error():  # comes in the SuperLink's name
+                    self._fail(number, self.names[node], exchange.one_line(reply.error.reason or "no reason given"))
+                elif reply.metadata.src_node_id != node:
+                    self._fail(number, self.names[node], "it answered in another node's name")
+                else:
+                    replies.append(reply)
+            if wait.worth_telling():
+                self._say(f"round {number}: {asked - len(under_way)} of {asked} sites have answered")
+            if under_way:
+                wait.a_moment()
+        for node in under_way.values():
+            self._fail(number, self.names[node], f"no answer within {self._timeout:g} s")
+        return replies
+
+    def sort_out(self, number: int, strategy: AdapterFedAvg) -> Mapping[str, Report]:
+        """What the strategy took from a round's replies; the sites whose replies it dropped fail."""
+        for site, why in sorted(strategy.dropped.items()):
+            self._fail(number, site, why)
+        self._last_failed -= strategy.reports.keys()
+        return strategy.reports
+
+    def _fail(self, number: int, site: str, why: str) -> None:
+        if not any((f.site, f.why) == (site, why) for f in self.failures):
+            self._say(f"round {number}: {site} is left out: {why}")
+        self.failures.append(Failure(number, site, why))
+        self._last_failed.add(site)
+
+    def _push(self, messages: Iterable[Message]) -> dict[str, int]:
+        """Sends the messages; the nodes by the messages' ids."""
+        messages = list(messages)
+        if not messages:
+            return {}
+        accepted = set(self._grid.push_messages(messages))
+        sent = [message for message in messages if message.metadata.message_id in accepted]
+        if sent:
+            self.traffic.down += len(sent) * exchange.size(sent[0])  # the same content for all
+        return {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+
+    def _pull(self, under_way: dict[str, int]) -> list[tuple[int, Message]]:
+        """The replies that have come in, with the nodes that were asked; they are no longer under way."""
+        if not under_way:
+            return []
+        pairs = []
+        for reply in self._grid.pull_messages(list(under_way)):
+            node = under_way.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                self.traffic.up += exchange.size(reply)
+                pairs.append((node, reply))
+        return pairs
+
+
+class _Wait:
+    """Waiting for answers: prompt at first, gentler later, with a word to the user now and then."""
+
+    def __init__(self, timeout: float) -> None:
+        self._start = self._told = time.monotonic()
+        self._timeout, self._pause = timeout, 0.01
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def over(self) -> bool:
+        return self.seconds > self._timeout
+
+    def worth_telling(self) -> bool:
+        """Whether some seconds have gone by since the last word."""
+        if time.monotonic() - self._told < 5:
+            return False
+        self._told = time.monotonic()
+        return True
+
+    def a_moment(self) -> None:
+        time.sleep(self._pause)
+        self._pause = min(1.3 * self._pause, 0.2)
