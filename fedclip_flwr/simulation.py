@@ -40,7 +40,7 @@ def run(nodes: int, given: Sequence[str]) -> int:
     described = _described(found)
     settings, problems = read_settings(given)
     open_run({**described["config"], **settings}, problems)  # what is wrong is told before anything is started
-    with tempfile.TemporaryDirectory(prefix="fedclip-") as folder, superlink(Path(folder)) as env:
+    with temporary() as folder, superlink(Path(folder)) as env:
         app = _copied(found, Path(folder) / "app", described.get("fab-include", []))
         overrides = Path(folder) / "settings.toml"
         overrides.write_text("".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items()))
@@ -52,6 +52,14 @@ def run(nodes: int, given: Sequence[str]) -> int:
         print(f"The run did not complete: {status}.", file=sys.stderr)
         return 1
     return 0
+
+
+def temporary() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is gone afterwards, with a path short enough for the sockets that Ray makes in it."""
+    place = tempfile.gettempdir()
+    return tempfile.TemporaryDirectory(
+        prefix="fedclip-", dir=place if len(place) < 30 else "/tmp", ignore_cleanup_errors=True
+    )
 
 
 def app_folder() -> Path:
@@ -134,6 +142,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
+        "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]

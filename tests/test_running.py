@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +121,9 @@ def test_a_run_folder_is_as_the_contract_says(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def flower() -> Iterator[dict[str, str]]:
     """The environment of a SuperLink that simulates."""
-    with simulation.superlink(tmp_path_factory.mktemp("flower")) as env:
+    with simulation.temporary() as folder, simulation.superlink(Path(folder)) as env:
         yield env
 
 
@@ -184,6 +186,36 @@ def test_fedclip_run_ends_with_an_error_when_the_run_fails(tmp_path: Path) -> No
     assert "Traceback" not in done.stdout + done.stderr
     assert read(run_folder(tmp_path), "summary.json")["status"] == "failed"
     assert "min-sites" in read(run_folder(tmp_path), "summary.json")["why"]
+
+
+def alive(mark: str) -> list[str]:
+    """The processes that have the mark in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_fedclip_run_stopped_in_the_middle_leaves_nothing_behind(how: signal.Signals, tmp_path: Path) -> None:
+    before = set(Path("/tmp").glob("fedclip-*"))
+    env = {**os.environ, "TMPDIR": str(tmp_path), "MARK": str(tmp_path)}  # too long a folder for Ray's sockets
+    command = [str(BIN / "fedclip"), "run", "--nodes", "2", "num-server-rounds=100000", f"results-dir={tmp_path}/runs"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "zero-shot" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(how)
+        process.stdout.read()
+    assert process.returncode == 128 + how
+    deadline = time.monotonic() + 60
+    while still := alive(f"MARK={tmp_path}"):
+        assert time.monotonic() < deadline, still
+        time.sleep(0.1)
+    assert set(Path("/tmp").glob("fedclip-*")) <= before
+    assert runs.load_adapter(run_folder(tmp_path / "runs"))[1]["round"] >= 0
 
 
 def test_a_folder_of_images_with_a_relative_path(tree: Path, tmp_path: Path) -> None:
