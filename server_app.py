@@ -63,6 +63,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             say=console.say,
         )
         nodes.wait_for(settings.min_sites)
+        met = time.monotonic()
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, rate, folder.path))
         console.say(console.heading())
 
@@ -74,7 +75,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         outcome = federate(nodes, strategy, settings, start, accuracy_unseen, Watch(folder, features))
         ended = time.monotonic()
 
-        seconds = {"encode": encoded - begun, "rounds": ended - encoded, "total": ended - begun}
+        seconds = {"encode": encoded - begun, "rounds": ended - met, "total": ended - begun}
         summary = summary_of(outcome, nodes, features.parameters, seconds)
         folder.finish(summary)
         console.say(console.closing(summary, settings.num_server_rounds, holdout, folder.path))

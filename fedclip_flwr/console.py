@@ -91,7 +91,8 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, folder: P
         "",
         f"Round {adapted['round']} of {rounds} is the best by validation; tests are on images no site trained on.",
         _cost(traffic),
-        f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s features, {seconds['rounds']:.0f} s rounds.",
+        f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
+        "the rest waiting for the sites.",
         *(f"Left out: {text}" for text in failures(summary["failures"])),
         f"Run folder: {folder}",
     ]
