@@ -76,9 +76,10 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         ended = time.monotonic()
 
         seconds = {"encode": encoded - begun, "rounds": ended - met, "total": ended - begun}
-        summary = summary_of(outcome, nodes, features.parameters, seconds)
+        summary = summary_of(outcome, nodes, holdout, features.parameters, seconds)
         folder.finish(summary)
-        console.say(console.closing(summary, settings.num_server_rounds, holdout, folder.path))
+        validated = outcome.adapted.validation is not None
+        console.say(console.closing(summary, settings.num_server_rounds, holdout, validated, folder.path))
 
 
 @dataclass(frozen=True)

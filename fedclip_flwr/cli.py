@@ -36,12 +36,18 @@ def main(
 
 def _settings() -> str:
     """The settings with their defaults and meanings, for the help."""
-    lines = ["Settings and their defaults:"]
+    works, planned = [], []
     for key, field in Settings.keys().items():
-        limits = field.metadata
-        choices = "so far the default only" if limits.get("planned") else ", ".join(limits.get("choices", ()))
-        lines.append(f"  {key} = {field.default!r}: {limits['meaning']}" + (f" ({choices})" if choices else ""))
-    return "\b\n" + "\n".join(lines)
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        if field.metadata.get("planned"):
+            planned.append(f"{key}={default}")
+        else:
+            choices = field.metadata.get("choices")
+            works.append(
+                f"  {key}={default}: {field.metadata['meaning']}" + (f" ({', '.join(choices)})" if choices else "")
+            )
+    later = "Planned, the default only so far: " + ", ".join(planned)
+    return "\b\n" + "\n".join(["Settings and their defaults:", *works]) + f"\n\n{later}"
 
 
 @app.command(epilog=_settings())
@@ -49,7 +55,7 @@ def run(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     nodes: Annotated[
         int,
-        typer.Option("--nodes", "-n", metavar="N", min=1, help="How many sites: 10 unless said.", show_default=False),
+        typer.Option("--nodes", "-n", metavar="N", help="How many sites: 10 unless said.", show_default=False),
     ] = 10,
 ) -> None:
     """Simulate a federation on this machine, from its plan to its summary.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ def plan(
     share = f", {100 * trainable / whole:.2f} % of the model's {whole:,}" if whole else ""
     rank = f" of rank {settings.adapter_rank}" if settings.adapter == "gate" else ""
     rounds, epochs = settings.num_server_rounds, settings.local_epochs
+    weights = "sites weigh the same" if settings.site_weights == "equal" else "sites weigh by their examples"
+    part = settings.fraction_train
+    share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
     facts = [
         ("model", f"{features.model}, prompt {features.prompt!r}"),
         ("data", settings.data),
@@ -43,10 +47,14 @@ def plan(
         ("traffic", f"{_bytes(4 * trainable)} to a site and as much back in each round"),
         ("learning", f"{_count(rounds, 'round')} of {_count(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, learning rate {rate:g}, seed {settings.seed}"),
+        ("averaging", f"{settings.strategy}, {weights}" + share_of_sites),
         ("features", str(home() / "features")),
         ("run folder", str(folder)),
     ]
-    sites = sorted(hellos, key=lambda hello: hello.site)
+    sites = sorted(hellos, key=lambda hello: _natural(hello.site))
+    nowhere = sorted({*features.domains} - {holdout} - {hello.domain for hello in sites})
+    if nowhere and all(hello.domain in features.domains for hello in sites):
+        facts.append(("at no site", ", ".join(nowhere)))
     rows = [(h.site, h.domain, f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
     table = _table([(_count(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
@@ -72,10 +80,11 @@ def line(line: Line) -> str:
     return "  ".join(f"{cell:>8}" for cell in cells) + ("  zero-shot" if line.round == 0 else "")
 
 
-def closing(summary: dict[str, Any], rounds: int, holdout: str | None, folder: Path) -> str:
+def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated: bool, folder: Path) -> str:
     """Zero-shot beside the adapted result, and what it cost."""
     zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
-    rows = [(site, zero["sites"].get(site), adapted["sites"].get(site)) for site in sorted(adapted["sites"])]
+    sites = sorted(adapted["sites"], key=_natural)
+    rows = [(site, zero["sites"].get(site), adapted["sites"].get(site)) for site in sites]
     rows.append(("mean of the seen", zero["seen"], adapted["seen"]))
     if holdout:
         rows.append((f"{holdout}, unseen", zero["unseen"], adapted["unseen"]))
@@ -85,11 +94,17 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, folder: P
             *((n, _percent(z), _percent(a), _gain(z, a)) for n, z, a in rows),
         ]
     )
+    if not validated:
+        how = "is taken, for no site has validation images to choose by"
+    elif adapted["round"]:
+        how = "is the best by validation"
+    else:
+        how = "is the best by validation: nothing was gained over zero-shot"
     parts = [
         "",
         table,
         "",
-        f"Round {adapted['round']} of {rounds} is the best by validation; tests are on images no site trained on.",
+        f"Round {adapted['round']} of {rounds} {how}; tests are on images no site trained on.",
         _cost(traffic),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
@@ -118,12 +133,18 @@ def _cost(traffic: dict[str, Any]) -> str:
     return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:.0f} times as much."
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """For sorting: site-2 before site-10."""
+    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
+
+
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _gain(zero: float | None, adapted: float | None) -> str:
-    return "–" if zero is None or adapted is None else f"{100 * (adapted - zero):+.1f}"
+    """The difference of what is shown."""
+    return "–" if zero is None or adapted is None else f"{round(100 * adapted, 1) - round(100 * zero, 1):+.1f}"
 
 
 def _bytes(count: float) -> str:

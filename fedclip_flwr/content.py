@@ -7,6 +7,7 @@ under the names, sizes, times and inodes of the files it was made from: whatever
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -20,6 +21,7 @@ from torch import Tensor
 from fedclip_flwr.errors import UserError
 
 PACKAGE = Path(__file__).parent
+NO_MATTER_OF_ROOM = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 def digest(*parts: str | bytes) -> str:
@@ -83,10 +85,16 @@ def writing_to(folder: Path, setting: str = "FEDCLIP_HOME") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
+        room = "" if error.errno in NO_MATTER_OF_ROOM else "make room there, or "
         raise UserError(
-            f"{folder} can't be written to ({error.strerror or error}): "
-            f"make room there, or let {setting} name another folder"
+            f"{folder} can't be written to ({error.strerror or error}): {room}let {setting} name another folder"
         ) from error
+
+
+def make_folder(folder: Path, setting: str = "FEDCLIP_HOME") -> Path:
+    """The folder, made if need be."""
+    with writing_to(folder, setting):
+        return folder
 
 
 def write_whole(path: Path, write: Callable[[Path], object], setting: str = "FEDCLIP_HOME") -> None:
@@ -104,7 +112,10 @@ def write_whole(path: Path, write: Callable[[Path], object], setting: str = "FED
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
     """A safetensors file, its `facts` in the header."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, facts)
+        path.chmod(mode)  # as of any other file: safetensors would let the owner alone read it
     except SafetensorError as error:  # a full disk, in safetensors' words
         raise OSError(str(error)) from error

@@ -45,6 +45,13 @@ def home() -> Path:
     return Path(os.environ.get("FEDCLIP_HOME") or "~/.fedclip").expanduser().absolute()
 
 
+def results(settings: Settings) -> tuple[Path, str]:
+    """Where run folders go, and the setting that says so."""
+    if settings.results_dir:
+        return Path(settings.results_dir), "results-dir"
+    return home() / "runs", "FEDCLIP_HOME"
+
+
 class Features(Protocol):
     """The images of a data set and its class prompts, as a CLIP sees them."""
 
@@ -121,6 +128,7 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
     features = check("data", "model", "prompt", look=lambda: open_features(settings))
     if features:
         holdout = check("holdout", look=lambda: data.pick_holdout(settings.holdout, features.domains))
+    check("results-dir", look=lambda: content.make_folder(*results(settings)))
     if problems or not features:
         raise unusable(problems.values())
     return settings, features, holdout
@@ -143,6 +151,7 @@ class Encoded:
         self.model, self.prompt = model.name, prompt
         self._source, self._model = source, model
         self._device, self._precision, self._progress = device, precision, progress
+        self._told: set[str] = set()  # domains whose broken images were told
         self._store = store or home() / "features"
         self._memory = self._store / "contents"
 
@@ -170,7 +179,8 @@ class Encoded:
     def examples(self, domain: str) -> Examples:
         path = self._folder / f"images-{self._source.content(domain, self._memory)}.safetensors"
         tensors, facts = _kept(path, lambda: self._encode(domain))
-        if broken := int(facts["broken"]):
+        if (broken := int(facts["broken"])) and domain not in self._told:
+            self._told.add(domain)
             count = broken + len(tensors["labels"])
             log.warning("%s: %s of %s images can't be read and are left out", domain, f"{broken:,}", f"{count:,}")
         return Examples(tensors["image_features"], tensors["labels"])

@@ -4,7 +4,7 @@ It is our own because Flower's counts from round 1 only, polls slowly and dies o
 
 One exchange a round: a site first evaluates the adapter that it receives, then trains it, and answers with both. So
 the line of round r (r = 0 is zero-shot) is known when the answers of round r + 1 are there; a closing EVALUATE
-completes the last one.
+completes the last one. Sites that do not train in a round evaluate in it: rounds are compared on the same sites.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedclip_flwr import exchange
@@ -27,6 +27,7 @@ from fedclip_flwr.learning import best_round, mean_accuracy
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.strategy import AdapterFedAvg
 
+TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
 
 
@@ -76,6 +77,7 @@ class Outcome:
     zero_shot: Line
     adapted: Line
     state: State
+    site_round_bytes: float  # the mean over sites and rounds
 
 
 def federate(
@@ -90,18 +92,18 @@ def federate(
     start = best = state
     lines: list[Line] = []
     cost = nodes.traffic.both, 0.0
+    answers = round_bytes = 0
 
-    def ask(configure: Configure, number: int, state: State, asked: Sequence[int]) -> list[Message]:
-        """The replies of these nodes to what the strategy has for them; Flower's strategies wait if there is none."""
+    def messages_of(configure: Configure, number: int, state: State, asked: Sequence[int]) -> Iterable[Message]:
+        """What the strategy has for these nodes; Flower's strategies would wait for some if there were none."""
         if not asked:
             return []
-        messages = configure(number, exchange.write_adapter(state), nodes.config(), nodes.view(asked))
-        return nodes.ask(number, messages)
+        return configure(number, exchange.write_adapter(state), nodes.config(), nodes.view(asked))
 
     def add(reports: Mapping[str, Report]) -> None:
         """The line of the adapter `state`, and whether it is the best so far."""
         nonlocal best
-        lines.append(Line(len(lines), reports, unseen(state), *cost))
+        lines.append(Line(len(lines), dict(sorted(reports.items())), unseen(state), *cost))
         watcher.line(lines[-1])
         if best_round([line.validation for line in lines]) == lines[-1].round:
             best = state
@@ -110,11 +112,14 @@ def federate(
     for number in range(1, settings.num_server_rounds + 1):
         nodes.meet(number)
         before, begun = nodes.traffic.both, time.monotonic()
-        chosen = nodes.choose(settings.fraction_train, settings.seed, number)
-        replies = ask(strategy.configure_train, number, state, chosen)
-        averaged, _ = strategy.aggregate_train(number, replies)
+        training, others = nodes.choose(settings.fraction_train, settings.seed, number)
+        messages = [
+            *messages_of(strategy.configure_train, number, state, training),
+            *messages_of(strategy.configure_evaluate, number, state, others),
+        ]
+        replies = nodes.ask(number, messages)
+        averaged, _ = strategy.aggregate_train(number, [r for r in replies if r.metadata.message_type == TRAIN])
         reports = nodes.sort_out(number, strategy)
-        nodes.answers += len(replies)
         if len(reports) < settings.min_sites:
             raise UserError(
                 f"round {number}: answers that can be used: {len(reports)}, min-sites = {settings.min_sites} are "
@@ -122,24 +127,27 @@ def federate(
             )
         if averaged is None:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
+        strategy.aggregate_evaluate(number, [r for r in replies if r.metadata.message_type == EVALUATE])
+        reports = {**reports, **nodes.sort_out(number, strategy)}
         spent = nodes.traffic.both - before, time.monotonic() - begun
+        answers, round_bytes = answers + len(replies), round_bytes + spent[0]
         add(reports)
         state, cost = exchange.read_adapter(averaged, state), spent
         watcher.complete(number, state)
 
-    def evaluate(number: int, state: State, asked: Sequence[int]) -> Mapping[str, Report]:
-        strategy.aggregate_evaluate(number, ask(strategy.configure_evaluate, number, state, asked))
+    def evaluated(number: int, state: State, asked: Sequence[int]) -> Mapping[str, Report]:
+        messages = messages_of(strategy.configure_evaluate, number, state, asked)
+        strategy.aggregate_evaluate(number, nodes.ask(number, messages))
         return nodes.sort_out(number, strategy)
 
-    add(evaluate(len(lines), state, nodes.good()))
+    add(evaluated(len(lines), state, nodes.good()))
 
     def whole(line: Line, state: State) -> Line:
-        """The line with the reports of sites that were not asked, or not there, in its round."""
-        others = evaluate(line.round, state, nodes.good(without=line.reports))
-        return replace(line, reports={**line.reports, **others})
+        """The line with the reports of sites that were not there in its round."""
+        return replace(line, reports={**line.reports, **evaluated(line.round, state, nodes.good(line.reports))})
 
     selected = lines[best_round([line.validation for line in lines])]
-    return Outcome(whole(lines[0], start), whole(selected, best), best)
+    return Outcome(whole(lines[0], start), whole(selected, best), best, round_bytes / max(answers, 1))
 
 
 def refuse(error: UserError) -> NoReturn:

@@ -77,7 +77,6 @@ class Nodes:
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
         self.traffic = Traffic()
-        self.answers = 0  # in rounds of training, from all sites
         self._grid, self._package, self._classes = grid, package, len(classes)
         self._timeout, self._say = timeout, say
         self._greeted: set[int] = set()
@@ -91,14 +90,17 @@ class Nodes:
             if wait.over or (simulated(self._grid) and self._greeted and not self._hellos_under_way):
                 break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
-                self._say(f"waiting for sites: {len(self.hellos)} of {len(self._greeted)} are ready")
+                self._say(f"starting: {len(self.hellos)} of {len(self._greeted)} sites are ready")
             wait.a_moment()
         if len(self.hellos) < count:
+            hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
             why = "; ".join(f"{f.site}: {f.why}" for f in self.failures[:3])
             raise UserError(
                 f"sites that take part after {wait.seconds:.0f} s: {len(self.hellos)}, min-sites = {count} are needed"
-                + (f" ({why})" if why else ": is a SuperNode running for each?")
+                + (f" ({why})" if why else hint)
             )
+        if not any(hello.train for hello in self.hellos.values()):
+            raise UserError("no site has an example to learn from: use more data or fewer sites")
 
     def meet(self, number: int = 0) -> bool:
         """Greets nodes not met yet and takes in those that have answered; whether anyone is new."""
@@ -140,12 +142,12 @@ class Nodes:
             return f"it has other classes than the {self._classes} of this run"
         return None
 
-    def choose(self, share: float, seed: int, number: int) -> list[int]:
-        """Node ids for a round: that share of the connected sites, drawn by the seed, in the order of their names."""
+    def choose(self, share: float, seed: int, number: int) -> tuple[list[int], list[int]]:
+        """That share of the connected sites, drawn by seed and name, to train in a round; and the others. Node ids."""
         sites = self._connected()
-        count = max(1, round(share * len(sites)))
-        names = sorted(random.Random(seed_of(seed, "sites", number)).sample(sorted(sites), min(count, len(sites))))
-        return [sites[name] for name in names]
+        count = min(max(1, round(share * len(sites))), len(sites))
+        names = random.Random(seed_of(seed, "sites", number)).sample(sorted(sites), count)
+        return [sites[name] for name in sorted(names)], [sites[name] for name in sorted({*sites} - {*names})]
 
     def good(self, without: Iterable[str] = ()) -> list[int]:
         """Node ids of the connected sites whose last answer could be used."""
@@ -209,8 +211,8 @@ class Nodes:
             return {}
         accepted = set(self._grid.push_messages(messages))
         sent = [message for message in messages if message.metadata.message_id in accepted]
-        if sent:
-            self.traffic.down += len(sent) * exchange.size(sent[0])  # the same content for all
+        sizes = {id(message.content): exchange.size(message) for message in {id(m.content): m for m in sent}.values()}
+        self.traffic.down += sum(sizes[id(message.content)] for message in sent)  # contents are shared: measured once
         return {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
 
     def _pull(self, under_way: dict[str, int]) -> list[tuple[int, Message]]:

@@ -26,7 +26,7 @@ from fedclip_flwr.adapters import Adapter, make_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State, one_line
-from fedclip_flwr.features import Features, home
+from fedclip_flwr.features import Features, results
 from fedclip_flwr.federation import Line, Outcome
 from fedclip_flwr.nodes import Nodes
 
@@ -37,8 +37,8 @@ class RunFolder:
     """A new run's folder. As a context manager it records how the run ends."""
 
     def __init__(self, settings: Settings, package: str) -> None:
-        root = Path(settings.results_dir) if settings.results_dir else home() / "runs"
-        with content.writing_to(root, "results-dir"):
+        root, self._setting = results(settings)
+        with content.writing_to(root, self._setting):
             self.path = _new_folder(root)
         self.name = self.path.name
         self._settings, self._finished = settings, False
@@ -59,7 +59,7 @@ class RunFolder:
             "bytes": line.bytes,
             "seconds": line.seconds,
         }
-        with content.writing_to(self.path, "results-dir"), (self.path / "metrics.jsonl").open("a") as file:
+        with content.writing_to(self.path, self._setting), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(facts) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -103,10 +103,10 @@ class RunFolder:
 
     def _json(self, name: str, facts: dict[str, Any]) -> None:
         text = json.dumps(facts, indent=2) + "\n"
-        content.write_whole(self.path / name, lambda part: part.write_text(text), "results-dir")
+        content.write_whole(self.path / name, lambda part: part.write_text(text), self._setting)
 
     def _tensors(self, name: str, state: State, facts: dict[str, str]) -> None:
-        content.write_whole(self.path / name, lambda part: content.save_tensors(state, part, facts), "results-dir")
+        content.write_whole(self.path / name, lambda part: content.save_tensors(state, part, facts), self._setting)
 
 
 def _new_folder(root: Path) -> Path:
@@ -136,13 +136,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def summary_of(outcome: Outcome, nodes: Nodes, parameters: int | None, seconds: dict[str, float]) -> dict[str, Any]:
+def summary_of(
+    outcome: Outcome, nodes: Nodes, holdout: str | None, parameters: int | None, seconds: dict[str, float]
+) -> dict[str, Any]:
     """What `summary.json` tells of a completed run; `parameters` counts the whole model's."""
     traffic = nodes.traffic
-    per_round = traffic.both / max(nodes.answers, 1)
+    per_round = outcome.site_round_bytes
     whole = None if parameters is None else 2 * 4 * parameters
     return {
         "status": "completed",
+        "holdout": holdout,
         "zero_shot": _accuracies(outcome.zero_shot),
         "adapted": {**_accuracies(outcome.adapted), "round": outcome.adapted.round, "personal": None},
         "traffic": {
@@ -165,6 +168,8 @@ def _accuracies(line: Line) -> dict[str, Any]:
 def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
     """The selected adapter of a run, and what it was made for."""
     path = folder / "adapter.json"
+    if folder.is_dir() and not path.exists():
+        raise UserError(f"{folder} holds no adapter: its run came to no round; summary.json there tells how it ended")
     try:
         facts = json.loads(path.read_text())
         adapter = make_adapter(facts["kind"], facts["dim"], rank=facts["rank"], blend=facts["blend"])

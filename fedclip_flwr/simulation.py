@@ -22,7 +22,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
@@ -31,15 +31,21 @@ from fedclip_flwr.features import open_run
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(nodes: int, given: Sequence[str]) -> int:
     """Runs the federation and shows what it shows; 0 only if the run was completed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the SuperLink is stopped
+    for stop_signal in STOPS:
+        signal.signal(stop_signal, _stopped)
     found = app_folder()
     described = _described(found)
     settings, problems = read_settings(given)
-    open_run({**described["config"], **settings}, problems)  # what is wrong is told before anything is started
+    if nodes < 1:
+        problems["nodes"] = f"--nodes {nodes}: expected at least 1"
+    checked, _, _ = open_run({**described["config"], **settings}, problems)  # what is wrong is told before any start
+    if checked.min_sites > nodes:
+        raise UserError(f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes")
     with temporary() as folder, superlink(Path(folder)) as env:
         app = _copied(found, Path(folder) / "app", described.get("fab-include", []))
         overrides = Path(folder) / "settings.toml"
@@ -54,6 +60,14 @@ def run(nodes: int, given: Sequence[str]) -> int:
     return 0
 
 
+def _stopped(number: int, frame: object) -> NoReturn:
+    """Leaves in order, so that the SuperLink is stopped too, however often the user asks."""
+    for stop_signal in STOPS:
+        signal.signal(stop_signal, signal.SIG_IGN)
+    print("Stopped: all that was started is ended.", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 def temporary() -> tempfile.TemporaryDirectory[str]:
     """A folder that is gone afterwards, with a path short enough for the sockets that Ray makes in it."""
     place = tempfile.gettempdir()
@@ -66,7 +80,7 @@ def app_folder() -> Path:
     """The folder of the Flower app: the current one if it holds one, else this project's."""
     here = Path.cwd()
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
-        if _described(here)["config"]:
+        if Settings.keys().keys() <= _described(here)["config"].keys():  # and not an app of somebody else's
             return here
     packed = content.PACKAGE / "app"
     return packed if packed.is_dir() else content.PACKAGE.parent
@@ -96,9 +110,11 @@ def read_settings(given: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]
     problems: dict[str, str] = {}
     for text in given:
         key, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not key:
             problems[text] = f"{text}: expected key=value"
             continue
+        if key in settings:
+            problems[key] = f"{key}: given twice"
         kind = type(fields[key].default) if key in fields else str
         try:
             settings[key] = _value(value, kind)

@@ -36,22 +36,37 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_the_closing_tables() -> None:
-    text = console.closing(SUMMARY, 20, "sketch", Path("/runs/x"))
+    text = console.closing(SUMMARY, 20, "sketch", True, Path("/runs/x"))
     told = rows(text)
     assert ["a", "50.0", "75.0", "+25.0"] in told
     assert ["b", "–", "–", "–"] in told
     assert ["mean", "of", "the", "seen", "50.0", "62.5", "+12.5"] in told
     assert ["sketch,", "unseen", "40.0", "38.0", "-2.0"] in told
-    assert "Round 3 of 20" in text
+    assert "Round 3 of 20 is the best by validation;" in text
     assert "250 B a site and round; FedAVG of the whole model: 1 MB, 4000 times as much." in text
     assert "Left out: b: no answer (round 1 to 3, 2 times)" in text
     assert "Left out: c: other code (round 0)" in text
     assert text.endswith("Run folder: /runs/x")
 
 
+def test_how_the_round_was_chosen_is_told() -> None:
+    text = console.closing(SUMMARY, 20, None, False, Path("/runs/x"))
+    assert "Round 3 of 20 is taken, for no site has validation images" in text
+    zero = {**SUMMARY, "adapted": {**SUMMARY["adapted"], "round": 0}}
+    assert "nothing was gained" in console.closing(zero, 20, None, True, Path("/runs/x"))
+
+
+def test_gains_are_those_of_the_figures_shown_and_sites_are_in_counting_order() -> None:
+    adapted = {"seen": 0.643, "unseen": None, "sites": {"a-10": 0.6427, "a-2": 0.5}, "round": 1}
+    zero = {"seen": 0.6, "unseen": None, "sites": {"a-10": 0.6213, "a-2": 0.5}}
+    told = rows(console.closing({**SUMMARY, "zero_shot": zero, "adapted": adapted}, 1, None, True, Path("/x")))
+    at = told.index(["a-2", "50.0", "50.0", "+0.0"])
+    assert told[at + 1] == ["a-10", "62.1", "64.3", "+2.2"]  # exactly 2.14
+
+
 def test_without_a_holdout_or_a_known_model_size() -> None:
     traffic = {**SUMMARY["traffic"], "full_model_bytes": None, "times_less": None}
-    text = console.closing({**SUMMARY, "traffic": traffic}, 20, None, Path("/runs/x"))
+    text = console.closing({**SUMMARY, "traffic": traffic}, 20, None, True, Path("/runs/x"))
     assert "unseen" not in text
     assert "250 B a site and round, 1.5 kB in all." in text
 
@@ -73,6 +88,7 @@ def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
     told = rows(text)
     assert ["2", "sites", "domain", "train", "val", "test", "classes"] in told
     assert told[-2:] == [["a", "art", "1,200", "400", "400", "1"], ["b", "photo", "6", "2", "2", "2"]]
+    assert ["at", "no", "site", "cartoon"] in told
     for part in ("sketch, 1,500 images", "128 numbers in 1 tensor, 0.01 %", "512 B to a site", "1 round of 1 epoch"):
         assert part in text
     assert "learning rate 0.0004" in text

@@ -304,9 +304,26 @@ def test_the_sites_of_a_round_follow_from_seed_and_names_not_from_node_ids() -> 
     assert len(set(map(tuple, first.values()))) > 1
 
 
-def test_with_a_fraction_of_the_sites_the_closing_reports_are_of_all() -> None:
-    sites: dict[int, Answer] = {n: Site(f"site-{n}") for n in range(4)}
-    running = Running(sites, fraction_train=0.5)
+def test_with_a_fraction_training_all_sites_evaluate_so_that_rounds_can_be_compared() -> None:
+    sites = {n: Site(f"site-{n}", correct={0.0: n, 1.0: n + 1}) for n in range(4)}
+    running = Running({**sites}, fraction_train=0.5)
     outcome = running.run()
-    assert [len(line.reports) for line in running.told.lines] == [2, 2, 2, 4]
+    assert [len(line.reports) for line in running.told.lines] == [4] * 4
+    assert [line.validation for line in running.told.lines] == pytest.approx([0.15, 0.25, 0.5, 0.5])
+    assert sum(len(site.trained_in) for site in sites.values()) == 2 * 3
     assert len(outcome.zero_shot.reports) == len(outcome.adapted.reports) == 4
+    kinds = [kind for _, kind in running.grid.asked]
+    assert (kinds.count("train"), kinds.count("evaluate")) == (2 * 3, 2 * 3 + 4)
+
+
+def test_bytes_a_site_and_round_are_those_of_the_rounds() -> None:
+    running = Running({5: Site("north"), 9: Site("south")})
+    outcome = running.run()
+    assert outcome.site_round_bytes == sum(line.bytes for line in running.told.lines[1:]) / (2 * 3)
+
+
+def test_if_no_site_has_anything_to_train_on_the_run_does_not_begin() -> None:
+    running = Running({5: Site("north", train=0)})
+    with pytest.raises(UserError, match="no site has an example to learn from"):
+        running.run()
+    assert {kind for _, kind in running.grid.asked} == {"query"}

@@ -39,9 +39,9 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_no_setting_is_told() -> None:
-    assert simulation.read_settings(["seed", "adapter=gate"]) == (
-        {"adapter": "gate"},
-        {"seed": "seed: expected key=value"},
+    assert simulation.read_settings(["seed", "=3", "adapter=gate", "adapter=scale"]) == (
+        {"adapter": "scale"},
+        {"seed": "seed: expected key=value", "=3": "=3: expected key=value", "adapter": "adapter: given twice"},
     )
 
 
@@ -52,5 +52,8 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
     assert simulation.app_folder() == Path(simulation.__file__).parent.parent
     (tmp_path / "pyproject.toml").write_text("[project]\nname = 'other'\n")
     assert simulation.app_folder() != tmp_path
-    (tmp_path / "pyproject.toml").write_text("[tool.flwr.app.config]\nseed = 7\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.flwr.app.config]\nseed = 7\n")  # somebody else's app
+    assert simulation.app_folder() != tmp_path
+    ours = (Path(simulation.__file__).parent.parent / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(ours)
     assert simulation.app_folder() == tmp_path
