@@ -40,7 +40,7 @@ class Settings:
     adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
     adapter_rank: int = _setting(4, "the gate's rank", least=1)
     blend: float = _setting(1.0, "share of the adapted feature", least=0.0, most=1.0)
-    recipe: str = _setting("default", "loss, optimizer, site weights and prompt", choices=("default", "paper"))
+    recipe: str = _setting("default", "loss, optimizer and prompt", choices=("default", "paper"))
     prompt: str = _setting("", "overrides the recipe's template; `{}` stands for the class name")
     class_names: str = _setting("", "overrides the data's class names: a file or a comma list", planned=True)
     num_server_rounds: int = _setting(20, "rounds", least=1)
@@ -53,7 +53,7 @@ class Settings:
     )
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"), planned=True)
-    fraction_train: float = _setting(1.0, "share of the sites in a round", above=0.0, most=1.0)
+    fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
     round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
     partition: str = _setting(
