@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedclip_flwr import content
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_run
 
@@ -45,7 +45,7 @@ def run(nodes: int, given: Sequence[str]) -> int:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"
     checked, _, _ = open_run({**described["config"], **settings}, problems)  # what is wrong is told before any start
     if checked.min_sites > nodes:
-        raise UserError(f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes")
+        raise unusable([f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes"])
     with temporary() as folder, superlink(Path(folder)) as env:
         app = _copied(found, Path(folder) / "app", described.get("fab-include", []))
         overrides = Path(folder) / "settings.toml"

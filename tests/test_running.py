@@ -168,6 +168,9 @@ def test_wrong_settings_end_a_flwr_run_as_failed_with_one_message(flower: dict[s
         (["holdout=moon"], ["no such domain; the data has art, cartoon, photo, sketch"]),
         (["data=folder:/there/is/none"], ["no such folder"]),
         (["personalize=maybe"], ["true or false"]),
+        (["--nodes", "3", "min-sites=5"], ["there are 3 sites"]),
+        (["--nodes", "0"], ["expected at least 1"]),
+        (["results-dir=/proc/none"], ["let results-dir name another folder"]),
     ],
 )
 def test_fedclip_run_tells_what_is_wrong_before_anything_starts(given: list[str], told: list[str]) -> None:
@@ -178,15 +181,18 @@ def test_fedclip_run_tells_what_is_wrong_before_anything_starts(given: list[str]
     assert all(text in done.stderr for text in told)
 
 
-def test_fedclip_run_ends_with_an_error_when_the_run_fails(tmp_path: Path) -> None:
-    done = fedclip("run", "--nodes", "2", "min-sites=3", f"results-dir={tmp_path}")
+def test_fedclip_run_ends_with_an_error_when_the_run_fails(tree: Path, tmp_path: Path) -> None:
+    for image in (tree / "cartoon").rglob("*.png"):
+        image.write_bytes(b"no picture")
+    done = fedclip("run", "--nodes", "2", f"data=folder:{tree}", f"results-dir={tmp_path / 'runs'}")
     assert done.returncode == 1
-    assert "This run can't go on." in done.stdout
-    assert "min-sites = 3" in done.stdout
+    assert "This run can't go on. cartoon: none of its 12 images can be read" in done.stdout
     assert "finished:failed" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert read(run_folder(tmp_path), "summary.json")["status"] == "failed"
-    assert "min-sites" in read(run_folder(tmp_path), "summary.json")["why"]
+    assert read(run_folder(tmp_path / "runs"), "summary.json") == {
+        "status": "failed",
+        "why": "cartoon: none of its 12 images can be read",
+    }
 
 
 def alive(mark: str) -> list[str]:
