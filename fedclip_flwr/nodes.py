@@ -143,10 +143,11 @@ class Nodes:
         return None
 
     def choose(self, share: float, seed: int, number: int) -> tuple[list[int], list[int]]:
-        """That share of the connected sites, drawn by seed and name, to train in a round; and the others. Node ids."""
+        """Which connected sites train in a round, drawn by seed and name from those that can; and the others. Ids."""
         sites = self._connected()
-        count = min(max(1, round(share * len(sites))), len(sites))
-        names = random.Random(seed_of(seed, "sites", number)).sample(sorted(sites), count)
+        able = sorted(name for name in sites if self.hellos[name].train)
+        count = min(max(1, round(share * len(able))), len(able))
+        names = random.Random(seed_of(seed, "sites", number)).sample(able, count)
         return [sites[name] for name in sorted(names)], [sites[name] for name in sorted({*sites} - {*names})]
 
     def good(self, without: Iterable[str] = ()) -> list[int]:

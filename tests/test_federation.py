@@ -316,6 +316,15 @@ def test_with_a_fraction_training_all_sites_evaluate_so_that_rounds_can_be_compa
     assert (kinds.count("train"), kinds.count("evaluate")) == (2 * 3, 2 * 3 + 4)
 
 
+def test_a_site_without_training_images_only_evaluates() -> None:
+    poor = Site("poor", 100.0, train=0)
+    running = Running({5: Site("north"), 9: poor}, fraction_train=0.5)
+    running.run()
+    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert not poor.trained_in
+    assert [len(line.reports) for line in running.told.lines] == [2] * 4
+
+
 def test_bytes_a_site_and_round_are_those_of_the_rounds() -> None:
     running = Running({5: Site("north"), 9: Site("south")})
     outcome = running.run()
