@@ -133,9 +133,9 @@ def _cost(traffic: dict[str, Any]) -> str:
     return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:.0f} times as much."
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[str, int]]:
     """For sorting: site-2 before site-10."""
-    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
+    return [(text, int(part or -1)) for text, part in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _percent(share: float | None) -> str:

@@ -57,11 +57,12 @@ def test_how_the_round_was_chosen_is_told() -> None:
 
 
 def test_gains_are_those_of_the_figures_shown_and_sites_are_in_counting_order() -> None:
-    adapted = {"seen": 0.643, "unseen": None, "sites": {"a-10": 0.6427, "a-2": 0.5}, "round": 1}
-    zero = {"seen": 0.6, "unseen": None, "sites": {"a-10": 0.6213, "a-2": 0.5}}
+    adapted = {"seen": 0.643, "unseen": None, "sites": {"a-10": 0.6427, "b-1": 0.5, "a-2": 0.5}, "round": 1}
+    zero = {"seen": 0.6, "unseen": None, "sites": {"a-10": 0.6213, "b-1": 0.5, "a-2": 0.5}}
     told = rows(console.closing({**SUMMARY, "zero_shot": zero, "adapted": adapted}, 1, None, True, Path("/x")))
     at = told.index(["a-2", "50.0", "50.0", "+0.0"])
     assert told[at + 1] == ["a-10", "62.1", "64.3", "+2.2"]  # exactly 2.14
+    assert told[at + 2][0] == "b-1"
 
 
 def test_without_a_holdout_or_a_known_model_size() -> None:
