@@ -151,7 +151,7 @@ class Encoded:
         self.model, self.prompt = model.name, prompt
         self._source, self._model = source, model
         self._device, self._precision, self._progress = device, precision, progress
-        self._told: set[str] = set()  # domains whose broken images were told
+        self._opened: dict[str, Examples] = {}
         self._store = store or home() / "features"
         self._memory = self._store / "contents"
 
@@ -177,10 +177,14 @@ class Encoded:
         return Classes(tensors["text_features"], float(facts["logit_scale"]))
 
     def examples(self, domain: str) -> Examples:
+        if domain not in self._opened:  # reading checks every byte, and tells of broken images
+            self._opened[domain] = self._open(domain)
+        return self._opened[domain]
+
+    def _open(self, domain: str) -> Examples:
         path = self._folder / f"images-{self._source.content(domain, self._memory)}.safetensors"
         tensors, facts = _kept(path, lambda: self._encode(domain))
-        if (broken := int(facts["broken"])) and domain not in self._told:
-            self._told.add(domain)
+        if broken := int(facts["broken"]):
             count = broken + len(tensors["labels"])
             log.warning("%s: %s of %s images can't be read and are left out", domain, f"{broken:,}", f"{count:,}")
         return Examples(tensors["image_features"], tensors["labels"])

@@ -40,12 +40,11 @@ class RunFolder:
         root, self._setting = results(settings)
         with content.writing_to(root, self._setting):
             self.path = _new_folder(root)
-        self.name = self.path.name
         self._settings, self._finished = settings, False
         facts = {**settings.as_run_config(), "versions": _versions(), "package": package}
         self._json("settings.json", facts)
         self._json("summary.json", {"status": "running"})
-        _link(root / "latest", self.name)
+        _link(root / "latest", self.path.name)
 
     def line(self, line: Line) -> None:
         """Adds a line to metrics.jsonl."""
@@ -115,7 +114,7 @@ def _new_folder(root: Path) -> Path:
     for number in range(1000):
         path = root / (f"{stamp}-{number}" if number else stamp)
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
     raise UserError(f"results-dir: {root} has no room for another run of {stamp}")
 

@@ -314,6 +314,15 @@ def test_bad_tensors_of_a_feature_folder_are_told(
         FeatureFolder(tmp_path).examples("a")
 
 
+def test_what_is_opened_twice_is_read_once_and_broken_images_are_told_once(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tree / "photo" / "car" / "0.png").write_bytes(b"no picture")
+    features = opened(tree)
+    assert features.examples("photo").features is features.examples("photo").features
+    assert caplog.text.count("can't be read") == 1
+
+
 def test_a_run_is_opened_with_its_holdout(tree: Path) -> None:
     settings, features, holdout = open_run({"data": f"folder:{tree}", "seed": 3})
     assert (settings.seed, features.domains, holdout) == (3, ("cartoon", "photo"), "photo")

@@ -181,6 +181,13 @@ def test_fedclip_run_tells_what_is_wrong_before_anything_starts(given: list[str]
     assert all(text in done.stderr for text in told)
 
 
+def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str, str], tmp_path: Path) -> None:
+    printed, status = flwr_run(flower, "--run-config", f"min-sites=11 results-dir='{tmp_path}'")
+    assert status == "finished:failed"
+    assert "10, min-sites = 11 are needed: simulate more" in printed
+    assert "min-sites = 11" in read(run_folder(tmp_path), "summary.json")["why"]
+
+
 def test_fedclip_run_ends_with_an_error_when_the_run_fails(tree: Path, tmp_path: Path) -> None:
     for image in (tree / "cartoon").rglob("*.png"):
         image.write_bytes(b"no picture")
