@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from dataclasses import replace
 
 import torch
 from flwr.app import Context, Error, Message
@@ -17,9 +18,10 @@ from fedclip_flwr.adapters import Adapter, tensor_names
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report, Task
-from fedclip_flwr.features import home
-from fedclip_flwr.learning import RECIPES, evaluate, seed_of, train
+from fedclip_flwr.learning import RECIPES, evaluate, examine, personalize, seed_of, train
+from fedclip_flwr.saved import save_adapter
 from fedclip_flwr.sites import Desk, new_adapter, open_desk
+from fedclip_flwr.vocabulary import recall
 
 log = logging.getLogger("fedclip_flwr")
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -30,7 +32,8 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     """Lets nothing out but what may leave a site; what goes wrong is answered as an error of one line."""
     try:
         reply = answer(message, context)
-        exchange.check_outgoing(reply.content, tensor_names(Settings.from_run_config(context.run_config).adapter))
+        adapter = Settings.from_run_config(context.run_config).adapter
+        exchange.check_outgoing(reply.content, tensor_names(adapter), shares_classes(context))
         return reply
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError)
@@ -48,14 +51,14 @@ def hello(message: Message, context: Context) -> Message:
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
     site = desk.site
-    desk.require(task.class_names)
+    desk.require(task.model)
     counts = {part: len(getattr(site, part).labels) for part in ("train", "validation", "test")}
     said = Hello(
         site=site.name,
         role="train",
         domain=site.domain,
         classes=site.class_numbers,
-        package=content.of_package(home() / "contents"),
+        package=content.of_package(content.memory()),
         **counts,
     )
     return Message(exchange.write_hello(said), reply_to=message)
@@ -67,14 +70,14 @@ def learn(message: Message, context: Context) -> Message:
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
     adapter = received(task, desk)
-    report = report_on(adapter, desk)
-    settings, recipe = desk.settings, RECIPES[desk.settings.recipe]
+    report = report_on(adapter, desk, context)
+    settings = desk.settings
     train(
         adapter,
         desk.site.train,
         desk.classes,
-        recipe,
-        learning_rate=settings.learning_rate or recipe.rate(settings.adapter, desk.classes.text.shape[1]),
+        RECIPES[settings.recipe],
+        learning_rate=learning_rate(desk),
         epochs=settings.local_epochs,
         batch_size=settings.batch_size,
         seed=seed_of(settings.seed, "train", desk.site.name, task.round),
@@ -84,17 +87,52 @@ def learn(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def score(message: Message, context: Context) -> Message:
-    """How the received adapter does here."""
+    """How the received adapter does here; or, at the end of a run that personalises, the site's own made from it."""
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
-    return Message(exchange.write_answer(report_on(received(task, desk), desk)), reply_to=message)
+    adapter = received(task, desk)
+    if task.personal:
+        keep_own(adapter, desk, task)
+    return Message(exchange.write_answer(report_on(adapter, desk, context)), reply_to=message)
+
+
+def keep_own(adapter: Adapter, desk: Desk, task: Task) -> None:
+    """Makes the adapter the site's own, by as much training as it had in the run, and keeps it here."""
+    settings, site = desk.settings, desk.site
+    epoch = personalize(
+        adapter,
+        site.train,
+        site.validation,
+        desk.classes,
+        RECIPES[settings.recipe],
+        learning_rate=learning_rate(desk),
+        epochs=settings.num_server_rounds * settings.local_epochs,
+        batch_size=settings.batch_size,
+        seed=seed_of(settings.seed, "personal", site.name),
+    )
+    folder = content.home() / "personal" / content.file_name(task.personal) / content.file_name(site.name)
+    state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
+    save_adapter(folder, state, settings, desk.features, task.round, site=site.name, personal_epoch=epoch)
+
+
+def learning_rate(desk: Desk) -> float:
+    settings = desk.settings
+    return settings.learning_rate or RECIPES[settings.recipe].rate(settings.adapter, desk.classes.text.shape[1])
 
 
 def desk_of(context: Context, task: Task) -> Desk:
     simulated = "ray" in sys.modules  # a real site's process has no use for it
     if simulated:
         torch.set_num_threads(1)  # simulated sites share the cores: more threads would wait for each other
-    return open_desk(context.run_config, context.node_config, task.holdout, simulated)
+    if task.vocabulary:
+        task.vocabulary.remember(content.memory())
+    vocabulary = task.vocabulary or recall(task.key, content.memory())
+    return open_desk(context.run_config, context.node_config, task.holdout, simulated, vocabulary)
+
+
+def shares_classes(context: Context) -> bool:
+    """Whether the site's owner shares counts by class."""
+    return context.node_config.get("share-class-counts") is True
 
 
 def received(task: Task, desk: Desk) -> Adapter:
@@ -106,10 +144,11 @@ def received(task: Task, desk: Desk) -> Adapter:
     return adapter.to(desk.device)
 
 
-def report_on(adapter: Adapter, desk: Desk) -> Report:
+def report_on(adapter: Adapter, desk: Desk, context: Context) -> Report:
     site = desk.site
+    test = examine(adapter, site.test, desk.classes)
     return Report(
         examples=len(site.train.labels),
         validation=evaluate(adapter, site.validation, desk.classes),
-        test=evaluate(adapter, site.test, desk.classes),
+        test=test if shares_classes(context) else replace(test, classes=None),
     )

@@ -15,9 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 from fedclip_flwr import clip, console, content
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State
-from fedclip_flwr.features import Features, home, open_run
+from fedclip_flwr.features import Features, open_run
 from fedclip_flwr.federation import Line, federate, refuse
-from fedclip_flwr.learning import RECIPES, evaluate
+from fedclip_flwr.learning import RECIPES, examine
+from fedclip_flwr.metrics import Quality
 from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
 from fedclip_flwr.sites import new_adapter
@@ -38,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     begun = time.monotonic()
     settings, features, holdout = open_run(run_config)
-    package = content.of_package(home() / "contents")
+    package = content.of_package(content.memory())
     with RunFolder(settings, package) as folder:
         device = clip.pick_device(settings.device)
         classes = features.classes.ready(device)
@@ -46,6 +47,10 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             for domain in features.domains:
                 features.examples(domain)
         unseen = features.examples(holdout).ready(device) if holdout else None
+        if unseen and not len(unseen.labels):
+            raise UserError(
+                f"{holdout} is held out, but none of its images can be read; hold out another, or mend them"
+            )
         encoded = time.monotonic()
 
         dim = classes.text.shape[1]
@@ -58,7 +63,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             grid,
             holdout=holdout,
             package=package,
-            classes=features.class_names,
+            vocabulary=features.vocabulary,
+            model=features.model_content,
             timeout=settings.round_timeout,
             say=console.say,
         )
@@ -67,16 +73,17 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, rate, folder.path))
         console.say(console.heading())
 
-        def accuracy_unseen(state: State) -> float | None:
+        def quality_unseen(state: State) -> Quality | None:
             adapter.load_state_dict(state)
-            return evaluate(adapter, unseen, classes).accuracy if unseen else None
+            return examine(adapter, unseen, classes) if unseen else None
 
         strategy = AdapterFedAvg(start, weights=settings.site_weights, names=nodes.names)
-        outcome = federate(nodes, strategy, settings, start, accuracy_unseen, Watch(folder, features))
+        watch, run = Watch(folder, features), folder.path.name
+        outcome = federate(nodes, strategy, settings, start, quality_unseen, watch, run)
         ended = time.monotonic()
 
         seconds = {"encode": encoded - begun, "rounds": ended - met, "total": ended - begun}
-        summary = summary_of(outcome, nodes, holdout, features.parameters, seconds)
+        summary = summary_of(outcome, nodes, holdout, features, seconds)
         folder.finish(summary)
         validated = outcome.adapted.validation is not None
         console.say(console.closing(summary, settings.num_server_rounds, holdout, validated, folder.path))

@@ -7,6 +7,8 @@ no more than `find` and `Model.content`.
 from __future__ import annotations
 
 import fnmatch
+import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedclip_flwr import content
+from fedclip_flwr import content, hub
 from fedclip_flwr.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled" / "model"
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 """What a model consists of: settings, vocabulary, weights. Never a pickle."""
 
 
@@ -46,35 +48,67 @@ class Model:
         return Clip(self, device, precision)
 
 
-def find(name: str) -> Model:
+def find(name: str, revision: str = "") -> Model:
     """The model of that name: `bundled`, a folder saved by `save_pretrained`, or a Hugging Face id."""
     folder = BUNDLED if name == "bundled" else Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith("."):
             raise UserError(f"model = {name!r}: there is no such folder")
-        folder = _from_hub(name)
-    for needed in ("config.json", "preprocessor_config.json", "*.safetensors"):
-        if not any(folder.glob(needed)):
-            raise UserError(f"model = {name!r}: {folder} holds no {needed}; save it with save_pretrained")
+        folder = _from_hub(name, revision)
+    elif revision:
+        raise UserError(f"model-revision = {revision!r}: only models of the Hugging Face hub have revisions")
+    elif missing := _lacks(folder):
+        raise UserError(f"model = {name!r}: {folder} lacks {missing}; save all of it with save_pretrained")
+    config = _json(folder / "config.json")
+    towers = {"an image tower": "vision_config", "a text tower": "text_config"}
+    if without := [tower for tower, key in towers.items() if not {key, f"{key}_dict"} & config.keys()]:
+        kind = config.get("model_type", "model without a type")
+        raise UserError(f"model = {name!r}: a {kind} lacks {' and '.join(without)}; expected a CLIP or SigLIP")
     return Model(name, folder)
 
 
-def _from_hub(name: str) -> Path:
-    """The folder in which the hub's cache holds the model, downloaded if need be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+def _json(path: Path) -> dict[str, Any]:
     try:
-        try:
-            return Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"model = {name!r}: neither a folder here nor to be had from the Hugging Face hub ({reason}); "
-            f"check the name and the network, or run `hf download {name}` where there is one and copy its cache"
-        ) from None
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it once more") from None
+    return facts if isinstance(facts, dict) else {}
+
+
+def _lacks(folder: Path) -> str | None:
+    """What a model's folder would have to hold and doesn't."""
+    for name, needed in {
+        "config.json": ["config.json"],
+        "preprocessor_config.json": ["preprocessor_config.json", "processor_config.json"],
+        "a tokenizer": ["tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"],
+    }.items():
+        if not any((folder / file).exists() for file in needed):
+            return name
+    index = folder / "model.safetensors.index.json"
+    weights = set(_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    if missing := sorted(str(file) for file in weights if not (folder / file).exists()):
+        pickled = any(folder.glob("*.bin"))
+        return missing[0] + " (weights are there as a pickle only, which is never read)" * pickled
+    return None
+
+
+def _from_hub(name: str, revision: str) -> Path:
+    """The folder in which the hub's cache holds the model; weights may come from the hub's own conversion of them."""
+
+    def snapshot(revision: str) -> Path:
+        told = f"model = {name!r}"
+        return hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, told=told, allow_patterns=FILES)
+
+    known = f"conversion-{content.digest(name)}"
+    try:
+        return snapshot(revision or content.recall(known, content.memory()) or "")
+    except hub.IncompleteError:
+        converted = None if revision else hub.conversion(name)
+        if not converted:
+            raise
+        log.warning("%s has no safetensors; taken are those that the hub has converted (%s)", name, converted)
+        content.remember(known, converted, content.memory())
+        return snapshot(converted)
 
 
 def pick_device(name: str) -> torch.device:
@@ -108,17 +142,28 @@ class Clip:
                 self._net = AutoModel.from_pretrained(model.folder, dtype=self.dtype, use_safetensors=True)
                 self._processor = AutoImageProcessor.from_pretrained(model.folder)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # of a damaged or foreign file, anything can come
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"model = {model.name!r}: {model.folder} can't be loaded ({reason})") from error
-        if not hasattr(self._net, "get_image_features") or not hasattr(self._net, "get_text_features"):
-            raise UserError(f"model = {model.name!r}: a {type(self._net).__name__} has no image and text towers")
+            raise UserError(
+                f"model = {model.name!r}: {model.folder} can't be loaded ({reason}); get it once more, or take another"
+            ) from error
+        if any(not hasattr(self._net, part) for part in ("get_image_features", "get_text_features", "logit_scale")):
+            kind = type(self._net).__name__
+            raise UserError(
+                f"model = {model.name!r}: a {kind} does not compare images with texts; expected a CLIP or SigLIP"
+            )
         self._net.eval().requires_grad_(False).to(self.device)
 
     @property
     def scale(self) -> float:
         """What similarities are multiplied by to become logits."""
         return float(self._net.logit_scale.float().exp())
+
+    @property
+    def bias(self) -> float:
+        """What is added to them then: SigLIP has a bias, CLIP none."""
+        bias = getattr(self._net, "logit_bias", None)
+        return 0.0 if bias is None else float(bias)
 
     @property
     def parameters(self) -> int:
@@ -129,14 +174,20 @@ class Clip:
         """The images' features, batch by batch."""
         remaining = iter(images)
         while batch := list(islice(remaining, batch_size)):
-            pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"]
-            yield _unit(self._net.get_image_features(pixel_values=pixels.to(self.device, self.dtype)))
+            inputs = self._processor(images=batch, return_tensors="pt").to(self.device)
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+            yield _unit(self._net.get_image_features(**inputs))
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """The prompts' features, a row for each."""
-        tokens = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
-        return _unit(self._net.get_text_features(**tokens))
+    def encode_prompts(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """The prompts' features, a row for each. SigLIP learnt with texts that are filled up to their full length."""
+        config = self._net.config
+        room = getattr(config.text_config, "max_position_embeddings", self._tokenizer.model_max_length)
+        padding = "max_length" if config.model_type.startswith("siglip") else True
+        how: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": room, "return_tensors": "pt"}
+        parts = (list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
+        texts = (self._tokenizer(part, **how).to(self.device) for part in parts)
+        return torch.cat([_unit(self._net.get_text_features(**tokens)) for tokens in texts])
 
 
 def _unit(output: Any) -> Tensor:

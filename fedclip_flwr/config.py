@@ -34,15 +34,25 @@ _NAME = {"pattern": r"[\w.-]*", "expected": "the name of a run, without slashes"
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     model: str = _setting("bundled", "`bundled`, a Hugging Face id, or a folder saved by `save_pretrained`")
-    data: str = _setting("drawn", "`drawn`, `drawn:SEED`, `folder:PATH` (domain/class/image) or `features:PATH`")
+    model_revision: str = _setting("", "a commit, tag or branch of a Hugging Face model")
+    data: str = _setting(
+        "drawn",
+        "`drawn`, `drawn:SEED`, `pacs`, `vlcs`, `office-home`, a Hugging Face data set, `folder:PATH` (images as "
+        "domain/class/image or class/image, or a data set) or `features:PATH`",
+    )
+    image_column: str = _setting("", "the data set's column of images; empty to find it by type and name")
+    label_column: str = _setting("", "the same of class labels")
+    domain_column: str = _setting("", "the same of domains")
     holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"), planned=True)
     adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
     adapter_rank: int = _setting(4, "the gate's rank", least=1)
     blend: float = _setting(1.0, "share of the adapted feature", least=0.0, most=1.0)
     recipe: str = _setting("default", "loss, optimizer and prompt", choices=("default", "paper"))
-    prompt: str = _setting("", "overrides the recipe's template; `{}` stands for the class name")
-    class_names: str = _setting("", "overrides the data's class names: a file or a comma list", planned=True)
+    prompt: str = _setting(
+        "", "overrides the recipe's template; `{}` stands for the class name; several with | between"
+    )
+    class_names: str = _setting("", "overrides the data's class names: a comma list, or a file with one in each line")
     num_server_rounds: int = _setting(20, "rounds", least=1)
     local_epochs: int = _setting(1, "epochs at a site in a round", least=1)
     batch_size: int = _setting(32, "examples a step", least=1)
@@ -57,10 +67,10 @@ class Settings:
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
     round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
     partition: str = _setting(
-        "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes"), planned=True
+        "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes")
     )
-    alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0, planned=True)
-    personalize: bool = _setting(False, "each site goes on alone after the last round; never sent", planned=True)
+    alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0)
+    personalize: bool = _setting(False, "each site goes on alone after the last round; never sent")
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
     precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
     resume: str = _setting("", "the run to go on with from its last complete round", **_NAME, planned=True)
@@ -76,6 +86,8 @@ class Settings:
                 near = difflib.get_close_matches(key, fields, 1)
                 problems[key] = f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
                 continue
+            if key == "data" and isinstance(value, str) and value.startswith("/"):
+                value = f"folder:{value}"
             try:
                 values[fields[key].name] = _checked(key, value, fields[key])
             except ValueError as error:
@@ -137,15 +149,15 @@ def _check_text(key: str, value: str) -> None:
     """What a single text has to fulfil beyond its field's limits."""
     if key in ("model", "data") and not value:
         raise ValueError("expected a name; it is empty")
-    if key == "prompt" and value and value.count("{}") != 1:
+    if key == "prompt" and value and any(part.count("{}") != 1 for part in value.split("|")):
         raise ValueError("expected a template with one {} for the class name, such as 'a photo of a {}'")
     head, path = "", value
     if key == "data":
         head = next((h for h in _PATH_DATA if value.startswith(h)), "")
-        path = value.removeprefix(head) if head else ""
+        path = value.removeprefix(head) if head or value.startswith((".", "~")) else ""
         if head and not path:
             raise ValueError(f"expected a path after {head}")
-    elif key == "model":
+    elif key in ("model", "class-names"):
         path = value if value.startswith((".", "~", "/")) else ""
     elif key != "results-dir":
         return

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedclip_flwr import content
 from fedclip_flwr.config import Settings
 from fedclip_flwr.exchange import Hello, State
-from fedclip_flwr.features import Features, home
+from fedclip_flwr.features import Features
 from fedclip_flwr.federation import Line
 from fedclip_flwr.nodes import Failure
+from fedclip_flwr.vocabulary import Vocabulary
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
 
@@ -38,23 +40,30 @@ def plan(
     weights = "sites weigh the same" if settings.site_weights == "equal" else "sites weigh by their examples"
     part = settings.fraction_train
     share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
+    names = features.vocabulary.class_names
+    revision = f" at {settings.model_revision}" if settings.model_revision else ""
+    alpha = f", alpha {settings.alpha:g}" if settings.partition == "dirichlet" else ""
+    partition = "" if settings.partition == "domain" else f", divided by {settings.partition}{alpha}"
     facts = [
-        ("model", f"{features.model}, prompt {features.prompt!r}"),
-        ("data", settings.data),
-        ("classes", f"{len(features.class_names)}: {_some(features.class_names)}"),
+        ("model", f"{features.model}{revision}, {_prompt(features.vocabulary)}"),
+        ("data", settings.data + partition),
+        ("classes", f"{len(names)}: {_some(names)}"),
         ("held out", f"{holdout}, {len(features.examples(holdout).labels):,} images" if holdout else "nothing"),
         ("adapter", f"{settings.adapter}{rank}: {trainable:,} numbers in {_count(len(tensors), 'tensor')}{share}"),
         ("traffic", f"{_bytes(4 * trainable)} to a site and as much back in each round"),
         ("learning", f"{_count(rounds, 'round')} of {_count(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, learning rate {rate:g}, seed {settings.seed}"),
         ("averaging", f"{settings.strategy}, {weights}" + share_of_sites),
-        ("features", str(home() / "features")),
+        ("features", str(content.home() / "features")),
         ("run folder", str(folder)),
     ]
     sites = sorted(hellos, key=lambda hello: _natural(hello.site))
-    nowhere = sorted({*features.domains} - {holdout} - {hello.domain for hello in sites})
-    if nowhere and all(hello.domain in features.domains for hello in sites):
-        facts.append(("at no site", ", ".join(nowhere)))
+    domains = {domain for hello in sites for domain in hello.domain.split("+")}
+    nowhere = sorted({*features.domains} - {holdout} - domains) if domains <= {*features.domains} else []
+    held = {number for hello in sites for number in hello.classes}
+    nowhere += [f"class {name}" for number, name in enumerate(names) if number not in held]
+    if nowhere:
+        facts.append(("at no site", _some(nowhere)))
     rows = [(h.site, h.domain, f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
     table = _table([(_count(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
@@ -70,7 +79,7 @@ def line(line: Line) -> str:
     cells = [
         str(line.round),
         _percent(line.seen),
-        _percent(line.unseen),
+        _percent(line.unseen.accuracy if line.unseen else None),
         _percent(line.validation),
         "–" if line.loss is None else f"{line.loss:.3f}",
         str(len(line.reports)),
@@ -83,17 +92,17 @@ def line(line: Line) -> str:
 def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated: bool, folder: Path) -> str:
     """Zero-shot beside the adapted result, and what it cost."""
     zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
-    sites = sorted(adapted["sites"], key=_natural)
-    rows = [(site, zero["sites"].get(site), adapted["sites"].get(site)) for site in sites]
-    rows.append(("mean of the seen", zero["seen"], adapted["seen"]))
+    own, own_mean = adapted["personal"], (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
+    rows: list[tuple[object, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
+    for site in sorted(adapted["sites"], key=_natural):
+        z, a = zero["sites"].get(site), adapted["sites"].get(site)
+        rows.append((site, _percent(z), _percent(a), _gain(z, a), _percent((own or {}).get(site))))
+    z, a = zero["seen"], adapted["seen"]
+    rows.append(("mean of the seen", _percent(z), _percent(a), _gain(z, a), _percent(own_mean)))
     if holdout:
-        rows.append((f"{holdout}, unseen", zero["unseen"], adapted["unseen"]))
-    table = _table(
-        [
-            ("accuracy, %", "zero-shot", "adapted", "gain"),
-            *((n, _percent(z), _percent(a), _gain(z, a)) for n, z, a in rows),
-        ]
-    )
+        z, a = zero["unseen"], adapted["unseen"]
+        rows.append((f"{holdout}, unseen", _percent(z), _percent(a), _gain(z, a), "–"))
+    table = _table(rows if own else [row[:-1] for row in rows])
     if not validated:
         how = "is taken, for no site has validation images to choose by"
     elif adapted["round"]:
@@ -104,6 +113,10 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated
         "",
         table,
         "",
+        _figures(summary, holdout),
+        "",
+        *_weakest(adapted, holdout),
+        *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
         f"Round {adapted['round']} of {rounds} {how}; tests are on images no site trained on.",
         _cost(traffic),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
@@ -114,15 +127,45 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated
     return "\n".join(parts)
 
 
+def _figures(summary: dict[str, Any], holdout: str | None) -> str:
+    """What accuracy does not tell, in per cent."""
+    zero, adapted = summary["zero_shot"]["metrics"], summary["adapted"]["metrics"]
+    columns = [("seen: zero-shot", zero["seen"]), ("adapted", adapted["seen"])]
+    if own := summary["adapted"]["personal_metrics"]:
+        columns.append(("own", own["seen"]))
+    if holdout:
+        columns += [("unseen: zero-shot", zero["unseen"]), ("adapted", adapted["unseen"])]
+    names = ("balanced_accuracy", "macro_f1", "calibration_error")
+    rows = [
+        (name.replace("_f1", " F1").replace("_", " "), *(_percent(f.get(name)) for _, f in columns)) for name in names
+    ]
+    return _table([("in %, means", *(name for name, _ in columns)), *rows])
+
+
+def _weakest(adapted: dict[str, Any], holdout: str | None, most: int = 3) -> list[str]:
+    """The classes of the unseen domain that are recognised least."""
+    recalls = (adapted["metrics"]["unseen"] or {}).get("recall", {})
+    known = sorted((recall, name) for name, recall in recalls.items() if recall is not None)[:most]
+    if not known:
+        return []
+    return [f"Weakest in {holdout}: {', '.join(f'{n} {_percent(r)} %' for r, n in known)}; all classes: summary.json."]
+
+
+def _prompt(vocabulary: Vocabulary) -> str:
+    first, *more = vocabulary.templates
+    return f"prompt {first!r}" + (f" and {len(more)} more, averaged" if more else "")
+
+
 def failures(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Each failure once, with the rounds in which it happened."""
+    """Each reason once, with the sites that it left out, and the rounds."""
     rounds: dict[tuple[str, str], list[int]] = {}
     for failure in (Failure(**facts) for facts in found):
         rounds.setdefault((failure.site, failure.why), []).append(failure.round)
-    return [
-        f"{site}: {why} (round {numbers[0]}" + (f" to {numbers[-1]}, {len(numbers)} times)" if numbers[1:] else ")")
-        for (site, why), numbers in sorted(rounds.items())
-    ]
+    sites: dict[tuple[str, str], list[str]] = {}
+    for (site, why), numbers in rounds.items():
+        when = f"round {numbers[0]}" + (f" to {numbers[-1]}, {len(numbers)} times" if numbers[1:] else "")
+        sites.setdefault((why, when), []).append(site)
+    return sorted(f"{_some(sorted(names, key=_natural))}: {why} ({when})" for (why, when), names in sites.items())
 
 
 def _cost(traffic: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Content hashes of files, so that what was computed from them can be found again and never goes stale.
 
-Reading a model or ten thousand images for every message would cost more than the round itself. So a hash is remembered
-under the names, sizes, times and inodes of the files it was made from: whatever is written to a file changes its ctime.
+Reading a model or ten thousand images for every message would cost more than the round itself. So what was found out
+about files is remembered under their names, sizes, times and inodes: whatever is written to a file changes its ctime.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,16 @@ PACKAGE = Path(__file__).parent
 NO_MATTER_OF_ROOM = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
+def home() -> Path:
+    """Where everything that outlives a run is kept."""
+    return Path(os.environ.get("FEDCLIP_HOME") or "~/.fedclip").expanduser().absolute()
+
+
+def memory() -> Path:
+    """Where what was found out about files is remembered."""
+    return home() / "contents"
+
+
 def digest(*parts: str | bytes) -> str:
     """A short name for the parts: equal only if they are, one by one."""
     whole = hashlib.sha256()
@@ -33,22 +44,45 @@ def digest(*parts: str | bytes) -> str:
     return whole.hexdigest()[:32]
 
 
+def recall(name: str, memory: Path) -> str | None:
+    """The text that was remembered under that name, if it is there and whole."""
+    try:
+        mark, _, text = (memory / name).read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if mark == digest(text) else None
+
+
+def remember(name: str, text: str, memory: Path) -> None:
+    """Keeps the text; if it can't be kept, no more than time is lost."""
+    with contextlib.suppress(UserError):
+        write_whole(memory / name, lambda path: path.write_text(f"{digest(text)}\n{text}", encoding="utf-8"))
+
+
+def remembered(name: str, make: Callable[[], str], memory: Path) -> str:
+    """The text of that name, made if need be."""
+    text = recall(name, memory)
+    if text is None:
+        text = make()
+        remember(name, text, memory)
+    return text
+
+
+def state_of(root: Path, names: Sequence[str], *more: str) -> str:
+    """A name for the files below `root` as they are now, without reading them, and for whatever else matters."""
+    return digest(*(part for name in names for part in (name, _facts(root / name))), *more)
+
+
 def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
     """The hash of the named files below `root`: of their names and bytes, not of where or when they are.
 
     `memory` is the folder in which known hashes are remembered.
     """
-    known = memory / digest(*(part for name in names for part in (name, _facts(root / name))))
-    try:
-        found = known.read_text()
-    except (OSError, UnicodeDecodeError):
-        found = ""
-    if len(found) == 32:
-        return found
-    made = digest(*(part for name in names for part in (name, _of_file(root / name))))
-    with contextlib.suppress(UserError):  # it could not be remembered: no more than time is lost
-        write_whole(known, lambda path: path.write_text(made))
-    return made
+    return remembered(
+        state_of(root, names),
+        lambda: digest(*(part for name in names for part in (name, of_file(root / name)))),
+        memory,
+    )
 
 
 def _facts(path: Path) -> str:
@@ -60,7 +94,12 @@ def _facts(path: Path) -> str:
     return f"{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}"
 
 
-def _of_file(path: Path) -> str:
+def of_bytes(data: bytes) -> str:
+    """The same as of a file that holds them."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def of_file(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -76,6 +115,12 @@ def of_package(memory: Path) -> str:
         if path.suffix in (".py", ".json", ".txt", ".safetensors") and path.parent != PACKAGE / "app"
     )
     return of_files(PACKAGE, names, memory)
+
+
+def file_name(text: str) -> str:
+    """The text as the name of a file or folder: unchanged if it may be one, else with a mark that keeps it apart."""
+    plain = re.sub(r"[^\w.-]", "_", text).lstrip(".")[:80]
+    return plain if plain == text else f"{plain}-{digest(text)[:8]}"
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ What may leave a site is told by `may_leave`, and nothing else: `check_outgoing`
 
     QUERY     hello       →  who the site is and how much it holds
     TRAIN     an adapter  →  that adapter's scores at the site, and the adapter trained on
-    EVALUATE  an adapter  →  its scores
+    EVALUATE  an adapter  →  its scores; or, if the message names a run to personalise for, those of the site's own
 
 Any reply may be an error instead, with one line that says why.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.serde import message_to_proto
 from torch import Tensor
 
-from fedclip_flwr.learning import Score
+from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
+from fedclip_flwr.vocabulary import Vocabulary
 
 State = dict[str, Tensor]
 
@@ -52,7 +53,7 @@ class Report(NamedTuple):
 
     examples: int
     validation: Score
-    test: Score
+    test: Quality
 
 
 class Answer(NamedTuple):
@@ -63,20 +64,22 @@ class Answer(NamedTuple):
 
 
 HELLO = frozenset(field.name for field in dataclasses.fields(Hello))
-FIGURES = frozenset(["num-examples", *(f"{part}-{what}" for part in ("validation", "test") for what in Score._fields)])
+SCORES = frozenset(f"{part}-{what}" for part in ("validation", "test") for what in Score._fields)
+FIGURES = frozenset({"num-examples", "test-balanced-accuracy", "test-macro-f1", "test-gaps"}) | SCORES
+BY_CLASS = frozenset(f"test-class-{what}" for what in ClassCounts._fields)
 
 
-def may_leave(adapter: Iterable[str]) -> dict[str, frozenset[str]]:
+def may_leave(adapter: Iterable[str], by_class: bool) -> dict[str, frozenset[str]]:
     """Everything that may leave a site: records, and what each may hold; `adapter` names the adapter's tensors.
 
-    Besides these, an error's one line.
+    Besides these, an error's one line. `by_class`: the site's owner shares the counts by class.
     """
-    return {"hello": HELLO, "metrics": FIGURES, "arrays": frozenset(adapter)}
+    return {"hello": HELLO, "metrics": FIGURES | BY_CLASS if by_class else FIGURES, "arrays": frozenset(adapter)}
 
 
-def check_outgoing(content: RecordDict, adapter: Iterable[str]) -> None:
+def check_outgoing(content: RecordDict, adapter: Iterable[str], by_class: bool) -> None:
     """Raises unless all of the content may leave the site."""
-    allowed = may_leave(adapter)
+    allowed = may_leave(adapter, by_class)
     for name, record in content.items():
         if name not in allowed or not set(record) <= allowed[name]:
             raise ExchangeError(f"{name} with {_names(record)} in it must not leave this site")
@@ -99,26 +102,44 @@ def size(message: Message) -> int:
 class Task(NamedTuple):
     """What a message asks of a site: the round, the domain no site trains on, the adapter.
 
-    A hello comes without an adapter, and tells the names of the classes instead.
+    A hello comes without an adapter. It tells the vocabulary, and the model's content (empty if the server does not
+    know it); later messages have the vocabulary's key only. `personal` is the run for which the site is to keep an
+    adapter of its own.
     """
 
     round: int
     holdout: str
-    class_names: tuple[str, ...]
+    vocabulary: Vocabulary | None
+    key: str
+    model: str
+    personal: str
     state: ArrayRecord | None
 
 
-def write_task(holdout: str, class_names: Sequence[str] = ()) -> ConfigRecord:
+def write_greeting(holdout: str, vocabulary: Vocabulary, model: str) -> ConfigRecord:
+    """What a hello tells."""
+    names, templates = map(list, vocabulary)
+    return ConfigRecord({"holdout": holdout, "classes": names, "prompts": templates, "model": model})
+
+
+def write_task(holdout: str, key: str, personal: str = "") -> ConfigRecord:
     """The part of a message that is the same for all; Flower's strategies add `server-round`."""
-    return ConfigRecord({"holdout": holdout, "classes": list(class_names)})
+    config = ConfigRecord({"holdout": holdout, "vocabulary": key})
+    if personal:
+        config["personal"] = personal
+    return config
 
 
 def read_task(content: RecordDict) -> Task:
     config = content.config_records.get("config", ConfigRecord())
-    number, holdout, classes = config.get("server-round", 0), config.get("holdout", ""), config.get("classes", [])
-    if type(number) is not int or type(holdout) is not str or not isinstance(classes, list):
+    number, lists = config.get("server-round", 0), [config.get(key, []) for key in ("classes", "prompts")]
+    texts = [config.get(key, "") for key in ("holdout", "vocabulary", "model", "personal")]
+    if type(number) is not int or any(type(t) is not str for t in texts) or any(type(x) is not list for x in lists):
         raise ExchangeError("the server's message can't be understood: is its version of this package another one?")
-    return Task(number, holdout, tuple(map(str, classes)), content.array_records.get("arrays"))
+    holdout, key, model, personal = map(str, texts)
+    classes, prompts = (tuple(map(str, x)) for x in lists)  # type: ignore[arg-type]
+    told = Vocabulary(classes, prompts) if classes else None
+    return Task(number, holdout, told, key, model, personal, content.array_records.get("arrays"))
 
 
 # Adapters
@@ -190,8 +211,13 @@ def read_hello(content: RecordDict) -> Hello:
 
 def write_answer(report: Report, state: Mapping[str, Tensor] | None = None) -> RecordDict:
     numbers: dict[str, int | float | list[int] | list[float]] = {"num-examples": report.examples}
-    for part, score in (("validation", report.validation), ("test", report.test)):
+    for part, score in (("validation", report.validation), ("test", report.test.score)):
         numbers |= {f"{part}-{what}": value for what, value in score._asdict().items()}
+    numbers["test-balanced-accuracy"] = report.test.balanced_accuracy
+    numbers["test-macro-f1"] = report.test.macro_f1
+    numbers["test-gaps"] = report.test.gaps
+    if report.test.classes:
+        numbers |= {f"test-class-{what}": values for what, values in report.test.classes._asdict().items()}
     content = RecordDict({"metrics": MetricRecord(numbers)})
     if state is not None:
         content["arrays"] = write_adapter(state)
@@ -209,12 +235,12 @@ def read_answer(content: RecordDict, like: Mapping[str, Tensor] | None = None) -
 
 
 def _report(record: MetricRecord) -> Report:
-    if set(record) != FIGURES:
+    if set(record) not in (FIGURES, FIGURES | BY_CLASS):
         raise ExchangeError("the answer's figures are not those that were asked for")
     examples = record["num-examples"]
     if type(examples) is not int or examples < 0:
         raise ExchangeError(f"num-examples is {one_line(examples, 40)}, expected a count")
-    return Report(examples, _score("validation", record), _score("test", record))
+    return Report(examples, _score("validation", record), _quality(record))
 
 
 def _score(part: str, record: MetricRecord) -> Score:
@@ -225,3 +251,33 @@ def _score(part: str, record: MetricRecord) -> Score:
     if type(loss) is not float or not 0 <= loss < math.inf:
         raise ExchangeError(f"{part}: the loss is {one_line(loss, 40)}, expected a finite sum")
     return Score(examples, correct, loss)
+
+
+def _quality(record: MetricRecord) -> Quality:
+    score = _score("test", record)
+    balanced, f1 = (_share(name, record[name]) for name in ("test-balanced-accuracy", "test-macro-f1"))
+    gaps: Any = record["test-gaps"]
+    if not isinstance(gaps, list) or len(gaps) != BINS or not all(type(gap) is float for gap in gaps):
+        raise ExchangeError(f"test: gaps of calibration are {one_line(gaps, 40)}, expected {BINS} numbers")
+    if not sum(map(abs, gaps)) <= score.examples + 1e-6:  # also where one is not a number
+        raise ExchangeError("test: the gaps of calibration are more than there are examples")
+    return Quality(score, balanced, f1, gaps, _by_class(score, record) if set(record) >= BY_CLASS else None)
+
+
+def _share(name: str, value: object) -> float:
+    if type(value) is not float or not 0 <= value <= 1:
+        raise ExchangeError(f"{name} is {one_line(value, 40)}, expected a number from 0 to 1")
+    return value
+
+
+def _by_class(score: Score, record: MetricRecord) -> ClassCounts:
+    counts: list[Any] = [record[f"test-class-{what}"] for what in ClassCounts._fields]
+    if not all(isinstance(c, list) and all(type(n) is int and n >= 0 for n in c) for c in counts):
+        raise ExchangeError("test: the counts by class are no counts")
+    known = ClassCounts(*counts)
+    sums = [sum(count) for count in counts]
+    if len({len(count) for count in counts}) > 1 or sums != [score.examples, score.correct, score.examples]:
+        raise ExchangeError("test: the counts by class do not add up")
+    if any(c > min(n, p) for n, c, p in zip(*known, strict=True)):
+        raise ExchangeError("test: more of a class are said to be right than there are")
+    return known

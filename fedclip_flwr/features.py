@@ -2,11 +2,11 @@
 
 `Encoded` draws on a store below `$FEDCLIP_HOME/features`, keyed by the content of the model and of the data:
 
-    MODEL-PRECISION/images-DATA.safetensors     image_features [N, dim], labels [N]
+    MODEL-PRECISION/images-DATA.safetensors     image_features [N, dim], labels [N] as the data numbers its classes
     MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim]
 
 `FeatureFolder` reads the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
-CLIP at all. Tensors are memory-mapped.
+CLIP at all.
 """
 
 from __future__ import annotations
@@ -14,49 +14,44 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from fedclip_flwr import clip, content, data
+from fedclip_flwr import clip, content, data, store
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import RECIPES, Classes, Examples
+from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, numbering, read_names, renamed, templates_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-Tensors = dict[str, Tensor]
 T = TypeVar("T")
-
-
-def home() -> Path:
-    """Where everything that outlives a run is kept."""
-    return Path(os.environ.get("FEDCLIP_HOME") or "~/.fedclip").expanduser().absolute()
+NAMED = 5
+"""So many broken images are named."""
 
 
 def results(settings: Settings) -> tuple[Path, str]:
     """Where run folders go, and the setting that says so."""
     if settings.results_dir:
         return Path(settings.results_dir), "results-dir"
-    return home() / "runs", "FEDCLIP_HOME"
+    return content.home() / "runs", "FEDCLIP_HOME"
 
 
 class Features(Protocol):
     """The images of a data set and its class prompts, as a CLIP sees them."""
 
     @property
-    def class_names(self) -> tuple[str, ...]: ...
+    def vocabulary(self) -> Vocabulary: ...
 
     @property
     def domains(self) -> tuple[str, ...]: ...
@@ -74,30 +69,41 @@ class Features(Protocol):
         """How many numbers the whole model has, where that is known."""
 
     @property
-    def prompt(self) -> str:
-        """The template in which `{}` stands for the class name."""
-
-    @property
     def classes(self) -> Classes: ...
 
     def examples(self, domain: str) -> Examples:
-        """All images of the domain, in an order that is always the same."""
+        """All images of the domain that can be read, in an order that is always the same."""
 
 
-def open_features(settings: Settings, *, store: Path | None = None, progress: bool = True) -> Features:
-    """The features that the settings name, encoded when they are first asked for."""
+def open_features(
+    settings: Settings, told: Vocabulary | None = None, *, root: Path | None = None, progress: bool = True
+) -> Features:
+    """The features that the settings name, encoded when they are first asked for.
+
+    A site is `told` its vocabulary by the server. `root` is where features are stored.
+    """
     kind, _, path = settings.data.partition(":")
     if kind == "features":
-        folder = FeatureFolder(Path(path))
-        for key, given, own in (("model", settings.model, folder.model), ("prompt", settings.prompt, folder.prompt)):
-            if given not in ("", Settings().model, own):
-                raise UserError(f"{key} = {given!r}: the features in {path} were made with {own!r}; leave it out")
-        return folder
+        made = FeatureFolder(Path(path), told)
+        fixed = {"model": made.model, "prompt": made.prompt, "model-revision": "", "class-names": ""}
+        for key, own in fixed.items():
+            given = settings.as_run_config()[key]
+            if given not in ("", "bundled", own):
+                raise UserError(
+                    f"{key} = {given!r}: the features in {path} were made with {own or 'theirs'!r}; leave it out"
+                )
+        return made
+    columns = data.Columns(settings.image_column, settings.label_column, settings.domain_column)
+    source, preset = data.open_source(settings.data, columns)
+    names, own_names = renamed(source.class_names, read_names(settings.class_names))
+    prompt = settings.prompt or (preset.prompt if preset else RECIPES[settings.recipe].prompt)
+    vocabulary = told or Vocabulary(names, templates_of(prompt))
     return Encoded(
-        data.open_source(settings.data),
-        clip.find(settings.model),
-        settings.prompt or RECIPES[settings.recipe].prompt,
-        store=store,
+        source,
+        clip.find(settings.model, settings.model_revision),
+        vocabulary,
+        numbering(own_names, vocabulary.class_names),
+        root=root,
         device=settings.device,
         precision=settings.precision,
         progress=progress,
@@ -124,7 +130,7 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
 
     check("device", look=lambda: clip.pick_device(settings.device))
     if not settings.data.startswith("features:"):
-        check("model", look=lambda: clip.find(settings.model))
+        check("model", "model-revision", look=lambda: clip.find(settings.model, settings.model_revision))
     features = check("data", "model", "prompt", look=lambda: open_features(settings))
     if features:
         holdout = check("holdout", look=lambda: data.pick_holdout(settings.holdout, features.domains))
@@ -141,23 +147,21 @@ class Encoded:
         self,
         source: data.Source,
         model: clip.Model,
-        prompt: str,
+        vocabulary: Vocabulary,
+        numbers: Sequence[int],
         *,
-        store: Path | None = None,
+        root: Path | None = None,
         device: str = "auto",
         precision: str = "auto",
         progress: bool = True,
     ) -> None:
-        self.model, self.prompt = model.name, prompt
+        """`numbers` are those that the source's classes have in the vocabulary."""
+        self.model, self.vocabulary = model.name, vocabulary
         self._source, self._model = source, model
+        self._numbers = torch.tensor(numbers)
         self._device, self._precision, self._progress = device, precision, progress
         self._opened: dict[str, Examples] = {}
-        self._store = store or home() / "features"
-        self._memory = self._store / "contents"
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._source.class_names
+        self._root = root or content.home() / "features"
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -165,7 +169,7 @@ class Encoded:
 
     @cached_property
     def model_content(self) -> str:
-        return self._model.content(self._memory)
+        return self._model.content(content.memory())
 
     @property
     def parameters(self) -> int:
@@ -174,7 +178,7 @@ class Encoded:
     @property
     def classes(self) -> Classes:
         tensors, facts = self._class_entry
-        return Classes(tensors["text_features"], float(facts["logit_scale"]))
+        return Classes(tensors["text_features"], float(facts["logit_scale"]), float(facts["logit_bias"]))
 
     def examples(self, domain: str) -> Examples:
         if domain not in self._opened:  # reading checks every byte, and tells of broken images
@@ -182,115 +186,60 @@ class Encoded:
         return self._opened[domain]
 
     def _open(self, domain: str) -> Examples:
-        path = self._folder / f"images-{self._source.content(domain, self._memory)}.safetensors"
-        tensors, facts = _kept(path, lambda: self._encode(domain))
+        path = self._folder / f"images-{self._source.content(domain)}.safetensors"
+        tensors, facts = store.kept(path, lambda: self._encode(domain))
         if broken := int(facts["broken"]):
-            count = broken + len(tensors["labels"])
-            log.warning("%s: %s of %s images can't be read and are left out", domain, f"{broken:,}", f"{count:,}")
-        return Examples(tensors["image_features"], tensors["labels"])
+            count, names = broken + len(tensors["labels"]), facts["names"] + ", …" * (broken > NAMED)
+            told = f"{broken:,} of {count:,} images can't be read and are left out"
+            if broken == count:
+                told = f"none of the {count:,} images can be read"
+            log.warning("%s: %s: %s", domain, told, names)
+        return Examples(tensors["image_features"], self._numbers[tensors["labels"]])
 
     @cached_property
     def _folder(self) -> Path:
         precision = str(clip.pick_precision(self._precision)).removeprefix("torch.")
-        return self._store / f"{self.model_content}-{precision}"
+        return self._root / f"{self.model_content}-{precision}"
 
     @cached_property
     def _clip(self) -> clip.Clip:
         return self._model.load(self._device, self._precision)
 
     @cached_property
-    def _class_entry(self) -> tuple[Tensors, Mapping[str, str]]:
-        prompts = [self.prompt.replace("{}", name) for name in self.class_names]
-        path = self._folder / f"classes-{content.digest(*prompts)}.safetensors"
-        return _kept(path, lambda: self._encode_classes(prompts))
+    def _class_entry(self) -> tuple[store.Tensors, store.Facts]:
+        prompts, templates = self.vocabulary.prompts, self.vocabulary.templates
+        path = self._folder / f"classes-{content.digest(str(len(templates)), *prompts)}.safetensors"
+        return store.kept(path, lambda: self._encode_classes(prompts))
 
-    def _encode_classes(self, prompts: list[str]) -> tuple[Tensors, dict[str, str]]:
-        facts = {"logit_scale": repr(self._clip.scale), "parameters": str(self._clip.parameters)}
-        return {"text_features": self._clip.encode_prompts(prompts)}, facts
+    def _encode_classes(self, prompts: list[str]) -> tuple[store.Tensors, dict[str, str]]:
+        """With several templates, a class is the direction in which its prompts' features lie on average."""
+        features = self._clip.encode_prompts(prompts)
+        by_template = features.reshape(len(self.vocabulary.templates), -1, features.shape[1])
+        facts = {"logit_scale": self._clip.scale, "logit_bias": self._clip.bias, "parameters": self._clip.parameters}
+        return {"text_features": F.normalize(by_template.mean(0), dim=-1)}, {k: repr(v) for k, v in facts.items()}
 
-    def _encode(self, domain: str) -> tuple[Tensors, dict[str, str]]:
-        """Encodes the domain's images; those that can't be read are left out and counted."""
-        count = self._source.count(domain)
-        bar = tqdm(total=count, desc=f"encoding {domain}", unit=" images", disable=not self._progress)
+    def _encode(self, domain: str) -> tuple[store.Tensors, dict[str, str]]:
+        """Encodes the domain's images; those that can't be read are left out, counted and, the first ones, named."""
+        bar = tqdm(
+            total=self._source.count(domain), desc=f"encoding {domain}", unit=" images", disable=not self._progress
+        )
         labels: list[int] = []
+        broken: list[str] = []
 
         def readable() -> Iterator[Image]:
-            for image, label in self._source.images(domain):
+            for name, label, image in self._source.pictures(domain):
                 bar.update()
-                if image is not None:
+                if image is None:
+                    broken.append(name)
+                else:
                     labels.append(label)
                     yield image
 
         with bar:
             batches = list(self._clip.encode_images(readable()))
-        if not batches:
-            raise UserError(f"{domain}: none of its {count:,} images can be read")
-        tensors = {"image_features": torch.cat(batches), "labels": torch.tensor(labels)}
-        return tensors, {"broken": str(count - len(labels))}
-
-
-def _kept(path: Path, make: Callable[[], tuple[Tensors, dict[str, str]]]) -> tuple[Tensors, Mapping[str, str]]:
-    """The store's entry at `path`; made if it is missing or damaged, by one process while the others wait."""
-    entry = _read(path)
-    if entry:
-        return entry
-    lock = FileLock(f"{path}.lock")
-    with content.writing_to(path.parent):
-        try:
-            lock.acquire(timeout=2)
-        except Timeout:
-            log.warning("waiting for another process that is encoding the same features")
-            lock.acquire()
-    try:
-        entry = _read(path)
-        if not entry:
-            _write(path, *make())
-            entry = _read(path)
-    finally:
-        lock.release()
-    if not entry:
-        raise UserError(
-            f"features stored in {path} come back damaged: check the disk, or let FEDCLIP_HOME name another"
-        )
-    return entry
-
-
-def _write(path: Path, tensors: Tensors, facts: dict[str, str]) -> None:
-    """Called by one process at a time: what a killed one left half-written is removed."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        left.unlink()
-    facts = {**facts, "checksum": _checksum(tensors, facts)}
-    content.write_whole(path, lambda part: content.save_tensors(tensors, part, facts))
-
-
-def _read(path: Path) -> tuple[Tensors, Mapping[str, str]] | None:
-    """The entry, if it is there and whole."""
-    try:
-        tensors, facts = _mapped(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, SafetensorError):
-        tensors, facts = {}, {}
-    claimed = facts.pop("checksum", None)
-    if claimed and claimed == _checksum(tensors, facts):
-        return tensors, facts
-    log.warning("stored features are damaged and will be made again: %s", path)
-    return None
-
-
-def _mapped(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """The file's tensors, memory-mapped, and its metadata."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-
-
-def _checksum(tensors: Tensors, facts: Mapping[str, str]) -> str:
-    """Over names, types, shapes and bytes: what a damaged header could change as well as what a damaged body could."""
-    value = zlib.crc32(json.dumps(sorted(facts.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+        features = torch.cat(batches) if batches else torch.empty(0, self.classes.text.shape[1])
+        tensors = {"image_features": features, "labels": torch.tensor(labels, dtype=torch.int64)}
+        return tensors, {"broken": str(len(broken)), "names": ", ".join(broken[:NAMED])}
 
 
 class FeatureFolder:
@@ -298,14 +247,15 @@ class FeatureFolder:
 
     model_content: str | None = None
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, told: Vocabulary | None = None) -> None:
+        """A site is `told` its vocabulary by the server: the folder's own may differ in the order of the classes."""
         self._root = root
         path = root / "features.json"
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             self.model = str(facts["model"])
             self.prompt = str(facts["prompt"])
-            self.class_names = tuple(map(str, facts["class_names"]))
+            own = Vocabulary(tuple(map(str, facts["class_names"])), templates_of(self.prompt))
             self.domains = tuple(sorted(map(str, facts["domains"])))
             self.parameters = None if facts.get("parameters") is None else int(facts["parameters"])
             self._dim = int(facts["embedding_dim"])
@@ -318,26 +268,35 @@ class FeatureFolder:
             raise UserError(f"data = 'features:{root}': {path} is damaged ({error})") from None
         if any(Path(name).name != name for name in self.domains):
             raise UserError(f"data = 'features:{root}': {path} names a domain that is no plain file name")
-        if len(self.class_names) < 2 or not self.domains or not math.isfinite(self._scale + self._bias):
+        if len(own.class_names) < 2 or not self.domains or not math.isfinite(self._scale + self._bias):
             raise UserError(f"data = 'features:{root}': {path} must name two classes, a domain and a finite scale")
+        self.vocabulary = told or own
+        self._numbers = numbering(own.class_names, self.vocabulary.class_names)
+        if lacking := sorted({*self.vocabulary.class_names} - {*own.class_names}):
+            raise UserError(f"this site's features, in {root}, have no prompts for the run's {', '.join(lacking)}")
+        if own.templates != self.vocabulary.templates:
+            raise UserError(
+                f"this site's features, in {root}, were made with the prompt {self.prompt!r}; the run's is "
+                f"{SEPARATOR.join(self.vocabulary.templates)!r}"
+            )
 
     @cached_property
     def classes(self) -> Classes:
-        text = self._tensor("classes", "text_features", (len(self.class_names), self._dim))
-        return Classes(text, self._scale, self._bias)
+        text = self._tensor("classes", "text_features", (len(self._numbers), self._dim))
+        return Classes(text[torch.tensor(self._numbers).argsort()], self._scale, self._bias)
 
     def examples(self, domain: str) -> Examples:
         features = self._tensor(domain, "image_features", (None, self._dim))
         labels = self._tensor(domain, "labels", (len(features),))
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
-            raise UserError(f"{self._root / domain}.safetensors: labels must lie in 0…{len(self.class_names) - 1}")
-        return Examples(features, labels)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._numbers):
+            raise UserError(f"{self._root / domain}.safetensors: labels must lie in 0…{len(self._numbers) - 1}")
+        return Examples(features, torch.tensor(self._numbers)[labels.long()])
 
     def _tensor(self, file: str, name: str, shape: tuple[int | None, ...]) -> Tensor:
         """The named tensor, of the type and shape that the format asks for, with finite numbers only."""
         path = self._root / f"{file}.safetensors"
         try:
-            tensor = _mapped(path)[0].get(name)
+            tensor = store.mapped(path)[0].get(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} can't be read ({error})") from None
         if tensor is None:

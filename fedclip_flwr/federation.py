@@ -23,7 +23,8 @@ from fedclip_flwr import exchange
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report, State
-from fedclip_flwr.learning import best_round, mean_accuracy
+from fedclip_flwr.learning import best_round
+from fedclip_flwr.metrics import Quality, mean_accuracy
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.strategy import AdapterFedAvg
 
@@ -37,7 +38,7 @@ class Line:
 
     round: int
     reports: Mapping[str, Report]
-    unseen: float | None
+    unseen: Quality | None
     bytes: int
     seconds: float
 
@@ -72,10 +73,14 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Zero-shot and the selected round, with a report of each site that could be asked, and that round's adapter."""
+    """Zero-shot and the selected round, with a report of each site that could be asked, and that round's adapter.
+
+    `personal` has the reports of the sites' own adapters, where there are any.
+    """
 
     zero_shot: Line
     adapted: Line
+    personal: Mapping[str, Report]
     state: State
     site_round_bytes: float  # the mean over sites and rounds
 
@@ -85,20 +90,26 @@ def federate(
     strategy: AdapterFedAvg,
     settings: Settings,
     state: State,
-    unseen: Callable[[State], float | None],
+    unseen: Callable[[State], Quality | None],
     watcher: Watcher,
+    run: str,
 ) -> Outcome:
-    """Runs the rounds, beginning with the adapter `state`; `unseen` is its accuracy on the held-out domain."""
+    """Runs the rounds, beginning with the adapter `state`; `unseen` is how good it is on the held-out domain.
+
+    `run` is the name under which sites keep adapters of their own.
+    """
     start = best = state
     lines: list[Line] = []
     cost = nodes.traffic.both, 0.0
     answers = round_bytes = 0
 
-    def messages_of(configure: Configure, number: int, state: State, asked: Sequence[int]) -> Iterable[Message]:
+    def messages_of(
+        configure: Configure, number: int, state: State, asked: Sequence[int], personal: str = ""
+    ) -> Iterable[Message]:
         """What the strategy has for these nodes; Flower's strategies would wait for some if there were none."""
         if not asked:
             return []
-        return configure(number, exchange.write_adapter(state), nodes.config(), nodes.view(asked))
+        return configure(number, exchange.write_adapter(state), nodes.config(personal), nodes.view(asked))
 
     def add(reports: Mapping[str, Report]) -> None:
         """The line of the adapter `state`, and whether it is the best so far."""
@@ -135,8 +146,8 @@ def federate(
         state, cost = exchange.read_adapter(averaged, state), spent
         watcher.complete(number, state)
 
-    def evaluated(number: int, state: State, asked: Sequence[int]) -> Mapping[str, Report]:
-        messages = messages_of(strategy.configure_evaluate, number, state, asked)
+    def evaluated(number: int, state: State, asked: Sequence[int], personal: str = "") -> Mapping[str, Report]:
+        messages = messages_of(strategy.configure_evaluate, number, state, asked, personal)
         strategy.aggregate_evaluate(number, nodes.ask(number, messages))
         return nodes.sort_out(number, strategy)
 
@@ -147,7 +158,9 @@ def federate(
         return replace(line, reports={**line.reports, **evaluated(line.round, state, nodes.good(line.reports))})
 
     selected = lines[best_round([line.validation for line in lines])]
-    return Outcome(whole(lines[0], start), whole(selected, best), best, round_bytes / max(answers, 1))
+    zero_shot, adapted = whole(lines[0], start), whole(selected, best)
+    personal = evaluated(len(lines) - 1, best, nodes.good(), run) if settings.personalize else {}
+    return Outcome(zero_shot, adapted, personal, best, round_bytes / max(answers, 1))
 
 
 def refuse(error: UserError) -> NoReturn:

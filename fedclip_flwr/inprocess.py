@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,10 @@ from fedclip_flwr.learning import (
     average,
     best_round,
     evaluate,
-    mean_accuracy,
     seed_of,
     train,
 )
+from fedclip_flwr.metrics import mean_accuracy
 from fedclip_flwr.sites import Site, simulated_site
 
 
@@ -52,11 +53,18 @@ class Result:
 
 
 def make_sites(
-    features: Features, holdout: str = "auto", sites: int = 10, seed: int = 0
+    features: Features,
+    holdout: str = "auto",
+    sites: int = 10,
+    seed: int = 0,
+    *,
+    partition: str = "domain",
+    alpha: float = 0.5,
 ) -> tuple[list[Site], Examples | None]:
     """The sites in the order of their names, and the domain that none of them holds."""
     unseen = pick_holdout(holdout, features.domains)
-    made = [simulated_site(features, unseen, number, sites, seed) for number in range(sites)]
+    how: dict[str, Any] = {"partition": partition, "alpha": alpha}
+    made = [simulated_site(features, unseen, number, sites, seed, **how) for number in range(sites)]
     return sorted(made, key=lambda site: site.name), features.examples(unseen).ready() if unseen else None
 
 

@@ -10,8 +10,9 @@ The recipe `default` is cross-entropy over all class prompts without decay, from
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.optim.adam import adam  # the function: torch.optim.Adam imports the compiler, which takes over a second
 
 from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.metrics import Quality, Score, quality_of, score_of
 
 
 class Examples(NamedTuple):
@@ -111,9 +113,9 @@ def seed_of(*parts: str | int) -> int:
 
 
 def split(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows for training, validation and test: shuffled, then 60, 20 and 20 %, each rounded down."""
+    """Rows for training, validation and test: shuffled, then 60, 20 and 20 %, rounded down; a single row trains."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    train, part = count * 3 // 5, count // 5
+    train, part = max(count * 3 // 5, min(count, 1)), count // 5
     return order[:train], order[train : train + part], order[train + part : train + 2 * part]
 
 
@@ -165,25 +167,51 @@ def train(
     return total.item() / seen if seen else 0.0
 
 
-class Score(NamedTuple):
-    """Counts and sums of an evaluation; scores of several sites can be added up."""
-
-    examples: int
-    correct: int
-    loss: float  # the sum of cross-entropy over the class prompts
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.correct / self.examples if self.examples else None
-
-
 @torch.no_grad()
+def logits_of(adapter: Adapter | None, examples: Examples, classes: Classes) -> Tensor:
+    """What the adapter's features (without one: CLIP's own) say of each class."""
+    return classes.logits(adapter(examples.features) if adapter else examples.features)
+
+
 def evaluate(adapter: Adapter | None, examples: Examples, classes: Classes) -> Score:
-    """How well the adapter's features (without one: CLIP's own) find their class."""
-    features = adapter(examples.features) if adapter else examples.features
-    logits = classes.logits(features)
-    correct = (logits.argmax(dim=1) == examples.labels).sum().item()
-    return Score(len(examples.labels), int(correct), F.cross_entropy(logits, examples.labels, reduction="sum").item())
+    """How well the features find their class."""
+    return score_of(logits_of(adapter, examples, classes), examples.labels)
+
+
+def examine(adapter: Adapter | None, examples: Examples, classes: Classes) -> Quality:
+    """The same with all figures that are reported of tests."""
+    return quality_of(logits_of(adapter, examples, classes), examples.labels)
+
+
+def personalize(
+    adapter: Adapter,
+    examples: Examples,
+    validation: Examples,
+    classes: Classes,
+    recipe: Recipe,
+    *,
+    learning_rate: float,
+    epochs: int,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> int:
+    """Goes on training alone and leaves the adapter as it was after the epoch that is best by validation.
+
+    That epoch is returned: 0 is the adapter as it came, which is kept where nothing is better or can be compared.
+    """
+    if not len(validation.labels):
+        return 0
+    state = copy.deepcopy(adapter.state_dict())
+    found = [evaluate(adapter, validation, classes).accuracy]
+    best = 0
+    for epoch in range(1, epochs + 1):
+        one = seed_of(seed, "epoch", epoch)
+        train(adapter, examples, classes, recipe, learning_rate=learning_rate, batch_size=batch_size, seed=one)
+        found.append(evaluate(adapter, validation, classes).accuracy)
+        if best_round(found) == epoch:
+            best, state = epoch, copy.deepcopy(adapter.state_dict())
+    adapter.load_state_dict(state)
+    return best
 
 
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
@@ -202,9 +230,3 @@ def best_round(validation: Sequence[float | None]) -> int:
     """The round with the best validation accuracy, the earliest of several; without validation data the last."""
     known = [(accuracy, -number) for number, accuracy in enumerate(validation) if accuracy is not None]
     return -max(known)[1] if known else len(validation) - 1
-
-
-def mean_accuracy(scores: Iterable[Score]) -> float | None:
-    """The mean over those sites that have examples, each counting the same."""
-    known = [score.accuracy for score in scores if score.accuracy is not None]
-    return sum(known) / len(known) if known else None

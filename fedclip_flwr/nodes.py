@@ -19,6 +19,7 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report
 from fedclip_flwr.learning import seed_of
 from fedclip_flwr.strategy import AdapterFedAvg
+from fedclip_flwr.vocabulary import Vocabulary
 
 
 class Failure(NamedTuple):
@@ -67,17 +68,19 @@ class Nodes:
         *,
         holdout: str | None,
         package: str,
-        classes: Sequence[str],
+        vocabulary: Vocabulary,
+        model: str | None,
         timeout: float,
         say: Callable[[str], None],
     ) -> None:
         self._holdout = holdout or ""
-        self._greeting = RecordDict({"config": exchange.write_task(self._holdout, classes)})
+        self._greeting = RecordDict({"config": exchange.write_greeting(self._holdout, vocabulary, model or "")})
+        self._vocabulary = vocabulary
         self.hellos: dict[str, Hello] = {}
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
         self.traffic = Traffic()
-        self._grid, self._package, self._classes = grid, package, len(classes)
+        self._grid, self._package = grid, package
         self._timeout, self._say = timeout, say
         self._greeted: set[int] = set()
         self._hellos_under_way: dict[str, int] = {}
@@ -118,7 +121,7 @@ class Nodes:
                 self._fail(number, f"node {node}", str(error))
                 continue
             if why := self._objection(hello):
-                self._fail(number, f"{hello.site} (node {node})", why)
+                self._fail(number, f"{hello.site} (node {node})" if hello.site in self.hellos else hello.site, why)
                 continue
             self.names[node] = hello.site
             self.hellos[hello.site] = hello
@@ -138,8 +141,10 @@ class Nodes:
             )
         if hello.site in self.hellos:
             return "there is a site of that name already: give each SuperNode a name of its own"
-        if any(not 0 <= number < self._classes for number in hello.classes):
-            return f"it has other classes than the {self._classes} of this run"
+        if any(not 0 <= number < len(self._vocabulary.class_names) for number in hello.classes):
+            return f"it has other classes than the {len(self._vocabulary.class_names)} of this run"
+        if not hello.train + hello.validation + hello.test:
+            return "it holds no image that can be read"
         return None
 
     def choose(self, share: float, seed: int, number: int) -> tuple[list[int], list[int]]:
@@ -163,9 +168,9 @@ class Nodes:
         present = set(self._grid.get_node_ids())
         return {name: node for node, name in self.names.items() if node in present}
 
-    def config(self) -> ConfigRecord:
+    def config(self, personal: str = "") -> ConfigRecord:
         """What goes with an adapter; a new one each time, for messages under way must not change."""
-        return exchange.write_task(self._holdout)
+        return exchange.write_task(self._holdout, self._vocabulary.key, personal)
 
     def ask(self, number: int, messages: Iterable[Message]) -> list[Message]:
         """Sends the messages; the replies that came in time. Sites that didn't answer, or not for themselves, fail."""

@@ -13,22 +13,22 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from fedclip_flwr import content
-from fedclip_flwr.adapters import Adapter, make_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State, one_line
 from fedclip_flwr.features import Features, results
 from fedclip_flwr.federation import Line, Outcome
+from fedclip_flwr.metrics import Quality, mean_figures
 from fedclip_flwr.nodes import Nodes
+from fedclip_flwr.saved import TENSORS, save_adapter, write_json, write_tensors
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
@@ -51,7 +51,7 @@ class RunFolder:
         facts = {
             "round": line.round,
             "seen": line.seen,
-            "unseen": line.unseen,
+            "unseen": line.unseen.accuracy if line.unseen else None,
             "val": line.validation,
             "loss": line.loss,
             "sites": len(line.reports),
@@ -64,26 +64,11 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def checkpoint(self, number: int, state: State) -> None:
-        self._tensors("checkpoint/adapter.safetensors", state, {"round": str(number)})
+        write_tensors(self.path / "checkpoint" / TENSORS, state, number, self._setting)
 
     def adapter(self, number: int, state: State, features: Features) -> None:
         """The selected adapter, so far: that of round `number`."""
-        settings = self._settings
-        facts = {
-            "kind": settings.adapter,
-            "rank": settings.adapter_rank,
-            "dim": features.classes.text.shape[1],
-            "blend": settings.blend,
-            "model": features.model,
-            "model_content": features.model_content,
-            "class_names": list(features.class_names),
-            "prompts": [features.prompt.replace("{}", name) for name in features.class_names],
-            "scale": features.classes.scale,
-            "bias": features.classes.bias,
-            "round": number,
-        }
-        self._tensors("adapter.safetensors", state, {"round": str(number)})
-        self._json("adapter.json", facts)
+        save_adapter(self.path, state, self._settings, features, number, self._setting)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._json("summary.json", summary)
@@ -101,11 +86,7 @@ class RunFolder:
                 self._json("summary.json", {"status": "failed", "why": why})
 
     def _json(self, name: str, facts: dict[str, Any]) -> None:
-        text = json.dumps(facts, indent=2) + "\n"
-        content.write_whole(self.path / name, lambda part: part.write_text(text), self._setting)
-
-    def _tensors(self, name: str, state: State, facts: dict[str, str]) -> None:
-        content.write_whole(self.path / name, lambda part: content.save_tensors(state, part, facts), self._setting)
+        write_json(self.path / name, facts, self._setting)
 
 
 def _new_folder(root: Path) -> Path:
@@ -136,17 +117,17 @@ def _versions() -> dict[str, str]:
 
 
 def summary_of(
-    outcome: Outcome, nodes: Nodes, holdout: str | None, parameters: int | None, seconds: dict[str, float]
+    outcome: Outcome, nodes: Nodes, holdout: str | None, features: Features, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """What `summary.json` tells of a completed run; `parameters` counts the whole model's."""
-    traffic = nodes.traffic
+    """What `summary.json` tells of a completed run."""
+    traffic, names, parameters = nodes.traffic, features.vocabulary.class_names, features.parameters
     per_round = outcome.site_round_bytes
     whole = None if parameters is None else 2 * 4 * parameters
     return {
         "status": "completed",
         "holdout": holdout,
-        "zero_shot": _accuracies(outcome.zero_shot),
-        "adapted": {**_accuracies(outcome.adapted), "round": outcome.adapted.round, "personal": None},
+        "zero_shot": _results(outcome.zero_shot, names),
+        "adapted": {**_results(outcome.adapted, names), "round": outcome.adapted.round, **_personal(outcome, names)},
         "traffic": {
             "down_bytes": traffic.down,
             "up_bytes": traffic.up,
@@ -159,26 +140,35 @@ def summary_of(
     }
 
 
-def _accuracies(line: Line) -> dict[str, Any]:
-    sites = {site: report.test.accuracy for site, report in line.reports.items()}
-    return {"seen": line.seen, "unseen": line.unseen, "sites": sites}
+def _results(line: Line, class_names: Sequence[str]) -> dict[str, Any]:
+    """Accuracies as of old, and all figures below `metrics`."""
+    tests = {site: report.test for site, report in line.reports.items()}
+    return {
+        "seen": line.seen,
+        "unseen": line.unseen.accuracy if line.unseen else None,
+        "sites": {site: quality.accuracy for site, quality in tests.items()},
+        "metrics": {
+            "seen": mean_figures(tests.values()),
+            "unseen": _figures(line.unseen, class_names) if line.unseen else None,
+            "sites": {site: _figures(quality, class_names) for site, quality in tests.items()},
+        },
+    }
 
 
-def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The selected adapter of a run, and what it was made for."""
-    path = folder / "adapter.json"
-    if folder.is_dir() and not path.exists():
-        raise UserError(f"{folder} holds no adapter: its run came to no round; summary.json there tells how it ended")
-    try:
-        facts = json.loads(path.read_text())
-        adapter = make_adapter(facts["kind"], facts["dim"], rank=facts["rank"], blend=facts["blend"])
-        like = adapter.state_dict()
-        path = folder / "adapter.safetensors"
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read ({one_line(error)})") from None
-    if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
-        raise UserError(f"{path} does not hold the {facts['kind']} adapter that adapter.json tells of")
-    adapter.load_state_dict(state)
-    return adapter, facts
+def _figures(quality: Quality, class_names: Sequence[str]) -> dict[str, Any]:
+    by_class = {"recall": dict(zip(class_names, quality.classes.recalls, strict=False))} if quality.classes else {}
+    return {**quality.figures(), **by_class}
+
+
+def _personal(outcome: Outcome, class_names: Sequence[str]) -> dict[str, Any]:
+    """What the sites' own adapters come to; None where none was asked for."""
+    tests = {site: report.test for site, report in outcome.personal.items()}
+    return {
+        "personal": {site: quality.accuracy for site, quality in tests.items()} or None,
+        "personal_metrics": {
+            "seen": mean_figures(tests.values()),
+            "sites": {site: _figures(quality, class_names) for site, quality in tests.items()},
+        }
+        if tests
+        else None,
+    }

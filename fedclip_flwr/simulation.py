@@ -26,11 +26,14 @@ from typing import Any, NoReturn
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings, unusable
+from fedclip_flwr.data.presets import PRESETS
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_run
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""
+DATA = ("drawn", *PRESETS)
+"""Data that is not looked for in the current folder."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -135,8 +138,13 @@ def _absolute(key: str, value: str) -> str:
     """The setting with an absolute path, where it is a path."""
     head = next((h for h in ("folder:", "features:") if key == "data" and value.startswith(h)), "")
     path = Path(value.removeprefix(head)).expanduser()
-    named = head or key == "results-dir" or (key == "model" and (value.startswith((".", "~")) or path.is_dir()))
-    return head + str(path.absolute()) if named and value != head else value
+    named = {
+        "data": head or value.startswith((".", "~")) or (value not in DATA and path.is_dir()),
+        "model": value != "bundled" and (value.startswith((".", "~")) or path.is_dir()),
+        "class-names": value.startswith((".", "~")) or path.is_file(),
+        "results-dir": True,
+    }
+    return head + str(path.absolute()) if named.get(key) and value not in ("", head) else value
 
 
 @contextlib.contextmanager

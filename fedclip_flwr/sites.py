@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +15,10 @@ from fedclip_flwr.data.partition import shard
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import RECIPES, Classes, Examples, seed_of, split
+from fedclip_flwr.vocabulary import Vocabulary
+
+OWN = ("data", "model", "device", "image-column", "label-column", "domain-column")
+"""The settings that a site's owner may give in its node config."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,28 @@ def divide(name: str, domain: str, examples: Examples, seed: int) -> Site:
 
 
 def simulated_site(
-    features: Features, holdout: str | None, number: int, sites: int, seed: int, device: str | torch.device = "cpu"
+    features: Features,
+    holdout: str | None,
+    number: int,
+    sites: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    *,
+    partition: str = "domain",
+    alpha: float = 0.5,
 ) -> Site:
     """Site `number` of so many simulated ones."""
     domains = {d: features.examples(d) for d in features.domains if d != holdout}
-    own = shard(number, {d: len(e.labels) for d, e in domains.items()}, sites, seed)
-    return divide(own.site, own.domain, domains[own.domain].rows(own.rows).ready(device), seed)
+    own = shard(number, {d: e.labels for d, e in domains.items()}, sites, seed, partition, alpha)
+    examples = together(domains[domain].rows(rows) for domain, rows in own.rows.items())
+    domain = "+".join(domain for domain, rows in own.rows.items() if len(rows) or len(own.rows) == 1)
+    return divide(own.site, domain, examples.ready(device), seed)
+
+
+def together(parts: Iterable[Examples]) -> Examples:
+    """The examples of several domains."""
+    features, labels = zip(*parts, strict=True)
+    return Examples(torch.cat(features), torch.cat(labels))
 
 
 def new_adapter(settings: Settings, dim: int) -> Adapter:
@@ -67,55 +87,72 @@ class Desk:
 
     settings: Settings
     site: Site
-    class_names: tuple[str, ...]
+    features: Features
     classes: Classes
     device: torch.device
 
-    def require(self, class_names: tuple[str, ...]) -> None:
-        """Raises unless these are the classes here: else their numbers would mean other things."""
-        if class_names != self.class_names:
-            extra = ", ".join(sorted({*self.class_names} - {*class_names}))
-            missing = ", ".join(sorted({*class_names} - {*self.class_names}))
-            parts = [f"has also {extra}"] * bool(extra) + [f"lacks {missing}"] * bool(missing)
-            how = " and ".join(parts) or "has them in another order"
-            raise UserError(f"this site's classes are not the server's: it {how}")
+    def require(self, model: str) -> None:
+        """Raises unless this is the content of the model here, where both sides know it: features would not compare."""
+        own = self.features.model_content
+        if model and own and model != own:
+            raise UserError(
+                f"this site's model {self.features.model!r} has other content than the server's: give both the same "
+                "model-revision, or copy the server's model and name its folder in the node config (model='/PATH')"
+            )
 
 
 def open_desk(
-    run_config: Mapping[str, object], node_config: Mapping[str, object], holdout: str, simulated: bool
+    run_config: Mapping[str, object],
+    node_config: Mapping[str, object],
+    holdout: str,
+    simulated: bool,
+    vocabulary: Vocabulary | None = None,
 ) -> Desk:
     """This site's desk; read once in a process that answers several messages.
 
-    `holdout` is the domain that no site trains on, as the server resolved it.
+    `holdout` is the domain that no site trains on, as the server resolved it; `vocabulary` is the server's.
     """
-    return _desk(tuple(sorted(run_config.items())), tuple(sorted(node_config.items())), holdout, simulated)
+    run, node = (tuple(sorted(config.items())) for config in (run_config, node_config))
+    return _desk(run, node, holdout, simulated, vocabulary)
 
 
 @lru_cache(maxsize=64)
 def _desk(
-    run_config: Sequence[tuple[str, object]], node_config: Sequence[tuple[str, object]], holdout: str, simulated: bool
+    run_config: Sequence[tuple[str, object]],
+    node_config: Sequence[tuple[str, object]],
+    holdout: str,
+    simulated: bool,
+    vocabulary: Vocabulary | None,
 ) -> Desk:
-    node = dict(node_config)
-    given = dict(run_config)
-    if "data" in node:
-        given["data"] = node["data"]
-    if "device" in node:
-        given["device"] = node["device"]
-    settings = Settings.from_run_config(given)
+    node, given = dict(node_config), dict(run_config)
+    if not simulated and str(given.get("class-names", "")).startswith("/"):
+        del given["class-names"]  # a file of the server's
+    if "model" in node:
+        given.pop("model-revision", None)
+    settings = Settings.from_run_config({**given, **{key: node[key] for key in OWN if key in node}})
     number, sites = node.get("partition-id"), node.get("num-partitions")
     if not simulated and "data" not in node and settings.data.startswith(("folder:", "features:")):
         raise UserError(
             "this site was not told where its data is: start its SuperNode with --node-config \"data='folder:/PATH'\""
         )
-    features = open_features(settings, progress=not simulated)
+    features = open_features(settings, vocabulary, progress=not simulated)
     device = clip.pick_device(settings.device)
     if isinstance(number, int) and isinstance(sites, int):
         if not 0 <= number < sites:
             raise UserError(f"partition-id = {number}: expected a number from 0 to num-partitions - 1 = {sites - 1}")
-        site = simulated_site(features, holdout or None, number, sites, settings.seed, device)
+        site = simulated_site(
+            features,
+            holdout or None,
+            number,
+            sites,
+            settings.seed,
+            device,
+            partition=settings.partition,
+            alpha=settings.alpha,
+        )
     else:
         site = _whole(features, holdout, str(node.get("site", "")), settings.seed, device)
-    return Desk(settings, site, features.class_names, features.classes.ready(device), device)
+    return Desk(settings, site, features, features.classes.ready(device), device)
 
 
 def _whole(features: Features, holdout: str, name: str, seed: int, device: torch.device) -> Site:
@@ -125,6 +162,5 @@ def _whole(features: Features, holdout: str, name: str, seed: int, device: torch
         raise UserError("this site has no name: start its SuperNode with --node-config \"site='NAME'\"")
     if not domains:
         raise UserError(f"all images of this site belong to {holdout}, which is held out")
-    parts = [features.examples(d) for d in domains]
-    whole = Examples(torch.cat([p.features for p in parts]), torch.cat([p.labels for p in parts]))
-    return divide(name, "+".join(domains), whole.ready(device), seed)
+    examples = together(features.examples(domain) for domain in domains)
+    return divide(name, "+".join(domains), examples.ready(device), seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,32 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 import client_app
-from fedclip_flwr import exchange
+from fedclip_flwr import content, exchange
 from fedclip_flwr.config import Settings
-from fedclip_flwr.learning import RECIPES, evaluate, seed_of, train
+from fedclip_flwr.learning import RECIPES, evaluate, examine, seed_of, train
+from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.sites import new_adapter, open_desk
+from fedclip_flwr.vocabulary import Vocabulary
 
 NAMES = ("car", "cat", "fish")
 
 
-def asked(kind: str, tree: Path, state: Any = None, names: tuple[str, ...] = NAMES, **node: Any) -> Message:
+def asked(
+    kind: str, tree: Path, state: Any = None, names: tuple[str, ...] = NAMES, personal: str = "", **node: Any
+) -> Message:
     """What the site with the images in `tree` answers."""
-    config = exchange.write_task("", names)
+    vocabulary = Vocabulary(names, ("a picture of a {}",))
+    vocabulary.remember(content.memory())
+    config = exchange.write_task("", vocabulary.key, personal)
+    if kind == "query":
+        config = exchange.write_greeting("", vocabulary, node.pop("model_content", ""))
     config["server-round"] = 4
-    content = RecordDict({"config": config})
+    task = RecordDict({"config": config})
     if state is not None:
-        content["arrays"] = exchange.write_adapter(state)
+        task["arrays"] = exchange.write_adapter(state)
     node_config = {"site": "north", "data": f"folder:{tree}", **node}
     context = Context(1, 2, node_config, RecordDict(), Settings(seed=7, local_epochs=2).as_run_config())
-    return client_app.app(Message(content, 2, kind), context)
+    return client_app.app(Message(task, 2, kind), context)
 
 
 def test_a_hello_tells_who_is_there(tree: Path) -> None:
@@ -50,7 +59,7 @@ def test_training_answers_with_the_received_adapters_scores_and_the_trained_adap
     desk = open_desk(settings.as_run_config(), node, "", False)
     adapter.load_state_dict(state)
     assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
-    assert answer.report.test == evaluate(adapter, desk.site.test, desk.classes)
+    assert answer.report.test == replace(examine(adapter, desk.site.test, desk.classes), classes=None)
     assert answer.report.examples == 14
     rate = RECIPES["default"].rate("attention", 128)
     seed = seed_of(7, "train", "north", 4)
@@ -65,10 +74,43 @@ def test_evaluating_sends_no_adapter(tree: Path) -> None:
     assert set(asked("evaluate", tree, state).content) == {"metrics"}
 
 
+def test_counts_by_class_are_sent_only_if_the_owner_shares_them(tree: Path) -> None:
+    state = new_adapter(Settings(), 128).state_dict()
+    kept = exchange.read_answer(asked("evaluate", tree, state).content).report.test
+    owner: dict[str, Any] = {"share-class-counts": True}
+    shared = exchange.read_answer(asked("evaluate", tree, state, **owner).content).report.test
+    assert kept.classes is None
+    assert shared.classes
+    assert sum(shared.classes.examples) == shared.score.examples == 4
+    assert replace(shared, classes=None) == kept
+
+
+def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: Path) -> None:
+    state = new_adapter(Settings(), 128).state_dict()
+    options: dict[str, Any] = {"personal": "../20260101", "site": "north/1"}
+    answer = exchange.read_answer(asked("evaluate", tree, state, **options).content)
+    (folder,) = (fedclip_home / "personal").glob("*20260101*/north_1-*")
+    adapter, facts = load_adapter(folder)
+    assert facts["site"] == "north/1"
+    desk = open_desk(Settings(seed=7).as_run_config(), {"site": "north/1", "data": f"folder:{tree}"}, "", False)
+    assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
+    before = evaluate(new_adapter(Settings(), 128), desk.site.validation, desk.classes)
+    assert answer.report.validation.correct >= before.correct
+    assert (facts["personal_epoch"] > 0) == any(not torch.equal(adapter.state_dict()[k], state[k]) for k in state)
+
+
+def test_a_site_that_was_not_told_the_classes_says_so(tree: Path) -> None:
+    state = new_adapter(Settings(), 128).state_dict()
+    task = RecordDict({"config": exchange.write_task("", "unknown"), "arrays": exchange.write_adapter(state)})
+    context = Context(1, 2, {"site": "north", "data": f"folder:{tree}"}, RecordDict(), Settings().as_run_config())
+    assert "has forgotten the names" in str(client_app.app(Message(task, 2, "train"), context).error.reason)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "told"),
     [
-        ("query", {"names": ("car", "cat", "dog")}, "it has also fish and lacks dog"),
+        ("query", {"names": ("car", "cat", "dog")}, "classes that the run does not know: fish"),
+        ("query", {"model_content": "0123"}, "other content than the server's"),
         ("query", {"data": "folder:/nowhere"}, "there is no such folder"),
         ("train", {}, "the server's message lacks the adapter"),
         ("train", {"state": {"w": torch.zeros(3)}}, "the adapter lacks inner.bias"),
@@ -100,9 +142,9 @@ def test_nothing_leaves_that_is_not_on_the_list(tree: Path, monkeypatch: pytest.
     write = exchange.write_answer
 
     def more(*given: Any) -> RecordDict:
-        content = write(*given)
-        content.metric_records["metrics"]["labels"] = [1, 2, 3]
-        return content
+        answer = write(*given)
+        answer.metric_records["metrics"]["labels"] = [1, 2, 3]
+        return answer
 
     monkeypatch.setattr(exchange, "write_answer", more)
     reply = asked("evaluate", tree, new_adapter(Settings(), 128).state_dict())
@@ -111,6 +153,7 @@ def test_nothing_leaves_that_is_not_on_the_list(tree: Path, monkeypatch: pytest.
 
 WARM = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tests.test_client_app import Settings, asked, new_adapter
 for kind in ("query", "train", "evaluate"):

@@ -12,7 +12,11 @@ from fedclip_flwr.errors import UserError
 
 CONTRACT: dict[str, Any] = {
     "model": "bundled",
+    "model-revision": "",
     "data": "drawn",
+    "image-column": "",
+    "label-column": "",
+    "domain-column": "",
     "holdout": "auto",
     "method": "adapter",
     "adapter": "attention",
@@ -91,7 +95,9 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("results-dir", "results", "/results"),
         ("codec", "int8", "only 'float32' works"),
         ("method", "full-model", "only 'adapter' works"),
-        ("personalize", True, "only False works"),
+        ("prompt", "a {}|a thing", "one {}"),
+        ("class-names", "./names.txt", "/names.txt"),
+        ("data", "./images", "/images"),
         ("bach-size", 3, "did you mean batch-size?"),
     ],
 )
@@ -100,6 +106,10 @@ def test_a_bad_setting_is_told_with_what_was_expected(key: str, value: Any, told
         Settings.from_run_config({key: value})
     assert key in str(error.value)
     assert told in str(error.value)
+
+
+def test_a_bare_path_is_a_folder() -> None:
+    assert Settings.from_run_config({"data": "/images"}).data == "folder:/images"
 
 
 def test_all_bad_settings_are_told_at_once() -> None:

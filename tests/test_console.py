@@ -10,11 +10,27 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.exchange import Hello, Report
 from fedclip_flwr.features import Features
 from fedclip_flwr.federation import Line
-from fedclip_flwr.learning import Score
+from fedclip_flwr.metrics import BINS, Quality, Score
+
+
+def metrics(seen: float, unseen: float, **recall: float | None) -> dict[str, Any]:
+    """All three figures behind accuracy, as for a seen mean and an unseen domain."""
+    names = ("balanced_accuracy", "macro_f1", "calibration_error")
+    figures = [{name: value + i / 100 for i, name in enumerate(names)} for value in (seen, unseen)]
+    return {"seen": figures[0], "unseen": {**figures[1], "recall": recall}, "sites": {}}
+
 
 SUMMARY: dict[str, Any] = {
-    "zero_shot": {"seen": 0.5, "unseen": 0.4, "sites": {"a": 0.5}},
-    "adapted": {"seen": 0.625, "unseen": 0.38, "sites": {"b": None, "a": 0.75}, "round": 3},
+    "zero_shot": {"seen": 0.5, "unseen": 0.4, "sites": {"a": 0.5}, "metrics": metrics(0.3, 0.2)},
+    "adapted": {
+        "seen": 0.625,
+        "unseen": 0.38,
+        "sites": {"b": None, "a": 0.75},
+        "round": 3,
+        "personal": None,
+        "personal_metrics": None,
+        "metrics": metrics(0.6, 0.1, cat=0.5, dog=None, emu=0.25, fox=0.75, gnu=1.0),
+    },
     "traffic": {
         "down_bytes": 1000,
         "up_bytes": 500,
@@ -49,6 +65,35 @@ def test_the_closing_tables() -> None:
     assert text.endswith("Run folder: /runs/x")
 
 
+def test_the_other_figures_and_the_weakest_classes() -> None:
+    told = rows(text := console.closing(SUMMARY, 20, "sketch", True, Path("/runs/x")))
+    assert ["in", "%,", "means", "seen:", "zero-shot", "adapted", "unseen:", "zero-shot", "adapted"] in told
+    assert ["balanced", "accuracy", "30.0", "60.0", "20.0", "10.0"] in told
+    assert ["macro", "F1", "31.0", "61.0", "21.0", "11.0"] in told
+    assert ["calibration", "error", "32.0", "62.0", "22.0", "12.0"] in told
+    assert "Weakest in sketch: emu 25.0 %, cat 50.0 %, fox 75.0 %; all classes: summary.json." in text
+
+
+def test_adapters_of_the_sites_own_have_a_column() -> None:
+    own = {"personal": {"a": 0.8}, "personal_metrics": {"seen": {"accuracy": 0.8, "macro_f1": 0.7}, "sites": {}}}
+    summary = {**SUMMARY, "adapted": {**SUMMARY["adapted"], **own}}
+    told = rows(text := console.closing(summary, 20, "sketch", True, Path("/runs/x")))
+    assert ["accuracy,", "%", "zero-shot", "adapted", "gain", "own"] in told
+    assert ["a", "50.0", "75.0", "+25.0", "80.0"] in told
+    assert ["b", "–", "–", "–", "–"] in told
+    assert ["mean", "of", "the", "seen", "50.0", "62.5", "+12.5", "80.0"] in told
+    assert ["sketch,", "unseen", "40.0", "38.0", "-2.0", "–"] in told
+    assert ["macro", "F1", "31.0", "61.0", "70.0", "21.0", "11.0"] in told
+    assert "Own: adapters that the sites have made" in text
+
+
+def test_sites_left_out_for_the_same_reason_share_a_line() -> None:
+    why = {"round": 0, "why": "it holds no image"}
+    assert console.failures([{**why, "site": f"a-{i}"} for i in range(20)]) == [
+        f"{', '.join(f'a-{i}' for i in range(12))} and 8 more: it holds no image (round 0)"
+    ]
+
+
 def test_how_the_round_was_chosen_is_told() -> None:
     text = console.closing(SUMMARY, 20, None, False, Path("/runs/x"))
     assert "Round 3 of 20 is taken, for no site has validation images" in text
@@ -57,8 +102,8 @@ def test_how_the_round_was_chosen_is_told() -> None:
 
 
 def test_gains_are_those_of_the_figures_shown_and_sites_are_in_counting_order() -> None:
-    adapted = {"seen": 0.643, "unseen": None, "sites": {"a-10": 0.6427, "b-1": 0.5, "a-2": 0.5}, "round": 1}
-    zero = {"seen": 0.6, "unseen": None, "sites": {"a-10": 0.6213, "b-1": 0.5, "a-2": 0.5}}
+    adapted = {**SUMMARY["adapted"], "seen": 0.643, "sites": {"a-10": 0.6427, "b-1": 0.5, "a-2": 0.5}}
+    zero = {**SUMMARY["zero_shot"], "seen": 0.6, "sites": {"a-10": 0.6213, "b-1": 0.5, "a-2": 0.5}}
     told = rows(console.closing({**SUMMARY, "zero_shot": zero, "adapted": adapted}, 1, None, True, Path("/x")))
     at = told.index(["a-2", "50.0", "50.0", "+0.0"])
     assert told[at + 1] == ["a-10", "62.1", "64.3", "+2.2"]  # exactly 2.14
@@ -72,9 +117,13 @@ def test_without_a_holdout_or_a_known_model_size() -> None:
     assert "250 B a site and round, 1.5 kB in all." in text
 
 
+def quality(examples: int, correct: int) -> Quality:
+    return Quality(Score(examples, correct, 1.0), 0.5, 0.5, [0.0] * BINS)
+
+
 def test_a_line_is_under_its_headings() -> None:
-    report = Report(5, Score(4, 3, 2.0), Score(8, 2, 1.0))
-    line = console.line(Line(0, {"a": report}, 0.123, 2_660_000, 0.26))
+    report = Report(5, Score(4, 3, 2.0), quality(8, 2))
+    line = console.line(Line(0, {"a": report}, quality(1000, 123), 2_660_000, 0.26))
     assert line.split() == ["0", "25.0", "12.3", "75.0", "0.500", "1", "2.66", "MB", "0.3", "zero-shot"]
     assert line.index("0.500") + 5 == console.heading().index("loss") + 4
     nothing = console.line(Line(1, {}, None, 0, 0.0))
@@ -89,7 +138,7 @@ def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
     told = rows(text)
     assert ["2", "sites", "domain", "train", "val", "test", "classes"] in told
     assert told[-2:] == [["a", "art", "1,200", "400", "400", "1"], ["b", "photo", "6", "2", "2", "2"]]
-    assert ["at", "no", "site", "cartoon"] in told
+    assert "at no site  cartoon, class car, class cat, class cup" in text
     for part in ("sketch, 1,500 images", "128 numbers in 1 tensor, 0.01 %", "512 B to a site", "1 round of 1 epoch"):
         assert part in text
     assert "learning rate 0.0004" in text

@@ -16,7 +16,7 @@ def test_parts_are_told_apart() -> None:
 def test_a_known_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_text("x")
     first = content.of_files(tmp_path, ["a"], tmp_path / "memory")
-    monkeypatch.setattr(content, "_of_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(content, "of_file", lambda path: pytest.fail(f"{path} was read again"))
     assert content.of_files(tmp_path, ["a"], tmp_path / "memory") == first
 
 

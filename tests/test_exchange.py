@@ -11,12 +11,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedclip_flwr import exchange
 from fedclip_flwr.adapters import ADAPTERS, make_adapter, tensor_names
 from fedclip_flwr.exchange import ExchangeError, Hello, Report
-from fedclip_flwr.learning import Score
+from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
+from fedclip_flwr.vocabulary import Vocabulary
 
 LIKE = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([0.1, -2.0, 3e-30])}
 HELLO = Hello("north", "train", "photo", 6, 2, 2, [0, 2], "0123")
-REPORT = Report(6, Score(2, 1, 0.5), Score(3, 0, 4.25))
+GAPS = [0.25, -0.5, *[0.0] * (BINS - 2)]
+REPORT = Report(6, Score(2, 1, 0.5), Quality(Score(3, 0, 4.25), 0.0, 0.125, GAPS))
+COUNTS = ClassCounts([2, 1], [1, 0], [2, 1])
+SHARED = REPORT._replace(test=Quality(Score(3, 1, 4.25), 0.25, 0.25, GAPS, COUNTS))
 
 
 def arrays(**changes: Any) -> ArrayRecord:
@@ -105,6 +109,7 @@ def test_an_answer_comes_back() -> None:
     assert answer.report == REPORT
     assert torch.equal(answer.state["a"], GOOD["a"])
     assert exchange.read_answer(exchange.write_answer(REPORT)) == (REPORT, {})
+    assert exchange.read_answer(exchange.write_answer(SHARED)) == (SHARED, {})
 
 
 @pytest.mark.parametrize(
@@ -118,12 +123,39 @@ def test_an_answer_comes_back() -> None:
         ("test-examples", [3], "test"),
         ("test-loss", float("nan"), "loss"),
         ("test-loss", -1.0, "loss"),
+        ("test-balanced-accuracy", 1.5, "from 0 to 1"),
+        ("test-macro-f1", float("nan"), "from 0 to 1"),
+        ("test-macro-f1", 1, "from 0 to 1"),
+        ("test-gaps", [0.0] * 3, "expected 15 numbers"),
+        ("test-gaps", [1] * BINS, "expected 15 numbers"),
+        ("test-gaps", [float("nan")] * BINS, "more than there are examples"),
+        ("test-gaps", [0.5] * BINS, "more than there are examples"),
+        ("test-class-examples", [3, 0], "not those that were asked for"),
         ("more", 1, "not those that were asked for"),
     ],
 )
 def test_a_report_that_is_not_as_expected_is_refused(key: str, value: Any, told: str) -> None:
     content = exchange.write_answer(REPORT)
     content.metric_records["metrics"][key] = value
+    with pytest.raises(ExchangeError, match=told):
+        exchange.read_answer(content)
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        (([3, 1], [1, 0], [2, 1]), "add up"),
+        (([2, 1], [1, 0], [3]), "add up"),
+        (([2, 1], [1, 0], [2, 1, 0]), "add up"),
+        (([2, 1], [0, 1], [3, 0]), "more of a class"),
+        (([2, 1], [2, -1], [2, 1]), "no counts"),
+        (([2, 1], [1.0, 0.0], [2, 1]), "no counts"),
+    ],
+)
+def test_counts_by_class_that_cannot_be_are_refused(counts: Any, told: str) -> None:
+    content = exchange.write_answer(SHARED)
+    for name, values in zip(ClassCounts._fields, counts, strict=True):
+        content.metric_records["metrics"][f"test-class-{name}"] = values
     with pytest.raises(ExchangeError, match=told):
         exchange.read_answer(content)
 
@@ -143,37 +175,51 @@ def test_an_answer_without_an_adapter_is_refused_where_one_is_needed() -> None:
 
 
 def test_a_task_comes_back_and_nonsense_is_refused() -> None:
-    config = exchange.write_task("sketch", ["cat", "dog"])
+    config = exchange.write_task("sketch", "0123", "run-7")
     config["server-round"] = 3
     state = exchange.write_adapter(GOOD)
-    assert exchange.read_task(RecordDict({"config": config, "arrays": state})) == (3, "sketch", ("cat", "dog"), state)
-    config["holdout"] = 3
-    with pytest.raises(ExchangeError, match="can't be understood"):
-        exchange.read_task(RecordDict({"config": config}))
+    task = exchange.read_task(RecordDict({"config": config, "arrays": state}))
+    assert task == (3, "sketch", None, "0123", "", "run-7", state)
+    vocabulary = Vocabulary(("cat", "dog"), ("a {}", "the {}"))
+    greeting = exchange.write_greeting("sketch", vocabulary, "0123")
+    assert exchange.read_task(RecordDict({"config": greeting})) == (0, "sketch", vocabulary, "", "0123", "", None)
+    for key, value in (("holdout", 3), ("server-round", 1.5), ("classes", "cat")):
+        nonsense = RecordDict({"config": ConfigRecord({**greeting, key: value})})
+        with pytest.raises(ExchangeError, match="can't be understood"):
+            exchange.read_task(nonsense)
+
+
+FIGURES = {
+    "num-examples",
+    "validation-examples",
+    "validation-correct",
+    "validation-loss",
+    "test-examples",
+    "test-correct",
+    "test-loss",
+    "test-balanced-accuracy",
+    "test-macro-f1",
+    "test-gaps",
+}
 
 
 def test_the_list_of_what_may_leave_a_site() -> None:
     """Written out once more by hand: whoever adds to it has to want it twice."""
-    assert exchange.may_leave(tensor_names("attention")) == {
+    assert exchange.may_leave(tensor_names("attention"), by_class=False) == {
         "arrays": {"inner.weight", "inner.bias", "outer.weight", "outer.bias"},
         "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package"},
-        "metrics": {
-            "num-examples",
-            "validation-examples",
-            "validation-correct",
-            "validation-loss",
-            "test-examples",
-            "test-correct",
-            "test-loss",
-        },
+        "metrics": FIGURES,
     }
+    counts = {"test-class-examples", "test-class-correct", "test-class-predicted"}
+    assert exchange.may_leave((), by_class=True)["metrics"] == FIGURES | counts
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_what_a_site_writes_may_leave_it(kind: str) -> None:
     adapter = make_adapter(kind, 4)
-    exchange.check_outgoing(exchange.write_answer(REPORT, adapter.state_dict()), tensor_names(kind))
-    exchange.check_outgoing(exchange.write_hello(HELLO), tensor_names(kind))
+    exchange.check_outgoing(exchange.write_answer(REPORT, adapter.state_dict()), tensor_names(kind), False)
+    exchange.check_outgoing(exchange.write_answer(SHARED, adapter.state_dict()), tensor_names(kind), True)
+    exchange.check_outgoing(exchange.write_hello(HELLO), tensor_names(kind), False)
 
 
 @pytest.mark.parametrize(
@@ -182,12 +228,13 @@ def test_what_a_site_writes_may_leave_it(kind: str) -> None:
         {"images": ArrayRecord({"a": Array(B)})},
         {"arrays": ArrayRecord({"features": Array(B)})},
         {"metrics": MetricRecord({"labels": [1, 2]})},
+        {"metrics": exchange.write_answer(SHARED)["metrics"]},
         {"hello": ConfigRecord({"path": "/data"})},
     ],
 )
 def test_nothing_else_may_leave_it(more: dict[str, Any]) -> None:
     with pytest.raises(ExchangeError, match="must not leave"):
-        exchange.check_outgoing(RecordDict({**exchange.write_answer(REPORT, GOOD), **more}), LIKE)
+        exchange.check_outgoing(RecordDict({**exchange.write_answer(REPORT, GOOD), **more}), LIKE, False)
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ import sys
 from pathlib import Path
 from fedclip_flwr import clip, content, features
 from fedclip_flwr.config import Settings
-opened = features.open_features(Settings(data=f"folder:{sys.argv[1]}"), store=Path(sys.argv[2]), progress=False)
+opened = features.open_features(Settings(data=f"folder:{sys.argv[1]}"), root=Path(sys.argv[2]), progress=False)
 """
 
 
 def opened(tree: Path, **settings: Any) -> Features:
-    return open_features(Settings(data=f"folder:{tree}", **settings), store=tree / "store", progress=False)
+    return open_features(Settings(data=f"folder:{tree}", **settings), root=tree / "store", progress=False)
 
 
 def python(script: str, tree: Path) -> subprocess.Popen[str]:
@@ -41,13 +41,15 @@ def python(script: str, tree: Path) -> subprocess.Popen[str]:
 @pytest.fixture
 def truth(tree: Path) -> Examples:
     """The photos' features by transformers' own forward pass, and their labels."""
-    pictures = list(ImageFolder(tree).images("photo"))
+    pictures = list(ImageFolder(tree).pictures("photo"))
     net = CLIPModel.from_pretrained(clip.BUNDLED, dtype=torch.float32).eval()
     processor = AutoImageProcessor.from_pretrained(clip.BUNDLED)
     with torch.no_grad():
-        pixels = processor([image for image, _ in pictures], return_tensors="pt")
+        pixels = processor([picture.image for picture in pictures], return_tensors="pt")
         features = net.get_image_features(**pixels).pooler_output
-    return Examples(features / features.norm(dim=1, keepdim=True), torch.tensor([label for _, label in pictures]))
+    return Examples(
+        features / features.norm(dim=1, keepdim=True), torch.tensor([picture.label for picture in pictures])
+    )
 
 
 def assert_right(found: Examples, truth: Examples) -> None:
@@ -249,7 +251,7 @@ def write_folder(root: Path, dtype: torch.dtype = torch.float16, **changed: Any)
 def test_a_feature_folder_is_read_as_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
     write_folder(tmp_path, dtype, logit_bias=-2.0, parameters=151_277_313)
     features = open_features(Settings(data=f"features:{tmp_path}"))
-    assert features.class_names == ("cat", "dog")
+    assert features.vocabulary == (("cat", "dog"), ("a {}",))
     assert features.domains == ("a", "b")
     assert (features.classes.scale, features.classes.bias, features.parameters) == (50.0, -2.0, 151_277_313)
     ready = features.examples("a").ready()

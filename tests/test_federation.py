@@ -17,9 +17,10 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Hello, Report, State
 from fedclip_flwr.federation import Line, Outcome, federate
-from fedclip_flwr.learning import Score
+from fedclip_flwr.metrics import BINS, Quality, Score
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.strategy import AdapterFedAvg
+from fedclip_flwr.vocabulary import Vocabulary
 
 START = {"w": torch.zeros(1)}
 Answer = Callable[[Message], Message | None]
@@ -62,6 +63,10 @@ class FakeGrid(Grid):
         raise AssertionError("not used")
 
 
+def quality(correct: int, examples: int = 10) -> Quality:
+    return Quality(Score(examples, correct, 5.0), 0.5, 0.5, [0.0] * BINS)
+
+
 class Site:
     """Adds `step` to the adapter when it trains; its validation accuracy is a table by the adapter's value."""
 
@@ -69,6 +74,7 @@ class Site:
         self.hello = Hello(**{**HELLO, "site": name, **hello})
         self.step, self.correct = step, correct or {}
         self.trained_in: list[int] = []
+        self.own: list[tuple[str, float]] = []
 
     def __call__(self, message: Message) -> Message | None:
         task = exchange.read_task(message.content)
@@ -77,7 +83,10 @@ class Site:
         assert task.state is not None
         state = exchange.read_adapter(task.state, START)
         value = float(state["w"])
-        report = Report(6, Score(10, self.correct.get(value, 5), 5.0), Score(10, min(int(value), 10), 5.0))
+        if task.personal:
+            self.own.append((task.personal, value))
+            value += 0.5 + self.step
+        report = Report(6, Score(10, self.correct.get(value, 5), 5.0), quality(min(int(value), 10)))
         if message.metadata.message_type == MessageType.EVALUATE:
             return Message(exchange.write_answer(report), reply_to=message)
         self.trained_in.append(task.round)
@@ -123,7 +132,8 @@ class Running:
             self.grid,
             holdout="x",
             package="same",
-            classes=("yes", "no"),
+            vocabulary=Vocabulary(("yes", "no"), ("a {}",)),
+            model="m",
             timeout=self.settings.round_timeout,
             say=self.said.append,
         )
@@ -131,7 +141,8 @@ class Running:
     def run(self) -> Outcome:
         self.nodes.wait_for(self.settings.min_sites)
         strategy = AdapterFedAvg(START, names=self.nodes.names)
-        return federate(self.nodes, strategy, self.settings, START, lambda s: float(s["w"]) / 100, self.told)
+        unseen = lambda state: quality(int(state["w"]), 100)  # noqa: E731
+        return federate(self.nodes, strategy, self.settings, START, unseen, self.told, "run-7")
 
 
 def test_three_rounds_by_hand() -> None:
@@ -143,7 +154,7 @@ def test_three_rounds_by_hand() -> None:
     assert [line.round for line in running.told.lines] == [0, 1, 2, 3]
     assert [line.validation for line in running.told.lines] == [0.2, 0.75, 0.75, 0.5]
     assert [line.seen for line in running.told.lines] == [0.0, 0.2, 0.4, 0.6]
-    assert [line.unseen for line in running.told.lines] == [0.0, 0.02, 0.04, 0.06]
+    assert [line.unseen.accuracy for line in running.told.lines if line.unseen] == [0.0, 0.02, 0.04, 0.06]
     assert [line.loss for line in running.told.lines] == [0.5] * 4
     assert running.told.best == [0, 1]  # the earliest of the two best
     assert outcome.adapted.round == 1
@@ -204,6 +215,7 @@ def test_a_site_with_other_code_is_refused_by_name_and_never_asked_again() -> No
     [
         (Site("north"), "there is a site of that name already"),
         (Site("south", classes=[0, 2]), "other classes"),
+        (Site("south", train=0, validation=0, test=0), "it holds no image that can be read"),
         (lambda m: Message(Error(2, "no such\nfolder"), reply_to=m), "no such folder"),
         (lambda m: Message(RecordDict(), reply_to=m), "hello can't be understood"),
     ],
@@ -323,6 +335,33 @@ def test_a_site_without_training_images_only_evaluates() -> None:
     assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert not poor.trained_in
     assert [len(line.reports) for line in running.told.lines] == [2] * 4
+
+
+def test_a_hello_tells_the_vocabulary_and_the_model_and_later_messages_only_the_key() -> None:
+    told: list[exchange.Task] = []
+
+    def listening(message: Message) -> Message | None:
+        told.append(exchange.read_task(message.content))
+        return Site("north")(message)
+
+    Running({5: listening}).run()
+    vocabulary = Vocabulary(("yes", "no"), ("a {}",))
+    assert (told[0].vocabulary, told[0].model) == (vocabulary, "m")
+    assert {(task.vocabulary, task.key, task.model) for task in told[1:]} == {(None, vocabulary.key, "")}
+
+
+def test_sites_make_an_adapter_of_their_own_from_the_selected_one_at_the_end() -> None:
+    north, south = Site("north", 1.0, {2.0: 9}), Site("south", 3.0, {2.0: 6})
+    outcome = Running({5: south, 9: north}, personalize=True).run()
+    assert outcome.adapted.round == 1
+    assert north.own == south.own == [("run-7", 2.0)]
+    assert {site: report.test.accuracy for site, report in outcome.personal.items()} == {"north": 0.3, "south": 0.5}
+
+
+def test_without_personalize_no_site_is_asked_for_one() -> None:
+    north = Site("north")
+    assert Running({5: north}).run().personal == {}
+    assert not north.own
 
 
 def test_bytes_a_site_and_round_are_those_of_the_rounds() -> None:

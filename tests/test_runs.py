@@ -11,7 +11,8 @@ import torch
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
-from fedclip_flwr.runs import RunFolder, load_adapter
+from fedclip_flwr.runs import RunFolder
+from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.sites import new_adapter
 
 
@@ -32,7 +33,7 @@ def test_an_adapter_comes_back_with_all_that_it_was_made_for(tmp_path: Path, dra
     assert facts["round"] == 7
     modes = {(run.path / name).stat().st_mode for name in ("adapter.safetensors", "adapter.json")}
     assert len(modes) == 1  # who may read the one may read the other
-    assert facts["class_names"] == list(drawn.class_names)
+    assert facts["class_names"] == list(drawn.vocabulary.class_names)
     assert facts["model_content"] == drawn.model_content
     assert facts["scale"] == drawn.classes.scale
 

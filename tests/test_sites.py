@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedclip_flwr import clip
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.sites import Desk, open_desk
+from fedclip_flwr.vocabulary import Vocabulary
+
+NAMES = ("car", "cat", "fish")
 
 
 def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any) -> Desk:
@@ -69,13 +74,63 @@ def test_a_site_whose_images_are_all_held_out_is_told(tree: Path) -> None:
         desk(tree, {"data": f"folder:{tree}", "site": "north"}, "cartoon")
 
 
-def test_other_classes_than_the_servers_are_told(tree: Path) -> None:
-    own = desk(tree, {"partition-id": 0, "num-partitions": 1}, simulated=True)
-    own.require(("car", "cat", "fish"))
-    with pytest.raises(UserError, match="it has also car and lacks dog, zebra"):
-        own.require(("cat", "dog", "fish", "zebra"))
-    with pytest.raises(UserError, match="another order"):
-        own.require(("cat", "car", "fish"))
+def test_a_site_numbers_its_classes_as_the_server_does(tree: Path) -> None:
+    """The server knows more classes, in another order."""
+    shutil.rmtree(tree / "photo" / "car")
+    shutil.rmtree(tree / "cartoon")
+    told = Vocabulary(("zebra", "fish", "dog", "cat"), ("a {}",))
+    node = {"site": "north", "data": f"folder:{tree}"}
+    own = open_desk({}, node, "", False, told)
+    assert own.site.class_numbers == [1, 3]
+    assert own.features.vocabulary == told
+    assert own.classes.text.shape == (4, 128)
+
+
+def test_classes_that_the_server_does_not_know_are_told(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    with pytest.raises(UserError, match="classes that the run does not know: car, fish"):
+        open_desk({}, node, "", False, Vocabulary(("cat", "dog"), ("a {}",)))
+
+
+def test_a_file_of_class_names_is_the_servers_and_no_sites(tree: Path) -> None:
+    run = {"class-names": "/server/names.txt"}
+    own = open_desk(run, {"site": "north", "data": f"folder:{tree}"}, "", False, Vocabulary(NAMES, ("a {}",)))
+    assert own.features.vocabulary.class_names == NAMES
+
+
+def test_another_model_than_the_servers_is_told(tree: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(clip.BUNDLED, tmp_path / "clip")
+    node = {"site": "north", "data": f"folder:{tree}", "model": str(model)}
+    own = open_desk({"model": "openai/clip", "model-revision": "abc"}, node, "", False)
+    content = own.features.model_content
+    assert content
+    own.require(content)
+    own.require("")
+    with pytest.raises(UserError, match="other content than the server's"):
+        own.require("0123")
+
+
+def test_a_site_with_one_image_trains_on_it(tree: Path) -> None:
+    for picture in (tree / "photo").rglob("*.png"):
+        if picture.parent.name != "cat" or picture.name != "0.png":
+            picture.unlink()
+    sites = [desk(tree, {"partition-id": i, "num-partitions": 2}, simulated=True).site for i in range(2)]
+    assert [[len(p.labels) for p in (s.train, s.validation, s.test)] for s in sites] == [[7, 2, 2], [1, 0, 0]]
+    assert sites[1].train.labels.tolist() == [1]
+
+
+def test_a_site_whose_images_are_all_broken_has_none(tree: Path) -> None:
+    for picture in (tree / "photo").rglob("*.png"):
+        picture.write_bytes(b"no picture")
+    own = desk(tree, {"partition-id": 1, "num-partitions": 2}, simulated=True).site
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [0, 0, 0]
+
+
+def test_sites_of_another_partition_hold_rows_of_all_domains(tree: Path) -> None:
+    node = {"partition-id": 1, "num-partitions": 2}
+    own = desk(tree, node, simulated=True, partition="iid").site
+    assert (own.name, own.domain) == ("site-1", "cartoon+photo")
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [7, 2, 2]
 
 
 def test_the_settings_of_the_run_are_those_of_the_desk(tree: Path) -> None:

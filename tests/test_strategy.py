@@ -8,17 +8,18 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
 
 from fedclip_flwr.exchange import Report, write_answer
-from fedclip_flwr.learning import Score
+from fedclip_flwr.metrics import BINS, Quality, Score
 from fedclip_flwr.strategy import AdapterFedAvg
 
 LIKE = {"w": torch.zeros(2)}
+TEST = Quality(Score(4, 0, 2.0), 0.0, 0.0, [0.0] * BINS)
 NAMES = {1: "c", 2: "a", 3: "b"}
 
 
 def reply(node: int, values: list[float], examples: int = 1, **changes: Any) -> Message:
     """What a node answers to TRAIN; `changes` replace records of it."""
     asked = Message(RecordDict(), node, MessageType.TRAIN)
-    report = Report(examples, Score(4, node, 1.0), Score(4, 0, 2.0))
+    report = Report(examples, Score(4, node, 1.0), TEST)
     content = RecordDict({**write_answer(report, {"w": torch.tensor(values)}), **changes})
     return Message(content, reply_to=asked)
 
@@ -60,7 +61,7 @@ BAD: dict[str, dict[str, Any]] = {
     "a wrong shape": {"arrays": ArrayRecord({"w": Array(np.zeros((2, 1), np.float32))})},
     "a wrong type": {"arrays": ArrayRecord({"w": Array(np.zeros(2))})},
     "not finite": {"arrays": ArrayRecord({"w": Array(np.array([1, np.nan], np.float32))})},
-    "a false claim": {"metrics": write_answer(Report(1, Score(4, 20, 1.0), Score(4, 0, 2.0)))["metrics"]},
+    "a false claim": {"metrics": write_answer(Report(1, Score(4, 20, 1.0), TEST))["metrics"]},
 }
 
 
@@ -97,8 +98,8 @@ def test_without_a_good_reply_there_is_no_mean() -> None:
 
 def test_evaluations_are_sorted_out_the_same_way() -> None:
     one = strategy()
-    report = write_answer(Report(3, Score(4, 2, 1.0), Score(4, 0, 2.0)))
+    report = write_answer(Report(3, Score(4, 2, 1.0), TEST))
     good = Message(report, reply_to=Message(RecordDict(), 2, MessageType.EVALUATE))
     one.aggregate_evaluate(1, [good, reply(1, [1.0, 1.0]), failed(3, "x")])
-    assert one.reports == {"a": Report(3, Score(4, 2, 1.0), Score(4, 0, 2.0))}
+    assert one.reports == {"a": Report(3, Score(4, 2, 1.0), TEST)}
     assert one.dropped == {"c": "the answer has an adapter that was not asked for", "b": "x"}

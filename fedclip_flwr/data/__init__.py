@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from fedclip_flwr import content
+from fedclip_flwr.data.presets import PRESETS, Canonical, Preset, fitting, loose
 from fedclip_flwr.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class Columns(NamedTuple):
+    """The columns of a data set by name; those that are empty are found by type and name."""
+
+    image: str = ""
+    label: str = ""
+    domain: str = ""
+
+
+FIND = Columns()
+
+
+class Picture(NamedTuple):
+    """An image with the number of its class; None if it can't be read. `name` is for whoever has to mend it."""
+
+    name: str
+    label: int
+    image: Image | None
 
 
 class Source(Protocol):
@@ -22,30 +44,65 @@ class Source(Protocol):
     def domains(self) -> tuple[str, ...]:
         """In sorted order."""
 
-    def content(self, domain: str, memory: Path) -> str:
-        """A hash of the domain's images and labels; `memory` is where hashes of files are remembered."""
+    def content(self, domain: str) -> str:
+        """A hash of the domain's images and labels."""
 
     def count(self, domain: str) -> int:
         """How many images the domain has, broken ones included."""
 
-    def images(self, domain: str) -> Iterator[tuple[Image | None, int]]:
-        """The domain's images as RGB with the numbers of their classes; None for one that can't be read."""
+    def pictures(self, domain: str) -> Iterator[Picture]:
+        """The domain's images as RGB, in an order that follows from images and labels alone."""
 
 
-def open_source(data: str) -> Source:
-    """The source that the setting `data` names: `drawn`, `drawn:SEED` or `folder:PATH`."""
+def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | None]:
+    """The source that the setting `data` names, and the preset that it fits."""
     kind, _, rest = data.partition(":")
     if kind == "drawn":
         from fedclip_flwr.data.drawn import Drawn
 
         if rest and not (rest.isascii() and rest.isdecimal()):
             raise UserError(f"data = {data!r}: expected a whole number after drawn:")
-        return Drawn(int(rest or 0))
-    if kind == "folder":
-        from fedclip_flwr.data.folder import ImageFolder
+        return Drawn(int(rest or 0)), None
+    source = _preset(data, columns) if data in PRESETS else _folder_or_dataset(data, columns)
+    preset = fitting(source.domains, source.class_names)
+    if data in PRESETS and preset is not PRESETS[data]:
+        raise UserError(
+            f"data = {data!r}: expected the domains {', '.join(PRESETS[data].domains)} with the classes of that data "
+            f"set, found {', '.join(source.domains)} with {', '.join(source.class_names)}"
+        )
+    return (Canonical(source, preset), preset) if preset else (source, None)
 
-        return ImageFolder(Path(rest))
-    raise UserError(f"data = {data!r}: expected drawn, drawn:SEED, folder:PATH or features:PATH")
+
+def _folder_or_dataset(data: str, columns: Columns) -> Source:
+    from fedclip_flwr.data.dataset import DataSet, from_hub, is_dataset
+    from fedclip_flwr.data.folder import ImageFolder
+
+    if not data.startswith("folder:"):
+        try:
+            return DataSet(from_hub(data), data, columns)
+        except UserError as error:
+            near = difflib.get_close_matches(data, ("drawn", *PRESETS), 1)
+            raise UserError(f"{error}; or did you mean {near[0]}?") if near else error from None
+    root = Path(data.removeprefix("folder:"))
+    if not root.is_dir():
+        raise UserError(f"data = {data!r}: there is no such folder")
+    return DataSet(root, data, columns) if is_dataset(root) else ImageFolder(root)
+
+
+def _preset(name: str, columns: Columns) -> Source:
+    """A well-known data set: from its place in FEDCLIP_HOME, else from the hub."""
+    from fedclip_flwr.data.dataset import DataSet, from_hub
+
+    place, hub_id = content.home() / "data" / name, PRESETS[name].hub_id
+    if place.is_dir():
+        return _folder_or_dataset(f"folder:{place}", columns)
+    elsewhere = f"put its tree domain/class/image into {place}, or give data=folder:PATH"
+    if not hub_id:
+        raise UserError(f"data = {name!r}: the hub does not have it; {elsewhere}")
+    try:
+        return DataSet(from_hub(hub_id), hub_id, columns)
+    except UserError as error:
+        raise UserError(f"data = {name!r}: {error}; or {elsewhere}") from None
 
 
 def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
@@ -55,6 +112,7 @@ def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
     chosen = domains[-1] if holdout == "auto" and len(domains) > 1 else holdout
     if chosen == "auto":
         return None
+    chosen = next((domain for domain in domains if loose(domain) == loose(chosen)), chosen)
     if chosen not in domains:
         raise UserError(f"holdout = {holdout!r}: there is no such domain; the data has {', '.join(domains)}")
     if len(domains) == 1:

@@ -1,73 +1,92 @@
-"""Images in a folder: `domain/class/image`."""
+"""Images in a folder: `domain/class/image`, or `class/image` where there is one domain."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
-
-from PIL import Image, ImageOps
+from pathlib import Path, PurePosixPath
 
 from fedclip_flwr import content
+from fedclip_flwr.data import Picture
+from fedclip_flwr.data.images import content_of, decoded
 from fedclip_flwr.errors import UserError
 
-log = logging.getLogger(__name__)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LAYOUTS = "domain/class/image, or class/image for one domain"
 
 
 class ImageFolder:
-    """A tree `domain/class/image`. Class names are those of the folders of all domains, in sorted order."""
+    """A tree of images. Class names are those of the folders of all domains, in sorted order.
+
+    The one domain of a tree `class/image` is called like the tree's folder.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        if not root.is_dir():
-            raise UserError(f"data = 'folder:{root}': there is no such folder")
+        self._root = root
+        told = f"data = 'folder:{root}'"
+        found = [path for path in _images(root, 3) if len(path.parts) > 1]
+        depths = {len(path.parts) for path in found}
+        if not found:
+            raise UserError(f"{told}: {_elsewhere(root)}; expected {LAYOUTS} with {', '.join(ENDINGS)}")
+        if len(depths) > 1:
+            one, other = (next(path for path in found if len(path.parts) == depth) for depth in (2, 3))
+            raise UserError(f"{told}: images at different depths, such as {one} and {other}; expected {LAYOUTS}")
         self._files: dict[str, list[tuple[str, str]]] = {}
-        for domain in _folders(root):
-            files = [
-                (f"{domain}/{label}/{name}", label)
-                for label in _folders(root / domain)
-                for name in sorted(os.listdir(root / domain / label))
-                if name.lower().endswith(ENDINGS) and not name.startswith(".")
-            ]
-            if files:
-                self._files[domain] = files
-        if not self._files:
-            raise UserError(
-                f"data = 'folder:{root}': no images there; expected domain/class/image with {', '.join(ENDINGS)}"
-            )
+        for path in found:
+            domain = path.parts[0] if depths == {3} else root.name or "images"
+            self._files.setdefault(domain, []).append((str(path), path.parts[-2]))
+        self.domains = tuple(sorted(self._files))
         self.class_names = tuple(sorted({label for files in self._files.values() for _, label in files}))
         if len(self.class_names) < 2:
+            raise UserError(f"{told}: only one class ({self.class_names[0]}) there; expected {LAYOUTS}, two classes")
+        alike = {name.casefold(): name for name in self.class_names}
+        if twins := [f"{n} and {alike[n.casefold()]}" for n in self.class_names if n not in alike.values()]:
             raise UserError(
-                f"data = 'folder:{root}': only one class ({self.class_names[0]}) there; expected domain/class/image "
-                "with at least two classes"
+                f"{told}: {', '.join(twins)} would be different classes; expected one spelling in all domains"
             )
-        self.domains = tuple(sorted(self._files))
 
-    def content(self, domain: str, memory: Path) -> str:
+    def content(self, domain: str) -> str:
         """Of the images, and of the class numbers that they have in this tree."""
         files = self._files[domain]
-        numbers = ",".join(str(self.class_names.index(label)) for _, label in files)
-        return content.digest(content.of_files(self.root, [name for name, _ in files], memory), numbers)
+        names, numbers = [name for name, _ in files], [str(self.class_names.index(label)) for _, label in files]
+        return content.remembered(
+            content.state_of(self._root, names, *numbers),
+            lambda: content_of((label, mark) for label, mark, _ in self._rows(domain)),
+            content.memory(),
+        )
 
     def count(self, domain: str) -> int:
         return len(self._files[domain])
 
-    def images(self, domain: str) -> Iterator[tuple[Image.Image | None, int]]:
-        for name, label in self._files[domain]:
-            yield _open(self.root / name), self.class_names.index(label)
+    def pictures(self, domain: str) -> Iterator[Picture]:
+        for label, _, name in self._rows(domain):
+            try:
+                image = decoded((self._root / name).read_bytes())
+            except OSError:
+                image = None
+            yield Picture(name, label, image)
+
+    def _rows(self, domain: str) -> list[tuple[int, str, str]]:
+        """The images' class numbers, hashes and names, in that order."""
+        files = self._files[domain]
+        return sorted(
+            (self.class_names.index(label), content.of_file(self._root / name), name) for name, label in files
+        )
 
 
-def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+def _images(root: Path, depth: int) -> Iterator[PurePosixPath]:
+    """The images below the folder, as deep as that, in sorted order; what is hidden is left out."""
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = PurePosixPath(os.path.relpath(folder, root))
+        below[:] = sorted(n for n in below if not n.startswith(".")) if len(here.parts) < depth - 1 else []
+        yield from (here / n for n in sorted(files) if n.lower().endswith(ENDINGS) and not n.startswith("."))
 
 
-def _open(path: Path) -> Image.Image | None:
-    """The image upright and in RGB; None if it can't be read."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        log.info("left out %s: %s", path, str(error) or type(error).__name__)
-        return None
+def _elsewhere(root: Path) -> str:
+    """Where the images are instead."""
+    path = next(_images(root, 6), None)
+    if path is None:
+        return "no images there"
+    if len(path.parts) == 1:
+        return f"its images, such as {path}, are in no class's folder"
+    return f"its images lie deeper, such as {path}: point to the folder that holds the domains"

@@ -2,33 +2,82 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedclip_flwr import content, store
+from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import seed_of
 
 
 class Shard(NamedTuple):
-    """What one simulated site holds: some rows of one domain."""
+    """What one simulated site holds: rows of each domain."""
 
     site: str
-    domain: str
-    rows: Tensor
+    rows: dict[str, Tensor]
 
 
-def by_domain(counts: Mapping[str, int], sites: int, seed: int) -> list[Shard]:
-    """All sites' shards; with fewer sites than domains, the last domains are at no site."""
-    return [shard(i, counts, sites, seed) for i in range(sites)]
+def shard(
+    number: int, labels: Mapping[str, Tensor], sites: int, seed: int, partition: str = "domain", alpha: float = 0.5
+) -> Shard:
+    """What site `number` of so many holds, given the labels in each domain."""
+    if partition == "domain":
+        return _of_domain(number, {domain: len(own) for domain, own in labels.items()}, sites, seed)
+    domains = sorted(labels)
+    whole = torch.cat([labels[domain] for domain in domains])
+    rows = _divided(whole, partition, sites, seed, alpha)[number]
+    starts = torch.tensor([0, *(len(labels[domain]) for domain in domains)]).cumsum(0)
+    parts = {d: rows[(rows >= a) & (rows < b)] - a for d, a, b in zip(domains, starts, starts[1:], strict=False)}
+    return Shard(f"site-{number}", parts)
 
 
-def shard(number: int, counts: Mapping[str, int], sites: int, seed: int) -> Shard:
+def _of_domain(number: int, counts: Mapping[str, int], sites: int, seed: int) -> Shard:
     """Site i holds shard i // D of domain i % D (D domains, sorted): each domain shuffled by the seed, then cut."""
     domains = sorted(counts)
     domain, piece = domains[number % len(domains)], number // len(domains)
     pieces = (sites - number % len(domains) - 1) // len(domains) + 1
     generator = torch.Generator().manual_seed(seed_of(seed, "partition", domain))
     order = torch.randperm(counts[domain], generator=generator)
-    return Shard(f"{domain}-{piece}", domain, order.tensor_split(pieces)[piece])
+    return Shard(f"{domain}-{piece}", {domain: order.tensor_split(pieces)[piece]})
+
+
+def _divided(labels: Tensor, partition: str, sites: int, seed: int, alpha: float) -> tuple[Tensor, ...]:
+    """The rows of each site. Divided once and kept: from then on `datasets` and `flwr-datasets` are not imported."""
+    how = (partition, str(sites), str(seed), str(alpha) * (partition == "dirichlet"))
+    key = content.digest(*how, labels.numpy().tobytes())
+
+    def make() -> tuple[store.Tensors, dict[str, str]]:
+        parts = _by_flower(labels, partition, sites, seed_of(seed, "partition"), alpha)
+        return {"rows": torch.cat(parts), "sizes": torch.tensor([len(part) for part in parts])}, {}
+
+    kept, _ = store.kept(content.home() / "partitions" / f"{key}.safetensors", make)
+    return torch.split(kept["rows"], kept["sizes"].tolist())
+
+
+def _by_flower(labels: Tensor, partition: str, sites: int, seed: int, alpha: float) -> list[Tensor]:
+    """With `classes`, a site holds two of them, or as many more as it takes for each to have a site on average."""
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
+
+    data = Dataset.from_dict({"label": labels.tolist(), "row": list(range(len(labels)))}).shuffle(seed=seed)
+    there = len(torch.unique(labels))
+    partitioners = {
+        "iid": lambda: IidPartitioner(sites),
+        "dirichlet": lambda: DirichletPartitioner(sites, "label", alpha, min_partition_size=0, seed=seed),
+        "classes": lambda: PathologicalPartitioner(
+            sites, "label", min(there, max(2, -(-there // sites))), "first-deterministic", seed=seed
+        ),
+    }
+    if sites > len(labels):
+        raise UserError(f"partition = {partition!r}: {sites} sites for {len(labels):,} images; use fewer sites")
+    partitioner = partitioners[partition]()
+    partitioner.dataset = data
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of classes that no site has: the plan tells of them
+            return [torch.tensor(partitioner.load_partition(i)["row"], dtype=torch.int64) for i in range(sites)]
+    except ValueError as error:
+        raise UserError(f"partition = {partition!r}: {' '.join(str(error).split())[:200]}") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from fedclip_flwr import content
+from fedclip_flwr.data import Picture
 from fedclip_flwr.data.drawn.canvas import Rng
 from fedclip_flwr.data.drawn.figures import CLASSES, FIGURES
 from fedclip_flwr.data.drawn.scene import Scene, compose
@@ -43,16 +44,16 @@ class Drawn:
             raise UserError(f"data = 'drawn:{seed}': expected a seed from 0 to {SEEDS - 1:,}")
         self.seed = seed
 
-    def content(self, domain: str, memory: Path) -> str:
+    def content(self, domain: str) -> str:
         """Of what the pictures are made by: the drawing code, Pillow's version, the seed."""
         here = Path(__file__).parent
-        code = content.of_files(here, sorted(f.name for f in here.glob("*.py")), memory)
+        code = content.of_files(here, sorted(f.name for f in here.glob("*.py")), content.memory())
         return content.digest(code, version("pillow"), str(self.seed), domain)
 
     def count(self, domain: str) -> int:
         return PER_CLASS * len(CLASSES)
 
-    def images(self, domain: str) -> Iterator[tuple[Image.Image | None, int]]:
+    def pictures(self, domain: str) -> Iterator[Picture]:
         for index in range(PER_CLASS):
             for label, figure in enumerate(CLASSES):
-                yield picture(self.seed, domain, figure, index)[0], label
+                yield Picture(f"{figure} {index}", label, picture(self.seed, domain, figure, index)[0])

@@ -1,0 +1,217 @@
+"""Data sets in the formats of Hugging Face: from the hub, or a local folder (`save_to_disk`, parquet files…).
+
+What is in one is found out once and remembered: from then on, nothing here imports `datasets`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedclip_flwr import content, hub
+from fedclip_flwr.data import FIND, Columns, Picture
+from fedclip_flwr.data.images import content_of, decoded
+from fedclip_flwr.errors import UserError
+
+SAVED = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes."""
+TABLES = (".parquet", ".arrow", ".tar")
+NO_DATA = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.safetensors")
+"""What is never taken from the hub: code, pickles, models."""
+NAMES = {
+    "image": ("image", "img", "picture", "photo"),
+    "label": ("label", "labels", "class", "category", "target", "fine_label"),
+    "domain": ("domain", "domains", "style", "environment", "source", "site"),
+}
+"""How the columns are called, the likeliest first."""
+
+
+class Row(NamedTuple):
+    """Where an image is: its class number, the hash of its bytes, its row."""
+
+    label: int
+    mark: str
+    number: int
+
+
+def is_dataset(root: Path) -> bool:
+    """Whether the folder is one that `datasets` can read, and not a tree of images."""
+    if any((root / name).exists() for name in SAVED):
+        return True
+    return any(path.suffix in TABLES for pattern in ("*", "*/*") for path in root.glob(pattern))
+
+
+def from_hub(name: str) -> Path:
+    """The folder in which the hub's cache holds the data set, downloaded if need be."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(
+            f"data = {name!r}: expected drawn, drawn:SEED, pacs, vlcs, office-home, a Hugging Face data set, "
+            "folder:PATH or features:PATH"
+        )
+    return hub.snapshot(
+        name, kind="dataset", revision="", lacks=_lacks, told=f"data = {name!r}", ignore_patterns=NO_DATA
+    )
+
+
+def _lacks(folder: Path) -> str | None:
+    """What a data set's folder obviously lacks: all data, or some of its numbered parts."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", "")]
+    for path in files:
+        if part := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", path.name):
+            for number in range(int(part[3])):
+                name = f"{part[1]}{number:05}{part[2]}"
+                if not (path.parent / name).is_file():
+                    return name
+    return None if files else "data files"
+
+
+class DataSet:
+    """A data set with an image, a label, and perhaps a domain for each row; all its splits taken together.
+
+    Class names are in sorted order, as in a folder. Rows without a label, or without a domain, are left out.
+    """
+
+    def __init__(self, root: Path, name: str, columns: Columns = FIND) -> None:
+        self._root, self._told = root, f"data = {name!r}"
+        self._columns = columns
+        self._name = name.removeprefix("folder:").rstrip("/").rpartition("/")[2] or "images"
+        files = sorted(os.path.relpath(path, root) for path in root.rglob("*") if path.is_file())
+        state = content.state_of(root, files, self._name, *self._columns)
+        facts = json.loads(content.remembered(state, lambda: json.dumps(self._look()), content.memory()))
+        self.class_names = tuple(facts["class_names"])
+        self._domains: Mapping[str, dict[str, Any]] = facts["domains"]
+        self.domains = tuple(sorted(self._domains))
+
+    def content(self, domain: str) -> str:
+        return str(self._domains[domain]["content"])
+
+    def count(self, domain: str) -> int:
+        return int(self._domains[domain]["count"])
+
+    def pictures(self, domain: str) -> Iterator[Picture]:
+        table, rows = self._opened, self._rows[domain]
+        for label, _, number in rows:
+            yield Picture(f"row {number}", label, decoded(table.image(number)))
+
+    def _look(self) -> dict[str, Any]:
+        """What is to be remembered of the data set."""
+        rows = self._rows
+        if not rows:
+            raise UserError(f"{self._told}: no row has an image and a label")
+        if len(self._opened.class_names) < 2:
+            raise UserError(f"{self._told}: only one class there; expected at least two")
+        domains = {
+            domain: {"count": len(own), "content": content_of((row.label, row.mark) for row in own)}
+            for domain, own in rows.items()
+        }
+        return {"class_names": self._opened.class_names, "domains": domains}
+
+    @cached_property
+    def _opened(self) -> _Table:
+        try:
+            return _Table(self._root, self._columns, self._name)
+        except UserError as error:
+            raise UserError(f"{self._told}: {error}") from None
+        except Exception as error:  # whatever its many formats come up with
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self._told}: {self._root} can't be read as a data set ({reason})") from error
+
+    @cached_property
+    def _rows(self) -> dict[str, list[Row]]:
+        """The rows of each domain, in an order that follows from images and labels alone."""
+        from tqdm import tqdm
+
+        table = self._opened
+        found: dict[str, list[Row]] = {}
+        for number, (label, domain) in enumerate(tqdm(table.labels, desc="reading", unit=" images", delay=2)):
+            if label is not None and domain is not None:
+                mark = content.of_bytes(table.image(number))
+                found.setdefault(domain, []).append(Row(label, mark, number))
+        return {domain: sorted(rows) for domain, rows in found.items()}
+
+
+class _Table:
+    """An opened data set: images by row, and the class number and the domain of each row, None where it has none."""
+
+    def __init__(self, root: Path, columns: Columns, name: str) -> None:
+        import datasets
+
+        if any((root / file).exists() for file in SAVED):
+            loaded = datasets.load_from_disk(str(root))
+        else:
+            loaded = datasets.load_dataset(str(root))
+        splits = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
+        alike = [split for split in splits if split.features == splits[0].features]
+        table = datasets.concatenate_datasets(alike)
+        image, label, domain = _find(table.features, columns)
+        self._images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        self._image = image
+        names = _texts(table, label)
+        known = table.features[label]
+        self.class_names = sorted(known.names if isinstance(known, datasets.ClassLabel) else {n for n in names if n})
+        numbers = {own: number for number, own in enumerate(self.class_names)}
+        domains = _texts(table, domain) if domain else [name] * len(names)
+        self.labels = [(numbers.get(n) if n else None, d) for n, d in zip(names, domains, strict=True)]
+
+    def image(self, row: int) -> bytes:
+        """As it is stored; empty if there is none."""
+        stored = self._images[row][self._image] or {"bytes": b""}
+        if stored["bytes"] is not None:
+            return bytes(stored["bytes"])
+        try:
+            return Path(stored["path"]).read_bytes()
+        except (OSError, TypeError):
+            return b""
+
+
+def _texts(table: Any, column: str) -> list[str | None]:
+    """The column's values as texts: of a class, its name; None where there is no value."""
+    names = getattr(table.features[column], "names", None)
+    values = table[column]
+    if names:
+        return [names[value] if value is not None and 0 <= value < len(names) else None for value in values]
+    return [None if value is None else str(value) for value in values]
+
+
+def _find(features: Mapping[str, Any], given: Columns) -> tuple[str, str, str]:
+    """The columns of images, labels and domains; the last is empty if there is none."""
+    import datasets
+
+    def is_image(name: str) -> bool:
+        return isinstance(features[name], datasets.Image)
+
+    def is_class(name: str) -> bool:
+        return isinstance(features[name], datasets.ClassLabel)
+
+    def is_word(name: str) -> bool:
+        return (
+            is_class(name)
+            or re.fullmatch(r"(large_)?string|u?int\d+", str(getattr(features[name], "dtype", ""))) is not None
+        )
+
+    there = ", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items())
+
+    def pick(what: str, kind: Callable[[str], bool], own: list[str], taken: tuple[str, ...] = ()) -> str:
+        """The column that was named, the only one of its own type, or the likeliest by name; empty if there is none."""
+        if named := getattr(given, what):
+            if named not in features or not kind(named):
+                raise UserError(f"{what}-column = {named!r}: no such column of {what}s; there are {there}")
+            return str(named)
+        free = [name for name in own if name not in taken]
+        if len(free) == 1:
+            return free[0]
+        likely = {name.casefold(): name for name in features if kind(name) and name not in taken}
+        return next((likely[name] for name in NAMES[what] if name in likely), "")
+
+    image = pick("image", is_image, list(filter(is_image, features)))
+    domain = pick("domain", is_word, [], (given.label,))
+    label = pick("label", is_word, list(filter(is_class, features)), (domain,))
+    for what, column in (("image", image), ("label", label)):
+        if not column:
+            raise UserError(f"no column of {what}s is found; name it with {what}-column: there are {there}")
+    return image, label, domain

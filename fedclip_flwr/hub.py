@@ -1,0 +1,73 @@
+"""Models and data sets of the Hugging Face hub: from its cache on this machine, else downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedclip_flwr.errors import UserError
+
+
+class IncompleteError(UserError):
+    """What there is lacks something."""
+
+
+def snapshot(
+    name: str, *, kind: str, revision: str, lacks: Callable[[Path], str | None], told: str, **patterns: Sequence[str]
+) -> Path:
+    """The folder in which the hub's cache holds the model or data set (`kind`), downloaded if need be.
+
+    What is in the cache is taken as it is: nothing is looked up on the hub if nothing is lacking. `lacks` says what a
+    folder lacks; `told` is how errors begin.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where: dict[str, Any] = {"repo_type": kind, "revision": revision or None, **patterns}
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, **where))
+        if not lacks(folder):
+            return folder
+    except HFValidationError:
+        raise UserError(f"{told}: neither a folder here nor a name that the Hugging Face hub could have") from None
+    except LocalEntryNotFoundError:
+        pass
+    command = f"hf download{' --repo-type dataset' * (kind == 'dataset')} {name}"
+    command += f" --revision {revision}" * bool(revision)
+    copy = f"check the network, or run `{command}` where there is one and copy its cache"
+    try:
+        folder = Path(snapshot_download(name, **where))
+    except GatedRepoError:
+        reason = "access to it has to be asked for: do so at its page on the hub, then log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = f"the hub has no such {kind}, or it is private: check the name, or log in with `hf auth login`"
+    except RevisionNotFoundError:
+        reason = f"the hub has no revision {revision or 'main'} of it"
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = f"not in the Hugging Face cache, and the hub can't be reached ({line}); {copy}"
+    else:
+        if not (missing := lacks(folder)):
+            return folder
+        raise IncompleteError(f"{told}: {folder} lacks {missing}; if it is only half there, {copy}")
+    raise UserError(f"{told}: {reason}")
+
+
+def conversion(name: str) -> str | None:
+    """The revision in which the hub's own converter offers a model's weights as safetensors, if there is one."""
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+
+    try:
+        offers = list(HfApi().get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request"))
+    except (HTTPError, OSError):
+        return None
+    return next((offer.git_reference for offer in offers if offer.status in ("open", "draft")), None)

@@ -1,0 +1,119 @@
+"""How good predictions are. All of it follows from counts and sums, so that sites need not send more.
+
+Definitions are those of scikit-learn: balanced accuracy is the mean recall of the classes that have examples; macro F1
+is the mean over the classes that have examples or predictions. The expected calibration error is that of Guo et al.
+(arXiv 1706.04599) with 15 bins of equal width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BINS = 15
+
+
+class Score(NamedTuple):
+    """Counts and sums of an evaluation; scores of several sites can be added up."""
+
+    examples: int
+    correct: int
+    loss: float  # the sum of cross-entropy over the class prompts
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.examples if self.examples else None
+
+
+class ClassCounts(NamedTuple):
+    """For each class: its examples, how many of them were recognised, and how often it was predicted."""
+
+    examples: list[int]
+    correct: list[int]
+    predicted: list[int]
+
+    @property
+    def recalls(self) -> list[float | None]:
+        """The share of each class that was recognised."""
+        return [c / n if n else None for n, c in zip(self.examples, self.correct, strict=True)]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """All that is reported of test predictions.
+
+    `gaps` has for each bin of confidence the sum of the confidences less the number of right answers. `classes` is
+    there only where it may be known.
+    """
+
+    score: Score
+    balanced_accuracy: float
+    macro_f1: float
+    gaps: list[float]
+    classes: ClassCounts | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.score.accuracy
+
+    @property
+    def calibration_error(self) -> float:
+        """The bins' distances of confidence from accuracy, each weighted by its share of the examples."""
+        return sum(map(abs, self.gaps)) / max(self.score.examples, 1)
+
+    def figures(self) -> dict[str, float]:
+        """By name, as fractions; empty without examples."""
+        if self.accuracy is None:
+            return {}
+        return {
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
+            "calibration_error": self.calibration_error,
+        }
+
+
+def score_of(logits: Tensor, labels: Tensor) -> Score:
+    correct = (logits.argmax(dim=1) == labels).sum().item()
+    return Score(len(labels), int(correct), F.cross_entropy(logits, labels, reduction="sum").item())
+
+
+def quality_of(logits: Tensor, labels: Tensor) -> Quality:
+    found = logits.argmax(dim=1)
+    right = found == labels
+    many = logits.shape[1]
+    counts = ClassCounts(*(torch.bincount(of, minlength=many).tolist() for of in (labels, labels[right], found)))
+    confidence = logits.softmax(dim=1).amax(dim=1).double()
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # as Guo et al.: a bin includes its upper end
+    gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device).index_add_(0, bins, confidence - right.double())
+    return Quality(score_of(logits, labels), balanced_accuracy(counts), macro_f1(counts), gaps.tolist(), counts)
+
+
+def balanced_accuracy(counts: ClassCounts) -> float:
+    return _mean(recall for recall in counts.recalls if recall is not None) or 0.0
+
+
+def macro_f1(counts: ClassCounts) -> float:
+    rows = zip(*counts, strict=True)
+    return _mean(2 * c / (n + p) for n, c, p in rows if n + p) or 0.0
+
+
+def mean_accuracy(scores: Iterable[Score | Quality]) -> float | None:
+    """The mean over those sites that have examples, each counting the same."""
+    return _mean(score.accuracy for score in scores if score.accuracy is not None)
+
+
+def mean_figures(qualities: Iterable[Quality]) -> dict[str, float]:
+    """Each figure's mean over those sites that have examples."""
+    known = [figures for quality in qualities if (figures := quality.figures())]
+    return {name: sum(f[name] for f in known) / len(known) for name in (known[0] if known else ())}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None

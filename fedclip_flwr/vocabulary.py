@@ -1,0 +1,100 @@
+"""What images are told apart by: the names of the classes, and the templates that make prompts of them.
+
+A site may number its classes otherwise than the run does, lack some of them, or keep them in folders with other names:
+`numbering` says which class of the run each of its own is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fedclip_flwr import content
+from fedclip_flwr.errors import UserError
+
+SEPARATOR = "|"
+"""Between the templates of an ensemble."""
+
+
+class Vocabulary(NamedTuple):
+    """The classes by number, and the templates: with several, a class is the mean of its prompts' features."""
+
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def prompts(self) -> list[str]:
+        """All classes in the first template, then all in the next. Underscores in names are spaces there."""
+        return [t.replace("{}", name.replace("_", " ")) for t in self.templates for name in self.class_names]
+
+    @property
+    def key(self) -> str:
+        return content.digest(json.dumps(self))
+
+    def remember(self, memory: Path) -> None:
+        """So that `recall` finds it by its key."""
+        content.remember(self.key, json.dumps(self), memory)
+
+
+def recall(key: str, memory: Path) -> Vocabulary:
+    """The vocabulary that was remembered."""
+    text = content.recall(key, memory)
+    if text is None:
+        raise UserError(
+            "this site has forgotten the names of the classes: was its FEDCLIP_HOME emptied during the run?"
+        )
+    names, templates = json.loads(text)
+    return Vocabulary(tuple(names), tuple(templates))
+
+
+def templates_of(prompt: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in prompt.split(SEPARATOR))
+
+
+def read_names(setting: str) -> tuple[str, ...]:
+    """Class names from the setting: a comma list, or a file with a name in each line; none if it is empty."""
+    if not setting:
+        return ()
+    text = setting.replace(",", "\n")
+    if setting.startswith("/"):
+        try:
+            text = Path(setting).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"class-names = {setting!r}: the file can't be read ({error})") from None
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"class-names: {', '.join(twice)} more than once; expected each name once")
+    if len(names) < 2:
+        raise UserError(f"class-names = {setting!r}: expected at least two names")
+    return names
+
+
+def renamed(own: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a run's classes if these are `wanted`, and the names that the data's own classes have among them.
+
+    If the data's names are all among the wanted ones, these give the order, and may be more. Else there must be as
+    many: they are other words for the same classes, in the same order.
+    """
+    if not wanted:
+        return tuple(own), tuple(own)
+    if {*own} <= {*wanted}:
+        return tuple(wanted), tuple(own)
+    if len(own) == len(wanted):
+        return tuple(wanted), tuple(wanted)
+    missing = ", ".join(sorted({*own} - {*wanted}))
+    raise UserError(
+        f"class-names has {len(wanted)} names and lacks {missing}; give all of the data's {len(own)} classes, and more "
+        f"if you like, or as many other words for them in this order: {', '.join(own)}"
+    )
+
+
+def numbering(own: Sequence[str], run: Sequence[str]) -> list[int]:
+    """The run's number of each of these classes, which may be fewer."""
+    if unknown := sorted({*own} - {*run}):
+        raise UserError(
+            f"this site has classes that the run does not know: {', '.join(unknown)} (it knows {', '.join(run)}); "
+            "rename or remove their folders, or tell the server's class-names"
+        )
+    return [run.index(name) for name in own]

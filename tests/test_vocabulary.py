@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.vocabulary import Vocabulary, numbering, read_names, recall, renamed, templates_of
+
+
+def test_prompts_are_all_classes_in_each_template() -> None:
+    vocabulary = Vocabulary(("cat", "desk_lamp"), templates_of("a {} | the {}"))
+    assert vocabulary.prompts == ["a cat", "a desk lamp", "the cat", "the desk lamp"]
+
+
+def test_a_vocabulary_is_found_again_by_its_key(tmp_path: Path) -> None:
+    vocabulary = Vocabulary(("cat", "chien, gros"), ("a {}", "ein {}"))
+    vocabulary.remember(tmp_path)
+    assert recall(vocabulary.key, tmp_path) == vocabulary
+    assert vocabulary.key != vocabulary._replace(templates=("a {}",)).key
+    (tmp_path / vocabulary.key).write_text("[]")
+    with pytest.raises(UserError, match="has forgotten the names"):
+        recall(vocabulary.key, tmp_path)
+
+
+def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("cat\n\n dog, big \nfish\n")
+    assert read_names("cat, big dog ,fish") == ("cat", "big dog", "fish")
+    assert read_names(str(tmp_path / "names")) == ("cat", "dog, big", "fish")
+    assert read_names("") == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [("cat,dog,cat", "cat more than once"), ("cat", "at least two"), ("/no/names", "can't be read")],
+)
+def test_names_that_will_not_do_are_told(setting: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        read_names(setting)
+
+
+def test_names_may_be_put_in_another_order_and_be_more_or_be_other_words() -> None:
+    own = ("cat", "dog")
+    assert renamed(own, ()) == (own, own)
+    assert renamed(own, ("dog", "emu", "cat")) == (("dog", "emu", "cat"), own)
+    assert renamed(own, ("kitten", "puppy")) == (("kitten", "puppy"), ("kitten", "puppy"))
+    with pytest.raises(UserError, match=r"has 3 names and lacks dog; give all of the data's 2 .*: cat, dog"):
+        renamed(own, ("cat", "puppy", "emu"))
+
+
+def test_a_site_may_know_fewer_classes_but_no_others() -> None:
+    assert numbering(("dog", "cat"), ("cat", "emu", "dog")) == [2, 0]
+    with pytest.raises(UserError, match="does not know: cow, emu"):
+        numbering(("emu", "dog", "cow"), ("cat", "dog"))
