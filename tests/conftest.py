@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.features import Features, open_features
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUGGING_FACE, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+atexit.register(shutil.rmtree, HUGGING_FACE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

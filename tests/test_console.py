@@ -138,7 +138,7 @@ def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
     told = rows(text)
     assert ["2", "sites", "domain", "train", "val", "test", "classes"] in told
     assert told[-2:] == [["a", "art", "1,200", "400", "400", "1"], ["b", "photo", "6", "2", "2", "2"]]
-    assert "at no site  cartoon, class car, class cat, class cup" in text
+    assert "at no site  cartoon, class car, class cat, class chair, class cup" in text
     for part in ("sketch, 1,500 images", "128 numbers in 1 tensor, 0.01 %", "512 B to a site", "1 round of 1 epoch"):
         assert part in text
     assert "learning rate 0.0004" in text

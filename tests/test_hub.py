@@ -1,0 +1,183 @@
+"""Models of the hub, from a hub that runs here: it serves folders as huggingface.co does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from fedclip_flwr import clip
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
+FIND = """
+import sys
+from fedclip_flwr import clip
+from fedclip_flwr.errors import UserError
+try:
+    found = clip.find(*sys.argv[1:])
+    print(found.folder.name, sorted(f.name for f in found.folder.iterdir()))
+except UserError as error:
+    print(error)
+"""
+
+
+def git_id(what: Path | bytes) -> str:
+    data = what if isinstance(what, bytes) else what.read_bytes()
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """`folders` are served by repository and commit; `gated` ones are refused, `asked` has all paths."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folders: dict[tuple[str, str], Path] = {}
+        self.gated: set[str] = set()
+        self.offers: list[dict[str, object]] = []
+        self.asked: list[str] = []
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:  # noqa: N802
+        self.do_GET()
+
+    def do_GET(self) -> None:  # noqa: N802
+        path = self.path.partition("?")[0].replace("%2F", "/")
+        self.server.asked.append(path)
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            name, what = "/".join(parts[2:4]), parts[4]
+            if what == "discussions":
+                page = {"discussions": self.server.offers, "count": len(self.server.offers), "start": 0}
+                return self.send(200, json.dumps(page).encode())
+            revision = "/".join(parts[5:])
+            commit = {"main": SHA, "refs/pr/7": CONVERTED}.get(revision, revision)
+            if (name, SHA) not in self.server.folders:
+                return self.send(404, error="RepoNotFound")
+            if (name, commit) not in self.server.folders:
+                return self.send(404, error="RevisionNotFound")
+            if what == "revision":
+                return self.send(200, json.dumps({"id": name, "sha": commit}).encode())
+            files = self.server.folders[name, commit].iterdir()
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": git_id(f)} for f in files]
+            return self.send(200, json.dumps(tree).encode())
+        if "resolve" not in parts:
+            return self.send(404)
+        name, commit = "/".join(parts[:2]), parts[3]
+        if name in self.server.gated:
+            return self.send(403, error="GatedRepo")
+        file = self.server.folders[name, commit] / parts[4]
+        if not file.exists():
+            return self.send(404, error="EntryNotFound")
+        return self.send(200, file.read_bytes(), commit)
+
+    def send(self, status: int, body: bytes = b"", commit: str = "", error: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{git_id(body)}"')
+        if commit:
+            self.send_header("X-Repo-Commit", commit)
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
+    """What `clip.find` comes to in a process of its own; without a hub it can't be reached."""
+    where = f"http://127.0.0.1:{hub.server_port if hub else 9}"
+    env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "FEDCLIP_HOME": str(tmp_path / "home")}
+    env |= {"HF_ENDPOINT": where, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run([sys.executable, "-c", FIND, *words], env=env, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def bundled(tmp_path: Path, without: str = "") -> Path:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / f"model-{without}"))
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "open_clip_model.safetensors").write_bytes(b"in another layout")
+    if without:
+        (folder / without).unlink()
+    return folder
+
+
+FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_model_is_downloaded_once_and_without_pickles(hub: Hub, tmp_path: Path) -> None:
+    hub.folders["some/clip", SHA] = bundled(tmp_path)
+    told = f"{SHA} {FILES}"
+    assert find(tmp_path, "some/clip", hub=hub) == told
+    assert not any(path.endswith((".bin", "open_clip_model.safetensors")) for path in hub.asked)
+    assert find(tmp_path, "some/clip") == told  # from the cache, with the hub out of reach
+    asked = len(hub.asked)
+    assert find(tmp_path, "some/clip", hub=hub) == told
+    assert len(hub.asked) == asked
+
+
+def test_a_model_that_is_half_downloaded_is_completed_or_told(hub: Hub, tmp_path: Path) -> None:
+    hub.folders["some/clip", SHA] = bundled(tmp_path)
+    find(tmp_path, "some/clip", hub=hub)
+    (weights,) = (tmp_path / "cache").rglob("snapshots/*/model.safetensors")
+    weights.resolve().unlink()
+    weights.unlink()
+    told = find(tmp_path, "some/clip")
+    assert "lacks model.safetensors" in told or "can't be reached" in told
+    assert "run `hf download some/clip` where there is one" in told
+    assert find(tmp_path, "some/clip", hub=hub) == f"{SHA} {FILES}"
+
+
+def test_weights_that_are_a_pickle_only_are_taken_from_the_hubs_own_conversion(hub: Hub, tmp_path: Path) -> None:
+    hub.folders["some/clip", SHA] = bundled(tmp_path, without="model.safetensors")
+    assert "lacks model.safetensors" in find(tmp_path, "some/clip", hub=hub)
+    hub.folders["some/clip", CONVERTED] = bundled(tmp_path)
+    facts = {"title": "Adding `safetensors` variant", "num": 7, "status": "open", "isPullRequest": True}
+    repo = {"name": "some/clip", "type": "model"}
+    created, author = "2024-01-01T00:00:00.000Z", {"name": "SFconvertbot"}
+    hub.offers = [{**facts, "repo": repo, "createdAt": created, "author": author}]
+    assert find(tmp_path, "some/clip", hub=hub) == f"{CONVERTED} {FILES}"
+    assert find(tmp_path, "some/clip") == f"{CONVERTED} {FILES}"
+
+
+def test_a_revision_is_the_one_that_is_taken(hub: Hub, tmp_path: Path) -> None:
+    hub.folders["some/clip", SHA] = bundled(tmp_path)
+    hub.folders["some/clip", CONVERTED] = bundled(tmp_path, without="tokenizer_config.json")
+    assert find(tmp_path, "some/clip", "refs/pr/7", hub=hub).startswith(CONVERTED)
+    assert find(tmp_path, "some/clip", "refs/pr/7").startswith(CONVERTED)
+    assert "the hub has no revision v9 of it" in find(tmp_path, "some/clip", "v9", hub=hub)
+    assert "hf download some/clip --revision v9" in find(tmp_path, "some/clip", "v9")
+
+
+def test_what_the_hub_refuses_is_told_with_the_remedy(hub: Hub, tmp_path: Path) -> None:
+    assert "the hub has no such model, or it is private: check the name" in find(tmp_path, "some/none", hub=hub)
+    hub.folders["some/gated", SHA] = bundled(tmp_path)
+    hub.gated.add("some/gated")
+    told = find(tmp_path, "some/gated", hub=hub)
+    assert told.startswith("model = 'some/gated': access to it has to be asked for")
+    assert "hf auth login" in told
+    assert "neither a folder here nor a name" in find(tmp_path, "some/clip/too/deep", hub=hub)
