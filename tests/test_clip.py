@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel, CLIPModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPModel
 
 from fedclip_flwr import clip
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.learning import Classes
+from tests.models import small_clip, small_siglip, small_siglip2
 
 IMAGES = [picture(11, domain, figure, 0)[0] for domain in ("photo", "sketch") for figure in CLASSES]
 
@@ -23,24 +27,46 @@ def test_the_bundled_model_is_a_small_clip_without_pickles() -> None:
     assert json.loads((clip.BUNDLED / "config.json").read_text())["architectures"] == ["CLIPModel"]
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_features_equal_transformers_own_forward_pass(copied: bool, tmp_path: Path) -> None:
-    folder = shutil.copytree(clip.BUNDLED, tmp_path / "clip") if copied else clip.BUNDLED
-    loaded = clip.find(str(folder) if copied else "bundled").load()
-    prompts = [f"a picture of a {name}" for name in CLASSES]
-    net = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+PROMPTS = [f"a picture of a {name}" for name in CLASSES]
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "the bundled one": lambda folder: Path(shutil.copytree(clip.BUNDLED, folder)),
+    "clip": small_clip,
+    "siglip": small_siglip,
+    "siglip 2": small_siglip2,
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_features_and_logits_equal_transformers_own_forward_pass(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    loaded = clip.find(str(folder)).load()
+    net = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    siglip = net.config.model_type.startswith("siglip")
+    tokenizer, padding = AutoTokenizer.from_pretrained(folder), "max_length" if siglip else True
     with torch.no_grad():
         expected = net(
             **AutoImageProcessor.from_pretrained(folder)(IMAGES, return_tensors="pt"),
-            **AutoTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt"),
+            **tokenizer(PROMPTS, padding=padding, truncation=True, return_tensors="pt"),
         )
     batches = list(loaded.encode_images(iter(IMAGES), batch_size=8))
     assert [len(b) for b in batches] == [8, 8, 4]
-    torch.testing.assert_close(torch.cat(batches), expected.image_embeds, rtol=0, atol=1e-5)
-    torch.testing.assert_close(loaded.encode_prompts(prompts), expected.text_embeds, rtol=0, atol=1e-5)
-    logits = loaded.scale * torch.cat(batches) @ loaded.encode_prompts(prompts).T
-    torch.testing.assert_close(logits, expected.logits_per_image, rtol=0, atol=1e-3)
+    images, prompts = torch.cat(batches), loaded.encode_prompts(PROMPTS, batch_size=3)
+    torch.testing.assert_close(images, expected.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prompts, expected.text_embeds, rtol=0, atol=1e-5)
+    logits = Classes(prompts, loaded.scale, loaded.bias).logits(images)
+    torch.testing.assert_close(logits, expected.logits_per_image, rtol=1e-5, atol=1e-5 * loaded.scale)
     assert loaded.parameters == sum(p.numel() for p in net.parameters())
+    assert loaded.bias == (pytest.approx(net.logit_bias.item()) if siglip else 0.0)
+
+
+def test_siglip_takes_texts_that_are_filled_up_whatever_the_others_are(tmp_path: Path) -> None:
+    loaded = clip.find(str(small_siglip(tmp_path / "model"))).load()
+    alone, among = loaded.encode_prompts(["a cat"])[0], loaded.encode_prompts(["a cat", "a picture of a big dog"])[0]
+    torch.testing.assert_close(alone, among, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_that_is_too_long_is_cut() -> None:
+    assert clip.find("bundled").load().encode_prompts(["a picture of a very " * 50]).shape == (1, 128)
 
 
 def test_a_lower_precision_finds_the_same_classes() -> None:
@@ -105,12 +131,67 @@ def test_damaged_weights_are_told(tmp_path: Path) -> None:
         clip.find(str(folder)).load()
 
 
-def test_a_model_without_two_towers_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "bert"}, "a bert lacks an image tower and a text tower"),
+        ({"model_type": "clip_vision_model", "vision_config": {}}, "a clip_vision_model lacks a text tower"),
+        ({"model_type": "clip_text_model", "text_config": {}}, "a clip_text_model lacks an image tower"),
+    ],
+)
+def test_a_model_without_two_towers_is_told(config: dict[str, Any], told: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "model"))
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{told}; expected a CLIP or SigLIP"):
+        clip.find(str(folder))
+
+
+def test_a_model_that_compares_nothing_is_told_when_it_is_loaded(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "bert"))
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=761)
     BertModel(config).save_pretrained(folder)
-    with pytest.raises(UserError, match="a bert lacks an image tower and a text tower"):
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**facts, "text_config": {}, "vision_config": {}}))
+    with pytest.raises(UserError, match="a BertModel does not compare images with texts"):
         clip.find(str(folder)).load()
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("config.json", r"lacks config\.json"),
+        ("preprocessor_config.json", r"lacks preprocessor_config\.json"),
+        ("tokenizer.json", "lacks a tokenizer"),
+    ],
+)
+def test_what_a_models_folder_lacks_is_told(missing: str, told: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=told):
+        clip.find(str(folder))
+
+
+def test_a_part_of_the_weights_that_is_missing_is_told(tmp_path: Path) -> None:
+    folder = small_clip(tmp_path / "clip")
+    CLIPModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert clip.find(str(folder)).load().parameters
+    first, *_ = sorted(folder.glob("model-*.safetensors"))
+    first.unlink()
+    with pytest.raises(UserError, match=f"lacks {first.name}"):
+        clip.find(str(folder))
+
+
+def test_weights_that_are_a_pickle_only_are_not_read(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="as a pickle only, which is never read"):
+        clip.find(str(folder))
+
+
+def test_only_models_of_the_hub_have_revisions() -> None:
+    with pytest.raises(UserError, match="only models of the Hugging Face hub have revisions"):
+        clip.find("bundled", "main")
 
 
 def test_devices_are_picked_by_name() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fedclip_flwr.learning import (
     class_loss,
     contrastive_loss,
     evaluate,
+    personalize,
     seed_of,
     split,
     train,
@@ -143,6 +145,33 @@ def test_evaluation_looks_through_the_adapter() -> None:
     examples = Examples(torch.tensor([[0.6, 0.8]]), torch.tensor([0]))
     assert evaluate(adapter, examples, Classes(torch.eye(2), 1.0)).correct == 1
     assert evaluate(None, examples, Classes(torch.eye(2), 1.0)).correct == 0
+
+
+def test_personalising_keeps_the_epoch_that_is_best_by_validation() -> None:
+    """By hand: every epoch is trained on its own, and validation is looked at after each."""
+    examples, classes = problem(40)
+    validation, _ = problem(30, seed=19)
+    how: dict[str, Any] = {"learning_rate": 3e-2, "batch_size": 8}
+    plain = make_adapter("scale", DIM)
+    states, accuracies = [copy.deepcopy(plain.state_dict())], [evaluate(plain, validation, classes).accuracy]
+    for epoch in range(1, 7):
+        train(plain, examples, classes, RECIPES["default"], seed=seed_of(9, "epoch", epoch), **how)
+        states.append(copy.deepcopy(plain.state_dict()))
+        accuracies.append(evaluate(plain, validation, classes).accuracy)
+    expected = best_round(accuracies)
+    assert 0 < expected < 6  # else this would not tell it from taking the first or the last
+    own = make_adapter("scale", DIM)
+    assert personalize(own, examples, validation, classes, RECIPES["default"], epochs=6, seed=9, **how) == expected
+    assert torch.equal(own.state_dict()["log_scale"], states[expected]["log_scale"])
+
+
+def test_personalising_without_validation_or_gain_keeps_the_adapter_as_it_came() -> None:
+    examples, classes = problem(40)
+    for validation, rate in ((examples.rows(torch.arange(0)), 0.1), (examples, 0.0)):
+        own = make_adapter("scale", DIM)
+        found = personalize(own, examples, validation, classes, RECIPES["default"], learning_rate=rate, epochs=3)
+        assert found == 0
+        assert torch.equal(own.state_dict()["log_scale"], torch.zeros(DIM))
 
 
 def test_average_by_hand() -> None:

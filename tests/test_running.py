@@ -189,20 +189,6 @@ def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str
     assert "min-sites = 11" in read(run_folder(tmp_path), "summary.json")["why"]
 
 
-def test_fedclip_run_ends_with_an_error_when_the_run_fails(tree: Path, tmp_path: Path) -> None:
-    for image in (tree / "cartoon").rglob("*.png"):
-        image.write_bytes(b"no picture")
-    done = fedclip("run", "--nodes", "2", f"data=folder:{tree}", f"results-dir={tmp_path / 'runs'}")
-    assert done.returncode == 1
-    assert "This run can't go on. cartoon: none of its 12 images can be read" in done.stdout
-    assert "finished:failed" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert read(run_folder(tmp_path / "runs"), "summary.json") == {
-        "status": "failed",
-        "why": "cartoon: none of its 12 images can be read",
-    }
-
-
 def alive(mark: str) -> list[str]:
     """The processes that have the mark in their environment."""
     found = []
@@ -306,9 +292,9 @@ def started(command: list[str], env: dict[str, str], log: Path) -> Iterator[subp
 
 
 def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path) -> None:
-    """One site has a folder, one is told to take part of the server's data, one was not told where its data is."""
+    """One site lacks a class, one shares its counts by class and has a broken file, one doesn't know of its data."""
     north = tmp_path / "north"
-    for figure in ("car", "cat", "fish"):
+    for figure in ("cat", "fish"):
         (north / "clinic" / figure).mkdir(parents=True)
         for i in range(5):
             picture(9, "photo", figure, i)[0].save(north / "clinic" / figure / f"{i}.png")
@@ -324,7 +310,7 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
     superlink += ["--fleet-api-address", f"127.0.0.1:{fleet}", "--control-api-address", f"127.0.0.1:{control}"]
     nodes = [
         f"site='north' data='folder:{north}'",
-        f"site='south' data='folder:{tree}'",
+        f"site='south' data='folder:{tree}' share-class-counts=true",
         "partition-id=0 num-partitions=1",
     ]
     with ExitStack() as stack:
@@ -344,6 +330,9 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
         "this site was not told where its data is"
     }
     assert summary["adapted"]["unseen"] is not None
+    figures = summary["adapted"]["metrics"]["sites"]
+    assert figures["south"]["recall"].keys() == {"car", "cat", "fish"}
+    assert "recall" not in figures["north"]
     rows = [line.split() for line in printed.splitlines()]
-    assert ["north", "clinic", "9", "3", "3", "3"] in rows
+    assert ["north", "clinic", "6", "2", "2", "2"] in rows
     assert ["south", "cartoon", "6", "2", "2", "3"] in rows  # one of its twelve can't be read, photo is held out
