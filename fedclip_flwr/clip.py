@@ -38,6 +38,7 @@ class Model:
 
     name: str
     folder: Path
+    revision: str = ""  # the hub's commit
 
     def content(self, memory: Path) -> str:
         """The hash of the model's files, weights and image processor included."""
@@ -55,6 +56,7 @@ def find(name: str, revision: str = "") -> Model:
         if folder.is_absolute() or name.startswith("."):
             raise UserError(f"model = {name!r}: there is no such folder")
         folder = _from_hub(name, revision)
+        revision = folder.name
     elif revision:
         raise UserError(f"model-revision = {revision!r}: only models of the Hugging Face hub have revisions")
     elif missing := _lacks(folder):
@@ -64,7 +66,7 @@ def find(name: str, revision: str = "") -> Model:
     if without := [tower for tower, key in towers.items() if not {key, f"{key}_dict"} & config.keys()]:
         kind = config.get("model_type", "model without a type")
         raise UserError(f"model = {name!r}: a {kind} lacks {' and '.join(without)}; expected a CLIP or SigLIP")
-    return Model(name, folder)
+    return Model(name, folder, revision)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def plan(
     part = settings.fraction_train
     share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
     names = features.vocabulary.class_names
-    revision = f" at {settings.model_revision}" if settings.model_revision else ""
+    revision = f" at {features.model_revision[:12]}" if features.model_revision else ""
     alpha = f", alpha {settings.alpha:g}" if settings.partition == "dirichlet" else ""
     partition = "" if settings.partition == "domain" else f", divided by {settings.partition}{alpha}"
     facts = [

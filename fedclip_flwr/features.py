@@ -65,6 +65,10 @@ class Features(Protocol):
         """The hash of the model's files, where they are at hand."""
 
     @property
+    def model_revision(self) -> str:
+        """The commit, of a model of the hub."""
+
+    @property
     def parameters(self) -> int | None:
         """How many numbers the whole model has, where that is known."""
 
@@ -156,7 +160,7 @@ class Encoded:
         progress: bool = True,
     ) -> None:
         """`numbers` are those that the source's classes have in the vocabulary."""
-        self.model, self.vocabulary = model.name, vocabulary
+        self.model, self.model_revision, self.vocabulary = model.name, model.revision, vocabulary
         self._source, self._model = source, model
         self._numbers = torch.tensor(numbers)
         self._device, self._precision, self._progress = device, precision, progress
@@ -246,6 +250,7 @@ class FeatureFolder:
     """Features made elsewhere: `features.json`, `classes.safetensors`, and `DOMAIN.safetensors` for each domain."""
 
     model_content: str | None = None
+    model_revision = ""
 
     def __init__(self, root: Path, told: Vocabulary | None = None) -> None:
         """A site is `told` its vocabulary by the server: the folder's own may differ in the order of the classes."""

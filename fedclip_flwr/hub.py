@@ -53,7 +53,7 @@ def snapshot(
         reason = f"the hub has no revision {revision or 'main'} of it"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = f"not in the Hugging Face cache, and the hub can't be reached ({line}); {copy}"
+        reason = f"neither a folder here nor in the Hugging Face cache, and the hub can't be reached ({line}); {copy}"
     else:
         if not (missing := lacks(folder)):
             return folder

@@ -34,6 +34,7 @@ def save_adapter(
         "dim": features.classes.text.shape[1],
         "blend": settings.blend,
         "model": features.model,
+        "model_revision": features.model_revision,
         "model_content": features.model_content,
         "class_names": names,
         "templates": templates,

@@ -121,6 +121,7 @@ def test_a_model_from_the_hubs_cache_is_found_offline(tmp_path: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = clip.find("some-one/some-clip")
     assert found.folder.samefile(repository / "snapshots" / "abc")
+    assert found.revision == "abc"
 
 
 def test_damaged_weights_are_told(tmp_path: Path) -> None:

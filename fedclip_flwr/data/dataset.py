@@ -20,6 +20,8 @@ from fedclip_flwr.errors import UserError
 
 SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` writes."""
+DESCRIBED = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""What tells of the images beside it."""
 TABLES = (".parquet", ".arrow", ".tar")
 NO_DATA = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.safetensors")
 """What is never taken from the hub: code, pickles, models."""
@@ -41,7 +43,7 @@ class Row(NamedTuple):
 
 def is_dataset(root: Path) -> bool:
     """Whether the folder is one that `datasets` can read, and not a tree of images."""
-    if any((root / name).exists() for name in SAVED):
+    if any((root / name).exists() for name in SAVED + DESCRIBED):
         return True
     return any(path.suffix in TABLES for pattern in ("*", "*/*") for path in root.glob(pattern))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_a_data_set_is_the_same_as_a_folder_of_its_images(
             assert one.label == other.label
             assert one.image == other.image
     assert [p.name[:4] for p in found.pictures("photo") if p.image is None] == ["row "]
+
+
+def test_images_with_a_file_that_describes_them(tree: Path, tmp_path: Path) -> None:
+    lines = []
+    for i, path in enumerate(sorted(tree.rglob("*.png"))):
+        shutil.copy(path, tmp_path / f"{i}.png")
+        facts = {"file_name": f"{i}.png", "domain": path.parts[-3], "category": path.parts[-2]}
+        lines.append(json.dumps(facts) + "\n")
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    source, _ = open_source(f"folder:{tmp_path}")
+    assert source.domains == ("cartoon", "photo")
+    assert source.content("photo") == ImageFolder(tree).content("photo")
 
 
 def opened(made: datasets.Dataset, tmp_path: Path, columns: Columns = Columns()) -> DataSet:  # noqa: B008
@@ -189,7 +202,9 @@ def test_one_that_is_half_downloaded_is_told(tree: Path) -> None:
 def test_one_that_cannot_be_had_is_told_in_one_line() -> None:
     with pytest.raises(UserError, match="run `hf download --repo-type dataset some/none` where there is one") as error:
         open_source("some/none")
-    assert str(error.value).startswith("data = 'some/none': not in the Hugging Face cache, and the hub")
+    assert str(error.value).startswith(
+        "data = 'some/none': neither a folder here nor in the Hugging Face cache, and the hub"
+    )
     assert "\n" not in str(error.value)
 
 

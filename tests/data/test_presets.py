@@ -44,8 +44,8 @@ def test_pacs_from_the_hub_and_from_a_folder_are_divided_in_the_same_way(tmp_pat
     made = as_dataset(tree, list(PRESETS["pacs"].class_names)).shuffle(seed=3)
     in_cache("flwrlabs/pacs", made)
     folder = tree.rename(tmp_path / "unpacked")
-    for domain, other in (("art_painting", "Art Painting"), ("sketch", "Sketch")):
-        (folder / domain).rename(folder / other)
+    for domain, spelt in (("art_painting", "Art Painting"), ("sketch", "Sketch")):
+        (folder / domain).rename(folder / spelt)
     both = [open_features(Settings(data=data), progress=False) for data in ("pacs", f"folder:{folder}")]
     for features in both:
         assert features.domains == ("art_painting", "cartoon", "photo", "sketch")
