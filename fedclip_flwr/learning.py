@@ -195,21 +195,21 @@ def personalize(
     batch_size: int = 32,
     seed: int = 0,
 ) -> int:
-    """Goes on training alone and leaves the adapter as it was after the epoch that is best by validation.
+    """Goes on training alone and leaves the adapter as it was after the epoch with the least validation loss.
 
-    That epoch is returned: 0 is the adapter as it came, which is kept where nothing is better or can be compared.
+    That epoch is returned: 0 is the adapter as it came, which is kept where nothing is better or can be compared. (By
+    loss, not by accuracy: a site's few validation images leave many epochs with the same accuracy.)
     """
     if not len(validation.labels):
         return 0
-    state = copy.deepcopy(adapter.state_dict())
-    found = [evaluate(adapter, validation, classes).accuracy]
-    best = 0
+    best, state = 0, copy.deepcopy(adapter.state_dict())
+    least = evaluate(adapter, validation, classes).loss
     for epoch in range(1, epochs + 1):
         one = seed_of(seed, "epoch", epoch)
         train(adapter, examples, classes, recipe, learning_rate=learning_rate, batch_size=batch_size, seed=one)
-        found.append(evaluate(adapter, validation, classes).accuracy)
-        if best_round(found) == epoch:
-            best, state = epoch, copy.deepcopy(adapter.state_dict())
+        found = evaluate(adapter, validation, classes).loss
+        if found < least:
+            best, least, state = epoch, found, copy.deepcopy(adapter.state_dict())
     adapter.load_state_dict(state)
     return best
 

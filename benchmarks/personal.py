@@ -1,0 +1,86 @@
+"""The seen sites' accuracy: zero-shot, with the run's adapter, and with the adapters that sites make for themselves.
+
+    python benchmarks/personal.py [--data drawn] [--model bundled] [--seeds 3] [--rounds 20] [--sites 10]
+
+Once for each way of dividing the data. Prints a Markdown table of test accuracies in per cent, means over sites and
+seeds; the last domain is held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import platform
+import time
+from statistics import mean
+
+import torch
+
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import open_features
+from fedclip_flwr.inprocess import federate, make_sites
+from fedclip_flwr.learning import RECIPES, evaluate, personalize, seed_of
+from fedclip_flwr.metrics import mean_accuracy
+from fedclip_flwr.sites import new_adapter
+
+RECIPE = RECIPES["default"]
+
+
+def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, float, float]:
+    """Zero-shot, adapted and own, means over the sites."""
+    features = open_features(settings)
+    parts, _ = make_sites(features, "auto", sites, settings.seed, partition=partition, alpha=settings.alpha)
+    rounds, seed, classes = settings.num_server_rounds, settings.seed, features.classes.ready()
+    result = federate(parts, features.classes, rounds=rounds, seed=seed)
+    shared = new_adapter(settings, classes.text.shape[1])
+    shared.load_state_dict(result.adapter)
+    rate = RECIPE.rate(settings.adapter, classes.text.shape[1])
+    scores = []
+    for site in parts:
+        own = copy.deepcopy(shared)
+        one = seed_of(seed, "personal", site.name)
+        personalize(own, site.train, site.validation, classes, RECIPE, learning_rate=rate, epochs=rounds, seed=one)
+        scores.append(evaluate(own, site.test, classes))
+    return result.zero_shot.seen, result.selected.seen, mean_accuracy(scores) or 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="drawn")
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sites", type=int, default=10)
+    parser.add_argument("--alpha", type=float, default=0.5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
+    start = time.perf_counter()
+    print("| divided by | zero-shot | adapted | own |\n| --- | --- | --- | --- |")
+    for partition in ("domain", "iid", "dirichlet", "classes"):
+        runs = []
+        for seed in range(given.seeds):
+            settings = Settings.from_run_config(
+                {
+                    "data": f"drawn:{seed}" if given.data == "drawn" else given.data,
+                    "model": given.model,
+                    "seed": seed,
+                    "num-server-rounds": given.rounds,
+                    "alpha": given.alpha,
+                }
+            )
+            runs.append(accuracies(settings, partition, given.sites))
+        cells = " | ".join(f"{100 * mean(values):.1f}" for values in zip(*runs, strict=True))
+        print(f"| {partition} | {cells} |", flush=True)
+    print(
+        f"\n{given.data}, {given.sites} sites, {given.rounds} rounds, {given.seeds} seeds, alpha {given.alpha:g}; "
+        f"{time.perf_counter() - start:.0f} s on {os.cpu_count()} cores, {platform.machine()}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from None
