@@ -89,13 +89,14 @@ def open_features(
     kind, _, path = settings.data.partition(":")
     if kind == "features":
         made = FeatureFolder(Path(path), told)
-        fixed = {"model": made.model, "prompt": made.prompt, "model-revision": "", "class-names": ""}
+        fixed = {"model": made.model}
+        if not told:
+            fixed |= {"model-revision": "", "class-names": "", "prompt": made.prompt}
         for key, own in fixed.items():
             given = settings.as_run_config()[key]
             if given not in ("", "bundled", own):
-                raise UserError(
-                    f"{key} = {given!r}: the features in {path} were made with {own or 'theirs'!r}; leave it out"
-                )
+                how = f"made with {own!r}" if own else "made already"
+                raise UserError(f"{key} = {given!r}: the features in {path} were {how}; leave it out")
         return made
     columns = data.Columns(settings.image_column, settings.label_column, settings.domain_column)
     source, preset = data.open_source(settings.data, columns)

@@ -129,6 +129,8 @@ def _desk(
         del given["class-names"]  # a file of the server's
     if "model" in node:
         given.pop("model-revision", None)
+    if "data" in node:
+        given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
     settings = Settings.from_run_config({**given, **{key: node[key] for key in OWN if key in node}})
     number, sites = node.get("partition-id"), node.get("num-partitions")
     if not simulated and "data" not in node and settings.data.startswith(("folder:", "features:")):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import FeatureFolder, Features, open_features, open_run
 from fedclip_flwr.learning import Examples
+from fedclip_flwr.vocabulary import Vocabulary
 
 OPEN = """
 import sys
@@ -262,9 +264,43 @@ def test_a_feature_folder_is_read_as_it_is(tmp_path: Path, dtype: torch.dtype) -
 def test_a_feature_folder_names_its_model(tmp_path: Path) -> None:
     data = f"features:{write_folder(tmp_path)}"
     open_features(Settings(data=data, model="other/clip", prompt="a {}"))
-    for wrong in (Settings(data=data, model="another/clip"), Settings(data=data, prompt="the {}")):
+    for wrong in (
+        Settings(data=data, model="another/clip"),
+        Settings(data=data, prompt="the {}"),
+        Settings(data=data, class_names="a,b"),
+    ):
         with pytest.raises(UserError, match="leave it out"):
             open_features(wrong)
+
+
+def test_a_site_with_features_has_the_runs_classes_in_its_own_order(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    settings = Settings(data=f"features:{tmp_path}", class_names="dog,cat", prompt="a {}")
+    own = open_features(settings, Vocabulary(("dog", "cat"), ("a {}",)))
+    assert own.examples("a").labels.tolist() == [1, 0, 0, 1]
+    assert own.classes.text.tolist() == [[0, 1, 0], [1, 0, 0]]
+    for names, prompts, told in (
+        (("cat", "dog", "emu"), ("a {}",), "have no prompts for the run's emu"),
+        (("cat", "emu"), ("a {}",), "classes that the run does not know: dog"),
+        (("cat", "dog"), ("a {}", "the {}"), r"made with the prompt 'a {}'; the run's is 'a {}|the {}'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            open_features(settings, Vocabulary(names, prompts))
+
+
+def test_several_prompts_are_averaged(tree: Path) -> None:
+    one, other = (opened(tree, prompt=prompt).classes.text for prompt in ("a {}", "the {}"))
+    both = opened(tree, prompt="a {}|the {}").classes.text
+    torch.testing.assert_close(both, torch.nn.functional.normalize(one + other, dim=-1))
+
+
+def test_other_class_names_number_the_stored_labels_anew(tree: Path, no_encoding: Callable[[], None]) -> None:
+    opened(tree).examples("photo")
+    assert len(opened(tree, class_names="fish,car,emu,cat").classes.text) == 4
+    no_encoding()
+    again = opened(tree, class_names="fish,car,emu,cat")
+    assert again.vocabulary.class_names == ("fish", "car", "emu", "cat")
+    assert again.examples("photo").labels.tolist() == [1] * 4 + [3] * 4 + [0] * 4
 
 
 @pytest.mark.parametrize(

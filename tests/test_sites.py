@@ -98,6 +98,13 @@ def test_a_file_of_class_names_is_the_servers_and_no_sites(tree: Path) -> None:
     assert own.features.vocabulary.class_names == NAMES
 
 
+def test_columns_are_those_of_the_servers_data(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    assert open_desk({"label-column": "fine"}, node, "", False).site.class_numbers == [0, 1, 2]
+    with pytest.raises(UserError, match="label-column"):
+        open_desk({}, {**node, "label-column": "fine"}, "", False)
+
+
 def test_another_model_than_the_servers_is_told(tree: Path, tmp_path: Path) -> None:
     model = shutil.copytree(clip.BUNDLED, tmp_path / "clip")
     node = {"site": "north", "data": f"folder:{tree}", "model": str(model)}

@@ -63,7 +63,12 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
         if rest and not (rest.isascii() and rest.isdecimal()):
             raise UserError(f"data = {data!r}: expected a whole number after drawn:")
         return Drawn(int(rest or 0)), None
-    source = _preset(data, columns) if data in PRESETS else _folder_or_dataset(data, columns)
+    if kind == "folder":
+        source = _local(Path(rest), data, columns)
+    elif data in PRESETS:
+        source = _preset(data, columns)
+    else:
+        source = _of_hub(data, columns)
     preset = fitting(source.domains, source.class_names)
     if data in PRESETS and preset is not PRESETS[data]:
         raise UserError(
@@ -73,20 +78,28 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
     return (Canonical(source, preset), preset) if preset else (source, None)
 
 
-def _folder_or_dataset(data: str, columns: Columns) -> Source:
-    from fedclip_flwr.data.dataset import DataSet, from_hub, is_dataset
+def _local(root: Path, data: str, columns: Columns) -> Source:
+    """A tree of images or a data set."""
+    from fedclip_flwr.data.dataset import DataSet, is_dataset
     from fedclip_flwr.data.folder import ImageFolder
 
-    if not data.startswith("folder:"):
-        try:
-            return DataSet(from_hub(data), data, columns)
-        except UserError as error:
-            near = difflib.get_close_matches(data, ("drawn", *PRESETS), 1)
-            raise UserError(f"{error}; or did you mean {near[0]}?") if near else error from None
-    root = Path(data.removeprefix("folder:"))
     if not root.is_dir():
         raise UserError(f"data = {data!r}: there is no such folder")
-    return DataSet(root, data, columns) if is_dataset(root) else ImageFolder(root)
+    if is_dataset(root):
+        return DataSet(root, data, columns)
+    if given := [f"{name}-column" for name, column in columns._asdict().items() if column]:
+        raise UserError(f"{', '.join(given)}: {root} is no data set but a folder of images, and has no columns")
+    return ImageFolder(root)
+
+
+def _of_hub(data: str, columns: Columns) -> Source:
+    from fedclip_flwr.data.dataset import DataSet, from_hub
+
+    try:
+        return DataSet(from_hub(data, f"data = {data!r}"), data, columns)
+    except UserError as error:
+        near = difflib.get_close_matches(data, ("drawn", *PRESETS), 1)
+        raise UserError(f"{error}; or did you mean {near[0]}?") if near else error from None
 
 
 def _preset(name: str, columns: Columns) -> Source:
@@ -95,14 +108,14 @@ def _preset(name: str, columns: Columns) -> Source:
 
     place, hub_id = content.home() / "data" / name, PRESETS[name].hub_id
     if place.is_dir():
-        return _folder_or_dataset(f"folder:{place}", columns)
+        return _local(place, name, columns)
     elsewhere = f"put its tree domain/class/image into {place}, or give data=folder:PATH"
     if not hub_id:
         raise UserError(f"data = {name!r}: the hub does not have it; {elsewhere}")
     try:
-        return DataSet(from_hub(hub_id), hub_id, columns)
+        return DataSet(from_hub(hub_id, f"data = {name!r}: {hub_id}"), hub_id, columns)
     except UserError as error:
-        raise UserError(f"data = {name!r}: {error}; or {elsewhere}") from None
+        raise UserError(f"{error}; or {elsewhere}") from None
 
 
 def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:

@@ -48,16 +48,14 @@ def is_dataset(root: Path) -> bool:
     return any(path.suffix in TABLES for pattern in ("*", "*/*") for path in root.glob(pattern))
 
 
-def from_hub(name: str) -> Path:
-    """The folder in which the hub's cache holds the data set, downloaded if need be."""
+def from_hub(name: str, told: str) -> Path:
+    """The folder in which the hub's cache holds the data set, downloaded if need be; `told` is how errors begin."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
-            f"data = {name!r}: expected drawn, drawn:SEED, pacs, vlcs, office-home, a Hugging Face data set, "
+            f"{told}: expected drawn, drawn:SEED, pacs, vlcs, office-home, a Hugging Face data set, "
             "folder:PATH or features:PATH"
         )
-    return hub.snapshot(
-        name, kind="dataset", revision="", lacks=_lacks, told=f"data = {name!r}", ignore_patterns=NO_DATA
-    )
+    return hub.snapshot(name, kind="dataset", revision="", lacks=_lacks, told=told, ignore_patterns=NO_DATA)
 
 
 def _lacks(folder: Path) -> str | None:

@@ -27,7 +27,7 @@ class ImageFolder:
         found = [path for path in _images(root, 3) if len(path.parts) > 1]
         depths = {len(path.parts) for path in found}
         if not found:
-            raise UserError(f"{told}: {_elsewhere(root)}; expected {LAYOUTS} with {', '.join(ENDINGS)}")
+            raise UserError(f"{told}: {_elsewhere(root)}; expected {LAYOUTS}")
         if len(depths) > 1:
             one, other = (next(path for path in found if len(path.parts) == depth) for depth in (2, 3))
             raise UserError(f"{told}: images at different depths, such as {one} and {other}; expected {LAYOUTS}")
@@ -86,7 +86,7 @@ def _elsewhere(root: Path) -> str:
     """Where the images are instead."""
     path = next(_images(root, 6), None)
     if path is None:
-        return "no images there"
+        return f"no images ({', '.join(ENDINGS)}) there"
     if len(path.parts) == 1:
         return f"its images, such as {path}, are in no class's folder"
     return f"its images lie deeper, such as {path}: point to the folder that holds the domains"

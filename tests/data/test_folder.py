@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fedclip_flwr.config import Settings
-from fedclip_flwr.data import open_source, pick_holdout
+from fedclip_flwr.data import Columns, open_source, pick_holdout
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_features
@@ -96,7 +96,7 @@ def test_the_content_tells_class_numbers_apart(tree: Path, tmp_path: Path) -> No
     ("keep", "told"),
     [
         (None, "there is no such folder"),
-        ((), "no images there; expected domain/class/image"),
+        ((), "(.jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff) there; expected domain/class/image"),
         (("photo/cat",), "only one class (cat) there"),
         (("",), "its images, such as x.png, are in no class's folder"),
         (("all/photo/cat",), "its images lie deeper, such as all/photo/cat/x.png"),
@@ -116,6 +116,11 @@ def test_an_unusable_folder_gives_one_clear_message(tmp_path: Path, keep: tuple[
     assert str(root) in str(error.value)
     assert told in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_columns_of_a_folder_of_images_are_refused(tree: Path) -> None:
+    with pytest.raises(UserError, match=r"label-column: .* is no data set but a folder of images"):
+        open_source(f"folder:{tree}", Columns(label="class"))
 
 
 @pytest.mark.parametrize(
