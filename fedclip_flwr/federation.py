@@ -159,7 +159,7 @@ def federate(
 
     selected = lines[best_round([line.validation for line in lines])]
     zero_shot, adapted = whole(lines[0], start), whole(selected, best)
-    personal = evaluated(len(lines) - 1, best, nodes.good(), run) if settings.personalize else {}
+    personal = evaluated(selected.round, best, nodes.good(), run) if settings.personalize else {}
     return Outcome(zero_shot, adapted, personal, best, round_bytes / max(answers, 1))
 
 

@@ -74,7 +74,7 @@ class Site:
         self.hello = Hello(**{**HELLO, "site": name, **hello})
         self.step, self.correct = step, correct or {}
         self.trained_in: list[int] = []
-        self.own: list[tuple[str, float]] = []
+        self.own: list[tuple[str, int, float]] = []
 
     def __call__(self, message: Message) -> Message | None:
         task = exchange.read_task(message.content)
@@ -84,7 +84,7 @@ class Site:
         state = exchange.read_adapter(task.state, START)
         value = float(state["w"])
         if task.personal:
-            self.own.append((task.personal, value))
+            self.own.append((task.personal, task.round, value))
             value += 0.5 + self.step
         report = Report(6, Score(10, self.correct.get(value, 5), 5.0), quality(min(int(value), 10)))
         if message.metadata.message_type == MessageType.EVALUATE:
@@ -354,7 +354,7 @@ def test_sites_make_an_adapter_of_their_own_from_the_selected_one_at_the_end() -
     north, south = Site("north", 1.0, {2.0: 9}), Site("south", 3.0, {2.0: 6})
     outcome = Running({5: south, 9: north}, personalize=True).run()
     assert outcome.adapted.round == 1
-    assert north.own == south.own == [("run-7", 2.0)]
+    assert north.own == south.own == [("run-7", 1, 2.0)]
     assert {site: report.test.accuracy for site, report in outcome.personal.items()} == {"north": 0.3, "south": 0.5}
 
 

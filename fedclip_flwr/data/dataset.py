@@ -6,6 +6,7 @@ What is in one is found out once and remembered: from then on, nothing here impo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from fedclip_flwr.data import FIND, Columns, Picture
 from fedclip_flwr.data.images import content_of, decoded
 from fedclip_flwr.errors import UserError
 
+log = logging.getLogger(__name__)
 SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` writes."""
 DESCRIBED = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -105,6 +107,8 @@ class DataSet:
             raise UserError(f"{self._told}: no row has an image and a label")
         if len(self._opened.class_names) < 2:
             raise UserError(f"{self._told}: only one class there; expected at least two")
+        if without := len(self._opened.labels) - sum(map(len, rows.values())):
+            log.warning("%s: %s rows without a label or a domain are left out", self._told, f"{without:,}")
         domains = {
             domain: {"count": len(own), "content": content_of((row.label, row.mark) for row in own)}
             for domain, own in rows.items()

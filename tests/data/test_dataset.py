@@ -105,9 +105,10 @@ def test_domains_may_be_classes_and_labels_numbers(tree: Path, tmp_path: Path) -
     assert found.domains == ("cartoon", "photo")
 
 
-def test_rows_without_a_label_are_left_out(tree: Path, tmp_path: Path) -> None:
+def test_rows_without_a_label_are_left_out(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = opened(table(tree, label=[-1, None] * 11 + [0, 1]), tmp_path)
     assert sum(found.count(domain) for domain in found.domains) == 2
+    assert "data = 'some/set': 22 rows without a label or a domain are left out" in caplog.text
     assert found.class_names == ("car", "cat", "fish")
 
 
