@@ -141,7 +141,7 @@ def summary_of(
 
 
 def _results(line: Line, class_names: Sequence[str]) -> dict[str, Any]:
-    """Accuracies as of old, and all figures below `metrics`."""
+    """Accuracies, and all figures below `metrics`."""
     tests = {site: report.test for site, report in line.reports.items()}
     return {
         "seen": line.seen,

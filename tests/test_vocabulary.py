@@ -18,6 +18,10 @@ def test_a_vocabulary_is_found_again_by_its_key(tmp_path: Path) -> None:
     vocabulary.remember(tmp_path)
     assert recall(vocabulary.key, tmp_path) == vocabulary
     assert vocabulary.key != vocabulary._replace(templates=("a {}",)).key
+    outside = f"../{tmp_path.name}/{vocabulary.key}"
+    assert (tmp_path / outside).exists()
+    with pytest.raises(UserError, match="has forgotten the names"):
+        recall(outside, tmp_path)
     (tmp_path / vocabulary.key).write_text("[]")
     with pytest.raises(UserError, match="has forgotten the names"):
         recall(vocabulary.key, tmp_path)
