@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,6 +92,12 @@ def _lacks(folder: Path) -> str | None:
     if missing := sorted(str(file) for file in weights if not (folder / file).exists()):
         pickled = any(folder.glob("*.bin"))
         return missing[0] + " (weights are there as a pickle only, which is never read)" * pickled
+    for file in sorted(weights):
+        try:
+            with safe_open(folder / file, "pt"):  # reads the header, which tells the file's size
+                pass
+        except (OSError, SafetensorError):
+            return f"the whole of {file}"
     return None
 
 
@@ -141,7 +148,8 @@ class Clip:
         self.device, self.dtype = pick_device(device), pick_precision(precision)
         try:
             with _quiet_loading():
-                self._net = AutoModel.from_pretrained(model.folder, dtype=self.dtype, use_safetensors=True)
+                how: dict[str, Any] = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
+                self._net, loading = AutoModel.from_pretrained(model.folder, **how)
                 self._processor = AutoImageProcessor.from_pretrained(model.folder)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
         except Exception as error:  # of a damaged or foreign file, anything can come
@@ -153,6 +161,11 @@ class Clip:
             kind = type(self._net).__name__
             raise UserError(
                 f"model = {model.name!r}: a {kind} does not compare images with texts; expected a CLIP or SigLIP"
+            )
+        if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
+            raise UserError(
+                f"model = {model.name!r}: {model.folder} lacks {len(missing)} weights, such as {missing[0]}; get it "
+                "once more, or take another"
             )
         self._net.eval().requires_grad_(False).to(self.device)
 
@@ -200,13 +213,15 @@ def _unit(output: Any) -> Tensor:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Keeps transformers' loading bars off the screen; other people's settings are put back."""
+    """Keeps transformers' loading bars and reports off the screen; other people's settings are put back."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -117,7 +117,7 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated
         "",
         *_weakest(adapted, holdout),
         *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
-        f"Round {adapted['round']} of {rounds} {how}; tests are on images no site trained on.",
+        f"Round {adapted['round']} of {rounds} {how}; tests are on images set apart before training.",
         _cost(traffic),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",

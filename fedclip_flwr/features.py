@@ -29,7 +29,7 @@ from fedclip_flwr import clip, content, data, store
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import RECIPES, Classes, Examples
-from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, numbering, read_names, renamed, templates_of
+from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, check_apart, numbering, read_names, renamed, templates_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,6 +101,7 @@ def open_features(
     columns = data.Columns(settings.image_column, settings.label_column, settings.domain_column)
     source, preset = data.open_source(settings.data, columns)
     names, own_names = renamed(source.class_names, read_names(settings.class_names))
+    check_apart(names)
     prompt = settings.prompt or (preset.prompt if preset else RECIPES[settings.recipe].prompt)
     vocabulary = told or Vocabulary(names, templates_of(prompt))
     return Encoded(

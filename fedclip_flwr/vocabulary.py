@@ -7,6 +7,7 @@ A site may number its classes otherwise than the run does, lack some of them, or
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,8 @@ def read_names(setting: str) -> tuple[str, ...]:
     if not setting:
         return ()
     text = setting.replace(",", "\n")
+    if "," not in setting and not setting.startswith("/"):
+        raise UserError(f"class-names = {setting!r}: there is no such file, and a list would have commas")
     if setting.startswith("/"):
         try:
             text = Path(setting).read_text(encoding="utf-8")
@@ -75,19 +78,35 @@ def renamed(own: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...],
     """The names of a run's classes if these are `wanted`, and the names that the data's own classes have among them.
 
     If the data's names are all among the wanted ones, these give the order, and may be more. Else there must be as
-    many: they are other words for the same classes, in the same order.
+    many, and none of them the data's own: they are other words for the same classes, in the same order.
     """
     if not wanted:
         return tuple(own), tuple(own)
     if {*own} <= {*wanted}:
         return tuple(wanted), tuple(own)
-    if len(own) == len(wanted):
+    if len(own) == len(wanted) and not {*map(_spelt, own)} & {*map(_spelt, wanted)}:
         return tuple(wanted), tuple(wanted)
     missing = ", ".join(sorted({*own} - {*wanted}))
     raise UserError(
         f"class-names has {len(wanted)} names and lacks {missing}; give all of the data's {len(own)} classes, and more "
-        f"if you like, or as many other words for them in this order: {', '.join(own)}"
+        f"if you like, or as many words for them that are all other ones, in this order: {', '.join(own)}"
     )
+
+
+def check_apart(names: Sequence[str]) -> None:
+    """Raises if two of the names are the same but for their spelling: they would be two classes."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(_spelt(name), name)
+        if other != name:
+            raise UserError(
+                f"{other!r} and {name!r} would be different classes; give them one spelling in all of the data"
+            )
+
+
+def _spelt(name: str) -> str:
+    """What different spellings of a name have in common: accents may be written in two ways."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
 
 
 def numbering(own: Sequence[str], run: Sequence[str]) -> list[int]:

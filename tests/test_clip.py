@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPModel
 
 from fedclip_flwr import clip
@@ -124,12 +125,29 @@ def test_a_model_from_the_hubs_cache_is_found_offline(tmp_path: Path, monkeypatc
     assert found.revision == "abc"
 
 
-def test_damaged_weights_are_told(tmp_path: Path) -> None:
+def test_truncated_weights_are_told(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(UserError, match="can't be loaded"):
+    with pytest.raises(UserError, match=r"lacks the whole of model\.safetensors"):
+        clip.find(str(folder))
+
+
+def test_a_weight_that_is_missing_is_told_and_not_made_up(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights, such as visual_projection\.weight"):
         clip.find(str(folder)).load()
+
+
+def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="can't be loaded") as error:
+        clip.find(str(folder)).load()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

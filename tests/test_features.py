@@ -288,6 +288,13 @@ def test_a_site_with_features_has_the_runs_classes_in_its_own_order(tmp_path: Pa
             open_features(settings, Vocabulary(names, prompts))
 
 
+def test_classes_that_differ_only_in_their_spelling_are_refused(tree: Path) -> None:
+    (tree / "photo" / "cat").rename(tree / "photo" / "Cat")
+    with pytest.raises(UserError, match="'Cat' and 'cat' would be different classes"):
+        opened(tree)
+    assert opened(tree, class_names="kitten,auto,tom,trout").vocabulary.class_names[2] == "tom"
+
+
 def test_several_prompts_are_averaged(tree: Path) -> None:
     one, other = (opened(tree, prompt=prompt).classes.text for prompt in ("a {}", "the {}"))
     both = opened(tree, prompt="a {}|the {}").classes.text

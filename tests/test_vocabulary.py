@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.vocabulary import Vocabulary, numbering, read_names, recall, renamed, templates_of
+from fedclip_flwr.vocabulary import Vocabulary, check_apart, numbering, read_names, recall, renamed, templates_of
 
 
 def test_prompts_are_all_classes_in_each_template() -> None:
@@ -36,7 +36,12 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [("cat,dog,cat", "cat more than once"), ("cat", "at least two"), ("/no/names", "can't be read")],
+    [
+        ("cat,dog,cat", "cat more than once"),
+        ("cat,", "at least two"),
+        ("names.txt", "no such file"),
+        ("/no/names", "can't be read"),
+    ],
 )
 def test_names_that_will_not_do_are_told(setting: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
@@ -50,6 +55,21 @@ def test_names_may_be_put_in_another_order_and_be_more_or_be_other_words() -> No
     assert renamed(own, ("kitten", "puppy")) == (("kitten", "puppy"), ("kitten", "puppy"))
     with pytest.raises(UserError, match=r"has 3 names and lacks dog; give all of the data's 2 .*: cat, dog"):
         renamed(own, ("cat", "puppy", "emu"))
+
+
+@pytest.mark.parametrize("wanted", [("dog", "kitten"), ("kitten", "Cat"), ("puppy", "dog")])
+def test_other_words_must_all_be_new_for_labels_could_be_swapped(wanted: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="other ones, in this order: cat, dog"):
+        renamed(("cat", "dog"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Cat", "cat"), ("fire truck", "Fire_truck"), ("H\u00fcndin", "Hu\u0308ndin"), ("a  b", "a b")]
+)
+def test_names_that_differ_only_in_their_spelling_are_refused(one: str, other: str) -> None:
+    check_apart([one, "horse"])
+    with pytest.raises(UserError, match="would be different classes"):
+        check_apart([one, "horse", other])
 
 
 def test_a_site_may_know_fewer_classes_but_no_others() -> None:

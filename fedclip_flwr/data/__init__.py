@@ -98,7 +98,7 @@ def _of_hub(data: str, columns: Columns) -> Source:
     try:
         return DataSet(from_hub(data, f"data = {data!r}"), data, columns)
     except UserError as error:
-        near = difflib.get_close_matches(data, ("drawn", *PRESETS), 1)
+        near = difflib.get_close_matches(data.lower(), ("drawn", *PRESETS), 1)
         raise UserError(f"{error}; or did you mean {near[0]}?") if near else error from None
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from functools import lru_cache
+from itertools import filterfalse
 from pathlib import Path, PurePosixPath
 
 from fedclip_flwr import content
@@ -11,7 +14,8 @@ from fedclip_flwr.data import Picture
 from fedclip_flwr.data.images import content_of, decoded
 from fedclip_flwr.errors import UserError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+log = logging.getLogger(__name__)
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LAYOUTS = "domain/class/image, or class/image for one domain"
 
 
@@ -24,7 +28,9 @@ class ImageFolder:
     def __init__(self, root: Path) -> None:
         self._root = root
         told = f"data = 'folder:{root}'"
-        found = [path for path in _images(root, 3) if len(path.parts) > 1]
+        files = [path for path in _files(root, 3) if len(path.parts) > 1]
+        found = list(filter(_is_image, files))
+        _tell_of_others(root, tuple(sorted(path.suffix.lower() for path in files if not _is_image(path))))
         depths = {len(path.parts) for path in found}
         if not found:
             raise UserError(f"{told}: {_elsewhere(root)}; expected {LAYOUTS}")
@@ -38,11 +44,8 @@ class ImageFolder:
         self.domains = tuple(sorted(self._files))
         self.class_names = tuple(sorted({label for files in self._files.values() for _, label in files}))
         if len(self.class_names) < 2:
-            raise UserError(f"{told}: only one class ({self.class_names[0]}) there; expected {LAYOUTS}, two classes")
-        alike = {name.casefold(): name for name in self.class_names}
-        if twins := [f"{n} and {alike[n.casefold()]}" for n in self.class_names if n not in alike.values()]:
             raise UserError(
-                f"{told}: {', '.join(twins)} would be different classes; expected one spelling in all domains"
+                f"{told}: only one class ({self.class_names[0]}) there; expected at least two, as {LAYOUTS}"
             )
 
     def content(self, domain: str) -> str:
@@ -74,17 +77,34 @@ class ImageFolder:
         )
 
 
-def _images(root: Path, depth: int) -> Iterator[PurePosixPath]:
-    """The images below the folder, as deep as that, in sorted order; what is hidden is left out."""
+def _files(root: Path, depth: int) -> Iterator[PurePosixPath]:
+    """The files below the folder, as deep as that, in sorted order; what is hidden is left out."""
     for folder, below, files in os.walk(root, followlinks=True):
         here = PurePosixPath(os.path.relpath(folder, root))
-        below[:] = sorted(n for n in below if not n.startswith(".")) if len(here.parts) < depth - 1 else []
-        yield from (here / n for n in sorted(files) if n.lower().endswith(ENDINGS) and not n.startswith("."))
+        below[:] = sorted(filterfalse(_hidden, below)) if len(here.parts) < depth - 1 else []
+        yield from (here / name for name in sorted(filterfalse(_hidden, files)))
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in ENDINGS
+
+
+def _hidden(name: str) -> bool:
+    """Also what a Mac puts into archives."""
+    return name.startswith((".", "__MACOSX"))
+
+
+@lru_cache
+def _tell_of_others(root: Path, endings: tuple[str, ...]) -> None:
+    """Says, once in a process, how many files are not taken for images."""
+    if endings:
+        kinds = ", ".join(ending or "none" for ending in sorted(set(endings))[:8])
+        log.warning("%s: %s files are not taken for images, by their endings: %s", root, f"{len(endings):,}", kinds)
 
 
 def _elsewhere(root: Path) -> str:
     """Where the images are instead."""
-    path = next(_images(root, 6), None)
+    path = next(filter(_is_image, _files(root, 6)), None)
     if path is None:
         return f"no images ({', '.join(ENDINGS)}) there"
     if len(path.parts) == 1:

@@ -59,7 +59,7 @@ def loose(name: str) -> str:
 def fitting(domains: Sequence[str], class_names: Sequence[str]) -> Preset | None:
     """The preset that has all of these domains, and exactly these classes."""
     for preset in PRESETS.values():
-        if {loose(n) for n in class_names} != {loose(n) for n in preset.class_names}:
+        if sorted(map(loose, class_names)) != sorted(map(loose, preset.class_names)):
             continue
         names = [_name(domain, preset) for domain in domains]
         if None not in names and len(set(names)) == len(names):

@@ -110,4 +110,5 @@ def test_a_preset_is_known_by_all_its_classes_and_some_of_its_domains() -> None:
     assert fitting(["sketch"], names[1:]) is None
     assert fitting(["sketch", "clipart"], names) is None
     assert fitting(["sketch", "Sketch"], names) is None
+    assert fitting(["sketch"], [*names, "Dog"]) is None
     assert all(list(preset.class_names) == sorted(preset.class_names) for preset in PRESETS.values())
