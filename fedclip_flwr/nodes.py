@@ -97,7 +97,7 @@ class Nodes:
             wait.a_moment()
         if len(self.hellos) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
-            why = "; ".join(f"{f.site}: {f.why}" for f in self.failures[:3])
+            why = "; ".join(f"{f.site}: {f.why}" for f in sorted(self.failures)[:3])
             raise UserError(
                 f"sites that take part after {wait.seconds:.0f} s: {len(self.hellos)}, min-sites = {count} are needed"
                 + (f" ({why})" if why else hint)
