@@ -77,7 +77,7 @@ def learn(message: Message, context: Context) -> Message:
         desk.site.train,
         desk.classes,
         RECIPES[settings.recipe],
-        learning_rate=learning_rate(desk),
+        learning_rate=desk.learning_rate,
         epochs=settings.local_epochs,
         batch_size=settings.batch_size,
         seed=seed_of(settings.seed, "train", desk.site.name, task.round),
@@ -105,7 +105,7 @@ def keep_own(adapter: Adapter, desk: Desk, task: Task) -> None:
         site.validation,
         desk.classes,
         RECIPES[settings.recipe],
-        learning_rate=learning_rate(desk),
+        learning_rate=desk.learning_rate,
         epochs=settings.num_server_rounds * settings.local_epochs,
         batch_size=settings.batch_size,
         seed=seed_of(settings.seed, "personal", site.name),
@@ -113,11 +113,6 @@ def keep_own(adapter: Adapter, desk: Desk, task: Task) -> None:
     folder = content.home() / "personal" / content.file_name(task.personal) / content.file_name(site.name)
     state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
     save_adapter(folder, state, settings, desk.features, task.round, site=site.name, personal_epoch=epoch)
-
-
-def learning_rate(desk: Desk) -> float:
-    settings = desk.settings
-    return settings.learning_rate or RECIPES[settings.recipe].rate(settings.adapter, desk.classes.text.shape[1])
 
 
 def desk_of(context: Context, task: Task) -> Desk:

@@ -17,11 +17,11 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State
 from fedclip_flwr.features import Features, open_run
 from fedclip_flwr.federation import Line, federate, refuse
-from fedclip_flwr.learning import RECIPES, examine
+from fedclip_flwr.learning import examine
 from fedclip_flwr.metrics import Quality
 from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
-from fedclip_flwr.sites import new_adapter
+from fedclip_flwr.sites import learning_rate, new_adapter
 from fedclip_flwr.strategy import AdapterFedAvg
 
 app = ServerApp()
@@ -54,7 +54,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         encoded = time.monotonic()
 
         dim = classes.text.shape[1]
-        rate = settings.learning_rate or RECIPES[settings.recipe].rate(settings.adapter, dim)
+        rate = learning_rate(settings, dim)
         adapter = new_adapter(settings, dim)
         start = copy.deepcopy(adapter.state_dict())
         adapter.to(device)

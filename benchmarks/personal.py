@@ -23,7 +23,7 @@ from fedclip_flwr.features import open_features
 from fedclip_flwr.inprocess import federate, make_sites
 from fedclip_flwr.learning import RECIPES, evaluate, personalize, seed_of
 from fedclip_flwr.metrics import mean_accuracy
-from fedclip_flwr.sites import new_adapter
+from fedclip_flwr.sites import learning_rate, new_adapter
 
 RECIPE = RECIPES["default"]
 
@@ -36,7 +36,7 @@ def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, f
     result = federate(parts, features.classes, rounds=rounds, seed=seed)
     shared = new_adapter(settings, classes.text.shape[1])
     shared.load_state_dict(result.adapter)
-    rate = RECIPE.rate(settings.adapter, classes.text.shape[1])
+    rate = learning_rate(settings, classes.text.shape[1])
     scores = []
     for site in parts:
         own = copy.deepcopy(shared)

@@ -81,6 +81,11 @@ def new_adapter(settings: Settings, dim: int) -> Adapter:
     )
 
 
+def learning_rate(settings: Settings, dim: int) -> float:
+    """The rate that the settings ask for, or else the recipe's own."""
+    return settings.learning_rate or RECIPES[settings.recipe].rate(settings.adapter, dim)
+
+
 @dataclass(frozen=True)
 class Desk:
     """What a site needs to answer a message."""
@@ -90,6 +95,10 @@ class Desk:
     features: Features
     classes: Classes
     device: torch.device
+
+    @property
+    def learning_rate(self) -> float:
+        return learning_rate(self.settings, self.classes.text.shape[1])
 
     def require(self, model: str) -> None:
         """Raises unless this is the content of the model here, where both sides know it: features would not compare."""

@@ -43,6 +43,8 @@ class ImageFolder:
             self._files.setdefault(domain, []).append((str(path), path.parts[-2]))
         self.domains = tuple(sorted(self._files))
         self.class_names = tuple(sorted({label for files in self._files.values() for _, label in files}))
+        self._numbers = {label: number for number, label in enumerate(self.class_names)}
+        self._sorted: dict[str, list[tuple[int, str, str]]] = {}
         if len(self.class_names) < 2:
             raise UserError(
                 f"{told}: only one class ({self.class_names[0]}) there; expected at least two, as {LAYOUTS}"
@@ -50,8 +52,7 @@ class ImageFolder:
 
     def content(self, domain: str) -> str:
         """Of the images, and of the class numbers that they have in this tree."""
-        files = self._files[domain]
-        names, numbers = [name for name, _ in files], [str(self.class_names.index(label)) for _, label in files]
+        names, numbers = zip(*((name, str(self._numbers[label])) for name, label in self._files[domain]), strict=True)
         return content.remembered(
             content.state_of(self._root, names, *numbers),
             lambda: content_of((label, mark) for label, mark, _ in self._rows(domain)),
@@ -70,11 +71,12 @@ class ImageFolder:
             yield Picture(name, label, image)
 
     def _rows(self, domain: str) -> list[tuple[int, str, str]]:
-        """The images' class numbers, hashes and names, in that order."""
-        files = self._files[domain]
-        return sorted(
-            (self.class_names.index(label), content.of_file(self._root / name), name) for name, label in files
-        )
+        """The images' class numbers, hashes and names, in that order; the files are read for it once."""
+        if domain not in self._sorted:
+            self._sorted[domain] = sorted(
+                (self._numbers[label], content.of_file(self._root / name), name) for name, label in self._files[domain]
+            )
+        return self._sorted[domain]
 
 
 def _files(root: Path, depth: int) -> Iterator[PurePosixPath]:
