@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -18,9 +19,10 @@ from fedclip_flwr.adapters import Adapter, tensor_names
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report, Task
-from fedclip_flwr.learning import RECIPES, evaluate, examine, personalize, seed_of, train
+from fedclip_flwr.learning import Learner, evaluate, examine
 from fedclip_flwr.saved import save_adapter
-from fedclip_flwr.sites import Desk, new_adapter, open_desk
+from fedclip_flwr.sites import Desk, learn_alone, new_learner, open_desk
+from fedclip_flwr.sites import learn as learn_on
 from fedclip_flwr.vocabulary import recall
 
 log = logging.getLogger("fedclip_flwr")
@@ -32,8 +34,7 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     """Lets nothing out but what may leave a site; what goes wrong is answered as an error of one line."""
     try:
         reply = answer(message, context)
-        adapter = Settings.from_run_config(context.run_config).adapter
-        exchange.check_outgoing(reply.content, tensor_names(adapter), shares_classes(context))
+        exchange.check_outgoing(reply.content, travelling(message, context), shares_classes(context))
         return reply
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError)
@@ -69,20 +70,10 @@ def learn(message: Message, context: Context) -> Message:
     """How the received adapter does here, and the adapter trained on."""
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
-    adapter = received(task, desk)
-    report = report_on(adapter, desk, context)
-    settings = desk.settings
-    train(
-        adapter,
-        desk.site.train,
-        desk.classes,
-        RECIPES[settings.recipe],
-        learning_rate=desk.learning_rate,
-        epochs=settings.local_epochs,
-        batch_size=settings.batch_size,
-        seed=seed_of(settings.seed, "train", desk.site.name, task.round),
-    )
-    return Message(exchange.write_answer(report, adapter.state_dict()), reply_to=message)
+    learner = received(task, desk)
+    report = report_on(learner, desk, context)
+    learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
+    return Message(exchange.write_answer(report, learner.state_dict()), reply_to=message)
 
 
 @app.evaluate()
@@ -90,29 +81,29 @@ def score(message: Message, context: Context) -> Message:
     """How the received adapter does here; or, at the end of a run that personalises, the site's own made from it."""
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
-    adapter = received(task, desk)
+    learner = received(task, desk)
     if task.personal:
-        keep_own(adapter, desk, task)
-    return Message(exchange.write_answer(report_on(adapter, desk, context)), reply_to=message)
+        keep_own(learner, desk, task)
+    return Message(exchange.write_answer(report_on(learner, desk, context)), reply_to=message)
 
 
-def keep_own(adapter: Adapter, desk: Desk, task: Task) -> None:
-    """Makes the adapter the site's own, by as much training as it had in the run, and keeps it here."""
-    settings, site = desk.settings, desk.site
-    epoch = personalize(
-        adapter,
-        site.train,
-        site.validation,
-        desk.classes,
-        RECIPES[settings.recipe],
-        learning_rate=desk.learning_rate,
-        epochs=settings.num_server_rounds * settings.local_epochs,
-        batch_size=settings.batch_size,
-        seed=seed_of(settings.seed, "personal", site.name),
-    )
+def keep_own(adapter: Learner, desk: Desk, task: Task) -> None:
+    """Makes the adapter the site's own and keeps it here."""
+    assert isinstance(adapter, Adapter)  # the settings have it so
+    site = desk.site
+    epoch = learn_alone(adapter, site, desk.classes, desk.settings)
     folder = content.home() / "personal" / content.file_name(task.personal) / content.file_name(site.name)
     state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
-    save_adapter(folder, state, settings, desk.features, task.round, site=site.name, personal_epoch=epoch)
+    save_adapter(
+        folder,
+        state,
+        desk.settings,
+        desk.features,
+        task.round,
+        blend=adapter.blend,
+        site=site.name,
+        personal_epoch=epoch,
+    )
 
 
 def desk_of(context: Context, task: Task) -> Desk:
@@ -130,20 +121,30 @@ def shares_classes(context: Context) -> bool:
     return context.node_config.get("share-class-counts") is True
 
 
-def received(task: Task, desk: Desk) -> Adapter:
-    """The adapter that came with the message."""
+def travelling(message: Message, context: Context) -> Collection[str]:
+    """The names of the tensors that may go back: an adapter's, or those that came of the whole model's."""
+    settings = Settings.from_run_config(context.run_config)
+    if settings.method == "adapter":
+        return tensor_names(settings.adapter)
+    return message.content.array_records.get("arrays", {}).keys()
+
+
+def received(task: Task, desk: Desk) -> Learner:
+    """The adapter that came with the message, or whatever else is trained."""
     if task.state is None:
         raise ExchangeError("the server's message lacks the adapter")
-    adapter = new_adapter(desk.settings, desk.classes.text.shape[1])
-    adapter.load_state_dict(exchange.read_adapter(task.state, adapter.state_dict()))
-    return adapter.to(desk.device)
+    learner = new_learner(desk.settings, desk.features)
+    learner.load_state_dict(exchange.read_adapter(task.state, learner.state_dict()))
+    if task.blend is not None and isinstance(learner, Adapter):
+        learner.blend = task.blend
+    return learner.to(desk.device)
 
 
-def report_on(adapter: Adapter, desk: Desk, context: Context) -> Report:
+def report_on(learner: Learner, desk: Desk, context: Context) -> Report:
     site = desk.site
-    test = examine(adapter, site.test, desk.classes)
+    test = examine(learner, site.test, desk.classes)
     return Report(
         examples=len(site.train.labels),
-        validation=evaluate(adapter, site.validation, desk.classes),
+        validation=evaluate(learner, site.validation, desk.classes),
         test=test if shares_classes(context) else replace(test, classes=None),
     )

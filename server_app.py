@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedclip_flwr import clip, console, content
+from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State
 from fedclip_flwr.features import Features, open_run
@@ -21,7 +21,7 @@ from fedclip_flwr.learning import examine
 from fedclip_flwr.metrics import Quality
 from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
-from fedclip_flwr.sites import learning_rate, new_adapter
+from fedclip_flwr.sites import new_learner
 from fedclip_flwr.strategy import AdapterFedAvg
 
 app = ServerApp()
@@ -53,11 +53,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             )
         encoded = time.monotonic()
 
-        dim = classes.text.shape[1]
-        rate = learning_rate(settings, dim)
-        adapter = new_adapter(settings, dim)
-        start = copy.deepcopy(adapter.state_dict())
-        adapter.to(device)
+        learner = new_learner(settings, features)
+        start = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()}
+        learner.to(device)
 
         nodes = Nodes(
             grid,
@@ -70,12 +68,14 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         )
         nodes.wait_for(settings.min_sites)
         met = time.monotonic()
-        console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, rate, folder.path))
+        console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
         console.say(console.heading())
 
-        def quality_unseen(state: State) -> Quality | None:
-            adapter.load_state_dict(state)
-            return examine(adapter, unseen, classes) if unseen else None
+        def quality_unseen(state: State, blend: float) -> Quality | None:
+            learner.load_state_dict(state)
+            if isinstance(learner, Adapter):
+                learner.blend = blend
+            return examine(learner, unseen, classes) if unseen else None
 
         strategy = AdapterFedAvg(start, weights=settings.site_weights, names=nodes.names)
         watch, run = Watch(folder, features), folder.path.name
@@ -100,8 +100,8 @@ class Watch:
         self.folder.line(line)
         console.say(console.line(line))
 
-    def selected(self, number: int, state: State) -> None:
-        self.folder.adapter(number, state, self.features)
+    def selected(self, number: int, state: State, blend: float) -> None:
+        self.folder.adapter(number, state, self.features, blend)
 
     def complete(self, number: int, state: State) -> None:
         self.folder.checkpoint(number, state)

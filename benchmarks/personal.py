@@ -21,27 +21,23 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_features
 from fedclip_flwr.inprocess import federate, make_sites
-from fedclip_flwr.learning import RECIPES, evaluate, personalize, seed_of
+from fedclip_flwr.learning import evaluate
 from fedclip_flwr.metrics import mean_accuracy
-from fedclip_flwr.sites import learning_rate, new_adapter
-
-RECIPE = RECIPES["default"]
+from fedclip_flwr.sites import learn_alone, new_adapter
 
 
 def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, float, float]:
     """Zero-shot, adapted and own, means over the sites."""
     features = open_features(settings)
     parts, _ = make_sites(features, "auto", sites, settings.seed, partition=partition, alpha=settings.alpha)
-    rounds, seed, classes = settings.num_server_rounds, settings.seed, features.classes.ready()
-    result = federate(parts, features.classes, rounds=rounds, seed=seed)
-    shared = new_adapter(settings, classes.text.shape[1])
-    shared.load_state_dict(result.adapter)
-    rate = learning_rate(settings, classes.text.shape[1])
+    classes = features.classes.ready()
+    result = federate(parts, classes, None, settings)
+    shared = new_adapter(settings, classes.dim)
+    shared.load_state_dict(result.state)
     scores = []
     for site in parts:
         own = copy.deepcopy(shared)
-        one = seed_of(seed, "personal", site.name)
-        personalize(own, site.train, site.validation, classes, RECIPE, learning_rate=rate, epochs=rounds, seed=one)
+        learn_alone(own, site, classes, settings)
         scores.append(evaluate(own, site.test, classes))
     return result.zero_shot.seen, result.selected.seen, mean_accuracy(scores) or 0.0
 

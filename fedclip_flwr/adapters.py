@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.learning import Learner
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(Learner, ABC):
     """Takes features of unit length [N, dim], gives adapted features of unit length.
 
-    Its parameters are exactly the tensors that travel. `blend` is the share of the adapted feature in the result.
+    `blend` is the share of the adapted feature in the result.
     """
 
     def __init__(self, blend: float) -> None:

@@ -73,3 +73,57 @@ def run(
         typer.echo(str(error), err=True)
         code = 2
     raise typer.Exit(code)
+
+
+@app.command()
+def sweep(
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    data: Annotated[str, typer.Option(help="As the setting data: drawn, pacs, folder:PATH, features:PATH…")] = "drawn",
+    model: Annotated[str, typer.Option(help="As the setting model.")] = "bundled",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=("With commas: zero-shot, local, fedavg, fedprox, paper, attention, gate, scale, blend, centralised."),
+            show_default="all",
+        ),
+    ] = "",
+    holdouts: Annotated[str, typer.Option(help="Domains to hold out in turn.", show_default="every one")] = "",
+    sites: Annotated[int, typer.Option(min=0, help="How many sites.", show_default="one for each seen domain")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: other splits, other random weights.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    rounds: Annotated[int, typer.Option(min=1)] = 20,
+    full_model_rounds: Annotated[int, typer.Option(min=1, help="For methods that train the whole model.")] = 5,
+    full_model_seeds: Annotated[int, typer.Option(min=1, help="The same: how many of the seeds.")] = 1,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes.", show_default="as many as cores, or 1 with a GPU")] = 0,
+    out: Annotated[str, typer.Option(help="Folder of the table.", show_default="below FEDCLIP_HOME/sweeps")] = "",
+) -> None:
+    """Compare methods: every one on every held-out domain, with several seeds, in one table.
+
+    Results are kept: a sweep that was stopped goes on when the same command is given again, and a larger one takes over
+    what is there. Settings that are the same for all methods can be given too, such as partition=iid or local-epochs=2;
+    `fedclip run --help` lists them. The exit status is 0 only if the table is complete.
+
+    Examples: fedclip sweep --data pacs --model openai/clip-vit-base-patch32; fedclip sweep --data features:PATH --seeds
+    10 --methods paper,gate
+    """
+    from fedclip_flwr import comparison, simulation  # not for --help: they bring torch
+
+    simulation.stop_in_order("Stopped. The results so far are kept: the same command goes on from here.")
+    wishes = comparison.Wishes(
+        data,
+        model,
+        methods,
+        holdouts,
+        sites,
+        seeds,
+        first_seed,
+        rounds,
+        full_model_rounds,
+        full_model_seeds,
+        settings or [],
+    )
+    try:
+        typer.echo(comparison.compare(wishes, jobs, out))
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None

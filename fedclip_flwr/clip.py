@@ -6,10 +6,11 @@ no more than `find` and `Model.content`.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from fedclip_flwr import content, hub
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.learning import Classes, Learner
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled" / "model"
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 """What a model consists of: settings, vocabulary, weights. Never a pickle."""
+PART = 256
+"""So many images are evaluated at once."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,15 @@ class Model:
 
     def content(self, memory: Path) -> str:
         """The hash of the model's files, weights and image processor included."""
-        names = sorted(f.name for f in self.folder.iterdir() if any(fnmatch.fnmatch(f.name, p) for p in FILES))
-        return content.of_files(self.folder, names, memory)
+        return content.of_files(self.folder, [file.name for file in files(self.folder)], memory)
 
     def load(self, device: str = "auto", precision: str = "auto") -> Clip:
         return Clip(self, device, precision)
+
+
+def files(folder: Path) -> list[Path]:
+    """The files in the folder that the model consists of."""
+    return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in FILES))
 
 
 def find(name: str, revision: str = "") -> Model:
@@ -191,24 +199,87 @@ class Clip:
         while batch := list(islice(remaining, batch_size)):
             inputs = self._processor(images=batch, return_tensors="pt").to(self.device)
             inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
-            yield _unit(self._net.get_image_features(**inputs))
+            yield _unit(self._net.get_image_features(**inputs)).cpu()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """The prompts' features, a row for each. SigLIP learnt with texts that are filled up to their full length."""
+        """The prompts' features, a row for each."""
+        parts = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
+        return torch.cat([_unit(self._net.get_text_features(**self._tokens(part))).cpu() for part in parts])
+
+    def _tokens(self, prompts: Sequence[str]) -> Any:
+        """SigLIP learnt with texts that are filled up to their full length."""
         config = self._net.config
         room = getattr(config.text_config, "max_position_embeddings", self._tokenizer.model_max_length)
         padding = "max_length" if config.model_type.startswith("siglip") else True
         how: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": room, "return_tensors": "pt"}
-        parts = (list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
-        texts = (self._tokenizer(part, **how).to(self.device) for part in parts)
-        return torch.cat([_unit(self._net.get_text_features(**tokens)) for tokens in texts])
+        return self._tokenizer(list(prompts), **how).to(self.device)
+
+    def pixels(self, images: Iterable[Image], batch_size: int = 64) -> Iterator[Tensor]:
+        """The images as the model sees them, in bytes, batch by batch: all of the processor's work but the scaling."""
+        remaining = iter(images)
+        while batch := list(islice(remaining, batch_size)):
+            made = self._processor(images=batch, return_tensors="pt", do_rescale=False, do_normalize=False)
+            pixels = made["pixel_values"]
+            if pixels.dtype != torch.uint8 or pixels.dim() != 4:
+                raise UserError(f"method = 'full-model': a {self._net.config.model_type} takes images in another form")
+            yield pixels
+
+    def whole(self, prompts: Sequence[str], templates: int) -> WholeModel:
+        """A copy of all of it to be trained, that compares images with these prompts (all classes of one template, then
+        of the next)."""
+        return WholeModel(copy.deepcopy(self._net), self._processor, self._tokens(prompts), templates, self.dtype)
+
+
+class WholeModel(Learner):
+    """A whole CLIP that learns: from pixels as `Clip.pixels` gives them, with class features of its own.
+
+    Its weights are float32; it computes in the precision that was asked for.
+    """
+
+    factor: Tensor
+    shift: Tensor
+
+    def __init__(self, net: Any, processor: Any, tokens: Mapping[str, Tensor], templates: int, dtype: torch.dtype):
+        super().__init__()
+        self.net = net.float().requires_grad_(True)
+        self._templates, self._dtype = templates, dtype
+        scale = processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        constants = {
+            "factor": (scale / torch.tensor(std)).view(3, 1, 1),
+            "shift": (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1),
+            **tokens,
+        }
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)  # goes to the device with it, but does not travel
+        self._tokens = tuple(tokens)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """In parts, so that any number of images can be evaluated."""
+        return torch.cat([self._features(part) for part in torch.split(pixels, PART)])
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        with self._precision():
+            images = pixels * self.factor - self.shift
+            return _unit(self.net.get_image_features(pixel_values=images))
+
+    def against(self, classes: Classes) -> Classes:
+        """Its own class features, scale and bias; those that are given are the frozen model's."""
+        with self._precision():
+            features = _unit(self.net.get_text_features(**{name: getattr(self, name) for name in self._tokens}))
+        text = F.normalize(features.view(self._templates, -1, features.shape[1]).mean(0), dim=-1)
+        bias = getattr(self.net, "logit_bias", None)
+        return Classes(text, self.net.logit_scale.exp(), 0.0 if bias is None else bias)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.factor.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
 
 def _unit(output: Any) -> Tensor:
-    """Features as transformers returns them, on the CPU, in float32, of unit length."""
+    """Features as transformers returns them, in float32, of unit length."""
     features = output if isinstance(output, Tensor) else output.pooler_output
-    return F.normalize(features.float(), dim=-1).cpu()
+    return F.normalize(features.float(), dim=-1)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from fedclip_flwr.errors import UserError
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A field with its meaning and its limits: `choices`, `least`, `most`, `above`, `pattern` with `expected`.
 
-    `planned`: so far only the default works.
+    `word`: a number that may also be this word. `planned`: so far only the default works.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
@@ -44,10 +44,16 @@ class Settings:
     label_column: str = _setting("", "the same of class labels")
     domain_column: str = _setting("", "the same of domains")
     holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
-    method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"), planned=True)
+    method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
     adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
     adapter_rank: int = _setting(4, "the gate's rank", least=1)
-    blend: float = _setting(1.0, "share of the adapted feature", least=0.0, most=1.0)
+    blend: float | str = _setting(
+        1.0,
+        "share of the adapted feature; `auto` is chosen by validation after the last round",
+        least=0.0,
+        most=1.0,
+        word="auto",
+    )
     recipe: str = _setting("default", "loss, optimizer and prompt", choices=("default", "paper"))
     prompt: str = _setting(
         "", "overrides the recipe's template; `{}` stands for the class name; several with | between"
@@ -58,9 +64,8 @@ class Settings:
     batch_size: int = _setting(32, "examples a step", least=1)
     learning_rate: float = _setting(0.0, "0 is the recipe's own", least=0.0)
     seed: int = _setting(0, "all that is random follows from it", least=0)
-    strategy: str = _setting(
-        "fedavg", "any of Flower's, by name", pattern=r"\w+", expected="the name of a strategy", planned=True
-    )
+    strategy: str = _setting("fedavg", "how the sites' work comes together", choices=("fedavg", "fedprox"))
+    proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"), planned=True)
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
@@ -92,7 +97,24 @@ class Settings:
                 values[fields[key].name] = _checked(key, value, fields[key])
             except ValueError as error:
                 problems[key] = f"{key} = {value!r}: {error}"
-        return cls(**values), problems
+        settings = cls(**values)
+        if settings.method == "full-model":
+            for key, plain in {"blend": 1.0, "personalize": False}.items():
+                if key in values and values[key] != plain:
+                    problems[key] = (
+                        f"{key} = {values[key]!r}: it is for adapters; leave it out with method = 'full-model'"
+                    )
+        return settings, problems
+
+    @property
+    def proximal(self) -> float:
+        """FedProx's μ; 0 with another strategy."""
+        return self.proximal_mu if self.strategy == "fedprox" else 0.0
+
+    @property
+    def trained_blend(self) -> float:
+        """The share of the adapted feature while adapters are trained."""
+        return self.blend if isinstance(self.blend, float) else 1.0
 
     @classmethod
     def from_run_config(cls, given: Mapping[str, Any]) -> Settings:
@@ -120,11 +142,13 @@ def unusable(problems: Collection[str]) -> UserError:
 def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     """The value in its field's type; `ValueError` says what was expected."""
     kind: type = type(field.default)
+    if value == field.metadata.get("word", math.nan):
+        return value
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ValueError(f"expected {names[kind]}")
+        raise ValueError(f"expected {names[kind]}" + (f" or {word}" if (word := field.metadata.get("word")) else ""))
     limits = field.metadata
     if "choices" in limits and value not in limits["choices"]:
         raise ValueError(f"expected one of {', '.join(limits['choices'])}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fedclip_flwr.exchange import Hello, State
 from fedclip_flwr.features import Features
 from fedclip_flwr.federation import Line
 from fedclip_flwr.nodes import Failure
+from fedclip_flwr.sites import learning_rate
 from fedclip_flwr.vocabulary import Vocabulary
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
@@ -27,18 +28,15 @@ def plan(
     settings: Settings,
     features: Features,
     holdout: str | None,
-    hellos: Iterable[Hello],
+    hellos: Collection[Hello],
     tensors: State,
-    rate: float,
     folder: Path,
 ) -> str:
     """All that is decided before round 1."""
-    trainable, whole = sum(tensor.numel() for tensor in tensors.values()), features.parameters
-    share = f", {100 * trainable / whole:.2f} % of the model's {whole:,}" if whole else ""
-    rank = f" of rank {settings.adapter_rank}" if settings.adapter == "gate" else ""
+    trainable = sum(tensor.numel() for tensor in tensors.values())
     rounds, epochs = settings.num_server_rounds, settings.local_epochs
     weights = "sites weigh the same" if settings.site_weights == "equal" else "sites weigh by their examples"
-    part = settings.fraction_train
+    part, pull = settings.fraction_train, f" with mu {settings.proximal:g}" if settings.proximal else ""
     share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
     names = features.vocabulary.class_names
     revision = f" at {features.model_revision[:12]}" if features.model_revision else ""
@@ -49,11 +47,11 @@ def plan(
         ("data", settings.data + partition),
         ("classes", f"{len(names)}: {_some(names)}"),
         ("held out", f"{holdout}, {len(features.examples(holdout).labels):,} images" if holdout else "nothing"),
-        ("adapter", f"{settings.adapter}{rank}: {trainable:,} numbers in {_count(len(tensors), 'tensor')}{share}"),
-        ("traffic", f"{_bytes(4 * trainable)} to a site and as much back in each round"),
+        ("trained", _trained(settings, features, trainable, len(tensors))),
+        ("traffic", f"{bytes_of(4 * trainable)} to a site and as much back in each round"),
         ("learning", f"{_count(rounds, 'round')} of {_count(epochs, 'epoch')} in batches of {settings.batch_size}"),
-        ("", f"recipe {settings.recipe}, learning rate {rate:g}, seed {settings.seed}"),
-        ("averaging", f"{settings.strategy}, {weights}" + share_of_sites),
+        ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
+        ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
         ("features", str(content.home() / "features")),
         ("run folder", str(folder)),
     ]
@@ -67,6 +65,22 @@ def plan(
     rows = [(h.site, h.domain, f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
     table = _table([(_count(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
+
+
+def _trained(settings: Settings, features: Features, numbers: int, tensors: int) -> str:
+    whole, holds = features.parameters, f"{numbers:,} numbers in {_count(tensors, 'tensor')}"
+    if settings.method == "full-model":
+        return f"the whole model: {holds}"
+    rank = f" of rank {settings.adapter_rank}" if settings.adapter == "gate" else ""
+    blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
+    share = f", {100 * numbers / whole:.2f} % of the model's {whole:,}" if whole else ""
+    return f"{settings.adapter}{rank}: {holds}{share}{blend}"
+
+
+def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> str:
+    """The learning rate, or the least and the greatest of the sites'."""
+    rates = sorted({learning_rate(settings, features.classes.dim, hello.train) for hello in hellos if hello.train})
+    return f"learning rate {rates[0]:.3g}" + (f" to {rates[-1]:.3g}, by size of the site" if rates[1:] else "")
 
 
 def heading() -> str:
@@ -83,7 +97,7 @@ def line(line: Line) -> str:
         _percent(line.validation),
         "–" if line.loss is None else f"{line.loss:.3f}",
         str(len(line.reports)),
-        _bytes(line.bytes),
+        bytes_of(line.bytes),
         f"{line.seconds:.1f}",
     ]
     return "  ".join(f"{cell:>8}" for cell in cells) + ("  zero-shot" if line.round == 0 else "")
@@ -109,6 +123,7 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated
         how = "is the best by validation"
     else:
         how = "is the best by validation: nothing was gained over zero-shot"
+    blend = f", with {adapted['blend']:g} of the adapted feature" if adapted["blend"] != 1.0 else ""
     parts = [
         "",
         table,
@@ -117,7 +132,7 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated
         "",
         *_weakest(adapted, holdout),
         *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
-        f"Round {adapted['round']} of {rounds} {how}; tests are on images set apart before training.",
+        f"Round {adapted['round']} of {rounds} {how}{blend}; tests are on images set apart before training.",
         _cost(traffic),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
@@ -169,10 +184,10 @@ def failures(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _cost(traffic: dict[str, Any]) -> str:
-    text = f"{_bytes(traffic['per_site_round_bytes'])} a site and round"
+    text = f"{bytes_of(traffic['per_site_round_bytes'])} a site and round"
     if traffic["times_less"] is None:
-        return f"{text}, {_bytes(traffic['down_bytes'] + traffic['up_bytes'])} in all."
-    whole = _bytes(traffic["full_model_bytes"])
+        return f"{text}, {bytes_of(traffic['down_bytes'] + traffic['up_bytes'])} in all."
+    whole = bytes_of(traffic["full_model_bytes"])
     return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:.0f} times as much."
 
 
@@ -190,7 +205,7 @@ def _gain(zero: float | None, adapted: float | None) -> str:
     return "–" if zero is None or adapted is None else f"{round(100 * adapted, 1) - round(100 * zero, 1):+.1f}"
 
 
-def _bytes(count: float) -> str:
+def bytes_of(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 from torch import Tensor
 
@@ -96,6 +96,13 @@ def size(message: Message) -> int:
     return int(message_to_proto(message).ByteSize())
 
 
+def round_size(state: Mapping[str, Tensor], task: ConfigRecord, report: Report) -> int:
+    """How many bytes a round with one site has, there and back."""
+    content = RecordDict({"arrays": write_adapter(state), "config": ConfigRecord({**task, "server-round": 1})})
+    question = Message(content, dst_node_id=2**63, message_type=MessageType.TRAIN)
+    return size(question) + size(Message(write_answer(report, state), reply_to=question))
+
+
 # What the server sends
 
 
@@ -104,7 +111,7 @@ class Task(NamedTuple):
 
     A hello comes without an adapter. It tells the vocabulary, and the model's content (empty if the server does not
     know it); later messages have the vocabulary's key only. `personal` is the run for which the site is to keep an
-    adapter of its own.
+    adapter of its own, `blend` the share of the adapted feature where it is not the settings'.
     """
 
     round: int
@@ -113,6 +120,7 @@ class Task(NamedTuple):
     key: str
     model: str
     personal: str
+    blend: float | None
     state: ArrayRecord | None
 
 
@@ -122,24 +130,31 @@ def write_greeting(holdout: str, vocabulary: Vocabulary, model: str) -> ConfigRe
     return ConfigRecord({"holdout": holdout, "classes": names, "prompts": templates, "model": model})
 
 
-def write_task(holdout: str, key: str, personal: str = "") -> ConfigRecord:
+def write_task(holdout: str, key: str, personal: str = "", blend: float | None = None) -> ConfigRecord:
     """The part of a message that is the same for all; Flower's strategies add `server-round`."""
     config = ConfigRecord({"holdout": holdout, "vocabulary": key})
     if personal:
         config["personal"] = personal
+    if blend is not None:
+        config["blend"] = blend
     return config
 
 
 def read_task(content: RecordDict) -> Task:
     config = content.config_records.get("config", ConfigRecord())
-    number, lists = config.get("server-round", 0), [config.get(key, []) for key in ("classes", "prompts")]
-    texts = [config.get(key, "") for key in ("holdout", "vocabulary", "model", "personal")]
+    number: Any = config.get("server-round", 0)
+    lists: list[Any] = [config.get(key, []) for key in ("classes", "prompts")]
+    texts: list[Any] = [config.get(key, "") for key in ("holdout", "vocabulary", "model", "personal")]
+    blend: Any = config.get("blend")
+    told_well = blend is None or (type(blend) is float and 0 <= blend <= 1)
     if type(number) is not int or any(type(t) is not str for t in texts) or any(type(x) is not list for x in lists):
+        told_well = False
+    if not told_well:
         raise ExchangeError("the server's message can't be understood: is its version of this package another one?")
-    holdout, key, model, personal = map(str, texts)
-    classes, prompts = (tuple(map(str, x)) for x in lists)  # type: ignore[arg-type]
+    holdout, key, model, personal = texts
+    classes, prompts = (tuple(map(str, x)) for x in lists)
     told = Vocabulary(classes, prompts) if classes else None
-    return Task(number, holdout, told, key, model, personal, content.array_records.get("arrays"))
+    return Task(number, holdout, told, key, model, personal, blend, content.array_records.get("arrays"))
 
 
 # Adapters
@@ -171,7 +186,7 @@ def _tensor(name: str, array: Array, like: Tensor) -> Tensor:
         raise ExchangeError(f"{name} can't be unpacked ({one_line(error, 100)})") from None
     if not isinstance(values, np.ndarray) or (values.dtype, values.shape) != wanted:
         raise ExchangeError(f"{name} is not what it claims to be, {_kind(*wanted)}")
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    tensor = torch.from_numpy(np.asarray(values, order="C"))  # ascontiguousarray would make a row of a single number
     if not tensor.isfinite().all():
         raise ExchangeError(f"{name} has numbers that are not finite")
     return tensor

@@ -4,6 +4,7 @@
 
     MODEL-PRECISION/images-DATA.safetensors     image_features [N, dim], labels [N] as the data numbers its classes
     MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim]
+    MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in bytes, for the whole model
 
 `FeatureFolder` reads the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
 CLIP at all.
@@ -73,6 +74,10 @@ class Features(Protocol):
         """How many numbers the whole model has, where that is known."""
 
     @property
+    def content(self) -> str:
+        """A hash of all of it."""
+
+    @property
     def classes(self) -> Classes: ...
 
     def examples(self, domain: str) -> Examples:
@@ -87,7 +92,10 @@ def open_features(
     A site is `told` its vocabulary by the server. `root` is where features are stored.
     """
     kind, _, path = settings.data.partition(":")
+    whole = settings.method == "full-model"
     if kind == "features":
+        if whole:
+            raise UserError(f"method = 'full-model': it learns from images, and {path} has none, only their features")
         made = FeatureFolder(Path(path), told)
         fixed = {"model": made.model}
         if not told:
@@ -104,7 +112,7 @@ def open_features(
     check_apart(names)
     prompt = settings.prompt or (preset.prompt if preset else RECIPES[settings.recipe].prompt)
     vocabulary = told or Vocabulary(names, templates_of(prompt))
-    return Encoded(
+    return (Pixels if whole else Encoded)(
         source,
         clip.find(settings.model, settings.model_revision),
         vocabulary,
@@ -149,6 +157,8 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
 class Encoded:
     """Features of a source's images, encoded by a model now or earlier."""
 
+    kind, _doing = "images", "encoding"
+
     def __init__(
         self,
         source: data.Source,
@@ -186,13 +196,23 @@ class Encoded:
         tensors, facts = self._class_entry
         return Classes(tensors["text_features"], float(facts["logit_scale"]), float(facts["logit_bias"]))
 
+    @property
+    def content(self) -> str:
+        images = (f"{domain} {self._source.content(domain)}" for domain in self.domains)
+        numbers = " ".join(map(str, self._numbers.tolist()))
+        return content.digest(self.kind, self._folder.name, self.vocabulary.key, numbers, *images)
+
+    @property
+    def model_folder(self) -> Path:
+        return self._model.folder
+
     def examples(self, domain: str) -> Examples:
         if domain not in self._opened:  # reading checks every byte, and tells of broken images
             self._opened[domain] = self._open(domain)
         return self._opened[domain]
 
     def _open(self, domain: str) -> Examples:
-        path = self._folder / f"images-{self._source.content(domain)}.safetensors"
+        path = self._folder / f"{self.kind}-{self._source.content(domain)}.safetensors"
         tensors, facts = store.kept(path, lambda: self._encode(domain))
         if broken := int(facts["broken"]):
             count, names = broken + len(tensors["labels"]), facts["names"] + ", …" * (broken > NAMED)
@@ -227,7 +247,7 @@ class Encoded:
     def _encode(self, domain: str) -> tuple[store.Tensors, dict[str, str]]:
         """Encodes the domain's images; those that can't be read are left out, counted and, the first ones, named."""
         bar = tqdm(
-            total=self._source.count(domain), desc=f"encoding {domain}", unit=" images", disable=not self._progress
+            total=self._source.count(domain), desc=f"{self._doing} {domain}", unit=" images", disable=not self._progress
         )
         labels: list[int] = []
         broken: list[str] = []
@@ -242,10 +262,34 @@ class Encoded:
                     yield image
 
         with bar:
-            batches = list(self._clip.encode_images(readable()))
-        features = torch.cat(batches) if batches else torch.empty(0, self.classes.text.shape[1])
+            batches = list(self._seen(readable()))
+        features = torch.cat(batches) if batches else self._nothing()
         tensors = {"image_features": features, "labels": torch.tensor(labels, dtype=torch.int64)}
         return tensors, {"broken": str(len(broken)), "names": ", ".join(broken[:NAMED])}
+
+    def _seen(self, images: Iterator[Image]) -> Iterator[Tensor]:
+        return self._clip.encode_images(images)
+
+    def _nothing(self) -> Tensor:
+        return torch.empty(0, self.classes.text.shape[1])
+
+
+class Pixels(Encoded):
+    """The same images as pixels in bytes, as the whole model takes them."""
+
+    kind, _doing = "pixels", "reading"
+
+    def _seen(self, images: Iterator[Image]) -> Iterator[Tensor]:
+        return self._clip.pixels(images)
+
+    def _nothing(self) -> Tensor:
+        from PIL import Image
+
+        return next(self._clip.pixels([Image.new("RGB", (8, 8))]))[:0]
+
+    def whole_model(self) -> clip.WholeModel:
+        """A new copy of the model, to be trained."""
+        return self._clip.whole(self.vocabulary.prompts, len(self.vocabulary.templates))
 
 
 class FeatureFolder:
@@ -286,6 +330,11 @@ class FeatureFolder:
                 f"this site's features, in {root}, were made with the prompt {self.prompt!r}; the run's is "
                 f"{SEPARATOR.join(self.vocabulary.templates)!r}"
             )
+
+    @property
+    def content(self) -> str:
+        names = ["features.json", *(f"{name}.safetensors" for name in ("classes", *self.domains))]
+        return content.of_files(self._root, names, content.memory())
 
     @cached_property
     def classes(self) -> Classes:

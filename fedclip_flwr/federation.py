@@ -23,7 +23,7 @@ from fedclip_flwr import exchange
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report, State
-from fedclip_flwr.learning import best_round
+from fedclip_flwr.learning import BLENDS, RECIPES, best_blend, best_round
 from fedclip_flwr.metrics import Quality, mean_accuracy
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.strategy import AdapterFedAvg
@@ -64,8 +64,8 @@ class Watcher(Protocol):
     def line(self, line: Line) -> None:
         """A round's line is known."""
 
-    def selected(self, number: int, state: State) -> None:
-        """This round's adapter is the best so far."""
+    def selected(self, number: int, state: State, blend: float) -> None:
+        """This round's adapter, with so much of it in the features, is the best so far."""
 
     def complete(self, number: int, state: State) -> None:
         """The round's adapter is made."""
@@ -75,11 +75,13 @@ class Watcher(Protocol):
 class Outcome:
     """Zero-shot and the selected round, with a report of each site that could be asked, and that round's adapter.
 
-    `personal` has the reports of the sites' own adapters, where there are any.
+    `blend` is the share of the adapted feature that belongs to it. `personal` has the reports of the sites' own
+    adapters, where there are any.
     """
 
     zero_shot: Line
     adapted: Line
+    blend: float
     personal: Mapping[str, Report]
     state: State
     site_round_bytes: float  # the mean over sites and rounds
@@ -90,43 +92,48 @@ def federate(
     strategy: AdapterFedAvg,
     settings: Settings,
     state: State,
-    unseen: Callable[[State], Quality | None],
+    unseen: Callable[[State, float], Quality | None],
     watcher: Watcher,
     run: str,
 ) -> Outcome:
-    """Runs the rounds, beginning with the adapter `state`; `unseen` is how good it is on the held-out domain.
+    """Runs the rounds, beginning with the adapter `state`.
 
-    `run` is the name under which sites keep adapters of their own.
+    `unseen` is how good an adapter is on the held-out domain, with such a blend. `run` is the name under which sites
+    keep adapters of their own.
     """
     start = best = state
+    share = settings.trained_blend
     lines: list[Line] = []
     cost = nodes.traffic.both, 0.0
     answers = round_bytes = 0
 
+    def choice(lines: Sequence[Line]) -> int:
+        return best_round([line.validation for line in lines], RECIPES[settings.recipe].first_choice)
+
     def messages_of(
-        configure: Configure, number: int, state: State, asked: Sequence[int], personal: str = ""
+        configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
     ) -> Iterable[Message]:
         """What the strategy has for these nodes; Flower's strategies would wait for some if there were none."""
         if not asked:
             return []
-        return configure(number, exchange.write_adapter(state), nodes.config(personal), nodes.view(asked))
+        return configure(number, exchange.write_adapter(state), config, nodes.view(asked))
 
     def add(reports: Mapping[str, Report]) -> None:
         """The line of the adapter `state`, and whether it is the best so far."""
         nonlocal best
-        lines.append(Line(len(lines), dict(sorted(reports.items())), unseen(state), *cost))
+        lines.append(Line(len(lines), dict(sorted(reports.items())), unseen(state, share), *cost))
         watcher.line(lines[-1])
-        if best_round([line.validation for line in lines]) == lines[-1].round:
+        if choice(lines) == lines[-1].round:
             best = state
-            watcher.selected(lines[-1].round, best)
+            watcher.selected(lines[-1].round, best, share)
 
     for number in range(1, settings.num_server_rounds + 1):
         nodes.meet(number)
         before, begun = nodes.traffic.both, time.monotonic()
         training, others = nodes.choose(settings.fraction_train, settings.seed, number)
         messages = [
-            *messages_of(strategy.configure_train, number, state, training),
-            *messages_of(strategy.configure_evaluate, number, state, others),
+            *messages_of(strategy.configure_train, number, state, training, nodes.config()),
+            *messages_of(strategy.configure_evaluate, number, state, others, nodes.config()),
         ]
         replies = nodes.ask(number, messages)
         averaged, _ = strategy.aggregate_train(number, [r for r in replies if r.metadata.message_type == TRAIN])
@@ -146,8 +153,11 @@ def federate(
         state, cost = exchange.read_adapter(averaged, state), spent
         watcher.complete(number, state)
 
-    def evaluated(number: int, state: State, asked: Sequence[int], personal: str = "") -> Mapping[str, Report]:
-        messages = messages_of(strategy.configure_evaluate, number, state, asked, personal)
+    def evaluated(
+        number: int, state: State, asked: Sequence[int], personal: str = "", blend: float | None = None
+    ) -> Mapping[str, Report]:
+        config = nodes.config(personal, blend)
+        messages = messages_of(strategy.configure_evaluate, number, state, asked, config)
         strategy.aggregate_evaluate(number, nodes.ask(number, messages))
         return nodes.sort_out(number, strategy)
 
@@ -157,10 +167,20 @@ def federate(
         """The line with the reports of sites that were not there in its round."""
         return replace(line, reports={**line.reports, **evaluated(line.round, state, nodes.good(line.reports))})
 
-    selected = lines[best_round([line.validation for line in lines])]
-    zero_shot, adapted = whole(lines[0], start), whole(selected, best)
-    personal = evaluated(selected.round, best, nodes.good(), run) if settings.personalize else {}
-    return Outcome(zero_shot, adapted, personal, best, round_bytes / max(answers, 1))
+    def blended(line: Line, blend: float) -> Line:
+        """The line of the best adapter with less of it in the features."""
+        reports = evaluated(line.round, best, nodes.good(), blend=blend)
+        return replace(line, reports=reports, unseen=unseen(best, blend))
+
+    zero_shot, adapted = whole(lines[0], start), whole(lines[choice(lines)], best)
+    if settings.blend == "auto":
+        tried = {blend: blended(adapted, blend) for blend in BLENDS if blend < 1} | {share: adapted}
+        share = best_blend({blend: line.validation for blend, line in tried.items()})
+        adapted = tried[share]
+        watcher.selected(adapted.round, best, share)
+    asked = share if share != settings.trained_blend else None
+    personal = evaluated(adapted.round, best, nodes.good(), run, asked) if settings.personalize else {}
+    return Outcome(zero_shot, adapted, share, personal, best, round_bytes / max(answers, 1))
 
 
 def refuse(error: UserError) -> NoReturn:

@@ -1,36 +1,28 @@
-"""A whole federation in one process, without Flower: the same learning and averaging, for benchmarks and tests."""
+"""A whole federation in one process, without Flower: the same learning and averaging, for comparisons and tests."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedclip_flwr.adapters import Adapter, make_adapter
+from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.config import Settings
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
-from fedclip_flwr.learning import (
-    RECIPES,
-    Classes,
-    Examples,
-    average,
-    best_round,
-    evaluate,
-    seed_of,
-    train,
-)
+from fedclip_flwr.learning import BLENDS, RECIPES, Classes, Examples, Learner, average, best_blend, best_round, evaluate
 from fedclip_flwr.metrics import mean_accuracy
-from fedclip_flwr.sites import Site, simulated_site
+from fedclip_flwr.sites import Site, learn, new_adapter, simulated_site
 
 
 @dataclass(frozen=True)
 class Line:
-    """The adapter after so many rounds: mean accuracies over the sites, and that of the unseen domain."""
+    """What is learnt after so many rounds: mean accuracies over the sites, and that of the unseen domain."""
 
     round: int
     seen: float
@@ -40,11 +32,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Result:
-    """Every round's line, which of them was selected, and that round's adapter."""
+    """The lines of the rounds, the selected one, with its blend where that was chosen, and that round's state."""
 
     lines: list[Line]
     selected: Line
-    adapter: dict[str, Tensor]
+    blend: float
+    state: dict[str, Tensor]
 
     @property
     def zero_shot(self) -> Line:
@@ -60,76 +53,71 @@ def make_sites(
     *,
     partition: str = "domain",
     alpha: float = 0.5,
+    device: str | torch.device = "cpu",
 ) -> tuple[list[Site], Examples | None]:
     """The sites in the order of their names, and the domain that none of them holds."""
     unseen = pick_holdout(holdout, features.domains)
     how: dict[str, Any] = {"partition": partition, "alpha": alpha}
-    made = [simulated_site(features, unseen, number, sites, seed, **how) for number in range(sites)]
-    return sorted(made, key=lambda site: site.name), features.examples(unseen).ready() if unseen else None
+    made = [simulated_site(features, unseen, number, sites, seed, device, **how) for number in range(sites)]
+    return sorted(made, key=lambda site: site.name), features.examples(unseen).ready(device) if unseen else None
 
 
 def federate(
     sites: Sequence[Site],
     classes: Classes,
     unseen: Examples | None = None,
+    settings: Settings | None = None,
     *,
-    kind: str = "attention",
-    rank: int = 4,
-    blend: float = 1.0,
-    recipe: str = "default",
-    learning_rate: float = 0.0,
-    rounds: int = 20,
-    epochs: int = 1,
-    batch_size: int = 32,
-    seed: int = 0,
+    start: Learner | None = None,
+    all_lines: bool = True,
+    each_round: Callable[[], object] = lambda: None,
 ) -> Result:
-    """Runs the rounds; sites train one after the other, in the order of their names."""
-    how = RECIPES[recipe]
-    dim = classes.text.shape[1]
-    shared = make_adapter(kind, dim, rank=rank, blend=blend, identity=how.identity, seed=seed)
-    classes = classes.ready()
+    """Runs the rounds; sites train one after the other, in the order of their names.
+
+    Of the settings, those that say what is learnt and how are looked at. The `start` is a new adapter unless given.
+    Without `all_lines` only zero-shot and the selected round are tested.
+    """
+    settings = settings or Settings()
+    classes = classes.ready(classes.text.device)
+    shared = start or new_adapter(settings, classes.dim).to(classes.text.device)
     learners = sorted((s for s in sites if len(s.train.labels)), key=lambda s: s.name)
     if not learners:
         raise UserError("no site has an example to learn from: use more data or fewer sites")
+
+    def mean(parts: list[Examples]) -> float | None:
+        return mean_accuracy(evaluate(shared, part, classes) for part in parts)
+
+    def line(number: int) -> Line:
+        return Line(
+            number,
+            seen=mean([s.test for s in sites]) or 0.0,
+            validation=mean([s.validation for s in sites]),
+            unseen=evaluate(shared, unseen, classes).accuracy if unseen else None,
+        )
+
     lines: list[Line] = []
-    for number in range(rounds + 1):
-        lines.append(_line(number, shared, sites, classes, unseen))
-        if best_round([line.validation for line in lines]) == number:
+    validation: list[float | None] = []
+    for number in range(settings.num_server_rounds + 1):
+        if tested := all_lines or number == 0:
+            lines.append(line(number))
+        validation.append(lines[-1].validation if tested else mean([s.validation for s in sites]))
+        selected = best_round(validation, RECIPES[settings.recipe].first_choice)
+        if selected == number:
             best = copy.deepcopy(shared.state_dict())
-        if number == rounds:
+        if number == settings.num_server_rounds:
             break
         answers = []
         for site in learners:
             own = copy.deepcopy(shared)
-            train(
-                own,
-                site.train,
-                classes,
-                how,
-                learning_rate=learning_rate or how.rate(kind, dim),
-                epochs=epochs,
-                batch_size=batch_size,
-                seed=seed_of(seed, "train", site.name, number + 1),
-            )
+            learn(own, site, classes, settings, number + 1)
             answers.append(own.state_dict())
         shared.load_state_dict(average(answers))
-    return Result(lines, lines[best_round([line.validation for line in lines])], best)
-
-
-def _line(number: int, adapter: Adapter, sites: Sequence[Site], classes: Classes, unseen: Examples | None) -> Line:
-    def mean(parts: list[Examples]) -> float | None:
-        return mean_accuracy(evaluate(adapter, part, classes) for part in parts)
-
-    return Line(
-        number,
-        seen=mean([s.test for s in sites]) or 0.0,
-        validation=mean([s.validation for s in sites]),
-        unseen=evaluate(adapter, unseen, classes).accuracy if unseen else None,
-    )
-
-
-def pooled(sites: Sequence[Site]) -> list[Site]:
-    """All sites' training rows in one place, their validation and test rows where they were: centralised training."""
-    whole = Examples(*(torch.cat(parts) for parts in zip(*(s.train for s in sites), strict=True)))
-    none = Examples(whole.features[:0], whole.labels[:0])
-    return [Site("centralised", whole, none, none), *(Site(s.name, none, s.validation, s.test) for s in sites)]
+        each_round()
+    shared.load_state_dict(best)
+    if isinstance(shared, Adapter) and settings.blend == "auto":
+        by_blend: dict[float, Line] = {}
+        for shared.blend in BLENDS:
+            by_blend[shared.blend] = line(selected)
+        blend = best_blend({share: tried.validation for share, tried in by_blend.items()})
+        return Result(lines, by_blend[blend], blend, best)
+    return Result(lines, lines[selected] if all_lines else line(selected), settings.trained_blend, best)

@@ -1,11 +1,12 @@
-"""Training and evaluating an adapter on stored features: tensors in, tensors out.
+"""Training and evaluating what learns, mostly an adapter on stored features: tensors in, tensors out.
 
 The recipe `paper` follows FedCLIP (arXiv 2302.13485) and its released code: symmetric contrastive loss within the
 batch, in which two images of one class count as each other's negatives; Adam with L2 decay 0.2; a new optimizer every
-round; a batch of one skipped; splits of 60/20/20, each rounded down; the round with the best mean validation accuracy.
-Deviation: the state before round 1 takes part in the selection, so that no result is worse there than zero-shot.
+round; a batch of one skipped; splits of 60/20/20, each rounded down; of the trained rounds the one with the best mean
+validation accuracy. Deviation: prompts name a class with spaces where its folder has underscores.
 
-The recipe `default` is cross-entropy over all class prompts without decay, from an exact identity.
+The recipe `default` is cross-entropy over all class prompts without decay, from an exact identity; zero-shot takes part
+in the selection, so that no result is worse there.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam  # the function: torch.optim.Adam imports the compiler, which takes over a second
 
-from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.metrics import Quality, Score, quality_of, score_of
 
 
 class Examples(NamedTuple):
-    """Image features [N, dim] and the numbers of their classes [N]."""
+    """Image features [N, dim], or pixels [N, 3, height, width] in bytes, and the numbers of their classes [N]."""
 
     features: Tensor
     labels: Tensor
@@ -35,8 +35,10 @@ class Examples(NamedTuple):
         return Examples(self.features[rows], self.labels[rows])
 
     def ready(self, device: str | torch.device = "cpu") -> Examples:
-        """As learning takes them: float32, of unit length, on the device."""
-        features = F.normalize(self.features.to(device, torch.float32), dim=-1)
+        """As learning takes them, on the device: features in float32 and of unit length, pixels as they are."""
+        features = self.features.to(device)
+        if features.dtype != torch.uint8:
+            features = F.normalize(features.float(), dim=-1)
         return Examples(features, self.labels.to(device, torch.int64))
 
 
@@ -44,14 +46,29 @@ class Classes(NamedTuple):
     """What images are compared with: a feature for each class [C, dim], the logits' scale and bias."""
 
     text: Tensor
-    scale: float
-    bias: float = 0.0
+    scale: float | Tensor
+    bias: float | Tensor = 0.0
+
+    @property
+    def dim(self) -> int:
+        return self.text.shape[1]
 
     def logits(self, features: Tensor) -> Tensor:
         return self.scale * features @ self.text.T + self.bias
 
     def ready(self, device: str | torch.device = "cpu") -> Classes:
         return self._replace(text=F.normalize(self.text.to(device, torch.float32), dim=-1))
+
+
+class Learner(nn.Module):
+    """What is trained and sent: its state is exactly the tensors that travel. Called, it gives features of unit length.
+
+    It takes features (an adapter) or pixels (the whole model).
+    """
+
+    def against(self, classes: Classes) -> Classes:
+        """What its features are compared with; an adapter changes nothing there."""
+        return classes
 
 
 def class_loss(features: Tensor, labels: Tensor, classes: Classes) -> Tensor:
@@ -71,36 +88,44 @@ class Recipe:
     """How a site learns."""
 
     loss: Callable[[Tensor, Tensor, Classes], Tensor]
-    learning_rate: Mapping[str, float]  # for each kind of adapter
+    learning_rate: Mapping[str, float]  # for each kind of adapter, and for the whole model
     weight_decay: float
     identity: bool  # whether adapters start as the exact identity
     prompt: str
+    first_choice: int = 0  # the first round that may be selected
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     width: int | None = None  # the dimension that attention's learning rate is meant for
+    steps: int = 1  # an epoch of fewer takes steps that are as many times larger
 
-    def rate(self, kind: str, dim: int) -> float:
-        """The learning rate for an adapter: a layer that is wider takes steps that are as many times smaller."""
-        rate = self.learning_rate[kind]
+    def rate(self, kind: str, dim: int, steps: int) -> float:
+        """The learning rate for so many steps an epoch.
+
+        Adam moves each number by about the rate in each step: a layer that is wider takes steps that are as many times
+        smaller, and a site with few steps takes larger ones, so that it too gets somewhere in a round.
+        """
+        rate = self.learning_rate[kind] * max(1.0, self.steps / max(steps, 1))
         return rate * self.width / dim if self.width and kind == "attention" else rate
 
 
 RECIPES = {
     "default": Recipe(
         loss=class_loss,
-        learning_rate={"attention": 1e-4, "gate": 1e-3, "scale": 3e-3},
+        learning_rate={"attention": 1e-4, "gate": 1.4e-3, "scale": 4e-3, "full-model": 1e-5},
         width=512,
+        steps=10,
         weight_decay=0.0,
         identity=True,
         prompt="a picture of a {}",
     ),
     "paper": Recipe(
         loss=contrastive_loss,
-        learning_rate={"attention": 5e-5, "gate": 5e-5, "scale": 5e-5},
+        learning_rate=dict.fromkeys(("attention", "gate", "scale", "full-model"), 5e-5),
         weight_decay=0.2,
         identity=False,
         prompt="a picture of a {}",
+        first_choice=1,
         smallest_batch=2,
     ),
 }
@@ -120,7 +145,7 @@ def split(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(
-    adapter: Adapter,
+    learner: Learner,
     examples: Examples,
     classes: Classes,
     recipe: Recipe,
@@ -128,10 +153,16 @@ def train(
     learning_rate: float,
     epochs: int = 1,
     batch_size: int = 32,
+    proximal: float = 0.0,
     seed: int = 0,
 ) -> float:
-    """Trains the adapter in place with a new Adam; the mean loss of an example over all epochs (0.0 without any)."""
-    parameters: list[Tensor] = list(adapter.parameters())
+    """Trains in place with a new Adam; the mean loss of an example over all epochs (0.0 without any).
+
+    `proximal` is FedProx's μ (arXiv 1812.06127): μ/2 times the squared distance from the start is added to what is
+    minimised, though not to the loss that is returned.
+    """
+    parameters: list[Tensor] = list(learner.parameters())
+    start = [p.detach().clone() for p in parameters] if proximal else []
     moments = [torch.zeros_like(p) for p in parameters]
     squares = [torch.zeros_like(p) for p in parameters]
     steps = [torch.zeros((), device=p.device) for p in parameters]
@@ -143,9 +174,11 @@ def train(
             if len(rows) < recipe.smallest_batch:
                 continue
             batch = examples.rows(rows)
-            loss = recipe.loss(adapter(batch.features), batch.labels, classes)
+            loss = recipe.loss(learner(batch.features), batch.labels, learner.against(classes))
             gradients = list(torch.autograd.grad(loss, parameters))
             with torch.no_grad():
+                for gradient, now, then in zip(gradients, parameters, start, strict=False):
+                    gradient += proximal * (now - then)
                 adam(
                     parameters,
                     gradients,
@@ -168,23 +201,25 @@ def train(
 
 
 @torch.no_grad()
-def logits_of(adapter: Adapter | None, examples: Examples, classes: Classes) -> Tensor:
-    """What the adapter's features (without one: CLIP's own) say of each class."""
-    return classes.logits(adapter(examples.features) if adapter else examples.features)
+def logits_of(learner: Learner | None, examples: Examples, classes: Classes) -> Tensor:
+    """What the learner's features (without one: CLIP's own) say of each class."""
+    if learner is None:
+        return classes.logits(examples.features)
+    return learner.against(classes).logits(learner(examples.features))
 
 
-def evaluate(adapter: Adapter | None, examples: Examples, classes: Classes) -> Score:
+def evaluate(learner: Learner | None, examples: Examples, classes: Classes) -> Score:
     """How well the features find their class."""
-    return score_of(logits_of(adapter, examples, classes), examples.labels)
+    return score_of(logits_of(learner, examples, classes), examples.labels)
 
 
-def examine(adapter: Adapter | None, examples: Examples, classes: Classes) -> Quality:
+def examine(learner: Learner | None, examples: Examples, classes: Classes) -> Quality:
     """The same with all figures that are reported of tests."""
-    return quality_of(logits_of(adapter, examples, classes), examples.labels)
+    return quality_of(logits_of(learner, examples, classes), examples.labels)
 
 
 def personalize(
-    adapter: Adapter,
+    adapter: Learner,
     examples: Examples,
     validation: Examples,
     classes: Classes,
@@ -226,7 +261,22 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | N
     }
 
 
-def best_round(validation: Sequence[float | None]) -> int:
-    """The round with the best validation accuracy, the earliest of several; without validation data the last."""
-    known = [(accuracy, -number) for number, accuracy in enumerate(validation) if accuracy is not None]
+def best_round(validation: Sequence[float | None], first: int = 0) -> int:
+    """The round with the best validation accuracy, the earliest of several; without validation data the last.
+
+    Rounds before the `first` do not count where there are others.
+    """
+    known = [
+        (accuracy, -number) for number, accuracy in enumerate(validation) if accuracy is not None and number >= first
+    ]
     return -max(known)[1] if known else len(validation) - 1
+
+
+BLENDS = (0.25, 0.5, 0.75, 1.0)
+"""The shares of the adapted feature that are tried where one is to be chosen."""
+
+
+def best_blend(validation: Mapping[float, float | None]) -> float:
+    """The share with the best validation accuracy, the smallest of several; without validation data the whole."""
+    known = [(accuracy, -share) for share, accuracy in validation.items() if accuracy is not None]
+    return -max(known)[1] if known else 1.0

@@ -95,17 +95,17 @@ def quality_of(logits: Tensor, labels: Tensor) -> Quality:
 
 
 def balanced_accuracy(counts: ClassCounts) -> float:
-    return _mean(recall for recall in counts.recalls if recall is not None) or 0.0
+    return mean_of(recall for recall in counts.recalls if recall is not None) or 0.0
 
 
 def macro_f1(counts: ClassCounts) -> float:
     rows = zip(*counts, strict=True)
-    return _mean(2 * c / (n + p) for n, c, p in rows if n + p) or 0.0
+    return mean_of(2 * c / (n + p) for n, c, p in rows if n + p) or 0.0
 
 
 def mean_accuracy(scores: Iterable[Score | Quality]) -> float | None:
     """The mean over those sites that have examples, each counting the same."""
-    return _mean(score.accuracy for score in scores if score.accuracy is not None)
+    return mean_of(score.accuracy for score in scores if score.accuracy is not None)
 
 
 def mean_figures(qualities: Iterable[Quality]) -> dict[str, float]:
@@ -114,6 +114,6 @@ def mean_figures(qualities: Iterable[Quality]) -> dict[str, float]:
     return {name: sum(f[name] for f in known) / len(known) for name in (known[0] if known else ())}
 
 
-def _mean(values: Iterable[float]) -> float | None:
+def mean_of(values: Iterable[float]) -> float | None:
     known = list(values)
     return sum(known) / len(known) if known else None

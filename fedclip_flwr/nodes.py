@@ -168,9 +168,9 @@ class Nodes:
         present = set(self._grid.get_node_ids())
         return {name: node for node, name in self.names.items() if node in present}
 
-    def config(self, personal: str = "") -> ConfigRecord:
+    def config(self, personal: str = "", blend: float | None = None) -> ConfigRecord:
         """What goes with an adapter; a new one each time, for messages under way must not change."""
-        return exchange.write_task(self._holdout, self._vocabulary.key, personal)
+        return exchange.write_task(self._holdout, self._vocabulary.key, personal, blend)
 
     def ask(self, number: int, messages: Iterable[Message]) -> list[Message]:
         """Sends the messages; the replies that came in time. Sites that didn't answer, or not for themselves, fail."""

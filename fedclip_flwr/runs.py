@@ -3,6 +3,7 @@
 settings.json        the settings, the versions and the package's hash
 metrics.jsonl        a line for each round
 adapter.safetensors  the selected round's adapter; adapter.json: all that is needed to load it elsewhere
+model/               instead of these: the selected round's whole model, where that is what was trained
 checkpoint/          the adapter of the last complete round
 summary.json         how it ended
 """
@@ -24,11 +25,11 @@ from fedclip_flwr import content
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import State, one_line
-from fedclip_flwr.features import Features, results
+from fedclip_flwr.features import Features, Pixels, results
 from fedclip_flwr.federation import Line, Outcome
 from fedclip_flwr.metrics import Quality, mean_figures
 from fedclip_flwr.nodes import Nodes
-from fedclip_flwr.saved import TENSORS, save_adapter, write_json, write_tensors
+from fedclip_flwr.saved import TENSORS, save_adapter, save_model, write_json, write_tensors
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
@@ -66,9 +67,12 @@ class RunFolder:
     def checkpoint(self, number: int, state: State) -> None:
         write_tensors(self.path / "checkpoint" / TENSORS, state, number, self._setting)
 
-    def adapter(self, number: int, state: State, features: Features) -> None:
-        """The selected adapter, so far: that of round `number`."""
-        save_adapter(self.path, state, self._settings, features, number, self._setting)
+    def adapter(self, number: int, state: State, features: Features, blend: float | None = None) -> None:
+        """The selected adapter, so far: that of round `number`; or the whole model, where that is trained."""
+        if isinstance(features, Pixels):
+            save_model(self.path / "model", state, features, number, self._setting)
+        else:
+            save_adapter(self.path, state, self._settings, features, number, self._setting, blend=blend)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._json("summary.json", summary)
@@ -127,7 +131,12 @@ def summary_of(
         "status": "completed",
         "holdout": holdout,
         "zero_shot": _results(outcome.zero_shot, names),
-        "adapted": {**_results(outcome.adapted, names), "round": outcome.adapted.round, **_personal(outcome, names)},
+        "adapted": {
+            **_results(outcome.adapted, names),
+            "round": outcome.adapted.round,
+            "blend": outcome.blend,
+            **_personal(outcome, names),
+        },
         "traffic": {
             "down_bytes": traffic.down,
             "up_bytes": traffic.up,

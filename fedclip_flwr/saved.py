@@ -1,18 +1,23 @@
-"""An adapter on disk, with all that is needed to use it elsewhere: `adapter.safetensors` and `adapter.json`."""
+"""What was learnt, on disk, with all that is needed to use it elsewhere.
+
+An adapter is `adapter.safetensors` and `adapter.json`; a whole model is a folder as `save_pretrained` writes it.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from fedclip_flwr import content, store
+from fedclip_flwr import clip, content, store
 from fedclip_flwr.adapters import Adapter, make_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features
+from fedclip_flwr.features import Features, Pixels
 
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
 
@@ -24,6 +29,8 @@ def save_adapter(
     features: Features,
     number: int,
     setting: str = "FEDCLIP_HOME",
+    *,
+    blend: float | None = None,
     **more: object,
 ) -> None:
     """The adapter of round `number`; `setting` says where the folder is."""
@@ -32,7 +39,7 @@ def save_adapter(
         "kind": settings.adapter,
         "rank": settings.adapter_rank,
         "dim": features.classes.text.shape[1],
-        "blend": settings.blend,
+        "blend": settings.trained_blend if blend is None else blend,
         "model": features.model,
         "model_revision": features.model_revision,
         "model_content": features.model_content,
@@ -48,13 +55,28 @@ def save_adapter(
     write_json(folder / FACTS, facts, setting)
 
 
+def save_model(
+    folder: Path, state: store.Tensors, features: Pixels, number: int, setting: str = "FEDCLIP_HOME"
+) -> None:
+    """The whole model of round `number`, in a folder that the setting `model` takes."""
+    for file in clip.files(features.model_folder):
+        if file.name == "config.json":
+            write_json(folder / file.name, {**json.loads(file.read_text()), "dtype": "float32"}, setting)
+        elif not file.name.startswith("model"):  # the weights
+            content.write_whole(folder / file.name, partial(shutil.copyfile, file), setting)
+    weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
+    write_tensors(folder / "model.safetensors", weights, number, setting)
+
+
 def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME") -> None:
     text = json.dumps(facts, indent=2) + "\n"
     content.write_whole(path, lambda part: part.write_text(text), setting)
 
 
 def write_tensors(path: Path, state: store.Tensors, number: int, setting: str = "FEDCLIP_HOME") -> None:
-    content.write_whole(path, lambda part: content.save_tensors(state, part, {"round": str(number)}), setting)
+    content.write_whole(
+        path, lambda part: content.save_tensors(state, part, {"round": str(number), "format": "pt"}), setting
+    )
 
 
 def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:

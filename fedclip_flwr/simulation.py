@@ -39,8 +39,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def run(nodes: int, given: Sequence[str]) -> int:
     """Runs the federation and shows what it shows; 0 only if the run was completed."""
-    for stop_signal in STOPS:
-        signal.signal(stop_signal, _stopped)
+    stop_in_order("Stopped: all that was started is ended.")
     found = app_folder()
     described = _described(found)
     settings, problems = read_settings(given)
@@ -63,12 +62,17 @@ def run(nodes: int, given: Sequence[str]) -> int:
     return 0
 
 
-def _stopped(number: int, frame: object) -> NoReturn:
-    """Leaves in order, so that the SuperLink is stopped too, however often the user asks."""
+def stop_in_order(word: str) -> None:
+    """From now on this process leaves in order when it is told to stop, so that all that it started is ended too."""
+
+    def stopped(number: int, frame: object) -> NoReturn:
+        for stop_signal in STOPS:  # however often the user asks
+            signal.signal(stop_signal, signal.SIG_IGN)
+        print(f"\n{word}", file=sys.stderr)
+        sys.exit(128 + number)
+
     for stop_signal in STOPS:
-        signal.signal(stop_signal, signal.SIG_IGN)
-    print("Stopped: all that was started is ended.", file=sys.stderr)
-    sys.exit(128 + number)
+        signal.signal(stop_signal, stopped)
 
 
 def temporary() -> tempfile.TemporaryDirectory[str]:

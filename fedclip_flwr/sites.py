@@ -13,8 +13,8 @@ from fedclip_flwr.adapters import Adapter, make_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.partition import shard
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features, open_features
-from fedclip_flwr.learning import RECIPES, Classes, Examples, seed_of, split
+from fedclip_flwr.features import Features, Pixels, open_features
+from fedclip_flwr.learning import RECIPES, Classes, Examples, Learner, personalize, seed_of, split, train
 from fedclip_flwr.vocabulary import Vocabulary
 
 OWN = ("data", "model", "device", "image-column", "label-column", "domain-column")
@@ -69,21 +69,57 @@ def together(parts: Iterable[Examples]) -> Examples:
     return Examples(torch.cat(features), torch.cat(labels))
 
 
+def new_learner(settings: Settings, features: Features) -> Learner:
+    """What the settings have trained and sent, as a run begins with it: an adapter, or the whole model."""
+    return features.whole_model() if isinstance(features, Pixels) else new_adapter(settings, features.classes.dim)
+
+
 def new_adapter(settings: Settings, dim: int) -> Adapter:
-    """The adapter that the settings ask for, as a run begins with it."""
     return make_adapter(
         settings.adapter,
         dim,
         rank=settings.adapter_rank,
-        blend=settings.blend,
+        blend=settings.trained_blend,
         identity=RECIPES[settings.recipe].identity,
         seed=settings.seed,
     )
 
 
-def learning_rate(settings: Settings, dim: int) -> float:
-    """The rate that the settings ask for, or else the recipe's own."""
-    return settings.learning_rate or RECIPES[settings.recipe].rate(settings.adapter, dim)
+def learn(learner: Learner, site: Site, classes: Classes, settings: Settings, number: int) -> None:
+    """What a site does in round `number`."""
+    train(
+        learner,
+        site.train,
+        classes,
+        RECIPES[settings.recipe],
+        learning_rate=learning_rate(settings, classes.dim, len(site.train.labels)),
+        epochs=settings.local_epochs,
+        batch_size=settings.batch_size,
+        proximal=settings.proximal,
+        seed=seed_of(settings.seed, "train", site.name, number),
+    )
+
+
+def learn_alone(learner: Learner, site: Site, classes: Classes, settings: Settings) -> int:
+    """Makes the learner the site's own, by as much training as it had in the run; the epoch that was kept."""
+    return personalize(
+        learner,
+        site.train,
+        site.validation,
+        classes,
+        RECIPES[settings.recipe],
+        learning_rate=learning_rate(settings, classes.dim, len(site.train.labels)),
+        epochs=settings.num_server_rounds * settings.local_epochs,
+        batch_size=settings.batch_size,
+        seed=seed_of(settings.seed, "personal", site.name),
+    )
+
+
+def learning_rate(settings: Settings, dim: int, examples: int) -> float:
+    """The rate that the settings ask for, or else the recipe's own for a site with so many examples."""
+    kind = settings.adapter if settings.method == "adapter" else settings.method
+    steps = -(-examples // settings.batch_size)
+    return settings.learning_rate or RECIPES[settings.recipe].rate(kind, dim, steps)
 
 
 @dataclass(frozen=True)
@@ -95,10 +131,6 @@ class Desk:
     features: Features
     classes: Classes
     device: torch.device
-
-    @property
-    def learning_rate(self) -> float:
-        return learning_rate(self.settings, self.classes.text.shape[1])
 
     def require(self, model: str) -> None:
         """Raises unless this is the content of the model here, where both sides know it: features would not compare."""

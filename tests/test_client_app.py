@@ -17,19 +17,27 @@ from fedclip_flwr import content, exchange
 from fedclip_flwr.config import Settings
 from fedclip_flwr.learning import RECIPES, evaluate, examine, seed_of, train
 from fedclip_flwr.saved import load_adapter
-from fedclip_flwr.sites import new_adapter, open_desk
+from fedclip_flwr.sites import new_adapter, new_learner, open_desk
 from fedclip_flwr.vocabulary import Vocabulary
 
 NAMES = ("car", "cat", "fish")
+SETTINGS = Settings(seed=7, local_epochs=2)
 
 
 def asked(
-    kind: str, tree: Path, state: Any = None, names: tuple[str, ...] = NAMES, personal: str = "", **node: Any
+    kind: str,
+    tree: Path,
+    state: Any = None,
+    names: tuple[str, ...] = NAMES,
+    personal: str = "",
+    blend: float | None = None,
+    settings: Settings = SETTINGS,
+    **node: Any,
 ) -> Message:
     """What the site with the images in `tree` answers."""
     vocabulary = Vocabulary(names, ("a picture of a {}",))
     vocabulary.remember(content.memory())
-    config = exchange.write_task("", vocabulary.key, personal)
+    config = exchange.write_task("", vocabulary.key, personal, blend)
     if kind == "query":
         config = exchange.write_greeting("", vocabulary, node.pop("model_content", ""))
     config["server-round"] = 4
@@ -37,7 +45,7 @@ def asked(
     if state is not None:
         task["arrays"] = exchange.write_adapter(state)
     node_config = {"site": "north", "data": f"folder:{tree}", **node}
-    context = Context(1, 2, node_config, RecordDict(), Settings(seed=7, local_epochs=2).as_run_config())
+    context = Context(1, 2, node_config, RecordDict(), settings.as_run_config())
     return client_app.app(Message(task, 2, kind), context)
 
 
@@ -50,7 +58,7 @@ def test_a_hello_tells_who_is_there(tree: Path) -> None:
 
 
 def test_training_answers_with_the_received_adapters_scores_and_the_trained_adapter(tree: Path) -> None:
-    settings = Settings(seed=7, local_epochs=2)
+    settings = SETTINGS
     adapter = new_adapter(settings, 128)
     state = {name: tensor + 0.01 for name, tensor in adapter.state_dict().items()}
     answer = exchange.read_answer(asked("train", tree, state).content, state)
@@ -61,12 +69,55 @@ def test_training_answers_with_the_received_adapters_scores_and_the_trained_adap
     assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
     assert answer.report.test == replace(examine(adapter, desk.site.test, desk.classes), classes=None)
     assert answer.report.examples == 14
-    rate = RECIPES["default"].rate("attention", 128)
+    rate = RECIPES["default"].rate("attention", 128, steps=1)
     seed = seed_of(7, "train", "north", 4)
     train(adapter, desk.site.train, desk.classes, RECIPES["default"], learning_rate=rate, epochs=2, seed=seed)
     for name, tensor in adapter.state_dict().items():
         torch.testing.assert_close(answer.state[name], tensor)
         assert not torch.equal(answer.state[name], state[name])
+
+
+def test_a_whole_model_learns_from_images_and_comes_back(tree: Path) -> None:
+    settings = Settings(method="full-model", recipe="paper", strategy="fedprox", proximal_mu=0.5, seed=7, batch_size=8)
+    node = {"site": "north", "data": f"folder:{tree}"}
+    desk = open_desk(settings.as_run_config(), node, "", False)
+    model = new_learner(settings, desk.features)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    answer = exchange.read_answer(asked("train", tree, state, settings=settings).content, state)
+    assert answer.report.validation == evaluate(model, desk.site.validation, desk.classes)
+    how: dict[str, Any] = {"learning_rate": 5e-5, "batch_size": 8, "proximal": 0.5}
+    train(model, desk.site.train, desk.classes, RECIPES["paper"], seed=seed_of(7, "train", "north", 4), **how)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(answer.state[name], tensor)
+    assert sum(not torch.equal(answer.state[name], state[name]) for name in state) == len(state)
+
+
+def test_of_a_whole_model_only_what_came_goes_back(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(method="full-model")
+    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, "", False)
+    state = new_learner(settings, desk.features).state_dict()
+    write = exchange.write_adapter
+    monkeypatch.setattr(exchange, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
+    assert "pixels in it must not leave" in str(asked("train", tree, state, settings=settings).error.reason)
+
+
+def test_an_adapter_is_evaluated_and_made_the_sites_own_with_the_blend_that_is_asked_for(
+    tree: Path, fedclip_home: Path
+) -> None:
+    settings = Settings(adapter="scale", seed=7)
+    adapter = new_adapter(settings, 128)
+    state = {"log_scale": torch.linspace(-2, 2, 128)}
+    adapter.load_state_dict(state)
+    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, "", False)
+    reports = []
+    for blend in (None, 0.25):
+        adapter.blend = 1.0 if blend is None else blend
+        report = exchange.read_answer(asked("evaluate", tree, state, blend=blend, settings=settings).content).report
+        assert report.validation == evaluate(adapter, desk.site.validation, desk.classes)
+        reports.append(report)
+    assert reports[0] != reports[1]
+    asked("evaluate", tree, state, blend=0.25, personal="blended", settings=settings)
+    assert load_adapter(fedclip_home / "personal" / "blended" / "north")[1]["blend"] == 0.25
 
 
 def test_evaluating_sends_no_adapter(tree: Path) -> None:

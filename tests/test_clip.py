@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPModel
 
 from fedclip_flwr import clip
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.learning import Classes
+from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, train
 from tests.models import small_clip, small_siglip, small_siglip2
 
 IMAGES = [picture(11, domain, figure, 0)[0] for domain in ("photo", "sketch") for figure in CLASSES]
@@ -58,6 +59,55 @@ def test_features_and_logits_equal_transformers_own_forward_pass(make: Callable[
     torch.testing.assert_close(logits, expected.logits_per_image, rtol=1e-5, atol=1e-5 * loaded.scale)
     assert loaded.parameters == sum(p.numel() for p in net.parameters())
     assert loaded.bias == (pytest.approx(net.logit_bias.item()) if siglip else 0.0)
+
+
+@pytest.mark.parametrize("name", ["the bundled one", "clip", "siglip"])
+def test_a_whole_model_sees_pixels_as_the_frozen_one_sees_images(name: str, tmp_path: Path) -> None:
+    loaded = clip.find(str(MODELS[name](tmp_path / "model"))).load()
+    batches = list(loaded.pixels(iter(IMAGES), batch_size=8))
+    assert [len(b) for b in batches] == [8, 8, 4]
+    assert batches[0].dtype == torch.uint8
+    whole = loaded.whole([*PROMPTS, *(f"a {name}" for name in CLASSES)], templates=2)
+    features, seen = torch.cat(list(loaded.encode_images(IMAGES))), whole(torch.cat(batches))
+    torch.testing.assert_close(seen.detach(), features, rtol=0, atol=1e-5)
+    classes = whole.against(Classes(torch.zeros(10, features.shape[1]), 1.0))
+    one, other = loaded.encode_prompts(PROMPTS), loaded.encode_prompts([f"a {name}" for name in CLASSES])
+    torch.testing.assert_close(classes.text.detach(), F.normalize(one + other, dim=1), rtol=0, atol=1e-5)
+    scale, bias = torch.as_tensor(classes.scale).item(), torch.as_tensor(classes.bias).item()
+    assert (scale, bias) == pytest.approx((loaded.scale, loaded.bias))
+
+
+@pytest.mark.parametrize("name", ["the bundled one", "clip", "siglip"])
+def test_every_weight_of_a_whole_model_learns_and_the_frozen_one_stays(name: str, tmp_path: Path) -> None:
+    loaded = clip.find(str(MODELS[name](tmp_path / "model"))).load()
+    before = loaded.encode_prompts(PROMPTS)
+    whole = loaded.whole(PROMPTS, 1)
+    start = {key: tensor.clone() for key, tensor in whole.state_dict().items()}
+    assert sum(tensor.numel() for tensor in start.values()) == loaded.parameters
+    examples = Examples(torch.cat(list(loaded.pixels(IMAGES))), torch.arange(20) % 10)
+    frozen = Classes(before, loaded.scale, loaded.bias)
+    loss = evaluate(whole, examples, frozen).loss
+    train(whole, examples, frozen, RECIPES["default"], learning_rate=1e-4, batch_size=20, epochs=5)
+    still = [key for key, tensor in whole.state_dict().items() if torch.equal(tensor, start[key])]
+    # a bias that all logits share cancels out, and has nothing to learn from
+    assert still in ([], ["net.logit_bias"])
+    assert evaluate(whole, examples, frozen).loss < loss
+    assert torch.equal(loaded.encode_prompts(PROMPTS), before)
+
+
+def test_a_whole_model_computes_in_the_precision_that_is_asked_for_and_keeps_its_weights_whole() -> None:
+    pixels = torch.cat(list(clip.find("bundled").load().pixels(IMAGES)))
+    full, half = (clip.find("bundled").load(precision=p).whole(PROMPTS, 1) for p in ("float32", "bfloat16"))
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float32}
+    assert half(pixels).dtype == torch.float32
+    torch.testing.assert_close(half(pixels), full(pixels), rtol=0, atol=0.03)
+    assert not torch.equal(half(pixels), full(pixels))
+
+
+def test_a_model_that_takes_images_of_any_shape_cannot_be_trained_whole(tmp_path: Path) -> None:
+    loaded = clip.find(str(small_siglip2(tmp_path / "model"))).load()
+    with pytest.raises(UserError, match="method = 'full-model': a siglip2 takes images in another form"):
+        list(loaded.pixels(IMAGES))
 
 
 def test_siglip_takes_texts_that_are_filled_up_whatever_the_others_are(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ CONTRACT: dict[str, Any] = {
     "learning-rate": 0.0,
     "seed": 0,
     "strategy": "fedavg",
+    "proximal-mu": 0.001,
     "site-weights": "equal",
     "codec": "float32",
     "fraction-train": 1.0,
@@ -94,7 +95,9 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("model", "./clip", "/clip"),
         ("results-dir", "results", "/results"),
         ("codec", "int8", "only 'float32' works"),
-        ("method", "full-model", "only 'adapter' works"),
+        ("method", "whole", "adapter, full-model"),
+        ("strategy", "fedsum", "fedavg, fedprox"),
+        ("blend", "best", "a number or auto"),
         ("prompt", "a {}|a thing", "one {}"),
         ("class-names", "./names.txt", "/names.txt"),
         ("data", "./images", "/images"),
@@ -106,6 +109,24 @@ def test_a_bad_setting_is_told_with_what_was_expected(key: str, value: Any, told
         Settings.from_run_config({key: value})
     assert key in str(error.value)
     assert told in str(error.value)
+
+
+def test_a_blend_may_be_chosen_later_and_is_whole_until_then() -> None:
+    settings = Settings.from_run_config({"blend": "auto"})
+    assert (settings.blend, settings.trained_blend) == ("auto", 1.0)
+    assert Settings.from_run_config({"blend": 0.5}).trained_blend == 0.5
+
+
+@pytest.mark.parametrize("what", [{"blend": 0.5}, {"blend": "auto"}, {"personalize": True}])
+def test_what_is_for_adapters_is_refused_for_the_whole_model(what: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="it is for adapters"):
+        Settings.from_run_config({"method": "full-model", **what})
+    assert Settings.from_run_config({"method": "full-model", "blend": 1, "personalize": False})
+
+
+def test_a_pull_to_the_start_is_fedproxs_only() -> None:
+    assert Settings(strategy="fedprox", proximal_mu=0.5).proximal == 0.5
+    assert Settings(proximal_mu=0.5).proximal == 0.0
 
 
 def test_a_bare_path_is_a_folder() -> None:

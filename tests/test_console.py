@@ -27,6 +27,7 @@ SUMMARY: dict[str, Any] = {
         "unseen": 0.38,
         "sites": {"b": None, "a": 0.75},
         "round": 3,
+        "blend": 0.75,
         "personal": None,
         "personal_metrics": None,
         "metrics": metrics(0.6, 0.1, cat=0.5, dog=None, emu=0.25, fox=0.75, gnu=1.0),
@@ -58,7 +59,7 @@ def test_the_closing_tables() -> None:
     assert ["b", "–", "–", "–"] in told
     assert ["mean", "of", "the", "seen", "50.0", "62.5", "+12.5"] in told
     assert ["sketch,", "unseen", "40.0", "38.0", "-2.0"] in told
-    assert "Round 3 of 20 is the best by validation;" in text
+    assert "Round 3 of 20 is the best by validation, with 0.75 of the adapted feature;" in text
     assert "250 B a site and round; FedAVG of the whole model: 1 MB, 4000 times as much." in text
     assert "Left out: b: no answer (round 1 to 3, 2 times)" in text
     assert "Left out: c: other code (round 0)" in text
@@ -133,7 +134,7 @@ def test_a_line_is_under_its_headings() -> None:
 def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
     hellos = [Hello("b", "train", "photo", 6, 2, 2, [0, 1], ""), Hello("a", "train", "art", 1200, 400, 400, [0], "")]
     text = console.plan(
-        Settings(num_server_rounds=1), drawn, "sketch", hellos, {"w": torch.zeros(128)}, 4e-4, Path("/runs/x")
+        Settings(num_server_rounds=1), drawn, "sketch", hellos, {"w": torch.zeros(128)}, Path("/runs/x")
     )
     told = rows(text)
     assert ["2", "sites", "domain", "train", "val", "test", "classes"] in told
@@ -141,4 +142,19 @@ def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
     assert "at no site  cartoon, class car, class cat, class chair, class cup" in text
     for part in ("sketch, 1,500 images", "128 numbers in 1 tensor, 0.01 %", "512 B to a site", "1 round of 1 epoch"):
         assert part in text
-    assert "learning rate 0.0004" in text
+    assert "learning rate 0.0004 to 0.004, by size of the site" in text
+
+
+def test_the_plan_tells_of_the_whole_model_of_fedprox_and_of_blends(drawn: Features) -> None:
+    hello = [Hello("a", "train", "art", 1200, 400, 400, [0], "")]
+
+    def told(**settings: Any) -> str:
+        tensors = {"a": torch.zeros(2, 2), "b": torch.zeros(1)}
+        return console.plan(Settings(**settings), drawn, "sketch", hello, tensors, Path("/runs/x"))
+
+    whole = told(method="full-model", recipe="paper", strategy="fedprox")
+    for part in ("the whole model: 5 numbers in 2 tensors\n", "fedprox with mu 0.001", "learning rate 5e-05,"):
+        assert part in whole
+    assert "blend chosen at the end" in told(blend="auto")
+    assert "blend 0.5" in told(blend=0.5)
+    assert "blend" not in told()

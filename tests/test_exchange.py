@@ -174,16 +174,24 @@ def test_an_answer_without_an_adapter_is_refused_where_one_is_needed() -> None:
         exchange.read_answer(exchange.write_answer(REPORT), LIKE)
 
 
+def test_a_single_number_keeps_its_shape() -> None:
+    state = {"scale": torch.tensor(4.6)}
+    assert torch.equal(exchange.read_adapter(exchange.write_adapter(state), state)["scale"], state["scale"])
+    assert exchange.read_adapter(exchange.write_adapter(state), state)["scale"].shape == ()
+
+
 def test_a_task_comes_back_and_nonsense_is_refused() -> None:
     config = exchange.write_task("sketch", "0123", "run-7")
     config["server-round"] = 3
     state = exchange.write_adapter(GOOD)
     task = exchange.read_task(RecordDict({"config": config, "arrays": state}))
-    assert task == (3, "sketch", None, "0123", "", "run-7", state)
+    assert task == (3, "sketch", None, "0123", "", "run-7", None, state)
+    blended = exchange.write_task("sketch", "0123", blend=0.25)
+    assert exchange.read_task(RecordDict({"config": blended})).blend == 0.25
     vocabulary = Vocabulary(("cat", "dog"), ("a {}", "the {}"))
     greeting = exchange.write_greeting("sketch", vocabulary, "0123")
-    assert exchange.read_task(RecordDict({"config": greeting})) == (0, "sketch", vocabulary, "", "0123", "", None)
-    for key, value in (("holdout", 3), ("server-round", 1.5), ("classes", "cat")):
+    assert exchange.read_task(RecordDict({"config": greeting})) == (0, "sketch", vocabulary, "", "0123", "", None, None)
+    for key, value in (("holdout", 3), ("server-round", 1.5), ("classes", "cat"), ("blend", 1.5), ("blend", "auto")):
         nonsense = RecordDict({"config": ConfigRecord({**greeting, key: value})})
         with pytest.raises(ExchangeError, match="can't be understood"):
             exchange.read_task(nonsense)

@@ -18,7 +18,7 @@ from fedclip_flwr import clip
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import FeatureFolder, Features, open_features, open_run
+from fedclip_flwr.features import FeatureFolder, Features, Pixels, open_features, open_run
 from fedclip_flwr.learning import Examples
 from fedclip_flwr.vocabulary import Vocabulary
 
@@ -357,6 +357,45 @@ def test_bad_tensors_of_a_feature_folder_are_told(
         save_file(tensors, path)
     with pytest.raises(UserError, match=told):
         FeatureFolder(tmp_path).examples("a")
+
+
+def test_pixels_are_stored_once_in_the_order_of_the_features(tree: Path, no_encoding: Callable[[], None]) -> None:
+    (tree / "photo" / "cat" / "0.png").write_bytes(b"nothing")
+    whole = opened(tree, method="full-model")
+    assert isinstance(whole, Pixels)
+    pixels, features = whole.examples("photo"), opened(tree).examples("photo")
+    assert pixels.features.shape == (11, 3, 64, 64)
+    assert torch.equal(pixels.labels, features.labels)
+    seen = whole.whole_model()(pixels.features).detach()
+    torch.testing.assert_close(seen, features.features, rtol=0, atol=1e-5)
+    no_encoding()
+    assert torch.equal(opened(tree, method="full-model").examples("photo").features, pixels.features)
+
+
+def test_a_domain_without_a_readable_image_has_no_pixels(tree: Path) -> None:
+    for file in (tree / "photo").rglob("*.png"):
+        file.write_bytes(b"nothing")
+    assert opened(tree, method="full-model").examples("photo").features.shape == (0, 3, 64, 64)
+
+
+def test_the_whole_model_needs_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it learns from images"):
+        open_features(Settings(data=f"features:{write_folder(tmp_path)}", method="full-model"))
+
+
+def test_the_content_of_features_follows_all_that_they_are_made_of(tree: Path, tmp_path: Path) -> None:
+    first = opened(tree).content
+    assert opened(tree).content == first
+    others = [
+        opened(tree, **how).content
+        for how in ({"prompt": "the {}"}, {"class_names": "a,b,c"}, {"method": "full-model"})
+    ]
+    (tree / "photo" / "cat" / "0.png").unlink()
+    folder = write_folder(tmp_path / "folder")
+    read = open_features(Settings(data=f"features:{folder}"))
+    others += [opened(tree).content, read.content]
+    save_file({"image_features": torch.ones(1, 3), "labels": torch.tensor([0])}, folder / "b.safetensors")
+    assert len({first, *others, read.content}) == 7
 
 
 def test_what_is_opened_twice_is_read_once_and_broken_images_are_told_once(

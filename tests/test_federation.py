@@ -82,7 +82,7 @@ class Site:
             return Message(exchange.write_hello(self.hello), reply_to=message)
         assert task.state is not None
         state = exchange.read_adapter(task.state, START)
-        value = float(state["w"])
+        value = float(state["w"]) * (1.0 if task.blend is None else task.blend)
         if task.personal:
             self.own.append((task.personal, task.round, value))
             value += 0.5 + self.step
@@ -115,8 +115,9 @@ class Told:
     def line(self, line: Line) -> None:
         self.lines.append(line)
 
-    def selected(self, number: int, state: State) -> None:
+    def selected(self, number: int, state: State, blend: float) -> None:
         self.best.append(number)
+        self.blend = blend
 
     def complete(self, number: int, state: State) -> None:
         self.completed.append((number, float(state["w"])))
@@ -141,7 +142,7 @@ class Running:
     def run(self) -> Outcome:
         self.nodes.wait_for(self.settings.min_sites)
         strategy = AdapterFedAvg(START, names=self.nodes.names)
-        unseen = lambda state: quality(int(state["w"]), 100)  # noqa: E731
+        unseen = lambda state, blend: quality(int(state["w"] * blend), 100)  # noqa: E731
         return federate(self.nodes, strategy, self.settings, START, unseen, self.told, "run-7")
 
 
@@ -169,6 +170,34 @@ def test_three_rounds_by_hand() -> None:
         assert [kind for n, kind in running.grid.asked if n == node] == ["query", "train", "train", "train", "evaluate"]
     assert north.trained_in == [1, 2, 3]
     assert not running.nodes.failures
+
+
+def test_a_blend_is_chosen_by_validation_after_the_last_round() -> None:
+    north = Site("north", 2.0, {4.0: 9, 3.0: 8, 2.0: 7, 1.0: 9})
+    south = Site("south", 2.0, {4.0: 7, 3.0: 8, 2.0: 6, 1.0: 5})
+    running = Running({5: north, 9: south}, blend="auto", personalize=True)
+    outcome = running.run()
+    assert (outcome.adapted.round, outcome.blend) == (2, 0.75)  # of the adapter 4.0, 3.0 is as good and 1.0 is not
+    assert [report.test.accuracy for report in outcome.adapted.reports.values()] == [0.3, 0.3]
+    assert outcome.adapted.unseen
+    assert outcome.adapted.unseen.accuracy == 0.03
+    assert (running.told.best[-1], running.told.blend) == (2, 0.75)
+    assert north.own == [("run-7", 2, 3.0)]
+    asked = [kind for node, kind in running.grid.asked if node == 5]
+    assert asked == ["query", "train", "train", "train", *["evaluate"] * 5]  # the last line, three blends, the own
+
+
+def test_a_fixed_blend_is_not_chosen_and_not_sent() -> None:
+    north = Site("north")
+    outcome = Running({5: north}, blend=0.5, personalize=True).run()
+    assert outcome.blend == 0.5
+    assert north.own[0][2] == float(outcome.state["w"])
+
+
+def test_the_papers_recipe_selects_of_the_trained_rounds() -> None:
+    running = Running({5: Site("north", 1.0, {0.0: 9, 2.0: 8})}, recipe="paper")
+    assert running.run().adapted.round == 2
+    assert running.told.best == [0, 1, 2]  # zero-shot is what there is until then
 
 
 def test_bytes_are_counted_there_and_back_and_a_line_tells_those_of_its_round() -> None:

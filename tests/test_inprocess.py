@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
-from fedclip_flwr.inprocess import federate, make_sites, pooled
-from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, seed_of, train
+from fedclip_flwr.inprocess import federate, make_sites
+from fedclip_flwr.learning import BLENDS, RECIPES, Classes, Examples, evaluate, seed_of, train
 from fedclip_flwr.sites import Site
 
 CLASSES = Classes(torch.eye(3, 8), 20.0)
@@ -30,14 +32,14 @@ SITES = [site("b", 20, 10), site("a", 9, 20)]
 
 
 def test_two_rounds_by_hand() -> None:
-    result = federate(SITES, CLASSES, some(7, 99), rounds=2, batch_size=4, seed=3)
+    result = federate(SITES, CLASSES, some(7, 99), Settings(num_server_rounds=2, batch_size=4, seed=3))
     shared = make_adapter("attention", 8, seed=3)
     for number in (1, 2):
         own = []
         for one in (SITES[1], SITES[0]):  # in the order of their names
             adapter = copy.deepcopy(shared)
             seed = seed_of(3, "train", one.name, number)
-            rate = RECIPES["default"].rate("attention", 8)
+            rate = RECIPES["default"].rate("attention", 8, steps={"a": 3, "b": 5}[one.name])
             train(adapter, one.train, CLASSES, RECIPES["default"], learning_rate=rate, batch_size=4, seed=seed)
             own.append(adapter.state_dict())
         shared.load_state_dict({k: (own[0][k] + own[1][k]) / 2 for k in own[0]})  # equal, not by examples
@@ -50,29 +52,30 @@ def test_two_rounds_by_hand() -> None:
         assert line.unseen == evaluate(shared, some(7, 99), CLASSES).accuracy
     assert result.selected.validation == max(line.validation or 0.0 for line in result.lines)
     if result.selected.round == 2:
-        torch.testing.assert_close(result.adapter, dict(shared.state_dict()))
+        torch.testing.assert_close(result.state, dict(shared.state_dict()))
 
 
 def test_the_selected_adapter_is_the_one_of_the_selected_round() -> None:
-    result = federate(SITES, CLASSES, rounds=5, learning_rate=0.05, batch_size=4)
+    result = federate(SITES, CLASSES, None, Settings(num_server_rounds=5, learning_rate=0.05, batch_size=4))
     adapter = make_adapter("attention", 8)
-    adapter.load_state_dict(result.adapter)
+    adapter.load_state_dict(result.state)
     validation = [evaluate(adapter, s.validation, CLASSES).accuracy or 0.0 for s in SITES]
     assert result.selected.validation == pytest.approx(sum(validation) / 2)
     assert result.selected.unseen is None
 
 
 def test_the_same_seed_gives_the_same_adapter_to_the_bit_in_any_order_of_sites() -> None:
-    one = federate(SITES, CLASSES, rounds=3, seed=1)
-    two = federate(SITES[::-1], CLASSES, rounds=3, seed=1)
-    assert all(torch.equal(one.adapter[k], two.adapter[k]) for k in one.adapter)
+    how = Settings(num_server_rounds=3, seed=1)
+    one, two = federate(SITES, CLASSES, None, how), federate(SITES[::-1], CLASSES, None, how)
+    assert all(torch.equal(one.state[k], two.state[k]) for k in one.state)
     assert one.lines == two.lines
 
 
 def test_a_site_without_training_rows_does_not_pull_the_average() -> None:
     none = some(0, 0)
-    with_it = federate([*SITES, Site("c", none, none, none)], CLASSES, rounds=2)
-    assert with_it.lines == federate(SITES, CLASSES, rounds=2).lines
+    how = Settings(num_server_rounds=2)
+    with_it = federate([*SITES, Site("c", none, none, none)], CLASSES, None, how)
+    assert with_it.lines == federate(SITES, CLASSES, None, how).lines
 
 
 def test_sites_that_are_all_too_small_are_told() -> None:
@@ -81,10 +84,37 @@ def test_sites_that_are_all_too_small_are_told() -> None:
         federate([Site("c", none, none, none)], CLASSES)
 
 
-def test_pooled_sites_train_in_one_place_and_are_tested_where_they_were() -> None:
-    whole, *rest = pooled(SITES)
-    assert len(whole.train.labels) == 29
-    assert [(s.name, len(s.train.labels), len(s.test.labels)) for s in rest] == [("b", 0, 5), ("a", 0, 5)]
+def test_without_all_lines_only_zero_shot_and_the_selected_round_are_tested() -> None:
+    how = Settings(num_server_rounds=4, learning_rate=0.05, batch_size=4)
+    whole = federate(SITES, CLASSES, some(7, 99), how)
+    short = federate(SITES, CLASSES, some(7, 99), how, all_lines=False)
+    assert short.lines == whole.lines[:1]
+    assert short.selected == whole.selected
+    assert all(torch.equal(short.state[k], whole.state[k]) for k in whole.state)
+
+
+def test_the_papers_recipe_never_selects_the_start_and_the_default_may() -> None:
+    still = Settings(num_server_rounds=3, learning_rate=1e-12)
+    assert federate(SITES, CLASSES, None, still).selected.round == 0
+    assert federate(SITES, CLASSES, None, replace(still, recipe="paper")).selected.round == 1
+
+
+def test_a_chosen_blend_is_the_smallest_of_the_best_by_validation() -> None:
+    """By hand: the selected adapter of the same run without blend, tried with every share."""
+    how = Settings(adapter="scale", num_server_rounds=4, learning_rate=0.2, batch_size=4)
+    plain = federate(SITES, CLASSES, None, how)
+    adapter = make_adapter("scale", 8)
+    adapter.load_state_dict(plain.state)
+    found = {}
+    for adapter.blend in BLENDS:
+        validation = [evaluate(adapter, s.validation, CLASSES).accuracy or 0.0 for s in SITES]
+        test = [evaluate(adapter, s.test, CLASSES).accuracy or 0.0 for s in SITES]
+        found[adapter.blend] = sum(validation) / 2, sum(test) / 2
+    best = max(BLENDS, key=lambda blend: (found[blend][0], -blend))
+    chosen = federate(SITES, CLASSES, None, replace(how, blend="auto"))
+    assert chosen.blend == best < 1  # else it would not tell a choice from none
+    assert (chosen.selected.validation, chosen.selected.seen) == pytest.approx(found[best])
+    assert torch.equal(chosen.state["log_scale"], plain.state["log_scale"])
 
 
 def test_sites_hold_every_seen_row_once_and_none_of_the_holdout(drawn: Features) -> None:

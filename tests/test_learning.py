@@ -15,6 +15,7 @@ from fedclip_flwr.learning import (
     Classes,
     Examples,
     average,
+    best_blend,
     best_round,
     class_loss,
     contrastive_loss,
@@ -62,6 +63,14 @@ def test_contrastive_loss_takes_a_second_image_of_a_class_for_a_negative() -> No
     assert mixed.item() == pytest.approx((rows + columns) / 4, rel=1e-6)
 
 
+def test_pixels_stay_as_they_are_and_features_get_unit_length() -> None:
+    pixels = Examples(torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2), torch.tensor([0, 1])).ready()
+    assert torch.equal(pixels.features, torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2))
+    torch.testing.assert_close(
+        Examples(torch.tensor([[3.0, 4.0]]), torch.tensor([0])).ready().features[0].norm(), torch.tensor(1.0)
+    )
+
+
 def test_logits_have_the_scale_and_the_bias() -> None:
     logits = Classes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), scale=10.0, bias=-3.0).logits(torch.tensor([[0.6, 0.8]]))
     torch.testing.assert_close(logits, torch.tensor([[3.0, 5.0]]))
@@ -106,6 +115,33 @@ def test_training_equals_a_plain_loop_with_torchs_adam(recipe: str, count: int) 
     expected = plainly_trained(start, examples, classes, recipe, seed=9)
     torch.testing.assert_close(adapter.state_dict()["outer.weight"], expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(expected, start["outer.weight"], atol=1e-3)
+
+
+def test_a_pull_to_the_start_is_the_gradient_of_the_squared_distance() -> None:
+    """FedProx, written out: the term in the loss, torch's own Adam."""
+    examples, classes = problem(14)
+    adapter = make_adapter("scale", DIM)
+    with torch.no_grad():
+        adapter.get_parameter("log_scale").copy_(torch.linspace(-1, 1, DIM))
+    start = adapter.get_parameter("log_scale").detach().clone()
+    w = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([w], lr=1e-2, betas=(0.9, 0.98), eps=1e-6, foreach=False)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(3):
+        for rows in torch.split(torch.randperm(14, generator=generator), 4):
+            x = F.normalize(examples.features[rows] * w.exp(), dim=1)
+            loss = (
+                F.cross_entropy(20.0 * x @ classes.text.T, examples.labels[rows]) + 7.0 / 2 * (w - start).pow(2).sum()
+            )
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+    how: dict[str, Any] = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 4, "seed": 9}
+    free = copy.deepcopy(adapter)
+    train(adapter, examples, classes, RECIPES["default"], proximal=7.0, **how)
+    train(free, examples, classes, RECIPES["default"], **how)
+    torch.testing.assert_close(adapter.state_dict()["log_scale"], w.detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(free.state_dict()["log_scale"], w.detach(), atol=1e-3)
 
 
 def test_training_is_the_same_to_the_bit_for_a_seed_and_another_for_another() -> None:
@@ -191,11 +227,29 @@ def test_rounds_without_validation_do_not_count_and_without_any_the_last_is_take
     assert best_round([None, None, None]) == 2
 
 
+def test_rounds_before_the_first_that_may_be_chosen_count_only_alone() -> None:
+    assert best_round([0.9, 0.5, 0.6], first=1) == 2
+    assert best_round([0.9], first=1) == 0
+
+
+def test_the_best_blend_is_the_smallest_of_the_best() -> None:
+    assert best_blend({0.25: 0.5, 0.5: 0.8, 0.75: 0.8, 1.0: 0.7}) == 0.5
+    assert best_blend({0.25: None, 1.0: None}) == 1.0
+
+
 def test_a_wider_attention_takes_smaller_steps_but_the_paper_keeps_its_own() -> None:
     default, paper = RECIPES["default"], RECIPES["paper"]
-    assert default.rate("attention", 128) == pytest.approx(4 * default.rate("attention", 512))
-    assert default.rate("scale", 128) == default.rate("scale", 512)
-    assert paper.rate("attention", 128) == paper.rate("attention", 512) == 5e-5
+    assert default.rate("attention", 128, 10) == pytest.approx(4 * default.rate("attention", 512, 10))
+    assert default.rate("scale", 128, 10) == default.rate("scale", 512, 10)
+    assert paper.rate("attention", 128, 10) == paper.rate("attention", 512, 10) == 5e-5
+
+
+def test_a_site_with_few_steps_takes_larger_ones_but_not_in_the_paper() -> None:
+    default, paper = RECIPES["default"], RECIPES["paper"]
+    assert default.rate("gate", 512, 2) == pytest.approx(5 * default.rate("gate", 512, 10))
+    assert default.rate("gate", 512, 40) == default.rate("gate", 512, 10) == default.learning_rate["gate"]
+    assert default.rate("gate", 512, 0) == default.rate("gate", 512, 1)
+    assert paper.rate("gate", 512, 2) == 5e-5
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:

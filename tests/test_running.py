@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from fedclip_flwr import content, simulation
 from fedclip_flwr.adapters import tensor_names
+from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.exchange import may_leave
 from fedclip_flwr.features import Features
@@ -55,7 +56,7 @@ def completed(nodes: int, results: Path, *settings: str, **where: Any) -> Path:
 
 def in_one_process(features: Features, nodes: int) -> Result:
     sites, unseen = make_sites(features, sites=nodes)
-    return federate(sites, features.classes, unseen, rounds=ROUNDS)
+    return federate(sites, features.classes, unseen, Settings(num_server_rounds=ROUNDS))
 
 
 def assert_same_result(folder: Path, truth: Result) -> None:
@@ -70,7 +71,7 @@ def assert_same_result(folder: Path, truth: Result) -> None:
     assert last.round == ROUNDS
     state = load_file(folder / "adapter.safetensors")
     assert read(folder, "adapter.json")["round"] == truth.selected.round
-    for name, tensor in truth.adapter.items():
+    for name, tensor in truth.state.items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
+from fedclip_flwr import clip
 from fedclip_flwr.config import Settings
+from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features
+from fedclip_flwr.features import Features, Pixels, open_features
 from fedclip_flwr.runs import RunFolder
 from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.sites import new_adapter
@@ -36,6 +39,35 @@ def test_an_adapter_comes_back_with_all_that_it_was_made_for(tmp_path: Path, dra
     assert facts["class_names"] == list(drawn.vocabulary.class_names)
     assert facts["model_content"] == drawn.model_content
     assert facts["scale"] == drawn.classes.scale
+
+
+def test_a_blend_that_was_chosen_is_the_adapters(tmp_path: Path, drawn: Features) -> None:
+    run = started(tmp_path, blend="auto", adapter="scale")
+    state = new_adapter(Settings(adapter="scale"), 128).state_dict()
+    run.adapter(3, state, drawn)
+    assert load_adapter(run.path)[0].blend == 1.0
+    run.adapter(3, state, drawn, 0.25)
+    assert load_adapter(run.path)[0].blend == 0.25
+
+
+def test_a_whole_model_comes_back_as_a_model(tmp_path: Path, tree: Path) -> None:
+    settings = Settings(data=f"folder:{tree}", method="full-model")
+    features = open_features(settings, progress=False)
+    assert isinstance(features, Pixels)
+    learnt = features.whole_model()
+    with torch.no_grad():
+        for weight in learnt.parameters():
+            weight.add_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    run = started(tmp_path, method="full-model")
+    run.adapter(2, learnt.state_dict(), features)
+    pixels = features.examples("photo").features
+    images = [picture.image for picture in ImageFolder(tree).pictures("photo") if picture.image]
+    back = clip.find(str(run.path / "model")).load()
+    torch.testing.assert_close(torch.cat(list(back.encode_images(images))), learnt(pixels).detach(), rtol=0, atol=1e-5)
+    plain = AutoModel.from_pretrained(run.path / "model")
+    assert next(plain.parameters()).dtype == torch.float32
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_adapter(run.path)
 
 
 def test_a_damaged_adapter_is_told(tmp_path: Path, drawn: Features) -> None:

@@ -1,0 +1,324 @@
+"""The sweep with its real processes, on small feature folders and on images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedclip_flwr import comparison
+from fedclip_flwr.baselines import METHODS, PUBLISHED, Published
+from fedclip_flwr.comparison import Wishes, as_csv, compare, markdown, planned, rows
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import open_features
+from fedclip_flwr.inprocess import federate, make_sites
+from fedclip_flwr.sweep import Cell, Found, Plan, solve
+
+BIN = Path(sys.executable).parent
+NAMES = ("cow", "elk", "fox")
+
+
+def folder(root: Path, seed: int = 0, **facts: Any) -> Path:
+    """Three domains of features that lie around their classes."""
+    root.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(3, 8, generator=generator)
+    save_file({"text_features": text}, root / "classes.safetensors")
+    for domain in NAMES:
+        labels = torch.arange(40) % 3
+        features = text[labels] + 1.5 * torch.randn(40, 8, generator=generator)
+        save_file({"image_features": features, "labels": labels}, root / f"{domain}.safetensors")
+    described = {"model": "m", "embedding_dim": 8, "logit_scale": 10.0, "prompt": "a {}", "class_names": list("xyz")}
+    (root / "features.json").write_text(json.dumps({**described, "domains": NAMES, "parameters": 1000, **facts}))
+    return root
+
+
+def wishes(data: str, *settings: str, **changed: Any) -> Wishes:
+    given: dict[str, Any] = {
+        "model": "bundled",
+        "methods": "",
+        "holdouts": "",
+        "sites": 0,
+        "seeds": 2,
+        "first_seed": 0,
+        "rounds": 2,
+        "whole_rounds": 1,
+        "whole_seeds": 1,
+    }
+    return Wishes(data=data, settings=settings, **{**given, **changed})
+
+
+def test_a_plan_has_every_method_on_every_holdout_with_every_seed(tmp_path: Path) -> None:
+    plan, _ = planned(wishes(f"features:{folder(tmp_path)}", "local-epochs=2", methods="gate,paper"))
+    cells = plan.cells()
+    assert len(cells) == len(set(cells)) == 3 * 3 * 2
+    assert {cell.method for cell in cells} == {"zero-shot", "paper", "gate"}
+    assert {(cell.settings.holdout, cell.settings.seed) for cell in cells} == {(d, s) for d in NAMES for s in (0, 1)}
+    assert {cell.sites for cell in cells} == {2}  # one for each seen domain
+    for cell in cells:
+        how = cell.settings
+        assert (how.num_server_rounds, how.local_epochs) == (2, 2)
+        assert (how.adapter, how.recipe) == {"gate": ("gate", "default"), "paper": ("attention", "paper")}.get(
+            cell.method, ("attention", "default")
+        )
+
+
+def test_the_whole_model_has_rounds_and_seeds_of_its_own_and_comes_first(tree: Path) -> None:
+    plan, features = planned(wishes(f"folder:{tree}", methods="fedavg,gate", seeds=3, whole_seeds=2))
+    cells = plan.cells()
+    assert [cell.method for cell in cells[:4]] == ["fedavg"] * 4
+    assert {cell.settings.seed for cell in cells if cell.whole_model} == {0, 1}
+    assert {cell.settings.num_server_rounds for cell in cells if cell.whole_model} == {1}
+    assert {cell.settings.num_server_rounds for cell in cells if not cell.whole_model} == {2}
+    assert set(features.domains) == {cell.settings.holdout for cell in cells}
+
+
+def test_a_cell_comes_to_what_the_federation_comes_to(tmp_path: Path) -> None:
+    data = f"features:{folder(tmp_path)}"
+    features = open_features(Settings(data=data))
+    settings = Settings(data=data, adapter="gate", holdout="fox", seed=5, num_server_rounds=3)
+    sites, unseen = make_sites(features, "fox", 4, 5)
+    line = federate(sites, features.classes, unseen, settings).selected
+    rounds = []
+    found = solve(Cell("gate", settings, 4), features, lambda: rounds.append(1))
+    assert found[:3] == (line.seen, line.unseen, line.round)
+    assert len(rounds) == 3
+    assert found.bytes
+    assert found.bytes > 2 * 4 * (8 * 4 * 2 + 4 + 8)
+
+
+def test_results_are_kept_and_taken_over_until_the_data_or_the_settings_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedclip_home: Path
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("FEDCLIP_HOME", str(home))
+    data = f"features:{folder(tmp_path / 'f')}"
+    first = compare(wishes(data, methods="gate"), 2, "")
+    assert "from earlier" not in first
+    again = compare(wishes(data, methods="gate"), 2, "")
+    assert ", 12 of 12 results from earlier" in again
+    assert again.split("\n\n")[0] == first.split("\n\n")[0]
+    assert ", 12 of 27 results from earlier" in compare(wishes(data, methods="gate,scale", seeds=3), 1, "")
+    assert "from earlier" not in compare(wishes(data, methods="gate", rounds=1), 1, "").replace(", 0 of", "")
+    moved = Path(data.removeprefix("features:")).rename(tmp_path / "elsewhere")
+    assert ", 12 of 12 results from earlier" in compare(wishes(f"features:{moved}", methods="gate"), 1, "")
+    folder(moved, seed=1)
+    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"), 1, "")
+    for file in (home / "sweeps" / "results").iterdir():
+        file.write_text(file.read_text()[:-3])
+    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"), 1, "")
+
+
+def test_one_process_or_two_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, tables = f"features:{folder(tmp_path / 'f')}", []
+    for jobs in (1, 2):
+        monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / str(jobs)))
+        compare(wishes(data), jobs, str(tmp_path / f"out-{jobs}"))
+        tables.append([(tmp_path / f"out-{jobs}" / name).read_text() for name in ("table.md", "table.csv")])
+    assert tables[0] == tables[1]
+    assert all(METHODS[name].label in tables[0][0] for name in METHODS if not METHODS[name].whole_model)
+
+
+def test_images_are_swept_with_the_whole_model_beside(tree: Path, tmp_path: Path) -> None:
+    given = wishes(f"folder:{tree}", methods="fedavg,fedprox,scale", holdouts="photo", seeds=1)
+    table = compare(given, 2, str(tmp_path / "out"))
+    assert "FedAVG, whole model" in table
+    assert "FedProx, whole model" in table
+    line = next(line for line in table.splitlines() if "FedAVG" in line)
+    assert "10.9 MB" in line  # 1,357,697 numbers there and back
+    assert not list(tmp_path.glob("out/.*"))
+
+
+HALF = Found(0.5, 0.25, 1, 2000)
+
+
+def plan(*methods: str, holdouts: tuple[str, ...] = ("cow", "elk"), seeds: int = 2) -> Plan:
+    return Plan(Settings(), methods, holdouts, range(seeds), 3, 5, 1)
+
+
+def results(plan: Plan, **figures: Any) -> dict[Cell, Found]:
+    """By method: a figure for each holdout and seed, in the order of the cells."""
+    left = {method: iter(found) for method, found in figures.items()}
+    return {cell: next(left[cell.method.replace("-", "_")]) for cell in plan.cells()}
+
+
+def test_means_and_deviations_by_hand() -> None:
+    swept = plan("zero-shot", "gate")
+    zero = [Found(0.5, 0.2, 0, None), Found(0.7, 0.4, 0, None), Found(0.5, 0.4, 0, None), Found(0.9, 0.6, 0, None)]
+    gate = [Found(0.6, 0.3, 2, 100), Found(0.8, 0.4, 2, 100), Found(0.8, 0.5, 2, 100), Found(0.8, 0.3, 2, 100)]
+    made = {(row.method, row.held_out): row for row in rows(swept, results(swept, zero_shot=zero, gate=gate), 3)}
+    # the first seed holds out cow, then elk; then the second seed
+    cow, both = made["gate", "cow"], made["gate", "mean"]
+    assert cow.seen == pytest.approx((70.0, math.sqrt(200)))
+    assert cow.gain_seen == pytest.approx((20.0, math.sqrt(200)))
+    assert cow.gain_unseen == pytest.approx((10.0, 0.0), abs=1e-9)
+    assert cow.every == pytest.approx((100 * (1.5 + 2.1) / 6, 100 * math.sqrt(2) * 0.1))
+    assert both.seen == pytest.approx((75.0, math.sqrt(50)))  # 70 and 80
+    assert both.unseen == pytest.approx((37.5, math.sqrt(12.5)))  # 35 and 40
+    assert both.gain_unseen == pytest.approx((-2.5, math.sqrt(112.5)))  # 5 and -10
+    assert (both.rounds, both.seeds, both.bytes) == (20, 2, 100)
+    assert made["zero-shot", "mean"].rounds == 0
+
+
+def test_the_table_in_markdown_by_hand() -> None:
+    swept = plan("zero-shot", "fedavg", "scale")
+    made = rows(
+        swept,
+        results(
+            swept, zero_shot=[HALF._replace(bytes=None)] * 4, fedavg=[HALF] * 2, scale=[HALF._replace(seen=0.75)] * 4
+        ),
+        3,
+    )
+    published = [Published("theirs", {"cow": 61.25}, 60.0, True), Published("others", {"elk": 44.5}, None)]
+    assert markdown(made, published, 8_000_000).splitlines() == [
+        "| held out | cow | elk | mean | gain | a site and round | times less | rounds | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| zero-shot | 50.0 ± 0.0 / 25.0 ± 0.0 / 41.7 ± 0.0 | 50.0 ± 0.0 / 25.0 ± 0.0 / 41.7 ± 0.0 | "
+        "50.0 ± 0.0 / 25.0 ± 0.0 / 41.7 ± 0.0 | – | – | – | – | 2 |",
+        "| FedAVG, whole model | 50.0 / 25.0 / 41.7 | 50.0 / 25.0 / 41.7 | 50.0 / 25.0 / 41.7 | +0.0 / +0.0 | "
+        "2 kB | 4,000 | 5 | 1 |",
+        "| ours, scale | 75.0 ± 0.0 / 25.0 ± 0.0 / 58.3 ± 0.0 | 75.0 ± 0.0 / 25.0 ± 0.0 / 58.3 ± 0.0 | "
+        "75.0 ± 0.0 / 25.0 ± 0.0 / 58.3 ± 0.0 | +25.0 ± 0.0 / +0.0 ± 0.0 | 2 kB | 4,000 | 20 | 2 |",
+        "| published: theirs | all 61.25 |  | all 60.00 |  |  |  |  |  |",
+        "| published: others |  | unseen 44.50 |  |  |  |  |  |  |",
+    ]
+
+
+def test_the_table_as_csv_by_hand() -> None:
+    swept = plan("zero-shot", "scale", holdouts=("",), seeds=1)
+    nothing = Found(0.5, None, 0, None)
+    made = rows(swept, results(swept, zero_shot=[nothing], scale=[nothing._replace(seen=0.6251, bytes=70)]), 1)
+    assert as_csv(made, [Published("theirs, 2025", {}, 60.0)]).splitlines() == [
+        "method,held_out,seeds,rounds,bytes,seen,seen_deviation,unseen,unseen_deviation,every,every_deviation,"
+        "gain_seen,gain_seen_deviation,gain_unseen,gain_unseen_deviation,source",
+        "zero-shot,,1,0,,50.00,,,,,,0.00,,,,measured",
+        "scale,,1,20,70,62.51,,,,,,12.51,,,,measured",
+        'published,mean,,,,,,60.00,,,,,,,,"theirs, 2025"',
+    ]
+
+
+def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
+    names = list(PUBLISHED["vlcs"][0].label)
+    assert names
+    root = folder(
+        tmp_path / "f", class_names=["bird", "car", "chair", "dog", "person"], domains=["Caltech101", "SUN09"]
+    )
+    table = compare(wishes(f"features:{root}"), 1, str(tmp_path / "out"))
+    assert "published: FedCLIP: ViT-B/16, as FedMVP" in table
+    assert "unseen 82.70" in table
+    assert "82.70" in (tmp_path / "out" / "table.csv").read_text()
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    given = ("adapter=gate", "seed=3", "alpha=-1", "bach-size=3", "nonsense")
+    with pytest.raises(UserError) as error:
+        planned(wishes(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum"))
+    told = str(error.value)
+    for part in (
+        "adapter: methods differ in it; choose some with --methods",
+        "seed: a sweep takes it as --seeds",
+        "alpha = -1.0: expected more than 0",
+        "did you mean batch-size?",
+        "nonsense: expected key=value",
+        "--methods fedsum: expected some of zero-shot, local",
+    ):
+        assert part in told
+    assert told.startswith("6 of the settings")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"methods": "fedavg"}, "--methods fedavg: needs images"),
+        ({"holdouts": "zebu"}, "--holdouts 'zebu': there is no such domain; the data has cow, elk, fox"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_told(changed: dict[str, str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        planned(wishes(f"features:{folder(tmp_path)}", **changed))
+    assert told in str(error.value)
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that do the sweep's work."""
+    told = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return [child for child in told if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Sweeping:
+    """`fedclip sweep` in a process of its own, with enough to do that it can be disturbed."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.results = tmp_path / "home" / "sweeps" / "results"
+        command = [str(BIN / "fedclip"), "sweep", "--data", f"features:{folder(tmp_path / 'f')}", "--methods", "gate"]
+        self.command = [*command, "--seeds", "3", "--rounds", "150", "--jobs", "2", "--out", str(tmp_path / "out")]
+        self.env = {**os.environ, "FEDCLIP_HOME": str(tmp_path / "home")}
+
+    def start(self) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(self.command, env=self.env, **pipes)
+
+    def when_there_are(self, count: int, process: subprocess.Popen[str]) -> None:
+        while not self.results.is_dir() or len(list(self.results.glob("[!.]*"))) < count:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(tmp_path: Path) -> None:
+    sweeping = Sweeping(tmp_path)
+    process = sweeping.start()
+    sweeping.when_there_are(12, process)  # zero-shot, of which there are 9, and some more
+    busy = workers(process.pid)
+    assert len(busy) == 2
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "The results so far are kept: the same command goes on from here." in told
+    assert "Traceback" not in told
+    assert not any(map(alive, busy))
+    done = sweeping.start()
+    table, told = done.communicate()
+    assert done.returncode == 0, told
+    assert " of 18 results from earlier" in table
+    once = (tmp_path / "out" / "table.md").read_text()
+    shutil.rmtree(sweeping.results)
+    assert sweeping.start().wait() == 0
+    assert (tmp_path / "out" / "table.md").read_text() == once
+
+
+def test_a_process_that_is_killed_is_told_and_the_results_are_kept(tmp_path: Path) -> None:
+    sweeping = Sweeping(tmp_path)
+    process = sweeping.start()
+    sweeping.when_there_are(12, process)
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    _, told = process.communicate()
+    assert process.returncode == 2
+    assert "was ended from outside, perhaps for want of memory" in told
+    assert "Traceback" not in told
+    assert len(list(sweeping.results.glob("[!.]*"))) >= 12
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="let --out name another folder"):
+        compare(wishes(f"features:{folder(tmp_path / 'f')}"), 1, str(tmp_path / "file"))
