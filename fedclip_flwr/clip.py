@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled" / "model"
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 """What a model consists of: settings, vocabulary, weights. Never a pickle."""
-PART = 256
-"""So many images are evaluated at once."""
+PART = 64
+"""So many images are evaluated at once: more no longer fit into a CPU's caches."""
 
 
 @dataclass(frozen=True)

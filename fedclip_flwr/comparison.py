@@ -29,6 +29,8 @@ MEAN = "mean"
 """Stands for all held-out domains."""
 OPTIONS = {"data": "data", "model": "model", "holdout": "holdouts", "seed": "seeds", "num-server-rounds": "rounds"}
 """Settings that a sweep takes as options."""
+MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "codec", "resume", "results-dir"})
+"""Settings of messages and run folders, of which a sweep has none."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def compare(wishes: Wishes, jobs: int, out: str) -> str:
         [
             f"{table}",
             f"Test accuracy in %, {what}, mean ± standard deviation over the seeds; gains over zero-shot.",
-            f"{plan.settings.data}, {features.model}, {plan.sites} sites, seeds from {plan.seeds[0]}; "
+            f"{', '.join([plan.settings.data, features.model, *wishes.settings])}, {plan.sites} sites, "
+            f"seeds from {plan.seeds[0]}; "
             f"{time.monotonic() - begun:.0f} s with {jobs} processes on {os.cpu_count()} cores, "
             f"{platform.machine()}{taken}",
             f"Table: {folder / 'table.md'} and table.csv",
@@ -92,6 +95,8 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
             problems[key] = f"{key}: a sweep takes it as --{OPTIONS[key]}"
         elif key in OWN:
             problems[key] = f"{key}: methods differ in it; choose some with --methods"
+        elif key in MEANINGLESS:
+            problems[key] = f"{key}: it means nothing in a sweep; leave it out"
     possible = [m for m in METHODS if not (wishes.data.startswith("features:") and METHODS[m].whole_model)]
     methods = _listed(wishes.methods) or possible
     if unknown := sorted({*methods} - {*METHODS}):

@@ -17,7 +17,7 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import BLENDS, RECIPES, Classes, Examples, Learner, average, best_blend, best_round, evaluate
 from fedclip_flwr.metrics import mean_accuracy
-from fedclip_flwr.sites import Site, learn, new_adapter, simulated_site
+from fedclip_flwr.sites import Site, drawn_by_lot, learn, new_adapter, simulated_site
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def federate(
     settings = settings or Settings()
     classes = classes.ready(classes.text.device)
     shared = start or new_adapter(settings, classes.dim).to(classes.text.device)
-    learners = sorted((s for s in sites if len(s.train.labels)), key=lambda s: s.name)
-    if not learners:
+    able = {site.name: site for site in sites if len(site.train.labels)}
+    if not able:
         raise UserError("no site has an example to learn from: use more data or fewer sites")
 
     def mean(parts: list[Examples]) -> float | None:
@@ -106,12 +106,13 @@ def federate(
             best = copy.deepcopy(shared.state_dict())
         if number == settings.num_server_rounds:
             break
-        answers = []
-        for site in learners:
+        answers, weights = [], []
+        for name in drawn_by_lot(able, settings.fraction_train, settings.seed, number + 1):
             own = copy.deepcopy(shared)
-            learn(own, site, classes, settings, number + 1)
+            learn(own, able[name], classes, settings, number + 1)
             answers.append(own.state_dict())
-        shared.load_state_dict(average(answers))
+            weights.append(float(len(able[name].train.labels)))
+        shared.load_state_dict(average(answers, weights if settings.site_weights == "examples" else None))
         each_round()
     shared.load_state_dict(best)
     if isinstance(shared, Adapter) and settings.blend == "auto":

@@ -5,7 +5,6 @@ On Flower's public `Grid`. Node ids are random in every simulation: what must be
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -17,7 +16,7 @@ from flwr.superlink.grid import InMemoryGrid
 from fedclip_flwr import exchange
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report
-from fedclip_flwr.learning import seed_of
+from fedclip_flwr.sites import drawn_by_lot
 from fedclip_flwr.strategy import AdapterFedAvg
 from fedclip_flwr.vocabulary import Vocabulary
 
@@ -150,10 +149,8 @@ class Nodes:
     def choose(self, share: float, seed: int, number: int) -> tuple[list[int], list[int]]:
         """Which connected sites train in a round, drawn by seed and name from those that can; and the others. Ids."""
         sites = self._connected()
-        able = sorted(name for name in sites if self.hellos[name].train)
-        count = min(max(1, round(share * len(able))), len(able))
-        names = random.Random(seed_of(seed, "sites", number)).sample(able, count)
-        return [sites[name] for name in sorted(names)], [sites[name] for name in sorted({*sites} - {*names})]
+        names = drawn_by_lot((name for name in sites if self.hellos[name].train), share, seed, number)
+        return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
 
     def good(self, without: Iterable[str] = ()) -> list[int]:
         """Node ids of the connected sites whose last answer could be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,6 +84,13 @@ def new_adapter(settings: Settings, dim: int) -> Adapter:
         identity=RECIPES[settings.recipe].identity,
         seed=settings.seed,
     )
+
+
+def drawn_by_lot(names: Iterable[str], share: float, seed: int, number: int) -> list[str]:
+    """Which of the sites train in round `number`; at least one, if there is one."""
+    able = sorted(names)
+    count = min(max(1, round(share * len(able))), len(able))
+    return sorted(random.Random(seed_of(seed, "sites", number)).sample(able, count))
 
 
 def learn(learner: Learner, site: Site, classes: Classes, settings: Settings, number: int) -> None:

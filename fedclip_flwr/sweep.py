@@ -122,13 +122,13 @@ def sweep(plan: Plan, jobs: int) -> tuple[Results, int]:
     """The results of all cells, and how many of them were kept from earlier."""
     cells, store = plan.cells(), content.home() / "sweeps" / "results"
     opened = {whole: _open(plan.settings, whole) for whole in sorted({cell.whole_model for cell in cells})}
-    for features in opened.values():
-        for domain in features.domains:  # encoded once, by this process, with a progress bar
-            features.examples(domain)
     keys = {cell: cell.key(opened[cell.whole_model]) for cell in cells}
     kept = {cell: content.recall(key, store) for cell, key in keys.items()}
     results = {cell: Found(**json.loads(text)) for cell, text in kept.items() if text}
     todo, known = [cell for cell in cells if cell not in results], len(results)
+    for whole in {cell.whole_model for cell in todo}:
+        for domain in opened[whole].domains:  # encoded once, by this process, with a progress bar
+            opened[whole].examples(domain)
     for cell, found in _solved(todo, plan.settings, jobs, len(cells)):
         results[cell] = found
         content.remember(keys[cell], json.dumps(found._asdict()), store)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from fedclip_flwr.adapters import tensor_names
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.exchange import may_leave
-from fedclip_flwr.features import Features
+from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.inprocess import Result, federate, make_sites
 from fedclip_flwr.saved import load_adapter
+from fedclip_flwr.sites import new_learner
+from fedclip_flwr.sweep import Cell, solve
 
 PROJECT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -54,9 +57,11 @@ def completed(nodes: int, results: Path, *settings: str, **where: Any) -> Path:
     return run_folder(results)
 
 
-def in_one_process(features: Features, nodes: int) -> Result:
-    sites, unseen = make_sites(features, sites=nodes)
-    return federate(sites, features.classes, unseen, Settings(num_server_rounds=ROUNDS))
+def in_one_process(features: Features, nodes: int, settings: Settings | None = None) -> Result:
+    settings = replace(settings or Settings(), num_server_rounds=ROUNDS)
+    sites, unseen = make_sites(features, sites=nodes, seed=settings.seed)
+    whole = new_learner(settings, features) if settings.method == "full-model" else None
+    return federate(sites, features.classes, unseen, settings, start=whole)
 
 
 def assert_same_result(folder: Path, truth: Result) -> None:
@@ -69,8 +74,16 @@ def assert_same_result(folder: Path, truth: Result) -> None:
         assert line["unseen"] == pytest.approx(expected.unseen, abs=0.002)
     last = truth.lines[-1]
     assert last.round == ROUNDS
-    state = load_file(folder / "adapter.safetensors")
-    assert read(folder, "adapter.json")["round"] == truth.selected.round
+    adapted = read(folder, "summary.json")["adapted"]
+    assert (adapted["round"], adapted["blend"]) == (truth.selected.round, truth.blend)
+    assert adapted["seen"] == pytest.approx(truth.selected.seen, abs=0.004)
+    if (folder / "model").is_dir():
+        state = {f"net.{name}": tensor for name, tensor in load_file(folder / "model" / "model.safetensors").items()}
+    else:
+        state = load_file(folder / "adapter.safetensors")
+        assert read(folder, "adapter.json")["round"] == truth.selected.round
+        assert read(folder, "adapter.json")["blend"] == truth.blend
+    assert state.keys() == truth.state.keys()
     for name, tensor in truth.state.items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
 
@@ -80,6 +93,49 @@ def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_
     folder = completed(nodes, tmp_path)
     assert_same_result(folder, in_one_process(drawn, nodes))
     assert len(read(folder, "summary.json")["adapted"]["sites"]) == nodes
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recipe": "paper"},
+        {"adapter": "gate", "adapter_rank": 2, "blend": 0.5, "local_epochs": 2, "batch_size": 100},
+        {"adapter": "scale", "blend": "auto", "strategy": "fedprox", "proximal_mu": 50.0, "seed": 3},
+        {"fraction_train": 0.5, "site_weights": "examples", "learning_rate": 1e-3},
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_what_can_be_set_does_the_same_in_a_run_as_in_one_process(
+    given: dict[str, Any], tmp_path: Path, drawn: Features
+) -> None:
+    folder = completed(5, tmp_path, *(f"{key.replace('_', '-')}={value}" for key, value in given.items()))
+    truth = in_one_process(drawn, 5, Settings(**given))
+    assert_same_result(folder, truth)
+    plain = in_one_process(drawn, 5, replace(Settings(), seed=given.get("seed", 0)))
+    assert truth.lines[1:] != plain.lines[1:]
+
+
+def test_fedprox_of_the_whole_model_runs_as_in_one_process(tmp_path: Path, tree: Path) -> None:
+    given = ["method=full-model", "recipe=paper", "strategy=fedprox", "proximal-mu=5", f"data=folder:{tree}"]
+    folder = completed(2, tmp_path, *given, "batch-size=4")
+    settings = Settings(
+        data=f"folder:{tree}",
+        method="full-model",
+        recipe="paper",
+        strategy="fedprox",
+        proximal_mu=5.0,
+        batch_size=4,
+    )
+    assert_same_result(folder, in_one_process(open_features(settings, progress=False), 2, settings))
+    traffic = read(folder, "summary.json")["traffic"]
+    assert traffic["times_less"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_bytes_of_a_round_are_those_that_a_sweep_tells(tmp_path: Path, drawn: Features) -> None:
+    for kind in ("scale", "attention"):
+        folder = completed(3, tmp_path / kind, f"adapter={kind}")
+        told = solve(Cell(kind, Settings(adapter=kind, holdout="sketch", num_server_rounds=1), 3), drawn).bytes
+        assert told == pytest.approx(read(folder, "summary.json")["traffic"]["per_site_round_bytes"], rel=0.02)
 
 
 def test_the_same_seed_gives_the_same_adapter_to_the_bit(tmp_path: Path, drawn: Features) -> None:

@@ -223,7 +223,7 @@ def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypat
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
-    given = ("adapter=gate", "seed=3", "alpha=-1", "bach-size=3", "nonsense")
+    given = ("adapter=gate", "seed=3", "alpha=-1", "bach-size=3", "nonsense", "personalize=true")
     with pytest.raises(UserError) as error:
         planned(wishes(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum"))
     told = str(error.value)
@@ -233,10 +233,11 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "alpha = -1.0: expected more than 0",
         "did you mean batch-size?",
         "nonsense: expected key=value",
+        "personalize: it means nothing in a sweep",
         "--methods fedsum: expected some of zero-shot, local",
     ):
         assert part in told
-    assert told.startswith("6 of the settings")
+    assert told.startswith("7 of the settings")
 
 
 @pytest.mark.parametrize(
