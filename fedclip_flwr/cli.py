@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,27 +75,36 @@ def run(
     raise typer.Exit(code)
 
 
+def _option(text: str, *names: str) -> Any:
+    """An option whose help says its default itself: typer would put a stray backslash before it."""
+    return typer.Option(*names, help=text, show_default=False)
+
+
 @app.command()
 def sweep(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    data: Annotated[str, typer.Option(help="As the setting data: drawn, pacs, folder:PATH, features:PATH…")] = "drawn",
-    model: Annotated[str, typer.Option(help="As the setting model.")] = "bundled",
+    data: Annotated[
+        str, _option("As the setting data: pacs, folder:PATH, features:PATH…; drawn unless said.")
+    ] = "drawn",
+    model: Annotated[str, _option("As the setting model; bundled unless said.")] = "bundled",
     methods: Annotated[
         str,
-        typer.Option(
-            help=("With commas: zero-shot, local, fedavg, fedprox, paper, attention, gate, scale, blend, centralised."),
-            show_default="all",
+        _option(
+            "With commas: zero-shot, local, fedavg, fedprox, paper, attention, gate, scale, blend, centralised; all "
+            "unless said."
         ),
     ] = "",
-    holdouts: Annotated[str, typer.Option(help="Domains to hold out in turn.", show_default="every one")] = "",
-    sites: Annotated[int, typer.Option(min=0, help="How many sites.", show_default="one for each seen domain")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: other splits, other random weights.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0)] = 0,
-    rounds: Annotated[int, typer.Option(min=1)] = 20,
-    full_model_rounds: Annotated[int, typer.Option(min=1, help="For methods that train the whole model.")] = 5,
-    full_model_seeds: Annotated[int, typer.Option(min=1, help="The same: how many of the seeds.")] = 1,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes.", show_default="as many as cores, or 1 with a GPU")] = 0,
-    out: Annotated[str, typer.Option(help="Folder of the table.", show_default="below FEDCLIP_HOME/sweeps")] = "",
+    holdouts: Annotated[str, _option("Domains to hold out in turn, with commas; every one unless said.")] = "",
+    nodes: Annotated[int, _option("How many sites; one for each seen domain unless said.", "--nodes", "-n")] = 0,
+    seeds: Annotated[
+        int, _option("How many seeds, each with other splits and other random weights; 3 unless said.")
+    ] = 3,
+    first_seed: Annotated[int, _option("The first of them; 0 unless said.")] = 0,
+    rounds: Annotated[int, _option("Rounds; 20 unless said.")] = 20,
+    full_model_rounds: Annotated[int, _option("Rounds where the whole model is trained; 5 unless said.")] = 5,
+    full_model_seeds: Annotated[int, _option("How many of the seeds then; 1 unless said.")] = 1,
+    jobs: Annotated[int, _option("Processes; as many as there are cores unless said, or 1 with a GPU.")] = 0,
+    out: Annotated[str, _option("The table's folder; one below FEDCLIP_HOME/sweeps unless said.")] = "",
 ) -> None:
     """Compare methods: every one on every held-out domain, with several seeds, in one table.
 
@@ -114,16 +123,18 @@ def sweep(
         model,
         methods,
         holdouts,
-        sites,
+        nodes,
         seeds,
         first_seed,
         rounds,
         full_model_rounds,
         full_model_seeds,
+        jobs,
+        out,
         settings or [],
     )
     try:
-        typer.echo(comparison.compare(wishes, jobs, out))
+        typer.echo(comparison.compare(wishes))
     except UserError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

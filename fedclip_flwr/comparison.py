@@ -41,23 +41,25 @@ class Wishes:
     model: str
     methods: str
     holdouts: str
-    sites: int
+    nodes: int
     seeds: int
     first_seed: int
     rounds: int
-    whole_rounds: int
-    whole_seeds: int
+    full_model_rounds: int
+    full_model_seeds: int
+    jobs: int
+    out: str
     settings: Sequence[str]
 
 
-def compare(wishes: Wishes, jobs: int, out: str) -> str:
-    """Runs the sweep; its table and summary. The table is also written to the folder `out`."""
+def compare(wishes: Wishes) -> str:
+    """Runs the sweep; its table and summary. The table is also written to a folder."""
     begun = time.monotonic()
     plan, features = planned(wishes)
     name = content.file_name(f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}")
-    folder = Path(out).expanduser().absolute() if out else content.home() / "sweeps" / name
+    folder = Path(wishes.out).expanduser().absolute() if wishes.out else content.home() / "sweeps" / name
     content.make_folder(folder, "--out")  # before the work, not after it
-    jobs = jobs or (1 if clip.pick_device(plan.settings.device).type == "cuda" else os.cpu_count() or 1)
+    jobs = wishes.jobs or (1 if clip.pick_device(plan.settings.device).type == "cuda" else os.cpu_count() or 1)
     results, kept = sweep(plan, jobs)
     made = rows(plan, results, len(features.domains))
     preset = fitting(features.domains, features.vocabulary.class_names)
@@ -86,10 +88,23 @@ def _write(text: str, path: Path) -> None:
 
 def planned(wishes: Wishes) -> tuple[Plan, Features]:
     """The plan; everything that is wrong is told at once."""
-    rounds = f"num-server-rounds={wishes.rounds}"
+    rounds = f"num-server-rounds={max(wishes.rounds, 1)}"
     given, problems = read_settings([f"data={wishes.data}", f"model={wishes.model}", rounds])
     more, wrong = read_settings(wishes.settings)
     problems |= wrong
+    least = {
+        "nodes": 0,
+        "seeds": 1,
+        "first_seed": 0,
+        "rounds": 1,
+        "full_model_rounds": 1,
+        "full_model_seeds": 1,
+        "jobs": 0,
+    }
+    for name, number in least.items():
+        if getattr(wishes, name) < number:
+            told = f"--{name.replace('_', '-')} {getattr(wishes, name)}"
+            problems[told] = f"{told}: expected at least {number}"
     for key in more:
         if key in OPTIONS:
             problems[key] = f"{key}: a sweep takes it as --{OPTIONS[key]}"
@@ -117,9 +132,9 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
         ["zero-shot", *(name for name in METHODS if name in methods and name != "zero-shot")],
         list(dict.fromkeys(holdouts)),
         range(wishes.first_seed, wishes.first_seed + wishes.seeds),
-        wishes.sites or max(1, len(features.domains) - (holdouts != [""])),
-        wishes.whole_rounds,
-        wishes.whole_seeds,
+        wishes.nodes or max(1, len(features.domains) - (holdouts != [""])),
+        wishes.full_model_rounds,
+        wishes.full_model_seeds,
     )
     return plan, features
 

@@ -196,7 +196,7 @@ class Encoded:
         tensors, facts = self._class_entry
         return Classes(tensors["text_features"], float(facts["logit_scale"]), float(facts["logit_bias"]))
 
-    @property
+    @cached_property
     def content(self) -> str:
         images = (f"{domain} {self._source.content(domain)}" for domain in self.domains)
         numbers = " ".join(map(str, self._numbers.tolist()))
@@ -331,7 +331,7 @@ class FeatureFolder:
                 f"{SEPARATOR.join(self.vocabulary.templates)!r}"
             )
 
-    @property
+    @cached_property
     def content(self) -> str:
         names = ["features.json", *(f"{name}.safetensors" for name in ("classes", *self.domains))]
         return content.of_files(self._root, names, content.memory())

@@ -103,9 +103,12 @@ class Recipe:
         """The learning rate for so many steps an epoch.
 
         Adam moves each number by about the rate in each step: a layer that is wider takes steps that are as many times
-        smaller, and a site with few steps takes larger ones, so that it too gets somewhere in a round.
+        smaller, and a site with few steps takes larger ones, so that its adapter too gets somewhere in a round.
         """
-        rate = self.learning_rate[kind] * max(1.0, self.steps / max(steps, 1))
+        rate = self.learning_rate[kind]
+        if kind == "full-model":
+            return rate
+        rate *= max(1.0, self.steps / max(steps, 1))
         return rate * self.width / dim if self.width and kind == "attention" else rate
 
 

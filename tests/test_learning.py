@@ -250,6 +250,7 @@ def test_a_site_with_few_steps_takes_larger_ones_but_not_in_the_paper() -> None:
     assert default.rate("gate", 512, 40) == default.rate("gate", 512, 10) == default.learning_rate["gate"]
     assert default.rate("gate", 512, 0) == default.rate("gate", 512, 1)
     assert paper.rate("gate", 512, 2) == 5e-5
+    assert default.rate("full-model", 512, 2) == default.rate("full-model", 512, 10)
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:

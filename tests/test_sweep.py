@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedclip_flwr import comparison
-from fedclip_flwr.baselines import METHODS, PUBLISHED, Published
+from fedclip_flwr.baselines import METHODS, Published
 from fedclip_flwr.comparison import Wishes, as_csv, compare, markdown, planned, rows
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
@@ -50,12 +50,14 @@ def wishes(data: str, *settings: str, **changed: Any) -> Wishes:
         "model": "bundled",
         "methods": "",
         "holdouts": "",
-        "sites": 0,
+        "nodes": 0,
         "seeds": 2,
         "first_seed": 0,
         "rounds": 2,
-        "whole_rounds": 1,
-        "whole_seeds": 1,
+        "full_model_rounds": 1,
+        "full_model_seeds": 1,
+        "jobs": 1,
+        "out": "",
     }
     return Wishes(data=data, settings=settings, **{**given, **changed})
 
@@ -76,7 +78,7 @@ def test_a_plan_has_every_method_on_every_holdout_with_every_seed(tmp_path: Path
 
 
 def test_the_whole_model_has_rounds_and_seeds_of_its_own_and_comes_first(tree: Path) -> None:
-    plan, features = planned(wishes(f"folder:{tree}", methods="fedavg,gate", seeds=3, whole_seeds=2))
+    plan, features = planned(wishes(f"folder:{tree}", methods="fedavg,gate", seeds=3, full_model_seeds=2))
     cells = plan.cells()
     assert [cell.method for cell in cells[:4]] == ["fedavg"] * 4
     assert {cell.settings.seed for cell in cells if cell.whole_model} == {0, 1}
@@ -105,35 +107,37 @@ def test_results_are_kept_and_taken_over_until_the_data_or_the_settings_change(
     home = tmp_path / "home"
     monkeypatch.setenv("FEDCLIP_HOME", str(home))
     data = f"features:{folder(tmp_path / 'f')}"
-    first = compare(wishes(data, methods="gate"), 2, "")
+    first = compare(wishes(data, methods="gate", jobs=2))
     assert "from earlier" not in first
-    again = compare(wishes(data, methods="gate"), 2, "")
+    again = compare(wishes(data, methods="gate", jobs=2))
     assert ", 12 of 12 results from earlier" in again
     assert again.split("\n\n")[0] == first.split("\n\n")[0]
-    assert ", 12 of 27 results from earlier" in compare(wishes(data, methods="gate,scale", seeds=3), 1, "")
-    assert "from earlier" not in compare(wishes(data, methods="gate", rounds=1), 1, "").replace(", 0 of", "")
+    assert ", 12 of 27 results from earlier" in compare(wishes(data, methods="gate,scale", seeds=3))
+    assert "from earlier" not in compare(wishes(data, methods="gate", rounds=1))
     moved = Path(data.removeprefix("features:")).rename(tmp_path / "elsewhere")
-    assert ", 12 of 12 results from earlier" in compare(wishes(f"features:{moved}", methods="gate"), 1, "")
+    assert ", 12 of 12 results from earlier" in compare(wishes(f"features:{moved}", methods="gate"))
     folder(moved, seed=1)
-    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"), 1, "")
+    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"))
     for file in (home / "sweeps" / "results").iterdir():
         file.write_text(file.read_text()[:-3])
-    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"), 1, "")
+    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"))
 
 
 def test_one_process_or_two_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, tables = f"features:{folder(tmp_path / 'f')}", []
     for jobs in (1, 2):
         monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / str(jobs)))
-        compare(wishes(data), jobs, str(tmp_path / f"out-{jobs}"))
+        compare(wishes(data, jobs=jobs, out=str(tmp_path / f"out-{jobs}")))
         tables.append([(tmp_path / f"out-{jobs}" / name).read_text() for name in ("table.md", "table.csv")])
     assert tables[0] == tables[1]
     assert all(METHODS[name].label in tables[0][0] for name in METHODS if not METHODS[name].whole_model)
 
 
 def test_images_are_swept_with_the_whole_model_beside(tree: Path, tmp_path: Path) -> None:
-    given = wishes(f"folder:{tree}", methods="fedavg,fedprox,scale", holdouts="photo", seeds=1)
-    table = compare(given, 2, str(tmp_path / "out"))
+    given = wishes(
+        f"folder:{tree}", methods="fedavg,fedprox,scale", holdouts="photo", jobs=2, out=str(tmp_path / "out")
+    )
+    table = compare(given)
     assert "FedAVG, whole model" in table
     assert "FedProx, whole model" in table
     line = next(line for line in table.splitlines() if "FedAVG" in line)
@@ -211,12 +215,10 @@ def test_the_table_as_csv_by_hand() -> None:
 
 def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
-    names = list(PUBLISHED["vlcs"][0].label)
-    assert names
     root = folder(
         tmp_path / "f", class_names=["bird", "car", "chair", "dog", "person"], domains=["Caltech101", "SUN09"]
     )
-    table = compare(wishes(f"features:{root}"), 1, str(tmp_path / "out"))
+    table = compare(wishes(f"features:{root}", out=str(tmp_path / "out")))
     assert "published: FedCLIP: ViT-B/16, as FedMVP" in table
     assert "unseen 82.70" in table
     assert "82.70" in (tmp_path / "out" / "table.csv").read_text()
@@ -225,7 +227,7 @@ def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypat
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     given = ("adapter=gate", "seed=3", "alpha=-1", "bach-size=3", "nonsense", "personalize=true")
     with pytest.raises(UserError) as error:
-        planned(wishes(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum"))
+        planned(wishes(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum", seeds=0, rounds=-3))
     told = str(error.value)
     for part in (
         "adapter: methods differ in it; choose some with --methods",
@@ -234,10 +236,12 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "did you mean batch-size?",
         "nonsense: expected key=value",
         "personalize: it means nothing in a sweep",
+        "--seeds 0: expected at least 1",
+        "--rounds -3: expected at least 1",
         "--methods fedsum: expected some of zero-shot, local",
     ):
         assert part in told
-    assert told.startswith("7 of the settings")
+    assert told.startswith("9 of the settings")
 
 
 @pytest.mark.parametrize(
@@ -322,4 +326,4 @@ def test_a_process_that_is_killed_is_told_and_the_results_are_kept(tmp_path: Pat
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="let --out name another folder"):
-        compare(wishes(f"features:{folder(tmp_path / 'f')}"), 1, str(tmp_path / "file"))
+        compare(wishes(f"features:{folder(tmp_path / 'f')}", out=str(tmp_path / "file")))
