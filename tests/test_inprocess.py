@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 import torch
@@ -133,12 +134,18 @@ def test_sites_hold_every_seen_row_once_and_none_of_the_holdout(drawn: Features)
     )
 
 
-def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(drawn: Features) -> None:
+@pytest.mark.parametrize(
+    ("kind", "holdouts", "least"),
+    [("attention", ("art", "cartoon", "photo", "sketch"), 0.045), ("gate", ("art",), 0.03), ("scale", ("art",), 0.03)],
+)
+def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(
+    kind: str, holdouts: tuple[str, ...], least: float, drawn: Features
+) -> None:
     seen, unseen = [], []
-    for holdout in drawn.domains:
+    for holdout in holdouts:
         sites, rest = make_sites(drawn, holdout)
-        result = federate(sites, drawn.classes, rest)
+        result = federate(sites, drawn.classes, rest, Settings(adapter=kind))
         seen.append(result.selected.seen - result.zero_shot.seen)
         unseen.append((result.selected.unseen or 0.0) - (result.zero_shot.unseen or 0.0))
-    assert sum(seen) / 4 >= 0.04  # benchmarks/holdouts.py, three seeds: 5.4 and 2.4 points
-    assert sum(unseen) / 4 >= 0.01
+    assert mean(seen) >= least
+    assert mean(unseen) >= 0.02
