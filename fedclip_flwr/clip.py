@@ -226,8 +226,7 @@ class Clip:
             yield pixels
 
     def whole(self, prompts: Sequence[str], templates: int) -> WholeModel:
-        """A copy of all of it to be trained, that compares images with these prompts (all classes of one template, then
-        of the next)."""
+        """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""
         return WholeModel(copy.deepcopy(self._net), self._processor, self._tokens(prompts), templates, self.dtype)
 
 

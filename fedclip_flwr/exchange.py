@@ -100,6 +100,7 @@ def round_size(state: Mapping[str, Tensor], task: ConfigRecord, report: Report) 
     """How many bytes a round with one site has, there and back."""
     content = RecordDict({"arrays": write_adapter(state), "config": ConfigRecord({**task, "server-round": 1})})
     question = Message(content, dst_node_id=2**63, message_type=MessageType.TRAIN)
+    question.metadata.__dict__.update(_run_id=2**63, _src_node_id=1, _message_id="0" * 64)  # as a grid does
     return size(question) + size(Message(write_answer(report, state), reply_to=question))
 
 

@@ -157,7 +157,7 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
 class Encoded:
     """Features of a source's images, encoded by a model now or earlier."""
 
-    kind, _doing = "images", "encoding"
+    _entry, _doing = "images", "encoding"
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class Encoded:
     def content(self) -> str:
         images = (f"{domain} {self._source.content(domain)}" for domain in self.domains)
         numbers = " ".join(map(str, self._numbers.tolist()))
-        return content.digest(self.kind, self._folder.name, self.vocabulary.key, numbers, *images)
+        return content.digest(self._entry, self._folder.name, self.vocabulary.key, numbers, *images)
 
     @property
     def model_folder(self) -> Path:
@@ -212,7 +212,7 @@ class Encoded:
         return self._opened[domain]
 
     def _open(self, domain: str) -> Examples:
-        path = self._folder / f"{self.kind}-{self._source.content(domain)}.safetensors"
+        path = self._folder / f"{self._entry}-{self._source.content(domain)}.safetensors"
         tensors, facts = store.kept(path, lambda: self._encode(domain))
         if broken := int(facts["broken"]):
             count, names = broken + len(tensors["labels"]), facts["names"] + ", …" * (broken > NAMED)
@@ -277,7 +277,7 @@ class Encoded:
 class Pixels(Encoded):
     """The same images as pixels in bytes, as the whole model takes them."""
 
-    kind, _doing = "pixels", "reading"
+    _entry, _doing = "pixels", "reading"
 
     def _seen(self, images: Iterator[Image]) -> Iterator[Tensor]:
         return self._clip.pixels(images)

@@ -180,8 +180,8 @@ def train(
             loss = recipe.loss(learner(batch.features), batch.labels, learner.against(classes))
             gradients = list(torch.autograd.grad(loss, parameters))
             with torch.no_grad():
-                for gradient, now, then in zip(gradients, parameters, start, strict=False):
-                    gradient += proximal * (now - then)
+                if proximal:
+                    gradients = [g + proximal * (p - s) for g, p, s in zip(gradients, parameters, start, strict=True)]
                 adam(
                     parameters,
                     gradients,
