@@ -225,15 +225,15 @@ class Clip:
                 raise UserError(f"method = 'full-model': a {self._net.config.model_type} takes images in another form")
             yield pixels
 
-    def whole(self, prompts: Sequence[str], templates: int) -> WholeModel:
+    def whole(self, prompts: Sequence[str], templates: int = 1, dtype: torch.dtype = torch.float32) -> WholeModel:
         """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""
-        return WholeModel(copy.deepcopy(self._net), self._processor, self._tokens(prompts), templates, self.dtype)
+        return WholeModel(copy.deepcopy(self._net), self._processor, self._tokens(prompts), templates, dtype)
 
 
 class WholeModel(Learner):
     """A whole CLIP that learns: from pixels as `Clip.pixels` gives them, with class features of its own.
 
-    Its weights are float32; it computes in the precision that was asked for.
+    Its weights are float32; it computes in the precision that is asked for.
     """
 
     factor: Tensor

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fedclip_flwr import clip, content
 from fedclip_flwr.baselines import METHODS, OWN, PUBLISHED, Published
 from fedclip_flwr.config import unusable
-from fedclip_flwr.console import bytes_of
+from fedclip_flwr.console import bytes_of, counted
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.presets import PRESETS, fitting
 from fedclip_flwr.errors import UserError
@@ -64,22 +64,18 @@ def compare(wishes: Wishes) -> str:
     made = rows(plan, results, len(features.domains))
     preset = fitting(features.domains, features.vocabulary.class_names)
     published = next((PUBLISHED[name] for name, known in PRESETS.items() if known is preset), [])
-    table = markdown(made, published, 2 * 4 * features.parameters if features.parameters else None)
-    for file, text in (("table.md", table), ("table.csv", as_csv(made, published))):
-        content.write_whole(folder / file, partial(_write, text), "--out")
     what = "seen / unseen" + (" / all domains" if any(source.every for source in published) else "")
-    taken = f", {kept} of {len(results)} results from earlier" if kept else ""
-    return "\n".join(
-        [
-            f"{table}",
-            f"Test accuracy in %, {what}, mean ± standard deviation over the seeds; gains over zero-shot.",
-            f"{', '.join([plan.settings.data, features.model, *wishes.settings])}, {plan.sites} sites, "
-            f"seeds from {plan.seeds[0]}; "
-            f"{time.monotonic() - begun:.0f} s with {jobs} processes on {os.cpu_count()} cores, "
-            f"{platform.machine()}{taken}",
-            f"Table: {folder / 'table.md'} and table.csv",
-        ]
+    on = f"{counted(jobs, 'process')} on {counted(os.cpu_count() or 1, 'core')}, {platform.machine()}"
+    facts = [plan.settings.data, features.model, *wishes.settings, counted(plan.sites, "site")]
+    text = (
+        f"{markdown(made, published, 2 * 4 * features.parameters if features.parameters else None)}\n"
+        f"Test accuracy in %, {what}, mean ± standard deviation over the seeds; gains over zero-shot.\n"
+        f"{', '.join(facts)}, seeds from {plan.seeds[0]}; {time.monotonic() - begun:.0f} s with {on}"
+        + (f"; {kept} of {len(results)} results from earlier" if kept else "")
     )
+    for file, whole in (("table.md", f"{text}\n"), ("table.csv", as_csv(made, published))):
+        content.write_whole(folder / file, partial(_write, whole), "--out")
+    return f"{text}\nTable: {folder / 'table.md'} and table.csv"
 
 
 def _write(text: str, path: Path) -> None:

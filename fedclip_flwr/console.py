@@ -49,7 +49,7 @@ def plan(
         ("held out", f"{holdout}, {len(features.examples(holdout).labels):,} images" if holdout else "nothing"),
         ("trained", _trained(settings, features, trainable, len(tensors))),
         ("traffic", f"{bytes_of(4 * trainable)} to a site and as much back in each round"),
-        ("learning", f"{_count(rounds, 'round')} of {_count(epochs, 'epoch')} in batches of {settings.batch_size}"),
+        ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
         ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
         ("features", str(content.home() / "features")),
@@ -63,12 +63,12 @@ def plan(
     if nowhere:
         facts.append(("at no site", _some(nowhere)))
     rows = [(h.site, h.domain, f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
-    table = _table([(_count(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
+    table = _table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
 
 
 def _trained(settings: Settings, features: Features, numbers: int, tensors: int) -> str:
-    whole, holds = features.parameters, f"{numbers:,} numbers in {_count(tensors, 'tensor')}"
+    whole, holds = features.parameters, f"{numbers:,} numbers in {counted(tensors, 'tensor')}"
     if settings.method == "full-model":
         return f"the whole model: {holds}"
     rank = f" of rank {settings.adapter_rank}" if settings.adapter == "gate" else ""
@@ -213,8 +213,9 @@ def bytes_of(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def counted(number: int, what: str) -> str:
+    ending = "es" if what.endswith("s") else "s"
+    return f"{number} {what}" if number == 1 else f"{number} {what}{ending}"
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

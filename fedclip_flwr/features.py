@@ -224,12 +224,16 @@ class Encoded:
 
     @cached_property
     def _folder(self) -> Path:
-        precision = str(clip.pick_precision(self._precision)).removeprefix("torch.")
+        precision = str(clip.pick_precision(self._loaded_in)).removeprefix("torch.")
         return self._root / f"{self.model_content}-{precision}"
 
     @cached_property
     def _clip(self) -> clip.Clip:
-        return self._model.load(self._device, self._precision)
+        return self._model.load(self._device, self._loaded_in)
+
+    @property
+    def _loaded_in(self) -> str:
+        return self._precision
 
     @cached_property
     def _class_entry(self) -> tuple[store.Tensors, store.Facts]:
@@ -287,9 +291,14 @@ class Pixels(Encoded):
 
         return next(self._clip.pixels([Image.new("RGB", (8, 8))]))[:0]
 
+    @property
+    def _loaded_in(self) -> str:
+        return "float32"  # for its weights are trained
+
     def whole_model(self) -> clip.WholeModel:
         """A new copy of the model, to be trained."""
-        return self._clip.whole(self.vocabulary.prompts, len(self.vocabulary.templates))
+        precision = clip.pick_precision(self._precision)
+        return self._clip.whole(self.vocabulary.prompts, len(self.vocabulary.templates), precision)
 
 
 class FeatureFolder:

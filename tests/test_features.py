@@ -372,6 +372,18 @@ def test_pixels_are_stored_once_in_the_order_of_the_features(tree: Path, no_enco
     assert torch.equal(opened(tree, method="full-model").examples("photo").features, pixels.features)
 
 
+def test_a_whole_model_computes_in_the_precision_that_is_asked_for_and_keeps_its_weights_whole(tree: Path) -> None:
+    features = [opened(tree, method="full-model", precision=precision) for precision in ("float32", "bfloat16")]
+    full, half = (of.whole_model() for of in features if isinstance(of, Pixels))
+    for name, tensor in full.state_dict().items():
+        assert torch.equal(half.state_dict()[name], tensor)
+        assert tensor.dtype == torch.float32
+    pixels = features[0].examples("photo").features
+    assert half(pixels).dtype == torch.float32
+    torch.testing.assert_close(half(pixels), full(pixels), rtol=0, atol=0.03)
+    assert not torch.equal(half(pixels), full(pixels))
+
+
 def test_a_domain_without_a_readable_image_has_no_pixels(tree: Path) -> None:
     for file in (tree / "photo").rglob("*.png"):
         file.write_bytes(b"nothing")
@@ -392,10 +404,10 @@ def test_the_content_of_features_follows_all_that_they_are_made_of(tree: Path, t
     ]
     (tree / "photo" / "cat" / "0.png").unlink()
     folder = write_folder(tmp_path / "folder")
-    read = open_features(Settings(data=f"features:{folder}"))
-    others += [opened(tree).content, read.content]
+    settings = Settings(data=f"features:{folder}")
+    others += [opened(tree).content, open_features(settings).content]
     save_file({"image_features": torch.ones(1, 3), "labels": torch.tensor([0])}, folder / "b.safetensors")
-    assert len({first, *others, read.content}) == 7
+    assert len({first, *others, open_features(settings).content}) == 7
 
 
 def test_what_is_opened_twice_is_read_once_and_broken_images_are_told_once(
