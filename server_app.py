@@ -21,7 +21,7 @@ from fedclip_flwr.learning import examine
 from fedclip_flwr.metrics import Quality
 from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
-from fedclip_flwr.sites import new_learner
+from fedclip_flwr.sites import new_learner, starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 
 app = ServerApp()
@@ -78,7 +78,10 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             return examine(learner, unseen, classes) if unseen else None
 
         strategy = AdapterFedAvg(start, weights=settings.site_weights, names=nodes.names)
-        watch, run = Watch(folder, features), folder.path.name
+        watch, run = (
+            Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start"),
+            folder.path.name,
+        )
         outcome = federate(nodes, strategy, settings, start, quality_unseen, watch, run)
         ended = time.monotonic()
 
@@ -86,7 +89,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         summary = summary_of(outcome, nodes, holdout, features, seconds)
         folder.finish(summary)
         validated = outcome.adapted.validation is not None
-        console.say(console.closing(summary, settings.num_server_rounds, holdout, validated, folder.path))
+        console.say(console.closing(summary, settings, holdout, validated, folder.path))
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,11 @@ class Watch:
 
     folder: RunFolder
     features: Features
+    start: str
 
     def line(self, line: Line) -> None:
         self.folder.line(line)
-        console.say(console.line(line))
+        console.say(console.line(line, self.start))
 
     def selected(self, number: int, state: State, blend: float) -> None:
         self.folder.adapter(number, state, self.features, blend)

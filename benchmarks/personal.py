@@ -39,7 +39,7 @@ def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, f
         own = copy.deepcopy(shared)
         learn_alone(own, site, classes, settings)
         scores.append(evaluate(own, site.test, classes))
-    return result.zero_shot.seen, result.selected.seen, mean_accuracy(scores) or 0.0
+    return result.zero_shot.seen or 0.0, result.selected.seen or 0.0, mean_accuracy(scores) or 0.0
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ RATES = {
 }
 
 
-def gains(features: Features, holdout: str, sites: int, settings: Settings) -> tuple[float, float]:
+def gains(features: Features, holdout: str, sites: int, settings: Settings) -> tuple[float, ...]:
     """On validation images, in points: of the seen sites and of the held-out domain."""
     parts, unseen = make_sites(features, holdout, sites, settings.seed)
     parts = [replace(site, test=site.validation) for site in parts]
@@ -42,7 +42,7 @@ def gains(features: Features, holdout: str, sites: int, settings: Settings) -> t
     _, validation, _ = split(len(unseen.labels), seed_of(settings.seed, "tuning", holdout))
     result = federate(parts, features.classes, unseen.rows(validation), settings, all_lines=False)
     zero, found = result.zero_shot, result.selected
-    return 100 * (found.seen - zero.seen), 100 * ((found.unseen or 0.0) - (zero.unseen or 0.0))
+    return tuple(100 * ((getattr(found, of) or 0.0) - (getattr(zero, of) or 0.0)) for of in ("seen", "unseen"))
 
 
 def main() -> None:

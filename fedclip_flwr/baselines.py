@@ -42,7 +42,7 @@ def zero_shot(case: Case) -> Line:
 
     return Line(
         0,
-        seen=accuracy([site.test for site in case.sites]) or 0.0,
+        seen=accuracy([site.test for site in case.sites]),
         validation=accuracy([site.validation for site in case.sites]),
         unseen=accuracy([case.unseen] if case.unseen else []),
     )
@@ -72,7 +72,7 @@ def local_only(case: Case) -> Line:
     found = [together(replace(case, sites=[site])) for site in able]
     return Line(
         max(line.round for line in found),
-        seen=mean_of(line.seen for line, site in zip(found, able, strict=True) if len(site.test.labels)) or 0.0,
+        seen=mean_of(line.seen for line in found if line.seen is not None),
         validation=mean_of(line.validation for line in found if line.validation is not None),
         unseen=mean_of(line.unseen for line in found if line.unseen is not None),
     )

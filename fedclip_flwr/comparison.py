@@ -7,8 +7,8 @@ import io
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -56,7 +56,8 @@ def compare(wishes: Wishes) -> str:
     """Runs the sweep; its table and summary. The table is also written to a folder."""
     begun = time.monotonic()
     plan, features = planned(wishes)
-    name = content.file_name(f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}")
+    mark = content.digest(str(replace(wishes, jobs=0)), features.content)[:8]  # no sweep takes another's place
+    name = content.file_name(f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}-{mark}")
     folder = Path(wishes.out).expanduser().absolute() if wishes.out else content.home() / "sweeps" / name
     content.make_folder(folder, "--out")  # before the work, not after it
     jobs = wishes.jobs or (1 if clip.pick_device(plan.settings.device).type == "cuda" else os.cpu_count() or 1)
@@ -64,6 +65,8 @@ def compare(wishes: Wishes) -> str:
     made = rows(plan, results, len(features.domains))
     preset = fitting(features.domains, features.vocabulary.class_names)
     published = next((PUBLISHED[name] for name, known in PRESETS.items() if known is preset), [])
+    if set(plan.holdouts) != set(features.domains):  # then the column mean is of others than theirs
+        published = [replace(source, mean=None) for source in published if source.by_domain]
     what = "seen / unseen" + (" / all domains" if any(source.every for source in published) else "")
     on = f"{counted(jobs, 'process')} on {counted(os.cpu_count() or 1, 'core')}, {platform.machine()}"
     facts = [plan.settings.data, features.model, *wishes.settings, counted(plan.sites, "site")]
@@ -108,15 +111,14 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
             problems[key] = f"{key}: methods differ in it; choose some with --methods"
         elif key in MEANINGLESS:
             problems[key] = f"{key}: it means nothing in a sweep; leave it out"
-    possible = [m for m in METHODS if not (wishes.data.startswith("features:") and METHODS[m].whole_model)]
-    methods = _listed(wishes.methods) or possible
+    unfit = {name: why for name in METHODS if (why := _unfit(name, wishes.data, more))}
+    methods = _listed(wishes.methods) or [name for name in METHODS if name not in unfit]
     if unknown := sorted({*methods} - {*METHODS}):
         problems["methods"] = f"--methods {', '.join(unknown)}: expected some of {', '.join(METHODS)}"
-    elif impossible := sorted({*methods} - {*possible}):
-        problems["methods"] = (
-            f"--methods {', '.join(impossible)}: needs images, and {wishes.data} has only their features"
-        )
-    settings, features, _ = open_run({**given, **more}, problems)
+    for name in sorted({*methods} & {*unfit}):
+        problems[name] = f"--methods {name}: {unfit[name]}"
+    seed = wishes.first_seed + wishes.seeds - 1
+    settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)
     try:
         holdouts = [pick_holdout(name, features.domains) or "" for name in _listed(wishes.holdouts)]
     except UserError as error:
@@ -133,6 +135,15 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
         wishes.full_model_seeds,
     )
     return plan, features
+
+
+def _unfit(name: str, data: str, given: Mapping[str, object]) -> str:
+    """Why the method can't be tried on the data or with these settings; empty if it can."""
+    if METHODS[name].whole_model and data.startswith("features:"):
+        return f"needs images, and {data} has only their features"
+    if "blend" in given and (METHODS[name].whole_model or "blend" in METHODS[name].settings):
+        return "leaves no room for another blend; leave one of them out"
+    return ""
 
 
 def _listed(text: str) -> list[str]:
@@ -168,6 +179,7 @@ def rows(plan: Plan, results: Results, domains: int) -> list[Row]:
     """A method's rows together: each held-out domain, then their mean. The data has so many domains."""
     found = {(cell.method, cell.settings.seed, cell.settings.holdout): result for cell, result in results.items()}
     columns = {holdout: [holdout] for holdout in plan.holdouts}
+    by_domain = plan.sites == domains - 1 and plan.settings.partition == "domain"  # each seen domain counts the same
     if len(columns) > 1:
         columns[MEAN] = list(plan.holdouts)
     made = []
@@ -184,8 +196,8 @@ def rows(plan: Plan, results: Results, domains: int) -> list[Row]:
                     plan.rounds_of(method),
                     _spread(pairs, lambda one, _: one.seen),
                     _spread(pairs, lambda one, _: one.unseen),
-                    _spread(pairs, lambda one, _: _every(one, domains)),
-                    _spread(pairs, lambda one, zero: one.seen - zero.seen),
+                    _spread(pairs, lambda one, _: _every(one, domains)) if by_domain else None,
+                    _spread(pairs, lambda one, zero: _less(one.seen, zero.seen)),
                     _spread(pairs, lambda one, zero: _less(one.unseen, zero.unseen)),
                     own[seeds[0], holdouts[0]].bytes,
                 )
@@ -208,7 +220,9 @@ def _spread(
 
 
 def _every(found: Found, domains: int) -> float | None:
-    return None if found.unseen is None else (found.seen * (domains - 1) + found.unseen) / domains
+    if found.seen is None or found.unseen is None:
+        return None
+    return (found.seen * (domains - 1) + found.unseen) / domains
 
 
 def _less(one: float | None, other: float | None) -> float | None:
@@ -235,11 +249,13 @@ def markdown(made: Sequence[Row], published: Sequence[Published], whole: int | N
         cells = ["" if (value := figures.get(column)) is None else f"{kind} {value:.2f}" for column in columns]
         table.append([f"published: {source.label}", *cells, *[""] * 5])
     table.insert(1, ["---"] * len(table[0]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in table) + "\n"
 
 
 def _cell(spreads: Sequence[Spread | None], form: str = ".1f") -> str:
-    return " / ".join(spread.text(form) for spread in spreads if spread)
+    """Seen, unseen and all; the latter two only where there are such."""
+    seen, *others = spreads
+    return " / ".join(["–" if seen is None else seen.text(form), *(other.text(form) for other in others if other)])
 
 
 def as_csv(made: Sequence[Row], published: Sequence[Published]) -> str:

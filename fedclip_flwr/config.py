@@ -63,7 +63,7 @@ class Settings:
     local_epochs: int = _setting(1, "epochs at a site in a round", least=1)
     batch_size: int = _setting(32, "examples a step", least=1)
     learning_rate: float = _setting(0.0, "0 is the recipe's own", least=0.0)
-    seed: int = _setting(0, "all that is random follows from it", least=0)
+    seed: int = _setting(0, "all that is random follows from it", least=0, most=2**63 - 1)
     strategy: str = _setting("fedavg", "how the sites' work comes together", choices=("fedavg", "fedprox"))
     proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
@@ -98,6 +98,8 @@ class Settings:
             except ValueError as error:
                 problems[key] = f"{key} = {value!r}: {error}"
         settings = cls(**values)
+        if settings.recipe == "paper" and settings.batch_size < 2:
+            problems["batch-size"] = "batch-size = 1: the paper's recipe skips a batch of one; expected at least 2"
         if settings.method == "full-model":
             for key, plain in {"blend": 1.0, "personalize": False}.items():
                 if key in values and values[key] != plain:

@@ -88,8 +88,8 @@ def heading() -> str:
     return "  ".join(f"{name:>8}" for name in HEADINGS)
 
 
-def line(line: Line) -> str:
-    """One round."""
+def line(line: Line, start: str = "zero-shot") -> str:
+    """One round; `start` is what round 0 is."""
     cells = [
         str(line.round),
         _percent(line.seen),
@@ -100,10 +100,10 @@ def line(line: Line) -> str:
         bytes_of(line.bytes),
         f"{line.seconds:.1f}",
     ]
-    return "  ".join(f"{cell:>8}" for cell in cells) + ("  zero-shot" if line.round == 0 else "")
+    return "  ".join(f"{cell:>8}" for cell in cells) + (f"  {start}" if line.round == 0 else "")
 
 
-def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated: bool, folder: Path) -> str:
+def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, validated: bool, folder: Path) -> str:
     """Zero-shot beside the adapted result, and what it cost."""
     zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
     own, own_mean = adapted["personal"], (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
@@ -120,10 +120,10 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated
     if not validated:
         how = "is taken, for no site has validation images to choose by"
     elif adapted["round"]:
-        how = "is the best by validation"
+        how = "was selected by validation"
     else:
-        how = "is the best by validation: nothing was gained over zero-shot"
-    blend = f", with {adapted['blend']:g} of the adapted feature" if adapted["blend"] != 1.0 else ""
+        how = "was selected by validation: nothing was gained over zero-shot"
+    blend = f", with {adapted['blend']:g} of the adapted feature" if settings.blend != 1.0 else ""
     parts = [
         "",
         table,
@@ -132,8 +132,9 @@ def closing(summary: dict[str, Any], rounds: int, holdout: str | None, validated
         "",
         *_weakest(adapted, holdout),
         *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
-        f"Round {adapted['round']} of {rounds} {how}{blend}; tests are on images set apart before training.",
-        _cost(traffic),
+        f"Round {adapted['round']} of {settings.num_server_rounds} {how}{blend}; "
+        "tests are on images set apart before training.",
+        _cost(traffic, settings),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
         *(f"Left out: {text}" for text in failures(summary["failures"])),
@@ -183,12 +184,12 @@ def failures(found: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(f"{_some(sorted(names, key=_natural))}: {why} ({when})" for (why, when), names in sites.items())
 
 
-def _cost(traffic: dict[str, Any]) -> str:
+def _cost(traffic: dict[str, Any], settings: Settings) -> str:
     text = f"{bytes_of(traffic['per_site_round_bytes'])} a site and round"
-    if traffic["times_less"] is None:
+    if traffic["times_less"] is None or settings.method == "full-model":
         return f"{text}, {bytes_of(traffic['down_bytes'] + traffic['up_bytes'])} in all."
     whole = bytes_of(traffic["full_model_bytes"])
-    return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:.0f} times as much."
+    return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:,.0f} times as much."
 
 
 def _natural(name: str) -> list[tuple[str, int]]:

@@ -310,6 +310,7 @@ class FeatureFolder:
     def __init__(self, root: Path, told: Vocabulary | None = None) -> None:
         """A site is `told` its vocabulary by the server: the folder's own may differ in the order of the classes."""
         self._root = root
+        self._opened: dict[str, Examples] = {}
         path = root / "features.json"
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -328,6 +329,8 @@ class FeatureFolder:
             raise UserError(f"data = 'features:{root}': {path} is damaged ({error})") from None
         if any(Path(name).name != name for name in self.domains):
             raise UserError(f"data = 'features:{root}': {path} names a domain that is no plain file name")
+        if len(set(self.domains)) < len(self.domains):
+            raise UserError(f"data = 'features:{root}': {path} names a domain twice")
         if len(own.class_names) < 2 or not self.domains or not math.isfinite(self._scale + self._bias):
             raise UserError(f"data = 'features:{root}': {path} must name two classes, a domain and a finite scale")
         self.vocabulary = told or own
@@ -351,6 +354,11 @@ class FeatureFolder:
         return Classes(text[torch.tensor(self._numbers).argsort()], self._scale, self._bias)
 
     def examples(self, domain: str) -> Examples:
+        if domain not in self._opened:  # reading checks every number
+            self._opened[domain] = self._open(domain)
+        return self._opened[domain]
+
+    def _open(self, domain: str) -> Examples:
         features = self._tensor(domain, "image_features", (None, self._dim))
         labels = self._tensor(domain, "labels", (len(features),))
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._numbers):

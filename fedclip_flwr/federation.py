@@ -26,6 +26,7 @@ from fedclip_flwr.exchange import Report, State
 from fedclip_flwr.learning import BLENDS, RECIPES, best_blend, best_round
 from fedclip_flwr.metrics import Quality, mean_accuracy
 from fedclip_flwr.nodes import Nodes
+from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 
 TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
@@ -167,14 +168,15 @@ def federate(
         """The line with the reports of sites that were not there in its round."""
         return replace(line, reports={**line.reports, **evaluated(line.round, state, nodes.good(line.reports))})
 
-    def blended(line: Line, blend: float) -> Line:
-        """The line of the best adapter with less of it in the features."""
-        reports = evaluated(line.round, best, nodes.good(), blend=blend)
-        return replace(line, reports=reports, unseen=unseen(best, blend))
+    def blended(line: Line, state: State, blend: float) -> Line:
+        """The line with less of the adapter in the features."""
+        reports = evaluated(line.round, state, nodes.good(), blend=blend)
+        return replace(line, reports=reports, unseen=unseen(state, blend))
 
-    zero_shot, adapted = whole(lines[0], start), whole(lines[choice(lines)], best)
+    zero_shot = whole(lines[0], start) if starts_as_zero_shot(settings) else blended(lines[0], start, 0.0)
+    adapted = whole(lines[choice(lines)], best)
     if settings.blend == "auto":
-        tried = {blend: blended(adapted, blend) for blend in BLENDS if blend < 1} | {share: adapted}
+        tried = {blend: blended(adapted, best, blend) for blend in BLENDS if blend < 1} | {share: adapted}
         share = best_blend({blend: line.validation for blend, line in tried.items()})
         adapted = tried[share]
         watcher.selected(adapted.round, best, share)

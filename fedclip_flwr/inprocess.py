@@ -25,7 +25,7 @@ class Line:
     """What is learnt after so many rounds: mean accuracies over the sites, and that of the unseen domain."""
 
     round: int
-    seen: float
+    seen: float | None
     validation: float | None
     unseen: float | None
 
@@ -90,7 +90,7 @@ def federate(
     def line(number: int) -> Line:
         return Line(
             number,
-            seen=mean([s.test for s in sites]) or 0.0,
+            seen=mean([s.test for s in sites]),
             validation=mean([s.validation for s in sites]),
             unseen=evaluate(shared, unseen, classes).accuracy if unseen else None,
         )

@@ -86,6 +86,11 @@ def new_adapter(settings: Settings, dim: int) -> Adapter:
     )
 
 
+def starts_as_zero_shot(settings: Settings) -> bool:
+    """Whether what is learnt predicts at first exactly as the frozen model does, and not only nearly so."""
+    return settings.method == "full-model" or RECIPES[settings.recipe].identity or settings.adapter == "scale"
+
+
 def drawn_by_lot(names: Iterable[str], share: float, seed: int, number: int) -> list[str]:
     """Which of the sites train in round `number`; at least one, if there is one."""
     able = sorted(names)

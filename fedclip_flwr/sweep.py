@@ -58,7 +58,7 @@ class Cell(NamedTuple):
 class Found(NamedTuple):
     """What a cell came to: accuracies as fractions, the selected round, and the bytes of a site's round."""
 
-    seen: float
+    seen: float | None
     unseen: float | None
     round: int
     bytes: int | None

@@ -33,7 +33,7 @@ def test_together_is_the_federation() -> None:
 def test_each_site_alone_is_a_federation_of_one_tested_on_its_own() -> None:
     alone = [federate([site], CLASSES, CASE.unseen, HOW).selected for site in SITES]
     line = local_only(CASE)
-    assert line.seen == pytest.approx((alone[0].seen + alone[1].seen) / 2)
+    assert line.seen == pytest.approx(((alone[0].seen or 0.0) + (alone[1].seen or 0.0)) / 2)
     assert line.unseen == pytest.approx(((alone[0].unseen or 0.0) + (alone[1].unseen or 0.0)) / 2)
     assert line != together(CASE)
 

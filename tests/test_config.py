@@ -85,6 +85,7 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("num-server-rounds", True, "whole number"),
         ("personalize", 1, "true or false"),
         ("seed", "0", "whole number"),
+        ("seed", 2**63, "at most"),
         ("device", "gpu", "cuda:N"),
         ("resume", "../elsewhere", "without slashes"),
         ("prompt", "a picture", "one {}"),
@@ -122,6 +123,12 @@ def test_what_is_for_adapters_is_refused_for_the_whole_model(what: dict[str, Any
     with pytest.raises(UserError, match="it is for adapters"):
         Settings.from_run_config({"method": "full-model", **what})
     assert Settings.from_run_config({"method": "full-model", "blend": 1, "personalize": False})
+
+
+def test_batches_of_one_are_refused_for_the_papers_recipe_which_skips_them() -> None:
+    with pytest.raises(UserError, match="skips a batch of one"):
+        Settings.from_run_config({"recipe": "paper", "batch-size": 1})
+    assert Settings.from_run_config({"batch-size": 1}).batch_size == 1
 
 
 def test_a_pull_to_the_start_is_fedproxs_only() -> None:

@@ -326,6 +326,11 @@ def test_a_damaged_feature_folder_is_told(tmp_path: Path, changed: dict[str, Any
         FeatureFolder(tmp_path)
 
 
+def test_a_feature_folder_that_names_a_domain_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="names a domain twice"):
+        open_features(Settings(data=f"features:{write_folder(tmp_path, domains=['a', 'a'])}"))
+
+
 def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read"):
         FeatureFolder(tmp_path)

@@ -139,11 +139,11 @@ class Running:
             say=self.said.append,
         )
 
-    def run(self) -> Outcome:
+    def run(self, start: State = START) -> Outcome:
         self.nodes.wait_for(self.settings.min_sites)
         strategy = AdapterFedAvg(START, names=self.nodes.names)
         unseen = lambda state, blend: quality(int(state["w"] * blend), 100)  # noqa: E731
-        return federate(self.nodes, strategy, self.settings, START, unseen, self.told, "run-7")
+        return federate(self.nodes, strategy, self.settings, start, unseen, self.told, "run-7")
 
 
 def test_three_rounds_by_hand() -> None:
@@ -197,7 +197,19 @@ def test_a_fixed_blend_is_not_chosen_and_not_sent() -> None:
 def test_the_papers_recipe_selects_of_the_trained_rounds() -> None:
     running = Running({5: Site("north", 1.0, {0.0: 9, 2.0: 8})}, recipe="paper")
     assert running.run().adapted.round == 2
-    assert running.told.best == [0, 1, 2]  # zero-shot is what there is until then
+    assert running.told.best == [0, 1, 2]  # the start is what there is until then
+
+
+def test_where_the_start_is_only_next_to_zero_shot_that_is_asked_for() -> None:
+    """A start of 2, of which nothing is left with a blend of 0."""
+    running = Running({5: Site("north"), 9: Site("south")}, recipe="paper")
+    outcome = running.run({"w": torch.full((1,), 2.0)})
+    assert running.told.lines[0].seen == 0.2
+    assert outcome.zero_shot.seen == 0.0
+    assert outcome.zero_shot.unseen
+    assert outcome.zero_shot.unseen.accuracy == 0.0
+    whole = Running({5: Site("north")}, recipe="paper", method="full-model").run({"w": torch.full((1,), 2.0)})
+    assert whole.zero_shot.seen == 0.2
 
 
 def test_bytes_are_counted_there_and_back_and_a_line_tells_those_of_its_round() -> None:

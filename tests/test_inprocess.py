@@ -145,7 +145,7 @@ def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(
     for holdout in holdouts:
         sites, rest = make_sites(drawn, holdout)
         result = federate(sites, drawn.classes, rest, Settings(adapter=kind))
-        seen.append(result.selected.seen - result.zero_shot.seen)
+        seen.append((result.selected.seen or 0.0) - (result.zero_shot.seen or 0.0))
         unseen.append((result.selected.unseen or 0.0) - (result.zero_shot.unseen or 0.0))
     assert mean(seen) >= least
     assert mean(unseen) >= 0.02

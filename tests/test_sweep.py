@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ HALF = Found(0.5, 0.25, 1, 2000)
 
 
 def plan(*methods: str, holdouts: tuple[str, ...] = ("cow", "elk"), seeds: int = 2) -> Plan:
-    return Plan(Settings(), methods, holdouts, range(seeds), 3, 5, 1)
+    return Plan(Settings(), methods, holdouts, range(seeds), 2, 5, 1)
 
 
 def results(plan: Plan, **figures: Any) -> dict[Cell, Found]:
@@ -214,6 +215,50 @@ def test_the_table_as_csv_by_hand() -> None:
     ]
 
 
+def test_a_site_without_tests_has_no_accuracy(tmp_path: Path) -> None:
+    text = compare(
+        wishes(f"features:{folder(tmp_path / 'f')}", methods="local,gate", nodes=60, seeds=1, holdouts="fox")
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert len(lines) == 3
+    assert all(line.split(" | ")[1].startswith("– / ") for line in lines)
+
+
+def test_all_domains_are_told_only_where_each_counts_the_same() -> None:
+    for changed in ({"sites": 1}, {"settings": Settings(partition="iid")}):
+        swept = replace(plan("zero-shot", seeds=1), **changed)
+        assert {row.every for row in rows(swept, results(swept, zero_shot=[HALF] * 2), 3)} == {None}
+
+
+def test_a_blend_for_all_is_refused_where_it_can_do_nothing(tmp_path: Path) -> None:
+    data = f"features:{folder(tmp_path)}"
+    swept, _ = planned(wishes(data, "blend=0.5"))
+    assert "gate" in swept.methods
+    assert "blend" not in swept.methods
+    with pytest.raises(UserError, match="--methods blend: leaves no room for another blend"):
+        planned(wishes(data, "blend=0.5", methods="blend,gate"))
+
+
+def test_no_sweep_overwrites_the_table_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    data = f"features:{folder(tmp_path / 'f')}"
+    for given in (wishes(data), wishes(data, jobs=2), wishes(data, "local-epochs=2"), wishes(data, rounds=3)):
+        compare(given)
+    assert len(list((tmp_path / "home" / "sweeps").iterdir())) == 3
+
+
+def test_published_means_stand_only_beside_a_mean_over_all_domains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
+    names = ("Caltech101", "LabelMe", "SUN09")
+    root = folder(tmp_path / "f", class_names=["bird", "car", "chair", "dog", "person"], domains=names)
+    given = wishes(f"features:{root}", out=str(tmp_path / "out"))
+    assert "published: " in compare(given)
+    assert "published: " not in compare(replace(given, holdouts="SUN09,LabelMe"))
+
+
 def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
     root = folder(
@@ -249,6 +294,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     ("changed", "told"),
     [
         ({"methods": "fedavg"}, "--methods fedavg: needs images"),
+        ({"first_seed": 2**63}, "seed = 9223372036854775809: expected at most"),
         ({"holdouts": "zebu"}, "--holdouts 'zebu': there is no such domain; the data has cow, elk, fox"),
     ],
 )
