@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 
 from fedclip_flwr import comparison
 from fedclip_flwr.baselines import METHODS, Published
-from fedclip_flwr.comparison import Wishes, as_csv, compare, markdown, planned, rows
+from fedclip_flwr.comparison import Wishes, compare, planned
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_features
 from fedclip_flwr.inprocess import federate, make_sites
 from fedclip_flwr.sweep import Cell, Found, Plan, solve
+from fedclip_flwr.tables import as_csv, markdown, rows
 
 BIN = Path(sys.executable).parent
 NAMES = ("cow", "elk", "fox")
