@@ -70,7 +70,7 @@ class RunFolder:
     def adapter(self, number: int, state: State, features: Features, blend: float | None = None) -> None:
         """The selected adapter, so far: that of round `number`; or the whole model, where that is trained."""
         if isinstance(features, Pixels):
-            save_model(self.path / "model", state, features, number, self._setting)
+            save_model(self.path / "model", state, features, self._setting)
         else:
             save_adapter(self.path, state, self._settings, features, number, self._setting, blend=blend)
 

@@ -55,17 +55,16 @@ def save_adapter(
     write_json(folder / FACTS, facts, setting)
 
 
-def save_model(
-    folder: Path, state: store.Tensors, features: Pixels, number: int, setting: str = "FEDCLIP_HOME"
-) -> None:
-    """The whole model of round `number`, in a folder that the setting `model` takes."""
+def save_model(folder: Path, state: store.Tensors, features: Pixels, setting: str = "FEDCLIP_HOME") -> None:
+    """The whole model, in a folder that the setting `model` takes."""
     for file in clip.files(features.model_folder):
         if file.name == "config.json":
             write_json(folder / file.name, {**json.loads(file.read_text()), "dtype": "float32"}, setting)
         elif not file.name.startswith("model"):  # the weights
             content.write_whole(folder / file.name, partial(shutil.copyfile, file), setting)
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
-    write_tensors(folder / "model.safetensors", weights, number, setting)
+    path, facts = folder / "model.safetensors", {"format": "pt"}  # without it, transformers does not read the file
+    content.write_whole(path, lambda part: content.save_tensors(weights, part, facts), setting)
 
 
 def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME") -> None:
@@ -74,9 +73,7 @@ def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME")
 
 
 def write_tensors(path: Path, state: store.Tensors, number: int, setting: str = "FEDCLIP_HOME") -> None:
-    content.write_whole(
-        path, lambda part: content.save_tensors(state, part, {"round": str(number), "format": "pt"}), setting
-    )
+    content.write_whole(path, lambda part: content.save_tensors(state, part, {"round": str(number)}), setting)
 
 
 def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
