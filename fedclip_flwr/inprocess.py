@@ -79,7 +79,7 @@ def federate(
     """
     settings = settings or Settings()
     classes = classes.ready(classes.text.device)
-    shared = start or new_adapter(settings, classes.dim).to(classes.text.device)
+    shared = copy.deepcopy(start) if start else new_adapter(settings, classes.dim).to(classes.text.device)
     able = {site.name: site for site in sites if len(site.train.labels)}
     if not able:
         raise UserError("no site has an example to learn from: use more data or fewer sites")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fedclip_flwr.adapters import make_adapter
 from fedclip_flwr.baselines import METHODS, PUBLISHED, Case, centralised, local_only, pooled, together, zero_shot
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.presets import PRESETS
@@ -36,6 +38,18 @@ def test_each_site_alone_is_a_federation_of_one_tested_on_its_own() -> None:
     assert line.seen == pytest.approx(((alone[0].seen or 0.0) + (alone[1].seen or 0.0)) / 2)
     assert line.unseen == pytest.approx(((alone[0].unseen or 0.0) + (alone[1].unseen or 0.0)) / 2)
     assert line != together(CASE)
+
+
+def test_each_site_alone_begins_from_the_start_and_not_from_another_sites_result() -> None:
+    start = make_adapter("attention", 8, identity=False, seed=4)
+    before = copy.deepcopy(start.state_dict())
+    case = replace(CASE, start=start)
+    alone = [together(replace(case, sites=[site], start=copy.deepcopy(start))) for site in SITES]
+    line = local_only(case)
+    assert (line.seen, line.unseen) == pytest.approx(
+        tuple(sum(getattr(one, of) for one in alone) / 2 for of in ("seen", "unseen"))
+    )
+    assert all(torch.equal(start.state_dict()[name], before[name]) for name in before)
 
 
 def test_a_site_alone_without_tests_or_training_rows_sways_nothing() -> None:
