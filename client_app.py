@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # a deployed site answers each message in a new process, and a sixth of its start is looking for garbage
+
 import logging
 import sys
 import warnings
@@ -16,14 +20,19 @@ from flwr.common.constant import ErrorCode
 
 from fedclip_flwr import content, exchange
 from fedclip_flwr.adapters import Adapter, tensor_names
+from fedclip_flwr.codecs import CODECS, State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import ExchangeError, Hello, Report, Task
+from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine
+from fedclip_flwr.link import Shelf, forget
 from fedclip_flwr.saved import save_adapter
-from fedclip_flwr.sites import Desk, learn_alone, new_learner, open_desk
+from fedclip_flwr.session import recall
+from fedclip_flwr.sites import Desk, learn_alone, open_desk
 from fedclip_flwr.sites import learn as learn_on
-from fedclip_flwr.vocabulary import recall
+
+gc.freeze()
+gc.enable()
 
 log = logging.getLogger("fedclip_flwr")
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -36,6 +45,8 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
         reply = answer(message, context)
         exchange.check_outgoing(reply.content, travelling(message, context), shares_classes(context))
         return reply
+    except LacksError as error:
+        return Message(Error(LACKS, str(error)), reply_to=message)
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError)
         why = exchange.one_line(error if expected else f"{type(error).__name__}: {error}")
@@ -52,7 +63,8 @@ def hello(message: Message, context: Context) -> Message:
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
     site = desk.site
-    desk.require(task.model)
+    desk.require()
+    forget()
     counts = {part: len(getattr(site, part).labels) for part in ("train", "validation", "test")}
     said = Hello(
         site=site.name,
@@ -70,10 +82,13 @@ def learn(message: Message, context: Context) -> Message:
     """How the received adapter does here, and the adapter trained on."""
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
-    learner = received(task, desk)
+    shelf = Shelf(desk.session.key, desk.settings.codec)
+    learner, state = received(task, desk, shelf)
     report = report_on(learner, desk, context)
     learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
-    return Message(exchange.write_answer(report, learner.state_dict()), reply_to=message)
+    trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
+    sent = shelf.pack(trained, state, desk.site.name, task.round, desk.settings.seed)
+    return Message(exchange.write_answer(report, sent), reply_to=message)
 
 
 @app.evaluate()
@@ -81,25 +96,25 @@ def score(message: Message, context: Context) -> Message:
     """How the received adapter does here; or, at the end of a run that personalises, the site's own made from it."""
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
-    learner = received(task, desk)
+    learner, _ = received(task, desk, Shelf(desk.session.key, desk.settings.codec))
     if task.personal:
-        keep_own(learner, desk, task)
+        keep_own(learner, desk, task.round)
     return Message(exchange.write_answer(report_on(learner, desk, context)), reply_to=message)
 
 
-def keep_own(adapter: Learner, desk: Desk, task: Task) -> None:
+def keep_own(adapter: Learner, desk: Desk, number: int) -> None:
     """Makes the adapter the site's own and keeps it here."""
     assert isinstance(adapter, Adapter)  # the settings have it so
     site = desk.site
     epoch = learn_alone(adapter, site, desk.classes, desk.settings)
-    folder = content.home() / "personal" / content.file_name(task.personal) / content.file_name(site.name)
+    folder = content.home() / "personal" / content.file_name(desk.session.run) / content.file_name(site.name)
     state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
     save_adapter(
         folder,
         state,
         desk.settings,
         desk.features,
-        task.round,
+        number,
         blend=adapter.blend,
         site=site.name,
         personal_epoch=epoch,
@@ -110,10 +125,10 @@ def desk_of(context: Context, task: Task) -> Desk:
     simulated = "ray" in sys.modules  # a real site's process has no use for it
     if simulated:
         torch.set_num_threads(1)  # simulated sites share the cores: more threads would wait for each other
-    if task.vocabulary:
-        task.vocabulary.remember(content.memory())
-    vocabulary = task.vocabulary or recall(task.key, content.memory())
-    return open_desk(context.run_config, context.node_config, task.holdout, simulated, vocabulary)
+    if task.session:
+        task.session.remember(content.memory())
+    session = task.session or recall(task.key, content.memory())
+    return open_desk(context.run_config, context.node_config, session, simulated)
 
 
 def shares_classes(context: Context) -> bool:
@@ -122,22 +137,24 @@ def shares_classes(context: Context) -> bool:
 
 
 def travelling(message: Message, context: Context) -> Collection[str]:
-    """The names of the tensors that may go back: an adapter's, or those that came of the whole model's."""
+    """The names of the tensors that may go back: an adapter's, or those of the whole model; packed, the codec's."""
     settings = Settings.from_run_config(context.run_config)
+    if settings.codec in CODECS:
+        return [settings.codec]
     if settings.method == "adapter":
         return tensor_names(settings.adapter)
     return message.content.array_records.get("arrays", {}).keys()
 
 
-def received(task: Task, desk: Desk) -> Learner:
-    """The adapter that came with the message, or whatever else is trained."""
-    if task.state is None:
-        raise ExchangeError("the server's message lacks the adapter")
-    learner = new_learner(desk.settings, desk.features)
-    learner.load_state_dict(exchange.read_adapter(task.state, learner.state_dict()))
+def received(task: Task, desk: Desk, shelf: Shelf) -> tuple[Learner, State]:
+    """The adapter that the message brings, or whatever else is trained; and its state."""
+    learner = desk.new_learner()
+    start = {name: tensor.clone() for name, tensor in learner.state_dict().items()}  # these will be trained
+    state = shelf.take(task, start)
+    learner.load_state_dict(state)
     if task.blend is not None and isinstance(learner, Adapter):
         learner.blend = task.blend
-    return learner.to(desk.device)
+    return learner.to(desk.device), state
 
 
 def report_on(learner: Learner, desk: Desk, context: Context) -> Report:

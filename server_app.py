@@ -13,14 +13,16 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedclip_flwr import clip, console, content
 from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.codecs import State
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import State
 from fedclip_flwr.features import Features, open_run
 from fedclip_flwr.federation import Line, federate, refuse
 from fedclip_flwr.learning import examine
+from fedclip_flwr.link import Downlink, forget
 from fedclip_flwr.metrics import Quality
 from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
+from fedclip_flwr.session import Session
 from fedclip_flwr.sites import new_learner, starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 
@@ -57,15 +59,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         start = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()}
         learner.to(device)
 
-        nodes = Nodes(
-            grid,
-            holdout=holdout,
-            package=package,
-            vocabulary=features.vocabulary,
-            model=features.model_content,
-            timeout=settings.round_timeout,
-            say=console.say,
-        )
+        session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.path.name)
+        link = Downlink(start, settings.codec, settings.seed)
+        nodes = Nodes(grid, link, session=session, package=package, timeout=settings.round_timeout, say=console.say)
         nodes.wait_for(settings.min_sites)
         met = time.monotonic()
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
@@ -77,13 +73,13 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
                 learner.blend = blend
             return examine(learner, unseen, classes) if unseen else None
 
-        strategy = AdapterFedAvg(start, weights=settings.site_weights, names=nodes.names)
-        watch, run = (
-            Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start"),
-            folder.path.name,
-        )
-        outcome = federate(nodes, strategy, settings, start, quality_unseen, watch, run)
+        weights = {"weight": nodes.examples} if settings.site_weights == "examples" else {}
+        strategy = AdapterFedAvg(start, nodes.names, **weights)
+        watch = Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start")
+        outcome = federate(nodes, strategy, settings, start, quality_unseen, watch)
         ended = time.monotonic()
+        if simulated(grid):
+            forget(session.key)
 
         seconds = {"encode": encoded - begun, "rounds": ended - met, "total": ended - begun}
         summary = summary_of(outcome, nodes, holdout, features, seconds)

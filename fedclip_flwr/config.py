@@ -67,7 +67,7 @@ class Settings:
     strategy: str = _setting("fedavg", "how the sites' work comes together", choices=("fedavg", "fedprox"))
     proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
-    codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"), planned=True)
+    codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
     round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_flwr import content
+from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
-from fedclip_flwr.exchange import Hello, State
+from fedclip_flwr.exchange import Hello
 from fedclip_flwr.features import Features
 from fedclip_flwr.federation import Line
 from fedclip_flwr.nodes import Failure

@@ -2,16 +2,18 @@
 
 What may leave a site is told by `may_leave`, and nothing else: `check_outgoing` looks at every reply before it goes.
 
-    QUERY     hello       →  who the site is and how much it holds
-    TRAIN     an adapter  →  that adapter's scores at the site, and the adapter trained on
-    EVALUATE  an adapter  →  its scores; or, if the message names a run to personalise for, those of the site's own
+    QUERY     what the run is about  →  who the site is and how much it holds
+    TRAIN     an adapter             →  that adapter's scores at the site, and the adapter trained on
+    EVALUATE  an adapter             →  its scores; or, if so asked, those of the site's own made from it
 
-Any reply may be an error instead, with one line that says why.
+An adapter is whole, or a parcel (`codecs.py`) for someone who has another one, or, from the server, only the mark of
+one that the site has. Any reply may be an error instead, with one line that says why.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -24,10 +26,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.common.serde import message_to_proto
 from torch import Tensor
 
+from fedclip_flwr.codecs import CODECS, State, packed_size
 from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
+from fedclip_flwr.session import Session
 from fedclip_flwr.vocabulary import Vocabulary
 
-State = dict[str, Tensor]
+LACKS = 700
+"""The code of a site's error that asks for the whole adapter."""
 
 
 class ExchangeError(ValueError):
@@ -48,6 +53,10 @@ class Hello:
     package: str
 
 
+class LacksError(ExchangeError):
+    """The site does not have the adapter that the message builds on."""
+
+
 class Report(NamedTuple):
     """How the adapter that a site received does there, and how many examples it trained on."""
 
@@ -64,13 +73,16 @@ class Answer(NamedTuple):
 
 
 HELLO = frozenset(field.name for field in dataclasses.fields(Hello))
-SCORES = frozenset(f"{part}-{what}" for part in ("validation", "test") for what in Score._fields)
-FIGURES = frozenset({"num-examples", "test-balanced-accuracy", "test-macro-f1", "test-gaps"}) | SCORES
-BY_CLASS = frozenset(f"test-class-{what}" for what in ClassCounts._fields)
+FIGURES = frozenset({"num-examples", "validation", "test"})
+"""`validation`: examples, right ones, summed loss; `test` too, and balanced accuracy, macro F1 and gaps. In such lists
+they take a third of the bytes that they would take by name."""
+BY_CLASS = frozenset({"test-classes"})
+"""For each class its examples, then the right ones of each, then how often each was predicted."""
 
 
 def may_leave(adapter: Iterable[str], by_class: bool) -> dict[str, frozenset[str]]:
-    """Everything that may leave a site: records, and what each may hold; `adapter` names the adapter's tensors.
+    """Everything that may leave a site: records, and what each may hold; `adapter` names the adapter's tensors, or the
+    codec that has packed them.
 
     Besides these, an error's one line. `by_class`: the site's owner shares the counts by class.
     """
@@ -96,69 +108,95 @@ def size(message: Message) -> int:
     return int(message_to_proto(message).ByteSize())
 
 
-def round_size(state: Mapping[str, Tensor], task: ConfigRecord, report: Report) -> int:
+def round_size(state: State, codec: str, key: str, report: Report) -> int:
     """How many bytes a round with one site has, there and back."""
-    content = RecordDict({"arrays": write_adapter(state), "config": ConfigRecord({**task, "server-round": 1})})
+    config, arrays = ConfigRecord({**write_task(key), "server-round": 1}), state
+    if codec in CODECS:
+        arrays = {codec: torch.zeros(packed_size(codec, state), dtype=torch.uint8)}
+        config["state"] = config["base"] = "0" * MARK
+    content = RecordDict({"arrays": write_adapter(arrays), "config": config})
     question = Message(content, dst_node_id=2**63, message_type=MessageType.TRAIN)
     question.metadata.__dict__.update(_run_id=2**63, _src_node_id=1, _message_id="0" * 64)  # as a grid does
-    return size(question) + size(Message(write_answer(report, state), reply_to=question))
+    return size(question) + size(Message(write_answer(report, arrays), reply_to=question))
 
 
 # What the server sends
 
 
 class Task(NamedTuple):
-    """What a message asks of a site: the round, the domain no site trains on, the adapter.
+    """What a message asks of a site: the round, what the run is about, the adapter.
 
-    A hello comes without an adapter. It tells the vocabulary, and the model's content (empty if the server does not
-    know it); later messages have the vocabulary's key only. `personal` is the run for which the site is to keep an
-    adapter of its own, `blend` the share of the adapted feature where it is not the settings'.
+    A hello brings the session and no adapter; later messages have the session's key only. `personal`: the site is to
+    make an adapter of its own. `blend` is the share of the adapted feature where it is not the settings'. The adapter
+    is in `arrays`; or it is the one marked `state`, which the site has or makes of these and the one marked `base`.
     """
 
     round: int
-    holdout: str
-    vocabulary: Vocabulary | None
+    session: Session | None
     key: str
-    model: str
-    personal: str
+    personal: bool
     blend: float | None
-    state: ArrayRecord | None
+    state: str
+    base: str
+    arrays: ArrayRecord | None
 
 
-def write_greeting(holdout: str, vocabulary: Vocabulary, model: str) -> ConfigRecord:
+def write_greeting(session: Session) -> ConfigRecord:
     """What a hello tells."""
-    names, templates = map(list, vocabulary)
-    return ConfigRecord({"holdout": holdout, "classes": names, "prompts": templates, "model": model})
+    classes, prompts = map(list, session.vocabulary)
+    facts = {"holdout": session.holdout, "model": session.model, "run": session.run}
+    return ConfigRecord({**facts, "classes": classes, "prompts": prompts})
 
 
-def write_task(holdout: str, key: str, personal: str = "", blend: float | None = None) -> ConfigRecord:
+def write_task(key: str, personal: bool = False, blend: float | None = None) -> ConfigRecord:
     """The part of a message that is the same for all; Flower's strategies add `server-round`."""
-    config = ConfigRecord({"holdout": holdout, "vocabulary": key})
+    config = ConfigRecord({"session": key})
     if personal:
-        config["personal"] = personal
+        config["personal"] = True
     if blend is not None:
         config["blend"] = blend
     return config
 
 
 def read_task(content: RecordDict) -> Task:
-    config = content.config_records.get("config", ConfigRecord())
-    number: Any = config.get("server-round", 0)
-    lists: list[Any] = [config.get(key, []) for key in ("classes", "prompts")]
-    texts: list[Any] = [config.get(key, "") for key in ("holdout", "vocabulary", "model", "personal")]
-    blend: Any = config.get("blend")
-    told_well = blend is None or (type(blend) is float and 0 <= blend <= 1)
-    if type(number) is not int or any(type(t) is not str for t in texts) or any(type(x) is not list for x in lists):
-        told_well = False
-    if not told_well:
-        raise ExchangeError("the server's message can't be understood: is its version of this package another one?")
-    holdout, key, model, personal = texts
-    classes, prompts = (tuple(map(str, x)) for x in lists)
-    told = Vocabulary(classes, prompts) if classes else None
-    return Task(number, holdout, told, key, model, personal, blend, content.array_records.get("arrays"))
+    config: Mapping[str, Any] = content.config_records.get("config", ConfigRecord())
+
+    def told(key: str, default: Any) -> Any:
+        value = config.get(key, default)
+        if type(value) is not type(default):
+            raise ExchangeError("the server's message can't be understood: is its version of this package another one?")
+        return value
+
+    blend = told("blend", 1.0)
+    if not 0 <= blend <= 1:
+        raise ExchangeError(f"the server asks for a blend of {blend}, expected 0 to 1")
+    classes, prompts = (tuple(map(str, told(key, []))) for key in ("classes", "prompts"))
+    holdout, model, run = (told(key, "") for key in ("holdout", "model", "run"))
+    return Task(
+        told("server-round", 0),
+        Session(holdout, Vocabulary(classes, prompts), model, run) if classes else None,
+        told("session", ""),
+        told("personal", False),
+        blend if "blend" in config else None,
+        told("state", ""),
+        told("base", ""),
+        content.array_records.get("arrays"),
+    )
 
 
 # Adapters
+
+
+MARK = 16
+
+
+def mark_of(state: Mapping[str, Tensor]) -> str:
+    """A short name for the numbers of an adapter."""
+    whole = hashlib.sha256()
+    for name in sorted(state):
+        whole.update(name.encode() + b"\0")
+        whole.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:MARK]
 
 
 def write_adapter(state: Mapping[str, Tensor]) -> ArrayRecord:
@@ -226,15 +264,17 @@ def read_hello(content: RecordDict) -> Hello:
 
 
 def write_answer(report: Report, state: Mapping[str, Tensor] | None = None) -> RecordDict:
-    numbers: dict[str, int | float | list[int] | list[float]] = {"num-examples": report.examples}
-    for part, score in (("validation", report.validation), ("test", report.test.score)):
-        numbers |= {f"{part}-{what}": value for what, value in score._asdict().items()}
-    numbers["test-balanced-accuracy"] = report.test.balanced_accuracy
-    numbers["test-macro-f1"] = report.test.macro_f1
-    numbers["test-gaps"] = report.test.gaps
-    if report.test.classes:
-        numbers |= {f"test-class-{what}": values for what, values in report.test.classes._asdict().items()}
-    content = RecordDict({"metrics": MetricRecord(numbers)})
+    test = report.test
+    figures = MetricRecord(
+        {
+            "num-examples": report.examples,
+            "validation": [float(value) for value in report.validation],
+            "test": [*map(float, test.score), test.balanced_accuracy, test.macro_f1, *test.gaps],
+        }
+    )
+    if test.classes:
+        figures["test-classes"] = [count for counts in test.classes for count in counts]
+    content = RecordDict({"metrics": figures})
     if state is not None:
         content["arrays"] = write_adapter(state)
     return content
@@ -256,43 +296,37 @@ def _report(record: MetricRecord) -> Report:
     examples = record["num-examples"]
     if type(examples) is not int or examples < 0:
         raise ExchangeError(f"num-examples is {one_line(examples, 40)}, expected a count")
-    return Report(examples, _score("validation", record), _quality(record))
-
-
-def _score(part: str, record: MetricRecord) -> Score:
-    examples, correct, loss = (record[f"{part}-{what}"] for what in Score._fields)
-    if type(examples) is not int or type(correct) is not int or not 0 <= correct <= examples:
-        told = one_line(f"{correct} of {examples}", 60)
-        raise ExchangeError(f"{part}: {told} examples are said to be right, expected a share of them")
-    if type(loss) is not float or not 0 <= loss < math.inf:
-        raise ExchangeError(f"{part}: the loss is {one_line(loss, 40)}, expected a finite sum")
-    return Score(examples, correct, loss)
-
-
-def _quality(record: MetricRecord) -> Quality:
-    score = _score("test", record)
-    balanced, f1 = (_share(name, record[name]) for name in ("test-balanced-accuracy", "test-macro-f1"))
-    gaps: Any = record["test-gaps"]
-    if not isinstance(gaps, list) or len(gaps) != BINS or not all(type(gap) is float for gap in gaps):
-        raise ExchangeError(f"test: gaps of calibration are {one_line(gaps, 40)}, expected {BINS} numbers")
-    if not sum(map(abs, gaps)) <= score.examples + 1e-6:  # also where one is not a number
+    validation, _ = _score("validation", record, 0)
+    test, (balanced, f1, *gaps) = _score("test", record, 2 + BINS)
+    for name, share in (("balanced accuracy", balanced), ("macro F1", f1)):
+        if not 0 <= share <= 1:
+            raise ExchangeError(f"test: {name} is {share}, expected a number from 0 to 1")
+    if not sum(map(abs, gaps)) <= test.examples + 1e-6:  # also where one is not a number
         raise ExchangeError("test: the gaps of calibration are more than there are examples")
-    return Quality(score, balanced, f1, gaps, _by_class(score, record) if set(record) >= BY_CLASS else None)
+    by_class = _by_class(test, record["test-classes"]) if "test-classes" in record else None
+    return Report(examples, validation, Quality(test, balanced, f1, gaps, by_class))
 
 
-def _share(name: str, value: object) -> float:
-    if type(value) is not float or not 0 <= value <= 1:
-        raise ExchangeError(f"{name} is {one_line(value, 40)}, expected a number from 0 to 1")
-    return value
+def _score(part: str, record: MetricRecord, more: int) -> tuple[Score, list[float]]:
+    """The score, and so many figures more."""
+    figures: Any = record[part]
+    if type(figures) is not list or len(figures) != 3 + more or any(type(figure) is not float for figure in figures):
+        raise ExchangeError(f"{part} is {one_line(figures, 40)}, expected {3 + more} numbers")
+    examples, correct, loss, *others = figures
+    if not (examples.is_integer() and correct.is_integer() and 0 <= correct <= examples):
+        told = one_line(f"{correct:g} of {examples:g}", 60)
+        raise ExchangeError(f"{part}: {told} examples are said to be right, expected a share of them")
+    if not 0 <= loss < math.inf:
+        raise ExchangeError(f"{part}: the loss is {loss}, expected a finite sum")
+    return Score(int(examples), int(correct), loss), others
 
 
-def _by_class(score: Score, record: MetricRecord) -> ClassCounts:
-    counts: list[Any] = [record[f"test-class-{what}"] for what in ClassCounts._fields]
-    if not all(isinstance(c, list) and all(type(n) is int and n >= 0 for n in c) for c in counts):
+def _by_class(score: Score, counts: Any) -> ClassCounts:
+    if type(counts) is not list or len(counts) % 3 or not all(type(n) is int and n >= 0 for n in counts):
         raise ExchangeError("test: the counts by class are no counts")
-    known = ClassCounts(*counts)
-    sums = [sum(count) for count in counts]
-    if len({len(count) for count in counts}) > 1 or sums != [score.examples, score.correct, score.examples]:
+    classes = len(counts) // 3
+    known = ClassCounts(counts[:classes], counts[classes : 2 * classes], counts[2 * classes :])
+    if [*map(sum, known)] != [score.examples, score.correct, score.examples]:
         raise ExchangeError("test: the counts by class do not add up")
     if any(c > min(n, p) for n, c, p in zip(*known, strict=True)):
         raise ExchangeError("test: more of a class are said to be right than there are")

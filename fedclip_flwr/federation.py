@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
@@ -20,16 +20,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedclip_flwr import exchange
+from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import Report, State
+from fedclip_flwr.exchange import Report
 from fedclip_flwr.learning import BLENDS, RECIPES, best_blend, best_round
 from fedclip_flwr.metrics import Quality, mean_accuracy
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 
-TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
 
 
@@ -95,18 +95,16 @@ def federate(
     state: State,
     unseen: Callable[[State, float], Quality | None],
     watcher: Watcher,
-    run: str,
 ) -> Outcome:
     """Runs the rounds, beginning with the adapter `state`.
 
-    `unseen` is how good an adapter is on the held-out domain, with such a blend. `run` is the name under which sites
-    keep adapters of their own.
+    `unseen` is how good an adapter is on the held-out domain, with such a blend.
     """
     start = best = state
     share = settings.trained_blend
     lines: list[Line] = []
     cost = nodes.traffic.both, 0.0
-    answers = round_bytes = 0
+    asked = round_bytes = 0
 
     def choice(lines: Sequence[Line]) -> int:
         return best_round([line.validation for line in lines], RECIPES[settings.recipe].first_choice)
@@ -136,8 +134,8 @@ def federate(
             *messages_of(strategy.configure_train, number, state, training, nodes.config()),
             *messages_of(strategy.configure_evaluate, number, state, others, nodes.config()),
         ]
-        replies = nodes.ask(number, messages)
-        averaged, _ = strategy.aggregate_train(number, [r for r in replies if r.metadata.message_type == TRAIN])
+        evaluations: list[Message] = []
+        averaged, _ = strategy.aggregate_train(number, trained(nodes.ask(number, messages, state), evaluations))
         reports = nodes.sort_out(number, strategy)
         if len(reports) < settings.min_sites:
             raise UserError(
@@ -146,20 +144,20 @@ def federate(
             )
         if averaged is None:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
-        strategy.aggregate_evaluate(number, [r for r in replies if r.metadata.message_type == EVALUATE])
+        strategy.aggregate_evaluate(number, evaluations)
         reports = {**reports, **nodes.sort_out(number, strategy)}
         spent = nodes.traffic.both - before, time.monotonic() - begun
-        answers, round_bytes = answers + len(replies), round_bytes + spent[0]
+        asked, round_bytes = asked + len(training) + len(others), round_bytes + spent[0]
         add(reports)
-        state, cost = exchange.read_adapter(averaged, state), spent
+        state, cost = nodes.link.step(exchange.read_adapter(averaged, state), number), spent
         watcher.complete(number, state)
 
     def evaluated(
-        number: int, state: State, asked: Sequence[int], personal: str = "", blend: float | None = None
+        number: int, state: State, asked: Sequence[int], personal: bool = False, blend: float | None = None
     ) -> Mapping[str, Report]:
         config = nodes.config(personal, blend)
         messages = messages_of(strategy.configure_evaluate, number, state, asked, config)
-        strategy.aggregate_evaluate(number, nodes.ask(number, messages))
+        strategy.aggregate_evaluate(number, nodes.ask(number, messages, state))
         return nodes.sort_out(number, strategy)
 
     add(evaluated(len(lines), state, nodes.good()))
@@ -180,9 +178,18 @@ def federate(
         share = best_blend({blend: line.validation for blend, line in tried.items()})
         adapted = tried[share]
         watcher.selected(adapted.round, best, share)
-    asked = share if share != settings.trained_blend else None
-    personal = evaluated(adapted.round, best, nodes.good(), run, asked) if settings.personalize else {}
-    return Outcome(zero_shot, adapted, share, personal, best, round_bytes / max(answers, 1))
+    told = share if share != settings.trained_blend else None
+    personal = evaluated(adapted.round, best, nodes.good(), True, told) if settings.personalize else {}
+    return Outcome(zero_shot, adapted, share, personal, best, round_bytes / max(asked, 1))
+
+
+def trained(replies: Iterable[Message], others: list[Message]) -> Iterator[Message]:
+    """The replies to TRAIN as they come; the `others` are kept."""
+    for reply in replies:
+        if reply.metadata.message_type == MessageType.TRAIN:
+            yield reply
+        else:
+            others.append(reply)
 
 
 def refuse(error: UserError) -> NoReturn:

@@ -11,11 +11,23 @@ import torch
 from torch import Tensor
 
 from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.codecs import CODECS, State, wrap
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
-from fedclip_flwr.learning import BLENDS, RECIPES, Classes, Examples, Learner, average, best_blend, best_round, evaluate
+from fedclip_flwr.learning import (
+    BLENDS,
+    RECIPES,
+    Classes,
+    Examples,
+    Learner,
+    Mean,
+    best_blend,
+    best_round,
+    evaluate,
+    seed_of,
+)
 from fedclip_flwr.metrics import mean_accuracy
 from fedclip_flwr.sites import Site, drawn_by_lot, learn, new_adapter, simulated_site
 
@@ -95,6 +107,19 @@ def federate(
             unseen=evaluate(shared, unseen, classes).accuracy if unseen else None,
         )
 
+    left: dict[tuple[str, ...], State] = {}
+
+    def carried(state: State, base: State, number: int, *way: str) -> State:
+        """What arrives of the state at someone who has `base`."""
+        if settings.codec not in CODECS:
+            return state
+        parcel = wrap(settings.codec, state, base, left.get(way, {}), seed_of(settings.seed, *way, number))
+        left[way] = parcel.left
+        return parcel.arrives
+
+    def weight(site: Site) -> float:
+        return float(len(site.train.labels)) if settings.site_weights == "examples" else 1.0
+
     lines: list[Line] = []
     validation: list[float | None] = []
     for number in range(settings.num_server_rounds + 1):
@@ -106,13 +131,14 @@ def federate(
             best = copy.deepcopy(shared.state_dict())
         if number == settings.num_server_rounds:
             break
-        answers, weights = [], []
+        before = copy.deepcopy(shared.state_dict())
+        weights = {name: weight(site) for name, site in able.items()}
+        average = Mean(before, sum(weights.values()))
         for name in drawn_by_lot(able, settings.fraction_train, settings.seed, number + 1):
             own = copy.deepcopy(shared)
             learn(own, able[name], classes, settings, number + 1)
-            answers.append(own.state_dict())
-            weights.append(float(len(able[name].train.labels)))
-        shared.load_state_dict(average(answers, weights if settings.site_weights == "examples" else None))
+            average.add(carried(own.state_dict(), before, number + 1, "up", name), weights[name])
+        shared.load_state_dict(carried(average.value, before, number + 1, "down"))
         each_round()
     shared.load_state_dict(best)
     if isinstance(shared, Adapter) and settings.blend == "auto":

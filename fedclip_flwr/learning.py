@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam  # the function: torch.optim.Adam imports the compiler, which takes over a second
 
+from fedclip_flwr.errors import UserError
 from fedclip_flwr.metrics import Quality, Score, quality_of, score_of
 
 
@@ -252,16 +253,32 @@ def personalize(
     return best
 
 
-def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """The weighted mean of adapters' tensors, summed in the order given; without weights all count the same."""
-    shares = [1.0] * len(states) if weights is None else list(weights)
-    whole = sum(shares)
-    return {
-        name: torch.stack([state[name].double() * (w / whole) for state, w in zip(states, shares, strict=True)])
-        .sum(0)
-        .to(states[0][name].dtype)
-        for name in states[0]
-    }
+class Mean:
+    """The weighted mean of adapters' tensors, each added as it comes and let go of.
+
+    The sum is made of whole multiples of 2⁻⁴² of `most`, which is as much weight as can come together, in 64 bits: so
+    the order in which they come changes no bit, and a million of them keep float32's precision.
+    """
+
+    LARGEST = 2.0**20
+    """Of a tensor's numbers: so large a one would not fit."""
+
+    def __init__(self, like: Mapping[str, Tensor], most: float) -> None:
+        self._like, self._unit = like, 2.0**42 / max(most, 1.0)
+        self._sums = {name: torch.zeros_like(tensor, dtype=torch.int64) for name, tensor in like.items()}
+        self.weight = 0.0
+
+    def add(self, state: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        if too_large := sorted(name for name in self._like if not state[name].abs().amax() < self.LARGEST):
+            raise UserError(f"{', '.join(too_large)}: numbers of {self.LARGEST:,.0f} and more can't be averaged")
+        for name, total in self._sums.items():
+            total += (state[name].double() * (weight * self._unit)).round_().long()
+        self.weight += weight
+
+    @property
+    def value(self) -> dict[str, Tensor]:
+        whole = self.weight * self._unit
+        return {name: (total.double() / whole).to(self._like[name].dtype) for name, total in self._sums.items()}
 
 
 def best_round(validation: Sequence[float | None], first: int = 0) -> int:

@@ -6,7 +6,7 @@ On Flower's public `Grid`. Node ids are random in every simulation: what must be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -14,11 +14,13 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from fedclip_flwr import exchange
+from fedclip_flwr.codecs import State
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report
+from fedclip_flwr.link import Downlink
+from fedclip_flwr.session import Session
 from fedclip_flwr.sites import drawn_by_lot
 from fedclip_flwr.strategy import AdapterFedAvg
-from fedclip_flwr.vocabulary import Vocabulary
 
 
 class Failure(NamedTuple):
@@ -64,22 +66,21 @@ class Nodes:
     def __init__(
         self,
         grid: Grid,
+        link: Downlink,
         *,
-        holdout: str | None,
+        session: Session,
         package: str,
-        vocabulary: Vocabulary,
-        model: str | None,
         timeout: float,
         say: Callable[[str], None],
     ) -> None:
-        self._holdout = holdout or ""
-        self._greeting = RecordDict({"config": exchange.write_greeting(self._holdout, vocabulary, model or "")})
-        self._vocabulary = vocabulary
+        self._greeting = RecordDict({"config": exchange.write_greeting(session)})
+        self._key, self._classes = session.key, len(session.vocabulary.class_names)
         self.hellos: dict[str, Hello] = {}
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
         self.traffic = Traffic()
         self._grid, self._package = grid, package
+        self.link = link
         self._timeout, self._say = timeout, say
         self._greeted: set[int] = set()
         self._hellos_under_way: dict[str, int] = {}
@@ -140,8 +141,8 @@ class Nodes:
             )
         if hello.site in self.hellos:
             return "there is a site of that name already: give each SuperNode a name of its own"
-        if any(not 0 <= number < len(self._vocabulary.class_names) for number in hello.classes):
-            return f"it has other classes than the {len(self._vocabulary.class_names)} of this run"
+        if any(not 0 <= number < self._classes for number in hello.classes):
+            return f"it has other classes than the {self._classes} of this run"
         if not hello.train + hello.validation + hello.test:
             return "it holds no image that can be read"
         return None
@@ -165,34 +166,58 @@ class Nodes:
         present = set(self._grid.get_node_ids())
         return {name: node for node, name in self.names.items() if node in present}
 
-    def config(self, personal: str = "", blend: float | None = None) -> ConfigRecord:
+    def config(self, personal: bool = False, blend: float | None = None) -> ConfigRecord:
         """What goes with an adapter; a new one each time, for messages under way must not change."""
-        return exchange.write_task(self._holdout, self._vocabulary.key, personal, blend)
+        return exchange.write_task(self._key, personal, blend)
 
-    def ask(self, number: int, messages: Iterable[Message]) -> list[Message]:
-        """Sends the messages; the replies that came in time. Sites that didn't answer, or not for themselves, fail."""
+    def examples(self, site: str) -> int:
+        """How many the site trains on, as it said when it was met."""
+        return self.hellos[site].train
+
+    def ask(self, number: int, messages: Iterable[Message], state: State) -> Iterator[Message]:
+        """Sends the messages, which bring `state`; the replies as they come, as long as there is time.
+
+        Sites that don't answer, or not for themselves, fail. What a site has already is not sent; one that lacks what
+        it was thought to have is sent the whole.
+        """
         messages = list(messages)
+        whole = {message.metadata.dst_node_id: message.content for message in messages}
+        self.link.address(messages, state)
+        kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in messages}
         under_way = self._push(messages)
-        for node in {message.metadata.dst_node_id for message in messages} - set(under_way.values()):
+        for node in whole.keys() - set(under_way.values()):
             self._fail(number, self.names[node], "it could not be reached")
         asked = len(under_way)
-        replies: list[Message] = []
         wait = _Wait(self._timeout)
         while under_way and not wait.over:
             for node, reply in self._pull(under_way):
-                if reply.has_error():  # comes in the SuperLink's name
-                    self._fail(number, self.names[node], exchange.one_line(reply.error.reason or "no reason given"))
-                elif reply.metadata.src_node_id != node:
-                    self._fail(number, self.names[node], "it answered in another node's name")
+                wait.something_came()
+                if reply.has_error() and reply.error.code == exchange.LACKS and node in whole:
+                    self.link.lacks(node)
+                    again = Message(whole.pop(node), node, kinds[node])
+                    under_way |= self._push([again])
+                elif why := self._useless(node, reply, state):
+                    self._fail(number, self.names[node], why)
                 else:
-                    replies.append(reply)
+                    yield reply
             if wait.worth_telling():
                 self._say(f"round {number}: {asked - len(under_way)} of {asked} sites have answered")
             if under_way:
                 wait.a_moment()
         for node in under_way.values():
             self._fail(number, self.names[node], f"no answer within {self._timeout:g} s")
-        return replies
+
+    def _useless(self, node: int, reply: Message, state: State) -> str | None:
+        """Why the reply can't be used; else the adapter in it is made whole."""
+        if reply.has_error():  # comes in the SuperLink's name
+            return exchange.one_line(reply.error.reason or "no reason given")
+        if reply.metadata.src_node_id != node:
+            return "it answered in another node's name"
+        try:
+            self.link.receive(reply, state)
+        except ExchangeError as error:
+            return str(error)
+        return None
 
     def sort_out(self, number: int, strategy: AdapterFedAvg) -> Mapping[str, Report]:
         """What the strategy took from a round's replies; the sites whose replies it dropped fail."""
@@ -232,11 +257,13 @@ class Nodes:
 
 
 class _Wait:
-    """Waiting for answers: prompt at first, gentler later, with a word to the user now and then."""
+    """Waiting for answers: prompt while they come, gentler the longer none does. Now and then the user is told."""
+
+    SHORTEST, LONGEST = 0.01, 2.0
 
     def __init__(self, timeout: float) -> None:
-        self._start = self._told = time.monotonic()
-        self._timeout, self._pause = timeout, 0.01
+        self._start = self._told = self._last = time.monotonic()
+        self._timeout = timeout
 
     @property
     def seconds(self) -> float:
@@ -253,6 +280,10 @@ class _Wait:
         self._told = time.monotonic()
         return True
 
+    def something_came(self) -> None:
+        """The next answer may be near."""
+        self._last = time.monotonic()
+
     def a_moment(self) -> None:
-        time.sleep(self._pause)
-        self._pause = min(1.3 * self._pause, 0.2)
+        """A twentieth of the time for which nothing has come: little of it is lost, and few questions are asked."""
+        time.sleep(min(max((time.monotonic() - self._last) / 20, self.SHORTEST), self.LONGEST))

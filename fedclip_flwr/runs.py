@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Any
 
 from fedclip_flwr import content
+from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import State, one_line
+from fedclip_flwr.exchange import one_line
 from fedclip_flwr.features import Features, Pixels, results
 from fedclip_flwr.federation import Line, Outcome
 from fedclip_flwr.metrics import Quality, mean_figures

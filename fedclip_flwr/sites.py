@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fedclip_flwr.data.partition import shard
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, Pixels, open_features
 from fedclip_flwr.learning import RECIPES, Classes, Examples, Learner, personalize, seed_of, split, train
-from fedclip_flwr.vocabulary import Vocabulary
+from fedclip_flwr.session import Session
 
 OWN = ("data", "model", "device", "image-column", "label-column", "domain-column")
 """The settings that a site's owner may give in its node config."""
@@ -76,14 +77,17 @@ def new_learner(settings: Settings, features: Features) -> Learner:
 
 
 def new_adapter(settings: Settings, dim: int) -> Adapter:
-    return make_adapter(
-        settings.adapter,
-        dim,
-        rank=settings.adapter_rank,
-        blend=settings.trained_blend,
-        identity=RECIPES[settings.recipe].identity,
-        seed=settings.seed,
+    identity = RECIPES[settings.recipe].identity
+    first = _first_adapter(
+        settings.adapter, dim, settings.adapter_rank, settings.trained_blend, identity, settings.seed
     )
+    return copy.deepcopy(first)
+
+
+@lru_cache(maxsize=4)
+def _first_adapter(kind: str, dim: int, rank: int, blend: float, identity: bool, seed: int) -> Adapter:
+    """Random numbers take longer than a copy."""
+    return make_adapter(kind, dim, rank=rank, blend=blend, identity=identity, seed=seed)
 
 
 def starts_as_zero_shot(settings: Settings) -> bool:
@@ -144,11 +148,15 @@ class Desk:
     features: Features
     classes: Classes
     device: torch.device
+    session: Session
 
-    def require(self, model: str) -> None:
-        """Raises unless this is the content of the model here, where both sides know it: features would not compare."""
+    def new_learner(self) -> Learner:
+        return new_learner(self.settings, self.features)
+
+    def require(self) -> None:
+        """Raises unless the model here is the server's, where both know its content: features would not compare."""
         own = self.features.model_content
-        if model and own and model != own:
+        if self.session.model and own and self.session.model != own:
             raise UserError(
                 f"this site's model {self.features.model!r} has other content than the server's: give both the same "
                 "model-revision, or copy the server's model and name its folder in the node config (model='/PATH')"
@@ -156,27 +164,22 @@ class Desk:
 
 
 def open_desk(
-    run_config: Mapping[str, object],
-    node_config: Mapping[str, object],
-    holdout: str,
-    simulated: bool,
-    vocabulary: Vocabulary | None = None,
+    run_config: Mapping[str, object], node_config: Mapping[str, object], session: Session, simulated: bool
 ) -> Desk:
-    """This site's desk; read once in a process that answers several messages.
+    """This site's desk; kept in a process that answers several messages.
 
-    `holdout` is the domain that no site trains on, as the server resolved it; `vocabulary` is the server's.
+    The `session` tells what the server resolved: the domain that no site trains on, and the vocabulary.
     """
     run, node = (tuple(sorted(config.items())) for config in (run_config, node_config))
-    return _desk(run, node, holdout, simulated, vocabulary)
+    return _desk(run, node, session, simulated)
 
 
 @lru_cache(maxsize=64)
 def _desk(
     run_config: Sequence[tuple[str, object]],
     node_config: Sequence[tuple[str, object]],
-    holdout: str,
+    session: Session,
     simulated: bool,
-    vocabulary: Vocabulary | None,
 ) -> Desk:
     node, given = dict(node_config), dict(run_config)
     if not simulated and str(given.get("class-names", "")).startswith("/"):
@@ -191,14 +194,14 @@ def _desk(
         raise UserError(
             "this site was not told where its data is: start its SuperNode with --node-config \"data='folder:/PATH'\""
         )
-    features = open_features(settings, vocabulary, progress=not simulated)
+    features = _features(settings, session, simulated)
     device = clip.pick_device(settings.device)
     if isinstance(number, int) and isinstance(sites, int):
         if not 0 <= number < sites:
             raise UserError(f"partition-id = {number}: expected a number from 0 to num-partitions - 1 = {sites - 1}")
         site = simulated_site(
             features,
-            holdout or None,
+            session.holdout or None,
             number,
             sites,
             settings.seed,
@@ -207,8 +210,14 @@ def _desk(
             alpha=settings.alpha,
         )
     else:
-        site = _whole(features, holdout, str(node.get("site", "")), settings.seed, device)
-    return Desk(settings, site, features, features.classes.ready(device), device)
+        site = _whole(features, session.holdout, str(node.get("site", "")), settings.seed, device)
+    return Desk(settings, site, features, features.classes.ready(device), device, session)
+
+
+@lru_cache(maxsize=4)
+def _features(settings: Settings, session: Session, simulated: bool) -> Features:
+    """Opened once for all sites that a process simulates."""
+    return open_features(settings, session.vocabulary, progress=not simulated)
 
 
 def _whole(features: Features, holdout: str, name: str, seed: int, device: torch.device) -> Site:

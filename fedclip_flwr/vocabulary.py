@@ -34,21 +34,6 @@ class Vocabulary(NamedTuple):
     def key(self) -> str:
         return content.digest(json.dumps(self))
 
-    def remember(self, memory: Path) -> None:
-        """So that `recall` finds it by its key."""
-        content.remember(self.key, json.dumps(self), memory)
-
-
-def recall(key: str, memory: Path) -> Vocabulary:
-    """The vocabulary that was remembered."""
-    text = content.recall(key, memory) if key.isalnum() else None  # it comes from outside, and names a file
-    if text is None:
-        raise UserError(
-            "this site has forgotten the names of the classes: was its FEDCLIP_HOME emptied during the run?"
-        )
-    names, templates = json.loads(text)
-    return Vocabulary(tuple(names), tuple(templates))
-
 
 def templates_of(prompt: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in prompt.split(SEPARATOR))

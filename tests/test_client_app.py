@@ -14,14 +14,21 @@ from flwr.app import Context, Message, RecordDict
 
 import client_app
 from fedclip_flwr import content, exchange
+from fedclip_flwr.codecs import CODECS
 from fedclip_flwr.config import Settings
 from fedclip_flwr.learning import RECIPES, evaluate, examine, seed_of, train
+from fedclip_flwr.link import Downlink
 from fedclip_flwr.saved import load_adapter
+from fedclip_flwr.session import Session
 from fedclip_flwr.sites import new_adapter, new_learner, open_desk
 from fedclip_flwr.vocabulary import Vocabulary
 
 NAMES = ("car", "cat", "fish")
 SETTINGS = Settings(seed=7, local_epochs=2)
+
+
+def session_of(names: tuple[str, ...] = NAMES, run: str = "", model: str = "") -> Session:
+    return Session("", Vocabulary(names, ("a picture of a {}",)), model, run)
 
 
 def asked(
@@ -32,15 +39,18 @@ def asked(
     personal: str = "",
     blend: float | None = None,
     settings: Settings = SETTINGS,
+    mark: str = "",
     **node: Any,
 ) -> Message:
     """What the site with the images in `tree` answers."""
-    vocabulary = Vocabulary(names, ("a picture of a {}",))
-    vocabulary.remember(content.memory())
-    config = exchange.write_task("", vocabulary.key, personal, blend)
+    session = session_of(names, personal, node.pop("model_content", ""))
+    session.remember(content.memory())
+    config = exchange.write_task(session.key, bool(personal), blend)
     if kind == "query":
-        config = exchange.write_greeting("", vocabulary, node.pop("model_content", ""))
+        config = exchange.write_greeting(session)
     config["server-round"] = 4
+    if mark:
+        config["state"] = mark
     task = RecordDict({"config": config})
     if state is not None:
         task["arrays"] = exchange.write_adapter(state)
@@ -64,7 +74,7 @@ def test_training_answers_with_the_received_adapters_scores_and_the_trained_adap
     answer = exchange.read_answer(asked("train", tree, state).content, state)
 
     node = {"site": "north", "data": f"folder:{tree}"}
-    desk = open_desk(settings.as_run_config(), node, "", False)
+    desk = open_desk(settings.as_run_config(), node, session_of(), False)
     adapter.load_state_dict(state)
     assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
     assert answer.report.test == replace(examine(adapter, desk.site.test, desk.classes), classes=None)
@@ -80,7 +90,7 @@ def test_training_answers_with_the_received_adapters_scores_and_the_trained_adap
 def test_a_whole_model_learns_from_images_and_comes_back(tree: Path) -> None:
     settings = Settings(method="full-model", recipe="paper", strategy="fedprox", proximal_mu=0.5, seed=7, batch_size=8)
     node = {"site": "north", "data": f"folder:{tree}"}
-    desk = open_desk(settings.as_run_config(), node, "", False)
+    desk = open_desk(settings.as_run_config(), node, session_of(), False)
     model = new_learner(settings, desk.features)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     answer = exchange.read_answer(asked("train", tree, state, settings=settings).content, state)
@@ -94,7 +104,7 @@ def test_a_whole_model_learns_from_images_and_comes_back(tree: Path) -> None:
 
 def test_of_a_whole_model_only_what_came_goes_back(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(method="full-model")
-    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, "", False)
+    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
     state = new_learner(settings, desk.features).state_dict()
     write = exchange.write_adapter
     monkeypatch.setattr(exchange, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
@@ -108,7 +118,7 @@ def test_an_adapter_is_evaluated_and_made_the_sites_own_with_the_blend_that_is_a
     adapter = new_adapter(settings, 128)
     state = {"log_scale": torch.linspace(-2, 2, 128)}
     adapter.load_state_dict(state)
-    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, "", False)
+    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
     reports = []
     for blend in (None, 0.25):
         adapter.blend = 1.0 if blend is None else blend
@@ -118,6 +128,29 @@ def test_an_adapter_is_evaluated_and_made_the_sites_own_with_the_blend_that_is_a
     assert reports[0] != reports[1]
     asked("evaluate", tree, state, blend=0.25, personal="blended", settings=settings)
     assert load_adapter(fedclip_home / "personal" / "blended" / "north")[1]["blend"] == 0.25
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_with_a_codec_a_site_makes_the_first_adapter_itself_and_answers_with_a_parcel(tree: Path, codec: str) -> None:
+    settings = replace(SETTINGS, codec=codec)
+    start = new_adapter(settings, 128).state_dict()
+    node: dict[str, Any] = {"site": f"with-{codec}"}
+    plain = exchange.read_answer(asked("train", tree, start, **node).content, start)
+    reply = asked("train", tree, settings=settings, mark=exchange.mark_of(start), **node)
+    assert set(reply.content["arrays"]) == {codec}
+    assert exchange.size(reply) < 0.6 * exchange.size(asked("train", tree, start, **node))
+    Downlink(start, codec, 0).receive(reply, start)
+    packed = exchange.read_answer(reply.content, start)
+    assert packed.report == plain.report
+    for name, tensor in plain.state.items():
+        step = (tensor - start[name]).abs().max()
+        torch.testing.assert_close(packed.state[name], tensor, rtol=0, atol=float(step / 100))
+    assert reply.content["metrics"] == asked("train", tree, start, **node).content["metrics"]
+
+
+def test_a_site_asks_for_the_whole_if_it_has_nothing_to_build_on(tree: Path) -> None:
+    reply = asked("train", tree, settings=replace(SETTINGS, codec="int8"), mark="0123456789abcdef")
+    assert reply.error.code == exchange.LACKS
 
 
 def test_evaluating_sends_no_adapter(tree: Path) -> None:
@@ -143,7 +176,9 @@ def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: 
     (folder,) = (fedclip_home / "personal").glob("*20260101*/north_1-*")
     adapter, facts = load_adapter(folder)
     assert facts["site"] == "north/1"
-    desk = open_desk(Settings(seed=7).as_run_config(), {"site": "north/1", "data": f"folder:{tree}"}, "", False)
+    desk = open_desk(
+        Settings(seed=7).as_run_config(), {"site": "north/1", "data": f"folder:{tree}"}, session_of(), False
+    )
     assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
     before = evaluate(new_adapter(Settings(), 128), desk.site.validation, desk.classes)
     assert answer.report.validation.loss <= before.loss
@@ -152,9 +187,9 @@ def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: 
 
 def test_a_site_that_was_not_told_the_classes_says_so(tree: Path) -> None:
     state = new_adapter(Settings(), 128).state_dict()
-    task = RecordDict({"config": exchange.write_task("", "unknown"), "arrays": exchange.write_adapter(state)})
+    task = RecordDict({"config": exchange.write_task("unknown"), "arrays": exchange.write_adapter(state)})
     context = Context(1, 2, {"site": "north", "data": f"folder:{tree}"}, RecordDict(), Settings().as_run_config())
-    assert "has forgotten the names" in str(client_app.app(Message(task, 2, "train"), context).error.reason)
+    assert "has forgotten what the run is about" in str(client_app.app(Message(task, 2, "train"), context).error.reason)
 
 
 @pytest.mark.parametrize(

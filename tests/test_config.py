@@ -95,7 +95,7 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("data", "features:~/f", "features:/"),
         ("model", "./clip", "/clip"),
         ("results-dir", "results", "/results"),
-        ("codec", "int8", "only 'float32' works"),
+        ("codec", "int4", "expected one of float32, bfloat16, int8"),
         ("method", "whole", "adapter, full-model"),
         ("strategy", "fedsum", "fedavg, fedprox"),
         ("blend", "best", "a number or auto"),

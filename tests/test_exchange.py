@@ -12,6 +12,7 @@ from fedclip_flwr import exchange
 from fedclip_flwr.adapters import ADAPTERS, make_adapter, tensor_names
 from fedclip_flwr.exchange import ExchangeError, Hello, Report
 from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
+from fedclip_flwr.session import Session
 from fedclip_flwr.vocabulary import Vocabulary
 
 LIKE = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
@@ -112,25 +113,51 @@ def test_an_answer_comes_back() -> None:
     assert exchange.read_answer(exchange.write_answer(SHARED)) == (SHARED, {})
 
 
+def figures(part: str, **changes: Any) -> RecordDict:
+    """The good answer, with some of the part's figures replaced."""
+    content = exchange.write_answer(REPORT)
+    names = ("examples", "correct", "loss", "balanced", "f1", *(f"gap{i}" for i in range(BINS)))
+    kept: Any = content.metric_records["metrics"][part]
+    content.metric_records["metrics"][part] = [
+        changes.get(name, value) for name, value in zip(names, kept, strict=False)
+    ]
+    return content
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "told"),
+    [
+        ("validation", {"correct": 10.0}, "10 of 2"),
+        ("validation", {"correct": -1.0}, "-1 of 2"),
+        ("validation", {"correct": 0.5}, "validation"),
+        ("validation", {"examples": float("inf")}, "1 of inf"),
+        ("validation", {"examples": NAN}, "1 of nan"),
+        ("test", {"loss": NAN}, "loss"),
+        ("test", {"loss": -1.0}, "loss"),
+        ("test", {"balanced": 1.5}, "balanced accuracy is 1.5, expected a number from 0 to 1"),
+        ("test", {"f1": NAN}, "macro F1 is nan"),
+        ("test", {"gap3": NAN}, "more than there are examples"),
+        ("test", {f"gap{i}": 0.5 for i in range(BINS)}, "more than there are examples"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(part: str, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ExchangeError, match=told):
+        exchange.read_answer(figures(part, **changes))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
         ("num-examples", -1, "num-examples"),
         ("num-examples", 2.0, "num-examples"),
-        ("validation-correct", 10, "10 of 2"),
-        ("validation-correct", -1, "-1 of 2"),
-        ("validation-correct", 0.5, "validation"),
-        ("test-examples", [3], "test"),
-        ("test-loss", float("nan"), "loss"),
-        ("test-loss", -1.0, "loss"),
-        ("test-balanced-accuracy", 1.5, "from 0 to 1"),
-        ("test-macro-f1", float("nan"), "from 0 to 1"),
-        ("test-macro-f1", 1, "from 0 to 1"),
-        ("test-gaps", [0.0] * 3, "expected 15 numbers"),
-        ("test-gaps", [1] * BINS, "expected 15 numbers"),
-        ("test-gaps", [float("nan")] * BINS, "more than there are examples"),
-        ("test-gaps", [0.5] * BINS, "more than there are examples"),
-        ("test-class-examples", [3, 0], "not those that were asked for"),
+        ("validation", [1.0, 1.0], "expected 3 numbers"),
+        ("validation", [1, 1, 1], "expected 3 numbers"),
+        ("test", 3.0, "expected 20 numbers"),
+        ("test", [0.0] * 21, "expected 20 numbers"),
+        ("test-classes", [3, 0], "no counts"),
         ("more", 1, "not those that were asked for"),
     ],
 )
@@ -144,18 +171,17 @@ def test_a_report_that_is_not_as_expected_is_refused(key: str, value: Any, told:
 @pytest.mark.parametrize(
     ("counts", "told"),
     [
-        (([3, 1], [1, 0], [2, 1]), "add up"),
-        (([2, 1], [1, 0], [3]), "add up"),
-        (([2, 1], [1, 0], [2, 1, 0]), "add up"),
-        (([2, 1], [0, 1], [3, 0]), "more of a class"),
-        (([2, 1], [2, -1], [2, 1]), "no counts"),
-        (([2, 1], [1.0, 0.0], [2, 1]), "no counts"),
+        ([3, 1, 1, 0, 2, 1], "add up"),
+        ([2, 1, 0, 1, 0, 0, 2, 1, 1], "add up"),
+        ([2, 1, 0, 1, 3, 0], "more of a class"),
+        ([2, 1, 1, 0, 2], "no counts"),
+        ([2, 1, 2, -1, 2, 1], "no counts"),
+        ([2.0, 1.0, 1.0, 0.0, 2.0, 1.0], "no counts"),
     ],
 )
 def test_counts_by_class_that_cannot_be_are_refused(counts: Any, told: str) -> None:
     content = exchange.write_answer(SHARED)
-    for name, values in zip(ClassCounts._fields, counts, strict=True):
-        content.metric_records["metrics"][f"test-class-{name}"] = values
+    content.metric_records["metrics"]["test-classes"] = counts
     with pytest.raises(ExchangeError, match=told):
         exchange.read_answer(content)
 
@@ -181,34 +207,36 @@ def test_a_single_number_keeps_its_shape() -> None:
 
 
 def test_a_task_comes_back_and_nonsense_is_refused() -> None:
-    config = exchange.write_task("sketch", "0123", "run-7")
+    config = exchange.write_task("0123", True)
     config["server-round"] = 3
-    state = exchange.write_adapter(GOOD)
-    task = exchange.read_task(RecordDict({"config": config, "arrays": state}))
-    assert task == (3, "sketch", None, "0123", "", "run-7", None, state)
-    blended = exchange.write_task("sketch", "0123", blend=0.25)
+    arrays = exchange.write_adapter(GOOD)
+    task = exchange.read_task(RecordDict({"config": config, "arrays": arrays}))
+    assert task == (3, None, "0123", True, None, "", "", arrays)
+    blended = exchange.write_task("0123", blend=0.25)
     assert exchange.read_task(RecordDict({"config": blended})).blend == 0.25
-    vocabulary = Vocabulary(("cat", "dog"), ("a {}", "the {}"))
-    greeting = exchange.write_greeting("sketch", vocabulary, "0123")
-    assert exchange.read_task(RecordDict({"config": greeting})) == (0, "sketch", vocabulary, "", "0123", "", None, None)
-    for key, value in (("holdout", 3), ("server-round", 1.5), ("classes", "cat"), ("blend", 1.5), ("blend", "auto")):
+    session = Session("sketch", Vocabulary(("cat", "dog"), ("a {}", "the {}")), "0123", "run-7")
+    greeting = exchange.write_greeting(session)
+    assert exchange.read_task(RecordDict({"config": greeting})) == (0, session, "", False, None, "", "", None)
+    wrong = dict[str, Any](holdout=3, classes="cat", blend="auto", personal=1, state=7)
+    wrong["server-round"] = 1.5
+    for key, value in wrong.items():
         nonsense = RecordDict({"config": ConfigRecord({**greeting, key: value})})
         with pytest.raises(ExchangeError, match="can't be understood"):
             exchange.read_task(nonsense)
+    with pytest.raises(ExchangeError, match="asks for a blend"):
+        exchange.read_task(RecordDict({"config": ConfigRecord({**greeting, "blend": 1.5})}))
 
 
-FIGURES = {
-    "num-examples",
-    "validation-examples",
-    "validation-correct",
-    "validation-loss",
-    "test-examples",
-    "test-correct",
-    "test-loss",
-    "test-balanced-accuracy",
-    "test-macro-f1",
-    "test-gaps",
-}
+def test_equal_numbers_have_one_mark_and_others_another() -> None:
+    mark = exchange.mark_of(GOOD)
+    assert exchange.mark_of(dict(reversed({n: t.clone() for n, t in GOOD.items()}.items()))) == mark
+    assert len(mark) == exchange.MARK
+    for name in GOOD:
+        other = {**GOOD, name: GOOD[name].nextafter(torch.tensor(9.0))}
+        assert exchange.mark_of(other) != mark
+
+
+FIGURES = {"num-examples", "validation", "test"}
 
 
 def test_the_list_of_what_may_leave_a_site() -> None:
@@ -218,8 +246,11 @@ def test_the_list_of_what_may_leave_a_site() -> None:
         "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package"},
         "metrics": FIGURES,
     }
-    counts = {"test-class-examples", "test-class-correct", "test-class-predicted"}
-    assert exchange.may_leave((), by_class=True)["metrics"] == FIGURES | counts
+    assert exchange.may_leave(["int8"], by_class=True) == {
+        "arrays": {"int8"},
+        "hello": exchange.HELLO,
+        "metrics": FIGURES | {"test-classes"},
+    }
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

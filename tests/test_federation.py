@@ -13,16 +13,20 @@ from flwr.common.typing import Run
 from flwr.serverapp import Grid
 
 from fedclip_flwr import exchange
+from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import Hello, Report, State
+from fedclip_flwr.exchange import LACKS, Hello, LacksError, Report
 from fedclip_flwr.federation import Line, Outcome, federate
+from fedclip_flwr.link import Downlink, Shelf, forget
 from fedclip_flwr.metrics import BINS, Quality, Score
 from fedclip_flwr.nodes import Nodes
+from fedclip_flwr.session import Session
 from fedclip_flwr.strategy import AdapterFedAvg
 from fedclip_flwr.vocabulary import Vocabulary
 
 START = {"w": torch.zeros(1)}
+SESSION = Session("x", Vocabulary(("yes", "no"), ("a {}",)), "m", "run-7")
 Answer = Callable[[Message], Message | None]
 
 
@@ -70,27 +74,31 @@ def quality(correct: int, examples: int = 10) -> Quality:
 class Site:
     """Adds `step` to the adapter when it trains; its validation accuracy is a table by the adapter's value."""
 
+    codec = "float32"
+
     def __init__(self, name: str, step: float = 1.0, correct: dict[float, int] | None = None, **hello: Any) -> None:
         self.hello = Hello(**{**HELLO, "site": name, **hello})
         self.step, self.correct = step, correct or {}
         self.trained_in: list[int] = []
-        self.own: list[tuple[str, int, float]] = []
+        self.own: list[tuple[int, float]] = []
 
     def __call__(self, message: Message) -> Message | None:
         task = exchange.read_task(message.content)
         if message.metadata.message_type == MessageType.QUERY:
             return Message(exchange.write_hello(self.hello), reply_to=message)
-        assert task.state is not None
-        state = exchange.read_adapter(task.state, START)
+        state = Shelf(self.hello.site, self.codec).take(task, START)
         value = float(state["w"]) * (1.0 if task.blend is None else task.blend)
         if task.personal:
-            self.own.append((task.personal, task.round, value))
+            self.own.append((task.round, value))
             value += 0.5 + self.step
         report = Report(6, Score(10, self.correct.get(value, 5), 5.0), quality(min(int(value), 10)))
         if message.metadata.message_type == MessageType.EVALUATE:
             return Message(exchange.write_answer(report), reply_to=message)
         self.trained_in.append(task.round)
-        return Message(exchange.write_answer(report, {"w": state["w"] + self.step}), reply_to=message)
+        trained = Shelf(self.hello.site, self.codec).pack(
+            {"w": state["w"] + self.step}, state, self.hello.site, task.round, 0
+        )
+        return Message(exchange.write_answer(report, trained), reply_to=message)
 
 
 HELLO: dict[str, Any] = {
@@ -131,19 +139,18 @@ class Running:
         self.grid, self.said, self.told = FakeGrid(nodes), list[str](), Told()
         self.nodes = Nodes(
             self.grid,
-            holdout="x",
+            Downlink(START, self.settings.codec, 0),
+            session=SESSION,
             package="same",
-            vocabulary=Vocabulary(("yes", "no"), ("a {}",)),
-            model="m",
             timeout=self.settings.round_timeout,
             say=self.said.append,
         )
 
     def run(self, start: State = START) -> Outcome:
         self.nodes.wait_for(self.settings.min_sites)
-        strategy = AdapterFedAvg(START, names=self.nodes.names)
+        strategy = AdapterFedAvg(START, self.nodes.names)
         unseen = lambda state, blend: quality(int(state["w"] * blend), 100)  # noqa: E731
-        return federate(self.nodes, strategy, self.settings, start, unseen, self.told, "run-7")
+        return federate(self.nodes, strategy, self.settings, start, unseen, self.told)
 
 
 def test_three_rounds_by_hand() -> None:
@@ -172,6 +179,28 @@ def test_three_rounds_by_hand() -> None:
     assert not running.nodes.failures
 
 
+class Packing(Site):
+    """A site of a run with the codec int8; it loses what it keeps in the rounds `forgets_in`."""
+
+    codec = "int8"
+    forgets_in: tuple[int, ...] = ()
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.bases: list[str] = []
+
+    def __call__(self, message: Message) -> Message | None:
+        task = exchange.read_task(message.content)
+        if message.metadata.message_type != MessageType.QUERY:
+            self.bases.append(task.base)
+        if task.round in self.forgets_in and task.base:
+            forget(self.hello.site)
+        try:
+            return super().__call__(message)
+        except LacksError as error:
+            return Message(Error(LACKS, str(error)), reply_to=message)
+
+
 def test_a_blend_is_chosen_by_validation_after_the_last_round() -> None:
     north = Site("north", 2.0, {4.0: 9, 3.0: 8, 2.0: 7, 1.0: 9})
     south = Site("south", 2.0, {4.0: 7, 3.0: 8, 2.0: 6, 1.0: 5})
@@ -182,7 +211,7 @@ def test_a_blend_is_chosen_by_validation_after_the_last_round() -> None:
     assert outcome.adapted.unseen
     assert outcome.adapted.unseen.accuracy == 0.03
     assert (running.told.best[-1], running.told.blend) == (2, 0.75)
-    assert north.own == [("run-7", 2, 3.0)]
+    assert north.own == [(2, 3.0)]
     asked = [kind for node, kind in running.grid.asked if node == 5]
     assert asked == ["query", "train", "train", "train", *["evaluate"] * 5]  # the last line, three blends, the own
 
@@ -191,7 +220,7 @@ def test_a_fixed_blend_is_not_chosen_and_not_sent() -> None:
     north = Site("north")
     outcome = Running({5: north}, blend=0.5, personalize=True).run()
     assert outcome.blend == 0.5
-    assert north.own[0][2] == float(outcome.state["w"])
+    assert north.own[0][1] == float(outcome.state["w"])
 
 
 def test_the_papers_recipe_selects_of_the_trained_rounds() -> None:
@@ -378,7 +407,7 @@ def test_a_site_without_training_images_only_evaluates() -> None:
     assert [len(line.reports) for line in running.told.lines] == [2] * 4
 
 
-def test_a_hello_tells_the_vocabulary_and_the_model_and_later_messages_only_the_key() -> None:
+def test_a_hello_tells_what_the_run_is_about_and_later_messages_only_the_key() -> None:
     told: list[exchange.Task] = []
 
     def listening(message: Message) -> Message | None:
@@ -386,16 +415,15 @@ def test_a_hello_tells_the_vocabulary_and_the_model_and_later_messages_only_the_
         return Site("north")(message)
 
     Running({5: listening}).run()
-    vocabulary = Vocabulary(("yes", "no"), ("a {}",))
-    assert (told[0].vocabulary, told[0].model) == (vocabulary, "m")
-    assert {(task.vocabulary, task.key, task.model) for task in told[1:]} == {(None, vocabulary.key, "")}
+    assert told[0].session == SESSION
+    assert {(task.session, task.key) for task in told[1:]} == {(None, SESSION.key)}
 
 
 def test_sites_make_an_adapter_of_their_own_from_the_selected_one_at_the_end() -> None:
     north, south = Site("north", 1.0, {2.0: 9}), Site("south", 3.0, {2.0: 6})
     outcome = Running({5: south, 9: north}, personalize=True).run()
     assert outcome.adapted.round == 1
-    assert north.own == south.own == [("run-7", 1, 2.0)]
+    assert north.own == south.own == [(1, 2.0)]
     assert {site: report.test.accuracy for site, report in outcome.personal.items()} == {"north": 0.3, "south": 0.5}
 
 
@@ -416,3 +444,39 @@ def test_if_no_site_has_anything_to_train_on_the_run_does_not_begin() -> None:
     with pytest.raises(UserError, match="no site has an example to learn from"):
         running.run()
     assert {kind for _, kind in running.grid.asked} == {"query"}
+
+
+def test_a_run_with_a_codec_sends_parcels_there_and_back_and_comes_to_the_same() -> None:
+    one = Packing("one")
+    plain = Running({5: Site("one"), 9: Site("two", 3.0)})
+    packed = Running({5: one, 9: Packing("two", 3.0)}, codec="int8")
+    for running in (plain, packed):
+        running.run()
+    for (number, value), (_, expected) in zip(packed.told.completed, plain.told.completed, strict=True):
+        assert value == pytest.approx(expected, abs=1e-5), number
+    assert [bool(base) for base in one.bases] == [False, True, True, True]
+    assert not packed.nodes.failures
+
+
+def test_a_site_that_lost_what_it_had_is_sent_the_whole_in_the_same_round() -> None:
+    forgetful = Packing("three")
+    forgetful.forgets_in = (3,)
+    running = Running({5: forgetful, 9: Packing("four")}, codec="int8")
+    running.run()
+    assert forgetful.trained_in == [1, 2, 3]
+    assert running.grid.asked.count((5, "train")) == 4
+    assert [value for _, value in running.told.completed] == pytest.approx([1.0, 2.0, 3.0], abs=1e-5)
+    assert not running.nodes.failures
+
+
+def test_a_site_that_can_never_build_on_anything_is_left_out() -> None:
+    def lost(message: Message) -> Message | None:
+        if message.metadata.message_type == MessageType.QUERY:
+            return Site("lost")(message)
+        return Message(Error(LACKS, "nothing stays here"), reply_to=message)
+
+    running = Running({5: Packing("five"), 9: lost}, codec="int8")
+    running.run()
+    assert [(f.round, f.site, f.why) for f in running.nodes.failures] == [
+        (number, "lost", "nothing stays here") for number in (1, 2, 3)
+    ]

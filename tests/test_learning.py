@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import fractions
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import (
     RECIPES,
     Classes,
     Examples,
-    average,
+    Mean,
     best_blend,
     best_round,
     class_loss,
@@ -210,11 +213,42 @@ def test_personalising_without_validation_or_gain_keeps_the_adapter_as_it_came()
         assert torch.equal(own.state_dict()["log_scale"], torch.zeros(DIM))
 
 
-def test_average_by_hand() -> None:
-    states = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([4.0, 8.0])}]
-    torch.testing.assert_close(average(states)["a"], torch.tensor([2.5, 5.0]))
-    torch.testing.assert_close(average(states, [1, 2])["a"], torch.tensor([3.0, 6.0]))
-    assert average(states)["a"].dtype == torch.float32
+def mean(states: Sequence[Tensor], weights: Sequence[float] = (), most: float = 0.0) -> Tensor:
+    shares = weights or [1.0] * len(states)
+    made = Mean({"a": states[0]}, most or sum(shares))
+    for state, weight in zip(states, shares, strict=True):
+        made.add({"a": state}, weight)
+    return made.value["a"]
+
+
+def test_means_by_hand() -> None:
+    states = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])]
+    assert mean(states).tolist() == [2.5, 5.0]
+    assert mean(states, [10, 20]).tolist() == [3.0, 6.0]
+    assert mean(states, [10, 20], most=1e4).tolist() == [3.0, 6.0]  # most of the sites did not answer
+    assert mean(states).dtype == torch.float32
+
+
+def test_in_a_mean_the_order_changes_no_bit_and_no_precision_is_lost() -> None:
+    """In float32, or in float64 one after the other, these sums would differ by their order."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2000, 50, generator=generator) * torch.logspace(-4, 4, 2000)[:, None]
+    weights = torch.randint(1, 10_000, (2000,), generator=generator).tolist()
+    there, back = mean([*states], weights), mean([*states.flip(0)], weights[::-1])
+    assert torch.equal(there, back)
+    exact = [[fractions.Fraction(x) for x in row] for row in states.tolist()]
+    for column in range(50):
+        true = sum(row[column] * w for row, w in zip(exact, weights, strict=True)) / sum(weights)
+        assert there[column].item() == pytest.approx(float(true), rel=1e-7)
+
+
+def test_numbers_that_would_overflow_a_mean_are_refused_and_change_nothing() -> None:
+    made = Mean({"a": torch.zeros(2)}, 2)
+    made.add({"a": torch.tensor([1.0, Mean.LARGEST - 1])})
+    for bad in (Mean.LARGEST, -1e30, float("nan")):
+        with pytest.raises(UserError, match="a: numbers of 1,048,576 and more"):
+            made.add({"a": torch.tensor([0.0, bad])})
+    assert made.value["a"].tolist() == [1.0, Mean.LARGEST - 1]
 
 
 def test_the_best_round_is_the_earliest_of_the_best() -> None:

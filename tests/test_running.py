@@ -99,6 +99,8 @@ def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_
     "given",
     [
         {"recipe": "paper"},
+        {"codec": "int8", "fraction_train": 0.6},
+        {"codec": "bfloat16", "adapter": "gate", "blend": "auto", "seed": 1},
         {"adapter": "scale", "blend": "auto", "strategy": "fedprox", "proximal_mu": 50.0, "seed": 3},
         {
             "adapter": "gate",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ import torch
 from fedclip_flwr import clip
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.session import Session
 from fedclip_flwr.sites import Desk, open_desk
 from fedclip_flwr.vocabulary import Vocabulary
 
 NAMES = ("car", "cat", "fish")
+TOLD = Vocabulary(NAMES, ("a {}",))
 
 
 def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any) -> Desk:
-    return open_desk({"data": f"folder:{tree}", "seed": 3, **run}, node, holdout, simulated)
+    return open_desk({"data": f"folder:{tree}", "seed": 3, **run}, node, session(holdout=holdout), simulated)
+
+
+def session(told: Vocabulary = TOLD, holdout: str = "", model: str = "") -> Session:
+    return Session(holdout, told, model, "run-7")
 
 
 def test_a_simulated_site_holds_its_shard_split(tree: Path) -> None:
@@ -80,7 +87,7 @@ def test_a_site_numbers_its_classes_as_the_server_does(tree: Path) -> None:
     shutil.rmtree(tree / "cartoon")
     told = Vocabulary(("zebra", "fish", "dog", "cat"), ("a {}",))
     node = {"site": "north", "data": f"folder:{tree}"}
-    own = open_desk({}, node, "", False, told)
+    own = open_desk({}, node, session(told), False)
     assert own.site.class_numbers == [1, 3]
     assert own.features.vocabulary == told
     assert own.classes.text.shape == (4, 128)
@@ -89,32 +96,32 @@ def test_a_site_numbers_its_classes_as_the_server_does(tree: Path) -> None:
 def test_classes_that_the_server_does_not_know_are_told(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
     with pytest.raises(UserError, match="classes that the run does not know: car, fish"):
-        open_desk({}, node, "", False, Vocabulary(("cat", "dog"), ("a {}",)))
+        open_desk({}, node, session(Vocabulary(("cat", "dog"), ("a {}",))), False)
 
 
 def test_a_file_of_class_names_is_the_servers_and_no_sites(tree: Path) -> None:
     run = {"class-names": "/server/names.txt"}
-    own = open_desk(run, {"site": "north", "data": f"folder:{tree}"}, "", False, Vocabulary(NAMES, ("a {}",)))
+    own = open_desk(run, {"site": "north", "data": f"folder:{tree}"}, session(), False)
     assert own.features.vocabulary.class_names == NAMES
 
 
 def test_columns_are_those_of_the_servers_data(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
-    assert open_desk({"label-column": "fine"}, node, "", False).site.class_numbers == [0, 1, 2]
+    assert open_desk({"label-column": "fine"}, node, session(), False).site.class_numbers == [0, 1, 2]
     with pytest.raises(UserError, match="label-column"):
-        open_desk({}, {**node, "label-column": "fine"}, "", False)
+        open_desk({}, {**node, "label-column": "fine"}, session(), False)
 
 
 def test_another_model_than_the_servers_is_told(tree: Path, tmp_path: Path) -> None:
     model = shutil.copytree(clip.BUNDLED, tmp_path / "clip")
     node = {"site": "north", "data": f"folder:{tree}", "model": str(model)}
-    own = open_desk({"model": "openai/clip", "model-revision": "abc"}, node, "", False)
+    own = open_desk({"model": "openai/clip", "model-revision": "abc"}, node, session(), False)
     content = own.features.model_content
     assert content
-    own.require(content)
-    own.require("")
+    own.require()
+    replace(own, session=session(model=content)).require()
     with pytest.raises(UserError, match="other content than the server's"):
-        own.require("0123")
+        replace(own, session=session(model="0123")).require()
 
 
 def test_a_site_with_one_image_trains_on_it(tree: Path) -> None:

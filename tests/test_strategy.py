@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,13 @@ from fedclip_flwr.strategy import AdapterFedAvg
 LIKE = {"w": torch.zeros(2)}
 TEST = Quality(Score(4, 0, 2.0), 0.0, 0.0, [0.0] * BINS)
 NAMES = {1: "c", 2: "a", 3: "b"}
+EXAMPLES = {"c": 30, "a": 10, "b": 17}
 
 
 def reply(node: int, values: list[float], examples: int = 1, **changes: Any) -> Message:
     """What a node answers to TRAIN; `changes` replace records of it."""
     asked = Message(RecordDict(), node, MessageType.TRAIN)
-    report = Report(examples, Score(4, node, 1.0), TEST)
+    report = Report(examples, Score(4, node % 5, 1.0), TEST)
     content = RecordDict({**write_answer(report, {"w": torch.tensor(values)}), **changes})
     return Message(content, reply_to=asked)
 
@@ -29,7 +32,7 @@ def failed(node: int, why: str) -> Message:
 
 
 def strategy(**options: Any) -> AdapterFedAvg:
-    return AdapterFedAvg(LIKE, names=NAMES, **options)
+    return AdapterFedAvg(LIKE, NAMES, **options)
 
 
 def mean(replies: list[Message], **options: Any) -> list[float]:
@@ -39,27 +42,52 @@ def mean(replies: list[Message], **options: Any) -> list[float]:
 
 
 def test_sites_count_the_same_or_by_their_examples() -> None:
-    replies = [reply(1, [1.0, 0.0], examples=30), reply(2, [5.0, 4.0], examples=10)]
+    replies = [reply(1, [1.0, 0.0]), reply(2, [5.0, 4.0])]
     assert mean(replies) == [3.0, 2.0]
-    assert mean(replies, weights="examples") == [2.0, 1.0]  # (30·1 + 10·5) / 40, (30·0 + 10·4) / 40
+    assert mean(replies, weight=EXAMPLES.__getitem__) == [2.0, 1.0]  # (30·1 + 10·5) / 40, (30·0 + 10·4) / 40
+
+
+def test_what_a_site_claims_later_changes_nothing_of_its_weight() -> None:
+    replies = [reply(1, [1.0, 0.0]), reply(2, [5.0, 4.0], examples=10**9)]
+    assert mean(replies, weight=EXAMPLES.__getitem__) == [2.0, 1.0]
 
 
 def test_the_order_of_arrival_changes_no_bit() -> None:
     generator = np.random.default_rng(0)
-    replies = [reply(node, generator.normal(size=2).tolist(), examples=node) for node in NAMES]
-    assert mean(replies, weights="examples") == mean(replies[::-1], weights="examples")
+    replies = [reply(node, generator.normal(size=2).tolist()) for node in NAMES]
+    weight = EXAMPLES.__getitem__
+    assert mean(replies, weight=weight) == mean(replies[::-1], weight=weight)
 
 
 def test_sums_are_made_in_double_precision() -> None:
-    # in float32, 1e8 + 1 is 1e8 again, and the mean would come out as 0
-    replies = [reply(2, [1e8, 0.0]), reply(3, [1.0, 0.0]), reply(1, [-1e8, 0.0])]
-    assert mean(replies)[0] == pytest.approx(1 / 3, rel=1e-6)
+    # in float32, 1e6 + 0.01 is 1e6 again, and the mean would come out as 0
+    replies = [reply(2, [1e6, 0.0]), reply(3, [0.01, 0.0]), reply(1, [-1e6, 0.0])]
+    assert mean(replies)[0] == pytest.approx(0.01 / 3, rel=1e-6)
+
+
+def test_replies_are_let_go_of_as_they_come() -> None:
+    """Of a hundred replies never two are there at a time: memory does not grow with the sites."""
+    most, there = 0, weakref.WeakSet[Message]()
+
+    def replies() -> Iterator[Message]:
+        nonlocal most
+        for node in range(100):
+            one = reply(node, [1.0, node])
+            there.add(one)
+            most = max(most, len(there))
+            yield one
+
+    arrays, _ = AdapterFedAvg(LIKE, {n: f"site {n}" for n in range(100)}).aggregate_train(1, replies())
+    assert arrays is not None
+    assert arrays["w"].numpy().tolist() == [1.0, 49.5]
+    assert most <= 2  # the one that comes, and the one that was looked at last
 
 
 BAD: dict[str, dict[str, Any]] = {
     "a tensor more": {"arrays": ArrayRecord({"w": Array(np.zeros(2, np.float32)), "x": Array(np.zeros(1))})},
     "a wrong shape": {"arrays": ArrayRecord({"w": Array(np.zeros((2, 1), np.float32))})},
     "a wrong type": {"arrays": ArrayRecord({"w": Array(np.zeros(2))})},
+    "too large": {"arrays": ArrayRecord({"w": Array(np.array([1, 1e20], np.float32))})},
     "not finite": {"arrays": ArrayRecord({"w": Array(np.array([1, np.nan], np.float32))})},
     "a false claim": {"metrics": write_answer(Report(1, Score(4, 20, 1.0), TEST))["metrics"]},
 }
@@ -80,6 +108,14 @@ def test_an_error_is_named_in_one_line_and_an_unknown_node_by_its_number() -> No
     one = strategy()
     one.aggregate_train(1, [failed(3, "no\nimages"), failed(7, "x"), reply(1, [1.0, 1.0])])
     assert one.dropped == {"b": "no images", "node 7": "x"}
+
+
+def test_a_site_counts_once_and_a_node_that_nobody_knows_never() -> None:
+    one = strategy()
+    arrays, _ = one.aggregate_train(1, [reply(1, [1.0, 1.0]), reply(1, [9.0, 9.0]), reply(7, [5.0, 5.0])])
+    assert arrays is not None
+    assert arrays["w"].numpy().tolist() == [1.0, 1.0]
+    assert one.dropped == {"c": "it answered twice", "node 7": "nobody knows this node"}
 
 
 def test_a_site_that_trained_on_nothing_reports_but_does_not_count() -> None:

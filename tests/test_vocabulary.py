@@ -5,26 +5,12 @@ from pathlib import Path
 import pytest
 
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.vocabulary import Vocabulary, check_apart, numbering, read_names, recall, renamed, templates_of
+from fedclip_flwr.vocabulary import Vocabulary, check_apart, numbering, read_names, renamed, templates_of
 
 
 def test_prompts_are_all_classes_in_each_template() -> None:
     vocabulary = Vocabulary(("cat", "desk_lamp"), templates_of("a {} | the {}"))
     assert vocabulary.prompts == ["a cat", "a desk lamp", "the cat", "the desk lamp"]
-
-
-def test_a_vocabulary_is_found_again_by_its_key(tmp_path: Path) -> None:
-    vocabulary = Vocabulary(("cat", "chien, gros"), ("a {}", "ein {}"))
-    vocabulary.remember(tmp_path)
-    assert recall(vocabulary.key, tmp_path) == vocabulary
-    assert vocabulary.key != vocabulary._replace(templates=("a {}",)).key
-    outside = f"../{tmp_path.name}/{vocabulary.key}"
-    assert (tmp_path / outside).exists()
-    with pytest.raises(UserError, match="has forgotten the names"):
-        recall(outside, tmp_path)
-    (tmp_path / vocabulary.key).write_text("[]")
-    with pytest.raises(UserError, match="has forgotten the names"):
-        recall(vocabulary.key, tmp_path)
 
 
 def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:

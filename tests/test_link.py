@@ -1,0 +1,209 @@
+"""The two ends of a link, without a grid between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+from fedclip_flwr import content, exchange
+from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.codecs import CODECS, State
+from fedclip_flwr.exchange import ExchangeError, LacksError, Task, mark_of, write_adapter
+from fedclip_flwr.link import Downlink, Shelf, forget
+
+START = make_adapter("gate", 64, identity=False).state_dict()
+
+
+def moved(state: State, by: float) -> State:
+    return {
+        name: tensor + by * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape) for name, tensor in state.items()
+    }
+
+
+def sent(link: Downlink, node: int, state: State | None = None) -> RecordDict:
+    """What is sent to the node."""
+    config = ConfigRecord({"session": "s", "server-round": 1})
+    whole = RecordDict({"arrays": write_adapter(state or link.state), "config": config})
+    message = Message(whole, node, MessageType.TRAIN)
+    link.address([message], state or link.state)
+    return message.content
+
+
+def taken(content: RecordDict, site: str = "a", codec: str = "int8") -> State:
+    """What the site makes of it."""
+    return Shelf(site, codec).take(exchange.read_task(content), START)
+
+
+def answered(link: Downlink, node: int, state: State | None = None, **records: Any) -> Message:
+    reply = Message(RecordDict(records), reply_to=Message(RecordDict(), node, MessageType.TRAIN))
+    link.receive(reply, state or link.state)
+    return reply
+
+
+def equal(one: State, other: State) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in START)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_float32_sends_whole_adapters_and_keeps_nothing(own_home: Path) -> None:
+    link = Downlink(START, "float32", 0)
+    wished = moved(START, 0.1)
+    assert link.step(wished, 1) is wished
+    content = sent(link, 5)
+    assert "state" not in content["config"]
+    assert equal(taken(content, codec="float32"), wished)
+    assert Shelf("a", "float32").pack(wished, START, "north", 1, 0) is wished
+    assert not any(own_home.iterdir())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_site_makes_the_first_adapter_itself_and_gets_parcels_from_then_on(codec: str) -> None:
+    link, wished = Downlink(START, codec, 0), START
+    for number in range(4):
+        content = sent(link, 5)
+        assert set(content) == ({"config", "arrays"} if number else {"config"})
+        assert number == 0 or set(content["arrays"]) == {codec}
+        assert equal(taken(content, codec=codec), link.state)
+        answered(link, 5)
+        wished = moved(wished, 0.1)
+        link.step(wished, number + 1)
+    for name, tensor in wished.items():  # what rounding took away came later
+        torch.testing.assert_close(link.state[name], tensor, rtol=0, atol=2e-3)
+
+
+def test_what_a_site_has_is_not_sent_again() -> None:
+    link = Downlink(START, "int8", 0)
+    best = moved(START, 0.3)
+    assert equal(taken(sent(link, 5, best)), best)
+    answered(link, 5, best)
+    content = sent(link, 5, best)
+    assert set(content) == {"config"}
+    assert equal(taken(content), best)
+    assert set(sent(link, 5)) == {"config", "arrays"}  # it no longer has the first one
+
+
+def test_a_site_that_missed_a_round_gets_the_whole() -> None:
+    link = Downlink(START, "int8", 0)
+    link.step(moved(START, 0.1), 1)
+    answered(link, 5)
+    for number in (2, 3):
+        link.step(moved(START, 0.1 * number), number)
+    content = sent(link, 5)
+    assert set(content["arrays"]) == set(START)
+    assert equal(taken(content), link.state)
+
+
+def test_a_site_that_lacks_what_a_parcel_builds_on_says_so_and_gets_the_whole() -> None:
+    link = Downlink(START, "int8", 0)
+    for number in (1, 2):
+        link.step(moved(START, 0.1 * number), number)
+        answered(link, 5)
+    link.step(moved(START, 0.3), 3)
+    content = sent(link, 5)
+    with pytest.raises(LacksError):
+        taken(content)
+    link.lacks(5)
+    assert equal(taken(sent(link, 5)), link.state)
+
+
+def test_a_site_that_would_make_something_else_of_it_says_so() -> None:
+    """Such as one whose first adapter comes out otherwise, or whose disk has rotted."""
+    link = Downlink(moved(START, 1e-6), "int8", 0)
+    with pytest.raises(LacksError):
+        taken(sent(link, 5))
+    taken(sent(link, 5, moved(START, 0.1)))
+    kept = next(Path(content.home() / "exchange" / "a").glob("*.safetensors"))
+    whole = bytearray(kept.read_bytes())
+    whole[-1] ^= 1
+    kept.write_bytes(whole)
+    with pytest.raises(LacksError, match="another one here"):
+        taken(RecordDict({"config": ConfigRecord({"state": kept.stem})}))
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ({}, "lacks the adapter"),
+        ({"config": {"state": "../../etc/passwd"}}, "can't be"),
+        ({"config": {"state": "01", "base": mark_of(START)}}, "lacks the difference"),
+        ({"config": {"state": "01", "base": mark_of(START)}, "arrays": START}, "lacks int8"),
+        ({"config": {"state": "01", "base": mark_of(START)}, "arrays": {"int8": torch.zeros(9)}}, "expected uint8"),
+    ],
+)
+def test_a_message_that_will_not_do_is_refused(records: dict[str, Any], told: str) -> None:
+    record = RecordDict({"config": ConfigRecord(records.get("config", {}))})
+    if "arrays" in records:
+        record["arrays"] = write_adapter(records["arrays"])
+    with pytest.raises(ExchangeError, match=told):
+        taken(record)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_a_site_sends_builds_on_what_it_was_sent(codec: str) -> None:
+    link = Downlink(START, codec, 0)
+    received = link.step(moved(START, 0.1), 1)
+    trained = moved(received, 0.05)
+    packed = Shelf("a", codec).pack(trained, received, "north", 2, 0)
+    assert set(packed) == {codec}
+    reply = answered(link, 5, arrays=write_adapter(packed))
+    arrays = reply.content["arrays"]
+    assert isinstance(arrays, ArrayRecord)
+    for name, tensor in exchange.read_adapter(arrays, START).items():
+        torch.testing.assert_close(tensor, trained[name], rtol=0, atol=0.05 / 127 + 1e-6)
+
+
+def test_what_a_site_could_not_send_goes_with_the_next_round_whatever_process_that_is(own_home: Path) -> None:
+    """Also when a round is done once more: then what was left over before it counts."""
+    trained = moved(START, 0.05)
+    first = Shelf("a", "int8").pack(trained, START, "north/1", 1, 0)
+    second = Shelf("a", "int8").pack(trained, START, "north/1", 2, 0)
+    again = Shelf("a", "int8").pack(trained, START, "north/1", 2, 0)
+    fresh = Shelf("b", "int8").pack(trained, START, "north/1", 2, 0)
+    other = Shelf("a", "int8").pack(trained, START, "south", 2, 0)
+    assert torch.equal(second["int8"], again["int8"])
+    assert not torch.equal(second["int8"], fresh["int8"])
+    assert not torch.equal(first["int8"], other["int8"])
+    for number in (3, 4, 5):
+        Shelf("a", "int8").pack(trained, START, "north/1", number, 0)
+    (folder,) = (own_home / "exchange" / "a").glob("north*")
+    assert sorted(path.stem for path in folder.iterdir()) == ["4", "5"]
+
+
+def test_numbers_that_are_not_finite_are_not_sent_and_not_kept(own_home: Path) -> None:
+    trained = {**START, "inner.bias": torch.full((4,), float("nan"))}
+    with pytest.raises(ExchangeError, match="not finite"):
+        Shelf("a", "int8").pack(trained, START, "north", 1, 0)
+    assert not any(own_home.rglob("1.safetensors"))
+
+
+def test_a_parcel_of_another_size_is_refused() -> None:
+    link = Downlink(START, "int8", 0)
+    for bad in ({"int8": torch.zeros(7, dtype=torch.uint8)}, START):
+        with pytest.raises(ExchangeError):
+            answered(link, 5, arrays=write_adapter(bad))
+
+
+def test_sites_forget_a_session_that_is_over_and_old_ones(own_home: Path) -> None:
+    import os
+
+    for name in ("over", "running", "old"):
+        taken(RecordDict({"arrays": write_adapter(START), "config": ConfigRecord({})}), name)
+    os.utime(own_home / "exchange" / "old", (0, 0))
+    forget("over")
+    assert [folder.name for folder in (own_home / "exchange").iterdir()] == ["running"]
+
+
+def test_a_task_without_a_mark_is_a_whole_adapter() -> None:
+    task = Task(1, None, "s", False, None, "", "", write_adapter(moved(START, 0.2)))
+    assert equal(Shelf("a", "int8").take(task, START), moved(START, 0.2))
+    kept = content.home() / "exchange" / "a" / f"{mark_of(moved(START, 0.2))}.safetensors"
+    assert kept.exists()
