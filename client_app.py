@@ -138,11 +138,11 @@ def shares_classes(context: Context) -> bool:
 
 def travelling(message: Message, context: Context) -> Collection[str]:
     """The names of the tensors that may go back: an adapter's, or those of the whole model; packed, the codec's."""
-    settings = Settings.from_run_config(context.run_config)
-    if settings.codec in CODECS:
-        return [settings.codec]
-    if settings.method == "adapter":
-        return tensor_names(settings.adapter)
+    codec, method, adapter = (str(context.run_config.get(key, "")) for key in ("codec", "method", "adapter"))
+    if codec in CODECS:
+        return [codec]
+    if method == "adapter":
+        return tensor_names(adapter)
     return message.content.array_records.get("arrays", {}).keys()
 
 

@@ -10,6 +10,7 @@ prediction is exactly zero-shot (the paper starts from random weights, which is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ def make_adapter(
         return ADAPTERS[kind](dim, rank, blend, identity)
 
 
+@lru_cache
 def tensor_names(kind: str) -> frozenset[str]:
     """The tensors that an adapter of that kind consists of."""
     return frozenset(make_adapter(kind, 1, rank=1).state_dict())

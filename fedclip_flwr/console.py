@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_flwr import content
-from fedclip_flwr.codecs import State
+from fedclip_flwr.codecs import CODECS, State, packed_size
 from fedclip_flwr.config import Settings
 from fedclip_flwr.exchange import Hello
 from fedclip_flwr.features import Features
@@ -49,7 +49,7 @@ def plan(
         ("classes", f"{len(names)}: {_some(names)}"),
         ("held out", f"{holdout}, {len(features.examples(holdout).labels):,} images" if holdout else "nothing"),
         ("trained", _trained(settings, features, trainable, len(tensors))),
-        ("traffic", f"{bytes_of(4 * trainable)} to a site and as much back in each round"),
+        ("traffic", _traffic(settings, tensors)),
         ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
         ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
@@ -76,6 +76,13 @@ def _trained(settings: Settings, features: Features, numbers: int, tensors: int)
     blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
     share = f", {100 * numbers / whole:.2f} % of the model's {whole:,}" if whole else ""
     return f"{settings.adapter}{rank}: {holds}{share}{blend}"
+
+
+def _traffic(settings: Settings, tensors: State) -> str:
+    packed = settings.codec in CODECS
+    size = packed_size(settings.codec, tensors) if packed else sum(tensor.nbytes for tensor in tensors.values())
+    how = f", differences in {settings.codec}" if packed else ""
+    return f"{bytes_of(size)} to a site and as much back in each round{how}"
 
 
 def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> str:

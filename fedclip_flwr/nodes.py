@@ -5,6 +5,7 @@ On Flower's public `Grid`. Node ids are random in every simulation: what must be
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -21,6 +22,10 @@ from fedclip_flwr.link import Downlink
 from fedclip_flwr.session import Session
 from fedclip_flwr.sites import drawn_by_lot
 from fedclip_flwr.strategy import AdapterFedAvg
+
+
+SIMULATED_AT_ONCE = 100
+"""So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them in turn."""
 
 
 class Failure(NamedTuple):
@@ -81,8 +86,10 @@ class Nodes:
         self.traffic = Traffic()
         self._grid, self._package = grid, package
         self.link = link
+        self._room = SIMULATED_AT_ONCE if simulated(grid) else sys.maxsize
         self._timeout, self._say = timeout, say
         self._greeted: set[int] = set()
+        self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
         self._last_failed: set[str] = set()
 
@@ -90,7 +97,8 @@ class Nodes:
         """Meets whoever is there, until so many sites take part and every hello is answered."""
         wait = _Wait(self._timeout)
         while self.meet() or self._hellos_under_way or len(self.hellos) < count:
-            if wait.over or (simulated(self._grid) and self._greeted and not self._hellos_under_way):
+            everyone = self._greeted and self._all_greeted and not self._hellos_under_way
+            if wait.over or (simulated(self._grid) and everyone):
                 break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
                 self._say(f"starting: {len(self.hellos)} of {len(self._greeted)} sites are ready")
@@ -107,12 +115,11 @@ class Nodes:
 
     def meet(self, number: int = 0) -> bool:
         """Greets nodes not met yet and takes in those that have answered; whether anyone is new."""
-        new = self._push(
-            Message(self._greeting, node, MessageType.QUERY)
-            for node in self._grid.get_node_ids()
-            if node not in self._greeted
-        )
+        strangers = [node for node in self._grid.get_node_ids() if node not in self._greeted]
+        next_ones = strangers[: self._room - len(self._hellos_under_way)]
+        new = self._push(Message(self._greeting, node, MessageType.QUERY) for node in next_ones)
         self._greeted |= set(new.values())
+        self._all_greeted = len(new) == len(strangers)
         self._hellos_under_way |= new
         for node, reply in self._pull(self._hellos_under_way):
             try:
@@ -180,31 +187,34 @@ class Nodes:
         Sites that don't answer, or not for themselves, fail. What a site has already is not sent; one that lacks what
         it was thought to have is sent the whole.
         """
-        messages = list(messages)
-        whole = {message.metadata.dst_node_id: message.content for message in messages}
-        self.link.address(messages, state)
-        kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in messages}
-        under_way = self._push(messages)
-        for node in whole.keys() - set(under_way.values()):
-            self._fail(number, self.names[node], "it could not be reached")
-        asked = len(under_way)
+        waiting = list(messages)
+        asked = len(waiting)
+        whole = {m.metadata.dst_node_id: (m.content, m.metadata.message_type) for m in waiting}
+        self.link.address(waiting, state)
+        under_way: dict[str, int] = {}
         wait = _Wait(self._timeout)
-        while under_way and not wait.over:
+        while (waiting or under_way) and not wait.over:
+            room = self._room - len(under_way)
+            next_ones, waiting = waiting[:room], waiting[room:]
+            sent = self._push(next_ones)
+            under_way |= sent
+            for node in {message.metadata.dst_node_id for message in next_ones} - set(sent.values()):
+                self._fail(number, self.names[node], "it could not be reached")
             for node, reply in self._pull(under_way):
                 wait.something_came()
                 if reply.has_error() and reply.error.code == exchange.LACKS and node in whole:
                     self.link.lacks(node)
-                    again = Message(whole.pop(node), node, kinds[node])
-                    under_way |= self._push([again])
+                    content, kind = whole.pop(node)
+                    waiting.append(Message(content, node, kind))
                 elif why := self._useless(node, reply, state):
                     self._fail(number, self.names[node], why)
                 else:
                     yield reply
             if wait.worth_telling():
-                self._say(f"round {number}: {asked - len(under_way)} of {asked} sites have answered")
+                self._say(f"round {number}: {asked - len(waiting) - len(under_way)} of {asked} sites have answered")
             if under_way:
                 wait.a_moment()
-        for node in under_way.values():
+        for node in [*under_way.values(), *(message.metadata.dst_node_id for message in waiting)]:
             self._fail(number, self.names[node], f"no answer within {self._timeout:g} s")
 
     def _useless(self, node: int, reply: Message, state: State) -> str | None:

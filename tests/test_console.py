@@ -143,6 +143,8 @@ def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
     for part in ("sketch, 1,500 images", "128 numbers in 1 tensor, 0.01 %", "512 B to a site", "1 round of 1 epoch"):
         assert part in text
     assert "learning rate 0.0004 to 0.004, by size of the site" in text
+    text = console.plan(Settings(codec="int8"), drawn, "sketch", hellos, {"w": torch.zeros(128)}, Path("/runs/x"))
+    assert "132 B to a site and as much back in each round, differences in int8" in text
 
 
 def test_the_plan_tells_of_the_whole_model_of_fedprox_and_of_blends(drawn: Features) -> None:

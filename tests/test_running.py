@@ -126,7 +126,8 @@ def test_what_can_be_set_does_the_same_in_a_run_as_in_one_process(
     if "fraction_train" not in given:  # then all messages of a round are alike, as a sweep takes them to be
         settings = Settings(**given, holdout="sketch", num_server_rounds=1)
         told = solve(Cell("attention", settings, 5), drawn).bytes
-        assert told == pytest.approx(read(folder, "summary.json")["traffic"]["per_site_round_bytes"], rel=0.02)
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert told == pytest.approx(last["bytes"] / 5, rel=0.02)
 
 
 def test_fedprox_of_the_whole_model_runs_as_in_one_process(tmp_path: Path, tree: Path) -> None:

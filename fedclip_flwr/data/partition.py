@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,14 @@ def _of_domain(number: int, counts: Mapping[str, int], sites: int, seed: int) ->
     domains = sorted(counts)
     domain, piece = domains[number % len(domains)], number // len(domains)
     pieces = (sites - number % len(domains) - 1) // len(domains) + 1
-    generator = torch.Generator().manual_seed(seed_of(seed, "partition", domain))
-    order = torch.randperm(counts[domain], generator=generator)
+    order = _shuffled(counts[domain], seed_of(seed, "partition", domain))
     return Shard(f"{domain}-{piece}", {domain: order.tensor_split(pieces)[piece]})
+
+
+@lru_cache(maxsize=16)
+def _shuffled(count: int, seed: int) -> Tensor:
+    """The same for all sites that a process simulates."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _divided(labels: Tensor, partition: str, sites: int, seed: int, alpha: float) -> tuple[Tensor, ...]:
