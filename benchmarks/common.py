@@ -1,4 +1,4 @@
-"""What several benchmarks need: the machine in words, a table, features of any size, Flower apps that are run and watched."""
+"""What several benchmarks need: the machine in words, tables, features of any size, Flower apps run and watched."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 DIM = 512
 APPS = Path(__file__).parent / "apps"
 OURS, STOCK, ECHO = APPS.parent.parent, APPS / "stock", APPS / "echo"
-"""The apps that are run: this project's, Flower's FedAvg with the same work, and one that only exchanges messages."""
+"""The apps that are run: this project's, Flower's FedAvg with the same work, and one that only exchanges messages.
+
+Their modules have names of their own: Python would find this project's `client_app` first.
+"""
 
 
 def machine() -> str:
@@ -169,8 +172,8 @@ def processes(command: str, mark: str) -> list[int]:
         with suppress(OSError):
             words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if any(Path(word).name == command for word in words[:2]):
-                if mark in (process / "environ").read_bytes().decode(errors="replace").split("\0"):
-                    found.append(int(process.name))
+                environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+                found += [int(process.name)] * (mark in environment)
     return found
 
 

@@ -30,4 +30,6 @@ def main(grid: Grid, context: Context) -> None:
                 file.write(f'{{"round": {number}}}\n')
 
     strategy = FedAvg(min_train_nodes=sites, min_evaluate_nodes=sites, min_available_nodes=sites)
-    strategy.start(grid, ArrayRecord(adapter.state_dict()), num_rounds=rounds, evaluate_fn=after)
+    result = strategy.start(grid, ArrayRecord(adapter.state_dict()), num_rounds=rounds, evaluate_fn=after)
+    if not rounds == len(result.train_metrics_clientapp) == len(result.evaluate_metrics_clientapp):
+        raise RuntimeError("a round without answers")  # FedAvg itself would go on without any
