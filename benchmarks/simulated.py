@@ -3,8 +3,8 @@
     python -m benchmarks.simulated [--sites 10] [--rows 2000] [--rounds 10] [--runs 2]
 
 Each site has a domain of its own of random features of 512 dimensions, split into 60, 20 and 20 %. Both apps run in
-turn on the same SuperLink, over Ray. A round is the time from one round's line to the next one's: FedAvg's has two exchanges
-(train, evaluate), ours one. To reach: at most 0.6 times FedAvg's.
+turn on the same SuperLink, over Ray. A round is the time from one round's line to the next one's: FedAvg's has two
+exchanges (train, evaluate), ours one. To reach: at most 0.6 times FedAvg's.
 """
 
 from __future__ import annotations

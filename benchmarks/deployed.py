@@ -1,0 +1,274 @@
+"""A round of three sites over gRPC, beside Flower's own FedAvg and beside Flower alone; and what a site needs for it.
+
+    python -m benchmarks.deployed [--rounds 5] [--runs 2] [--rows 2000] [--single-rounds 8]
+
+A SuperLink and three SuperNodes on this machine; each SuperNode has a feature folder of its own, with random features
+of 512 dimensions. In turn on the same SuperNodes: this project's app, Flower's FedAvg with the same tensors, work and
+rows, and an app that sends the same tensors back unchanged, imports neither torch nor this package at the sites, and
+is asked once a round. A round is the time from one round's line to the next one's. To reach: at most 0.45 times
+FedAvg's, and at most 2.5 s more than Flower alone.
+
+Bytes on the wire are counted between the SuperNodes and the SuperLink, by a relay that passes on what it gets: they
+hold all that gRPC and Flower add, also requests for messages when there are none.
+
+The process in which a site answers is watched with one SuperNode alone, all but the first and the last of a run: how much of it was
+in memory at most (VmHWM), and its life, from the start that the kernel noted until it was gone, of which Flower's own
+imports, exchange with the SuperNode and end are a part. To reach: less than 350 MB and 2.2 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from benchmarks.common import (
+    DIM,
+    ECHO,
+    OURS,
+    STOCK,
+    Run,
+    at_least,
+    machine,
+    memory,
+    middle,
+    processes,
+    run_app,
+    started,
+    table,
+    workplace,
+    write_features,
+)
+from fedclip_flwr import simulation
+from fedclip_flwr.adapters import make_adapter
+
+SITES = 3
+RATIO, ABOVE, MEGABYTES, SECONDS = 0.45, 2.5, 350, 2.2
+"""What is to be reached: of FedAvg's round, above Flower alone, a site's memory, a site's process."""
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes connections on to a port of this machine and counts the bytes, in both directions."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.to, self.bytes, self.lock = port, 0, threading.Lock()
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: Relay
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.server.to)) as other:
+            back = threading.Thread(target=self._pass_on, args=(other, self.request), daemon=True)
+            back.start()
+            self._pass_on(self.request, other)
+            back.join()
+
+    def _pass_on(self, come: socket.socket, go: socket.socket) -> None:
+        with suppress(OSError):
+            while data := come.recv(1 << 18):
+                with self.server.lock:
+                    self.server.bytes += len(data)
+                go.sendall(data)
+        with suppress(OSError):
+            go.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def relayed(port: int) -> Iterator[Relay]:
+    with Relay(port) as relay:
+        thread = threading.Thread(target=relay.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield relay
+        finally:
+            relay.shutdown()
+            thread.join()
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextmanager
+def deployment(place: Path, data: Sequence[Path]) -> Iterator[tuple[dict[str, str], Relay]]:
+    """A SuperLink with a SuperNode for each feature folder: the environment for Flower's commands, and the relay."""
+    home = place / f"flower-{len(data)}"
+    home.mkdir()
+    apps, fleet, control, *own = free_ports(3 + len(data))
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{simulation.CONNECTION}"\n\n'
+        f'[superlink.{simulation.CONNECTION}]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
+    )
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    env |= {"FLWR_HOME": str(home), "FLWR_LOG_LEVEL": "WARNING"}
+    env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+    superlink = ["flower-superlink", "--insecure", "--serverappio-api-address", f"127.0.0.1:{apps}"]
+    superlink += ["--fleet-api-address", f"127.0.0.1:{fleet}", "--control-api-address", f"127.0.0.1:{control}"]
+    with ExitStack() as stack:
+        process = stack.enter_context(started(superlink, env, home / "superlink.log"))
+        simulation.wait_for(control, process, home / "superlink.log")
+        simulation.wait_for(fleet, process, home / "superlink.log")
+        relay = stack.enter_context(relayed(fleet))
+        for number, (folder, port) in enumerate(zip(data, own, strict=True)):
+            command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{relay.port}"]
+            command += ["--clientappio-api-address", f"127.0.0.1:{port}"]
+            command += ["--node-config", f"site='site-{number}' data='features:{folder}'"]
+            stack.enter_context(started(command, env, home / f"{number}.log"))
+        yield env, relay
+
+
+def settings_of(app: Path, adapter: str, data: Sequence[Path], rounds: int) -> dict[str, str | int | float]:
+    common: dict[str, str | int | float] = {"adapter": adapter, "num-server-rounds": rounds}
+    if app == OURS:
+        return common | {"data": f"features:{data[0]}", "holdout": "", "min-sites": len(data)}
+    return common | {"sites": len(data)} | ({"data": f"features:{data[0]}"} if app == STOCK else {})
+
+
+def rounds_table(env: Mapping[str, str], relay: Relay, data: Sequence[Path], rounds: int, runs: int) -> None:
+    """Prints the times of the three apps."""
+    names = {"ours, attention": OURS, "Flower's FedAvg": STOCK, "Flower alone": ECHO}
+    found: dict[str, list[Run[int]]] = {name: [] for name in names}
+    for _ in range(runs):
+        for name, app in names.items():
+            found[name].append(run_app(app, settings_of(app, "attention", data, rounds), env, lambda: relay.bytes))
+    ours, stock, alone = (middle(found[name]) for name in names)
+    rows = []
+    for name in names:
+        every, median_ = [seconds for run in found[name] for seconds in run.warm], middle(found[name])
+        figures = [f"{median_:.1f} s", f"{min(every):.1f} to {max(every):.1f} s", f"{median_ / stock:.2f}"]
+        rows.append([name, *figures, f"{median_ - alone:+.1f} s"])
+    head = [f"a warm round of {len(data)} sites over gRPC", "median", "all", "of FedAvg's", "above Flower alone"]
+    print(table(head, rows))
+    print(
+        f"\nTo reach: at most {RATIO} of FedAvg's and {ABOVE} s above Flower alone. Found: {ours / stock:.2f} and "
+        f"{ours - alone:+.1f} s. {runs} runs of each in turn, {rounds} rounds.\n",
+        flush=True,
+    )
+
+
+def bytes_table(env: Mapping[str, str], relay: Relay, data: Sequence[Path], rounds: int) -> None:
+    """Prints the bytes of each adapter, three ways."""
+    rows, whole = [], []
+    for adapter in ("attention", "gate", "scale"):
+        before = relay.bytes
+        run = run_app(OURS, settings_of(OURS, adapter, data, rounds), env, lambda: relay.bytes)
+        wire = relay.bytes - before
+        tensors = 2 * sum(tensor.nbytes for tensor in make_adapter(adapter, DIM).state_dict().values())
+        traffic = json.loads((run.folder / "summary.json").read_text())["traffic"]
+        warm = median(after - before for before, after in pairwise(run.notes)) / len(data)
+        rows.append([adapter, *(f"{number:,.0f}" for number in (tensors, traffic["per_site_round_bytes"], warm))])
+        messages = traffic["down_bytes"] + traffic["up_bytes"]
+        whole.append([adapter, *(f"{number:,.0f}" for number in (messages, listed(run.number, env), wire))])
+    print(table(["bytes of a site and round, there and back", "tensors", "messages", "on the wire"], rows))
+    print(f"\nThe same for all sites and a whole run of {rounds} rounds, with hellos and the closing evaluation:\n")
+    print(table(["bytes of a run", "messages", "as `flwr list` tells", "on the wire"], whole) + "\n", flush=True)
+
+
+def listed(number: str, env: Mapping[str, str]) -> int:
+    """The bytes of a run that Flower itself counts."""
+    command = ["flwr", "list", simulation.CONNECTION, "--run-id", number, "--format", "json"]
+    answer = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return int(json.loads(answer.stdout)["runs"][0]["network-traffic"]["total-bytes"])
+
+
+class Watch(threading.Thread):
+    """Watches the processes in which a lone site answers, one after the other: their lives, and their peaks."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__(daemon=True)
+        self._mark, self._over = mark, threading.Event()
+        self.lives: list[float] = []
+        self.peaks: list[int] = []
+
+    def run(self) -> None:
+        while not self._over.wait(0.05):
+            for process in processes("flwr-clientapp", self._mark):
+                self._follow(process)
+
+    def _follow(self, process: int) -> None:
+        peak, begun = 0, started_at(process)
+        while now := memory(process, "VmHWM"):
+            peak = now
+            time.sleep(0.01)
+        if peak:
+            self.lives.append(time.clock_gettime(time.CLOCK_BOOTTIME) - begun)
+            self.peaks.append(peak)
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+
+def started_at(process: int) -> float:
+    """When the process was started, in seconds since the machine was."""
+    with suppress(OSError):
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def single_table(env: Mapping[str, str], data: Sequence[Path], rounds: int) -> None:
+    """Prints what the process of a lone site takes."""
+    rows = []
+    for name, app in {"ours, attention": OURS, "Flower alone": ECHO}.items():
+        with Watch(f"FLWR_HOME={env['FLWR_HOME']}") as watch:
+            run_app(app, settings_of(app, "attention", data, rounds), env, lambda: None)
+        lives, peaks = (found[1:-1] for found in (watch.lives, watch.peaks))  # neither hello nor closing
+        if not lives:
+            raise SystemExit("the processes of the sites were not to be seen")
+        figures = [f"{max(peaks) / 1e6:.0f} MB", f"{median(lives):.2f} s", f"{min(lives):.2f} to {max(lives):.2f} s"]
+        rows.append([name, *figures, str(len(lives))])
+    print(table(["a site's process, alone on the machine", "memory, at most", "life", "all", "processes"], rows))
+    print(f"\nTo reach with ours: less than {MEGABYTES} MB and {SECONDS} s.\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.deployed", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=at_least(2), default=5)
+    parser.add_argument("--runs", type=at_least(1), default=2, help="of each app")
+    parser.add_argument("--rows", type=at_least(10), default=2000, help="of each site")
+    parser.add_argument("--single-rounds", type=at_least(3), default=8, help="with one site")
+    given = parser.parse_args()
+    with workplace() as place:
+        data = [write_features(place / f"site-{number}", {"all": given.rows}) for number in range(SITES)]
+        with deployment(place, data) as (env, relay):
+            rounds_table(env, relay, data, given.rounds, given.runs)
+            bytes_table(env, relay, data, given.rounds)
+        if Path("/proc/self/status").exists():
+            with deployment(place, data[:1]) as (env, _):
+                single_table(env, data[:1], given.single_rounds)
+        else:
+            print("A site's process is watched on Linux only.\n")
+    print(f"{SITES} sites with {given.rows} images each; {machine()}")
+
+
+if __name__ == "__main__":
+    main()
