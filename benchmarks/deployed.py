@@ -11,9 +11,9 @@ FedAvg's, and at most 2.5 s more than Flower alone.
 Bytes on the wire are counted between the SuperNodes and the SuperLink, by a relay that passes on what it gets: they
 hold all that gRPC and Flower add, also requests for messages when there are none.
 
-The process in which a site answers is watched with one SuperNode alone, all but the first and the last of a run: how much of it was
-in memory at most (VmHWM), and its life, from the start that the kernel noted until it was gone, of which Flower's own
-imports, exchange with the SuperNode and end are a part. To reach: less than 350 MB and 2.2 s.
+The process in which a site answers is watched with one SuperNode alone, all but the first and the last of a run: how
+much of it was in memory at most (VmHWM), and its life, from the start that the kernel noted until it was gone, of which
+Flower's own imports, exchange with the SuperNode and end are a part. To reach: less than 350 MB and 2.2 s.
 """
 
 from __future__ import annotations

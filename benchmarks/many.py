@@ -1,11 +1,11 @@
-"""What a simulated site costs where there are many: milliseconds of the machine in a warm round, and the server's memory.
+"""What a simulated site costs where there are many: the machine's time in a warm round, and the server's memory.
 
     python -m benchmarks.many [--nodes 1000] [--rounds 10] [--rows 40]
 
 Four domains of random features of 512 dimensions in float16, `adapter=gate`. Beside it runs an app that sends the same
-tensors back unchanged: what Flower and Ray cost themselves. A round is the time from one round's line to the next one's.
-The memory is that of the process in which the ServerApp runs, and with it Flower's own part (VmRSS; on Linux). To reach:
-at most 25 ms, and less than 10 % more memory after the last round than after the second.
+tensors back unchanged: what Flower and Ray cost themselves. A round is the time from one round's line to the next
+one's. The memory is that of the process in which the ServerApp runs, and with it Flower's own part (VmRSS; on Linux).
+To reach: at most 25 ms, and less than 10 % more memory after the last round than after the second.
 """
 
 from __future__ import annotations
