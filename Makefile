@@ -12,8 +12,8 @@ test: .venv/ready  ## set up, then check style and types and run every test
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-bench: .venv/ready  ## set up, then compare all methods on the drawn pictures; for others: make bench ARGS="--data features:PATH"
-	$(BIN)/fedclip sweep $(ARGS)
+bench: .venv/ready  ## set up, then measure times, bytes and memory, and write docs/benchmarks.md: a quarter of an hour
+	$(BIN)/python -m benchmarks $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fedclip-flwr needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: run make PYTHON=python3.12 (or wherever a newer one is)")'

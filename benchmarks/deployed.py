@@ -1,6 +1,6 @@
 """A round of three sites over gRPC, beside Flower's own FedAvg and beside Flower alone; and what a site needs for it.
 
-    python -m benchmarks.deployed [--rounds 5] [--runs 2] [--rows 2000] [--single-rounds 8]
+    python -m benchmarks.deployed [--rounds 5] [--runs 2] [--bytes-rounds 3] [--single-rounds 8] [--rows 2000]
 
 A SuperLink and three SuperNodes on this machine; each SuperNode has a feature folder of its own, with random features
 of 512 dimensions. In turn on the same SuperNodes: this project's app, Flower's FedAvg with the same tensors, work and
@@ -254,6 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deployed", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=at_least(2), default=5)
     parser.add_argument("--runs", type=at_least(1), default=2, help="of each app")
+    parser.add_argument("--bytes-rounds", type=at_least(2), default=3, help="where bytes are counted")
     parser.add_argument("--rows", type=at_least(10), default=2000, help="of each site")
     parser.add_argument("--single-rounds", type=at_least(3), default=8, help="with one site")
     given = parser.parse_args()
@@ -261,7 +262,7 @@ def main() -> None:
         data = [write_features(place / f"site-{number}", {"all": given.rows}) for number in range(SITES)]
         with deployment(place, data) as (env, relay):
             rounds_table(env, relay, data, given.rounds, given.runs)
-            bytes_table(env, relay, data, given.rounds)
+            bytes_table(env, relay, data, given.bytes_rounds)
         if Path("/proc/self/status").exists():
             with deployment(place, data[:1]) as (env, _):
                 single_table(env, data[:1], given.single_rounds)

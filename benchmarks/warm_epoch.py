@@ -1,6 +1,6 @@
 """What a round costs a site once its features are stored.
 
-    python benchmarks/warm_epoch.py
+    python -m benchmarks.warm_epoch
 
 One epoch of the attention adapter over 1,200 stored features of 512 dimensions in batches of 32, each in a new process
 (the first epoch pays for what is loaded late), beside the same loop with torch.optim.Adam.
@@ -8,18 +8,13 @@ One epoch of the attention adapter over 1,200 stored features of 512 dimensions 
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from statistics import median
 
-import torch
-from safetensors.torch import save_file
-from torch.nn import functional as F
+from benchmarks.common import machine, table, workplace, write_features
 
 RUNS = 5
 SITE = """
@@ -51,28 +46,17 @@ print(json.dumps({
 """
 
 
-def write_features(folder: Path) -> None:
-    """A feature folder of random features: learning takes the same time on them."""
-    torch.manual_seed(0)
-    names = [f"class {i}" for i in range(7)]
-    facts = {"model": "random", "embedding_dim": 512, "logit_scale": 100.0, "prompt": "{}", "class_names": names}
-    (folder / "features.json").write_text(json.dumps({**facts, "domains": ["site"]}))
-    save_file({"text_features": F.normalize(torch.randn(7, 512), dim=1)}, folder / "classes.safetensors")
-    tensors = {"image_features": F.normalize(torch.randn(1200, 512), dim=1), "labels": torch.randint(0, 7, (1200,))}
-    save_file(tensors, folder / "site.safetensors")
-
-
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        write_features(Path(name))
-        command = [sys.executable, "-c", SITE, name]
+    argparse.ArgumentParser(prog="python -m benchmarks.warm_epoch", description=__doc__.splitlines()[0]).parse_args()
+    with workplace() as place:
+        command = [sys.executable, "-c", SITE, str(write_features(place / "features", {"site": 1200}))]
         runs = [json.loads(subprocess.check_output(command)) for _ in range(RUNS)]
-    print("| part of a site's work | median seconds | least | most |")
-    print("| --- | --- | --- | --- |")
+    rows = []
     for part in runs[0]:
         times = [run[part] for run in runs]
-        print(f"| {part} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} |")
-    print(f"\n{RUNS} new processes, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}")
+        rows.append([part, *(f"{found(times):.3f}" for found in (median, min, max))])
+    print(table(["part of a site's work", "median seconds", "least", "most"], rows))
+    print(f"\n{RUNS} new processes; {machine()}")
 
 
 if __name__ == "__main__":
