@@ -21,7 +21,6 @@ from flwr.common.constant import ErrorCode
 from fedclip_flwr import content, exchange
 from fedclip_flwr.adapters import Adapter, tensor_names
 from fedclip_flwr.codecs import CODECS, State
-from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine

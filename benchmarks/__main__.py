@@ -65,6 +65,19 @@ BENCHMARKS = (
         "and a process is started for each.",
     ),
     Benchmark(
+        "messages",
+        (),
+        "The weight of messages",
+        "There and back, by codec. Around the tensors, `ours` are names, types and shapes of arrays (with numpy's\n"
+        "header of 128 bytes each), three lists of figures, and the keys of the session and of what the sites have.",
+    ),
+    Benchmark(
+        "codecs",
+        ("--seeds", "1"),
+        "Predictions under the codecs",
+        "Rounding is by chance and what it loses goes with the next round, so that predictions stay.",
+    ),
+    Benchmark(
         "many",
         (),
         "A thousand simulated sites",

@@ -2,8 +2,8 @@
 
     python -m benchmarks.codecs [--data features:PATH] [--sites 4] [--seeds 3]
 
-For each adapter and held-out domain: the share of all images of the data, held-out ones included, for which the selected
-round's adapter predicts the same class as that of the same federation with the codec float32. To reach: 99.5 % of them.
+For each adapter and held-out domain: the share of all images of the data, held-out ones included, for which the
+selected round's adapter predicts the same class as that of the same federation in float32. To reach: 99.5 % of them.
 """
 
 from __future__ import annotations

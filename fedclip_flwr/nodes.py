@@ -23,9 +23,8 @@ from fedclip_flwr.session import Session
 from fedclip_flwr.sites import drawn_by_lot
 from fedclip_flwr.strategy import AdapterFedAvg
 
-
 SIMULATED_AT_ONCE = 100
-"""So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them in turn."""
+"""So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them."""
 
 
 class Failure(NamedTuple):

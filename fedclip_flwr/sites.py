@@ -40,9 +40,10 @@ class Site:
         return sorted(set(labels.tolist()))
 
 
-def divide(name: str, domain: str, examples: Examples, seed: int) -> Site:
-    """The site of that name with its examples split."""
-    train, validation, test = map(examples.rows, split(len(examples.labels), seed_of(seed, "split", name)))
+def divide(name: str, domain: str, examples: Examples, seed: int, device: str | torch.device = "cpu") -> Site:
+    """The site of that name with its examples split, each part taken from the store by itself."""
+    parts = split(len(examples.labels), seed_of(seed, "split", name))
+    train, validation, test = (examples.rows(rows).ready(device) for rows in parts)
     return Site(name, train, validation, test, domain)
 
 
@@ -62,12 +63,15 @@ def simulated_site(
     own = shard(number, {d: e.labels for d, e in domains.items()}, sites, seed, partition, alpha)
     examples = together(domains[domain].rows(rows) for domain, rows in own.rows.items())
     domain = "+".join(domain for domain, rows in own.rows.items() if len(rows) or len(own.rows) == 1)
-    return divide(own.site, domain, examples.ready(device), seed)
+    return divide(own.site, domain, examples, seed, device)
 
 
 def together(parts: Iterable[Examples]) -> Examples:
-    """The examples of several domains."""
-    features, labels = zip(*parts, strict=True)
+    """The examples of several domains; of a single one as they are, perhaps in a file."""
+    first, *more = parts
+    if not more:
+        return first
+    features, labels = zip(first, *more, strict=True)
     return Examples(torch.cat(features), torch.cat(labels))
 
 
@@ -228,4 +232,4 @@ def _whole(features: Features, holdout: str, name: str, seed: int, device: torch
     if not domains:
         raise UserError(f"all images of this site belong to {holdout}, which is held out")
     examples = together(features.examples(domain) for domain in domains)
-    return divide(name, "+".join(domains), examples.ready(device), seed)
+    return divide(name, "+".join(domains), examples, seed, device)
