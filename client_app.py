@@ -33,6 +33,10 @@ from fedclip_flwr.sites import learn as learn_on
 gc.freeze()
 gc.enable()
 
+MANY = 50_000
+"""Images of a site, from which on adapters learn with more than one thread: on a busy machine threads mostly wait for
+each other, and that costs far more than they ever save for fewer."""
+
 log = logging.getLogger("fedclip_flwr")
 logging.getLogger("flwr").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="ray")  # a tip for Ray's own users
@@ -127,7 +131,10 @@ def desk_of(context: Context, task: Task) -> Desk:
     if task.session:
         task.session.remember(content.memory())
     session = task.session or recall(task.key, content.memory())
-    return open_desk(context.run_config, context.node_config, session, simulated)
+    desk = open_desk(context.run_config, context.node_config, session, simulated)
+    if desk.settings.method == "adapter" and len(desk.site.train.labels) < MANY:
+        torch.set_num_threads(1)
+    return desk
 
 
 def shares_classes(context: Context) -> bool:
