@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -53,6 +54,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{holdout} is held out, but none of its images can be read; hold out another, or mend them"
             )
+        if simulated(grid):
+            torch.set_num_threads(1)  # from now on the sites need the cores
         encoded = time.monotonic()
 
         learner = new_learner(settings, features)

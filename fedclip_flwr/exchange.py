@@ -18,12 +18,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.serde import message_to_proto
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto, recorddict_to_proto
 from torch import Tensor
 
 from fedclip_flwr.codecs import CODECS, State, packed_size
@@ -104,8 +106,31 @@ def one_line(text: object, most: int = 300) -> str:
 
 
 def size(message: Message) -> int:
-    """How many bytes the message has as Flower serialises it."""
-    return int(message_to_proto(message).ByteSize())
+    """How many bytes the message has as Flower serialises it.
+
+    Arrays are not serialised for it, for that would take longer than to average them.
+    """
+    if message.has_error():
+        return int(message_to_proto(message).ByteSize())
+    others, arrays = RecordDict(), 0
+    for name, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            kinds = ((key, a.dtype, tuple(a.shape), a.stype, len(a.data)) for key, a in record.items())
+            arrays += _size_of_arrays(name, tuple(kinds))
+        else:
+            others[name] = record
+    content = int(recorddict_to_proto(others).ByteSize()) + arrays
+    shell = message_to_proto(remove_content_from_message(message))
+    shell.ClearField("content")
+    field = 1 + max(1, -(-content.bit_length() // 7)) + content  # its number, its length, and the content itself
+    return int(shell.ByteSize()) + field
+
+
+@lru_cache(maxsize=64)
+def _size_of_arrays(name: str, kinds: tuple[tuple[str, str, tuple[int, ...], str, int], ...]) -> int:
+    """The same for every record of such arrays."""
+    record = ArrayRecord({key: Array(dtype, shape, stype, bytes(size)) for key, dtype, shape, stype, size in kinds})
+    return int(recorddict_to_proto(RecordDict({name: record})).ByteSize())
 
 
 def round_size(state: State, codec: str, key: str, report: Report) -> int:

@@ -266,13 +266,16 @@ class Mean:
     def __init__(self, like: Mapping[str, Tensor], most: float) -> None:
         self._like, self._unit = like, 2.0**42 / max(most, 1.0)
         self._sums = {name: torch.zeros_like(tensor, dtype=torch.int64) for name, tensor in like.items()}
+        self._parts = {name: torch.empty_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
+        self._whole = {name: torch.empty_like(total) for name, total in self._sums.items()}
         self.weight = 0.0
 
     def add(self, state: Mapping[str, Tensor], weight: float = 1.0) -> None:
         if too_large := sorted(name for name in self._like if not state[name].abs().amax() < self.LARGEST):
             raise UserError(f"{', '.join(too_large)}: numbers of {self.LARGEST:,.0f} and more can't be averaged")
-        for name, total in self._sums.items():
-            total += (state[name].double() * (weight * self._unit)).round_().long()
+        for name, total in self._sums.items():  # in memory that is used again: to get new one takes longer than to add
+            part = self._parts[name].copy_(state[name]).mul_(weight * self._unit).round_()
+            total += self._whole[name].copy_(part)
         self.weight += weight
 
     @property

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
 
 from fedclip_flwr import exchange
 from fedclip_flwr.adapters import ADAPTERS, make_adapter, tensor_names
@@ -282,6 +283,23 @@ def test_nothing_else_may_leave_it(more: dict[str, Any]) -> None:
 )
 def test_one_line(text: str, line: str) -> None:
     assert exchange.one_line(text) == line
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_size_of_a_message_is_that_of_its_bytes(kind: str) -> None:
+    question = Message(RecordDict({"config": exchange.write_task("0123", blend=0.5)}), 2**63, "train")
+    for length in (1, 70, 3000):
+        state = make_adapter(kind, length).state_dict() if length < 1000 else {"int8": torch.zeros(length)}
+        asked = Message(RecordDict({"arrays": exchange.write_adapter(state), **question.content}), 2**63, "train")
+        replies = [
+            Message(exchange.write_answer(report, arrays), reply_to=asked)
+            for report in (REPORT, SHARED)
+            for arrays in (None, state)
+        ]
+        failed = Message(Error(2, "no\u00fc"), reply_to=asked)
+        greeting = Message(exchange.write_hello(HELLO), reply_to=question)
+        for message in (question, asked, failed, greeting, *replies):
+            assert exchange.size(message) == len(message_to_proto(message).SerializeToString())
 
 
 def test_the_size_of_a_message_is_that_of_its_tensors_and_little_more() -> None:
