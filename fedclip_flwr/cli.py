@@ -81,6 +81,30 @@ def _option(text: str, *names: str) -> Any:
 
 
 @app.command()
+def encode(
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    out: Annotated[
+        str, _option("The feature folder; without it the features are only stored, for runs on this machine.")
+    ] = "",
+) -> None:
+    """Encode a data set ahead of time, and write its features as a folder that data=features:PATH takes.
+
+    Settings are data, model, model-revision, prompt, class-names, precision, device, and those of columns; `fedclip run
+    --help` tells of them. What was interrupted goes on when the same command is given again.
+
+    Example: fedclip encode data=folder:images model=openai/clip-vit-base-patch32 --out features
+    """
+    from fedclip_flwr import export, simulation  # not for --help: they bring torch
+
+    simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
+    try:
+        typer.echo(export.encode(settings or [], out))
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
 def sweep(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     data: Annotated[

@@ -10,6 +10,7 @@ import copy
 import fnmatch
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +34,14 @@ log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled" / "model"
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 """What a model consists of: settings, vocabulary, weights. Never a pickle."""
+Inputs = dict[str, Tensor]
+"""Images as a model takes them."""
 PART = 64
 """So many images are evaluated at once: more no longer fit into a CPU's caches."""
+LARGE = 100 * 10**6
+"""Bytes of weights from which on a lower precision pays."""
+ON_GPU = 256
+"""So many images are encoded at once on a GPU, or as many as its memory holds."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,11 @@ class Model:
     def content(self, memory: Path) -> str:
         """The hash of the model's files, weights and image processor included."""
         return content.of_files(self.folder, [file.name for file in files(self.folder)], memory)
+
+    @property
+    def size(self) -> int:
+        """The bytes of its weights."""
+        return sum(file.stat().st_size for file in files(self.folder) if file.suffix == ".safetensors")
 
     def load(self, device: str = "auto", precision: str = "auto") -> Clip:
         return Clip(self, device, precision)
@@ -141,22 +153,69 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str) -> torch.dtype:
-    """What encoding computes in; `auto` is float32, in which features equal the model's own to 1e-5."""
-    dtype: torch.dtype = getattr(torch, "float32" if name == "auto" else name)
-    return dtype
+def pick_precision(name: str, model: Model, device: str = "auto") -> torch.dtype:
+    """What encoding computes in, told without loading the model.
+
+    `auto` is bfloat16 (on an older GPU float16) where the device has instructions for it and the model is large: a
+    small one would gain nothing, and in float32 its features are the same everywhere.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if model.size < LARGE:
+        return torch.float32
+    if pick_device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def has_bfloat16(facts: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for bfloat16; without them it is several times slower than float32."""
+    try:
+        found = re.search(r"^(flags|Features)\s*:(.*)", facts.read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return bool(found and {"amx_bf16", "avx512_bf16", "bf16"} & set(found[2].split()))
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """What is done with images before the model sees them; it can be sent to another process.
+
+    The pixels are in `dtype`. Bytes are all of the processor's work but the scaling, which a whole model does itself.
+    """
+
+    processor: Any
+    model_type: str
+    dtype: torch.dtype
+
+    def __call__(self, images: Sequence[Image]) -> Inputs:
+        if self.dtype == torch.uint8:
+            pixels = self.processor(images=images, return_tensors="pt", do_rescale=False, do_normalize=False)
+            pixels = pixels["pixel_values"]
+            if pixels.dtype != torch.uint8 or pixels.dim() != 4:
+                raise UserError(f"method = 'full-model': a {self.model_type} takes images in another form")
+            return {"pixel_values": pixels}
+        inputs = dict(self.processor(images=images, return_tensors="pt"))
+        return {**inputs, "pixel_values": inputs["pixel_values"].to(self.dtype)}
 
 
 class Clip:
-    """A loaded dual encoder. Its features come in float32 and have unit length."""
+    """A loaded dual encoder. Its features come in float32 and have unit length.
+
+    On a GPU the weights are float32, and autocast computes in less. Nothing is compiled: that was not measured to pay.
+    """
 
     def __init__(self, model: Model, device: str = "auto", precision: str = "auto") -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        self.device, self.dtype = pick_device(device), pick_precision(precision)
+        self.device, self.dtype = pick_device(device), pick_precision(precision, model, device)
+        self._on_gpu = self.device.type == "cuda"
+        self._most = ON_GPU
+        held = torch.float32 if self._on_gpu else self.dtype
         try:
             with _quiet_loading():
-                how: dict[str, Any] = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
+                how: dict[str, Any] = {"dtype": held, "use_safetensors": True, "output_loading_info": True}
                 self._net, loading = AutoModel.from_pretrained(model.folder, **how)
                 self._processor = AutoImageProcessor.from_pretrained(model.folder)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
@@ -176,6 +235,8 @@ class Clip:
                 "once more, or take another"
             )
         self._net.eval().requires_grad_(False).to(self.device)
+        if self._on_gpu:
+            self._net.to(memory_format=torch.channels_last)
 
     @property
     def scale(self) -> float:
@@ -192,20 +253,58 @@ class Clip:
     def parameters(self) -> int:
         return sum(p.numel() for p in self._net.parameters())
 
+    @property
+    def batch_size(self) -> int:
+        """How many images are encoded at once: on a CPU, more are slower."""
+        if self._on_gpu:
+            return ON_GPU
+        return PART if self.parameters * 4 < LARGE else PART // 2
+
+    def preparer(self, dtype: torch.dtype | None = None) -> Preparer:
+        """What prepares images for `encode`, or as bytes for a whole model."""
+        return Preparer(self._processor, self._net.config.model_type, dtype or self.dtype)
+
     @torch.no_grad()
+    def encode(self, inputs: Inputs) -> Tensor:
+        """The features of prepared images, on the device; it may still be at work on them.
+
+        A GPU that has not the memory for all at once gets them in parts.
+        """
+        while True:
+            parts = zip(*(torch.split(tensor, self._most) for tensor in inputs.values()), strict=True)
+            try:
+                return torch.cat([self._features(dict(zip(inputs, part, strict=True))) for part in parts])
+            except torch.OutOfMemoryError:
+                if self._most == 1:
+                    raise UserError(
+                        f"{self.device} has no memory left for a single image: free some, or give device=cpu"
+                    ) from None
+            self._most //= 2
+            torch.cuda.empty_cache()
+
+    def _features(self, inputs: Inputs) -> Tensor:
+        there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        if self._on_gpu and there["pixel_values"].dim() == 4:
+            there["pixel_values"] = there["pixel_values"].contiguous(memory_format=torch.channels_last)
+        with self._precision():
+            return _unit(self._net.get_image_features(**there))
+
+    def _precision(self) -> torch.autocast:
+        lower = self._on_gpu and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if lower else None, enabled=lower)
+
     def encode_images(self, images: Iterable[Image], batch_size: int = 64) -> Iterator[Tensor]:
         """The images' features, batch by batch."""
-        remaining = iter(images)
+        prepare, remaining = self.preparer(), iter(images)
         while batch := list(islice(remaining, batch_size)):
-            inputs = self._processor(images=batch, return_tensors="pt").to(self.device)
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
-            yield _unit(self._net.get_image_features(**inputs)).cpu()
+            yield self.encode(prepare(batch)).cpu()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
         """The prompts' features, a row for each."""
         parts = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
-        return torch.cat([_unit(self._net.get_text_features(**self._tokens(part))).cpu() for part in parts])
+        with self._precision():
+            return torch.cat([_unit(self._net.get_text_features(**self._tokens(part))).cpu() for part in parts])
 
     def _tokens(self, prompts: Sequence[str]) -> Any:
         """SigLIP learnt with texts that are filled up to their full length."""
@@ -216,14 +315,10 @@ class Clip:
         return self._tokenizer(list(prompts), **how).to(self.device)
 
     def pixels(self, images: Iterable[Image], batch_size: int = 64) -> Iterator[Tensor]:
-        """The images as the model sees them, in bytes, batch by batch: all of the processor's work but the scaling."""
-        remaining = iter(images)
+        """The images as the model sees them, in bytes, batch by batch."""
+        prepare, remaining = self.preparer(torch.uint8), iter(images)
         while batch := list(islice(remaining, batch_size)):
-            made = self._processor(images=batch, return_tensors="pt", do_rescale=False, do_normalize=False)
-            pixels = made["pixel_values"]
-            if pixels.dtype != torch.uint8 or pixels.dim() != 4:
-                raise UserError(f"method = 'full-model': a {self._net.config.model_type} takes images in another form")
-            yield pixels
+            yield prepare(batch)["pixel_values"]
 
     def whole(self, prompts: Sequence[str], templates: int = 1, dtype: torch.dtype = torch.float32) -> WholeModel:
         """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""

@@ -5,6 +5,7 @@
     MODEL-PRECISION/images-DATA.safetensors     image_features [N, dim], labels [N] as the data numbers its classes
     MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim]
     MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in bytes, for the whole model
+    MODEL-PRECISION/agreement-….safetensors     whether some of the images find the same classes as in float32
 
 `FeatureFolder` reads the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
 CLIP at all.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -23,12 +24,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from fedclip_flwr import clip, content, data, store
+from fedclip_flwr import ahead, clip, content, data, encoding, store, tensorfile
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.growing import NAMED, Growing
 from fedclip_flwr.learning import RECIPES, Classes, Examples
 from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, check_apart, numbering, read_names, renamed, templates_of
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-NAMED = 5
-"""So many broken images are named."""
 
 
 def results(settings: Settings) -> tuple[Path, str]:
@@ -178,6 +176,7 @@ class Encoded:
         self._device, self._precision, self._progress = device, precision, progress
         self._opened: dict[str, Examples] = {}
         self._root = root or content.home() / "features"
+        self.encoded = 0  # so many images by this object, broken ones included
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -200,7 +199,7 @@ class Encoded:
     def content(self) -> str:
         images = (f"{domain} {self._source.content(domain)}" for domain in self.domains)
         numbers = " ".join(map(str, self._numbers.tolist()))
-        return content.digest(self._entry, self._folder.name, self.vocabulary.key, numbers, *images)
+        return content.digest(self._entry, self.folder.name, self.vocabulary.key, numbers, *images)
 
     @property
     def model_folder(self) -> Path:
@@ -212,8 +211,8 @@ class Encoded:
         return self._opened[domain]
 
     def _open(self, domain: str) -> Examples:
-        path = self._folder / f"{self._entry}-{self._source.content(domain)}.safetensors"
-        tensors, facts = store.kept(path, lambda: self._encode(domain))
+        path = self.folder / f"{self._entry}-{self._source.content(domain)}.safetensors"
+        tensors, facts = store.grown(path, self._source.count(domain), lambda growing: self._encode(domain, growing))
         if broken := int(facts["broken"]):
             count, names = broken + len(tensors["labels"]), facts["names"] + ", …" * (broken > NAMED)
             told = f"{broken:,} of {count:,} images can't be read and are left out"
@@ -222,60 +221,81 @@ class Encoded:
             log.warning("%s: %s: %s", domain, told, names)
         return Examples(tensors["image_features"], self._numbers[tensors["labels"]])
 
+    def count(self, domain: str) -> int:
+        """How many images the domain has, broken ones included."""
+        return self._source.count(domain)
+
     @cached_property
-    def _folder(self) -> Path:
-        precision = str(clip.pick_precision(self._loaded_in)).removeprefix("torch.")
-        return self._root / f"{self.model_content}-{precision}"
+    def folder(self) -> Path:
+        """Where the features are stored."""
+        return self._root / f"{self.model_content}-{self._loaded_in}"
 
     @cached_property
     def _clip(self) -> clip.Clip:
         return self._model.load(self._device, self._loaded_in)
 
-    @property
+    @cached_property
     def _loaded_in(self) -> str:
-        return self._precision
+        """The precision: float32 where a lower one would find other classes in the data's images."""
+        name = str(clip.pick_precision(self._precision, self._model, self._device)).removeprefix("torch.")
+        if name == "float32":
+            return name
+        data = content.digest(self.vocabulary.key, *(self._source.content(domain) for domain in self.domains))
+        path = self._root / f"{self.model_content}-{name}" / f"agreement-{data}.safetensors"
+
+        def compare() -> tuple[store.Tensors, dict[str, str]]:
+            return encoding.agreement(self._model, self._device, name, self.vocabulary, self._some_images()), {}
+
+        found, _ = store.kept(path, compare)
+        return name if encoding.good_enough(found) else "float32"
+
+    def _some_images(self) -> list[Image]:
+        """A few of each domain, from all of its classes."""
+        each = max(1, encoding.TRIED // len(self.domains))
+        images = []
+        for domain in self.domains:
+            count = self._source.count(domain)
+            for row in range(0, count, max(1, -(-count // each))):
+                images += [picture.image for picture in self._source.pictures(domain, row, row + 1)]
+        return [image for image in images if image is not None]
 
     @cached_property
     def _class_entry(self) -> tuple[store.Tensors, store.Facts]:
         prompts, templates = self.vocabulary.prompts, self.vocabulary.templates
-        path = self._folder / f"classes-{content.digest(str(len(templates)), *prompts)}.safetensors"
-        return store.kept(path, lambda: self._encode_classes(prompts))
+        path = self.folder / f"classes-{content.digest(str(len(templates)), *prompts)}.safetensors"
+        return store.kept(path, self._encode_classes)
 
-    def _encode_classes(self, prompts: list[str]) -> tuple[store.Tensors, dict[str, str]]:
-        """With several templates, a class is the direction in which its prompts' features lie on average."""
-        features = self._clip.encode_prompts(prompts)
-        by_template = features.reshape(len(self.vocabulary.templates), -1, features.shape[1])
+    def _encode_classes(self) -> tuple[store.Tensors, dict[str, str]]:
         facts = {"logit_scale": self._clip.scale, "logit_bias": self._clip.bias, "parameters": self._clip.parameters}
-        return {"text_features": F.normalize(by_template.mean(0), dim=-1)}, {k: repr(v) for k, v in facts.items()}
+        text = encoding.class_features(self._clip, self.vocabulary)
+        return {"text_features": text}, {name: repr(fact) for name, fact in facts.items()}
 
-    def _encode(self, domain: str) -> tuple[store.Tensors, dict[str, str]]:
+    def _encode(self, domain: str, growing: Growing) -> None:
         """Encodes the domain's images; those that can't be read are left out, counted and, the first ones, named."""
-        bar = tqdm(
-            total=self._source.count(domain), desc=f"{self._doing} {domain}", unit=" images", disable=not self._progress
+        before = growing.rows
+        encoding.encode(
+            growing,
+            ahead.Work(self._source, domain, self._preparer, self._clip.batch_size),
+            self._see,
+            self._nothing,
+            pinned=self._clip.device.type == "cuda",
+            doing=self._doing,
+            progress=self._progress,
         )
-        labels: list[int] = []
-        broken: list[str] = []
+        self.encoded += growing.rows - before
 
-        def readable() -> Iterator[Image]:
-            for name, label, image in self._source.pictures(domain):
-                bar.update()
-                if image is None:
-                    broken.append(name)
-                else:
-                    labels.append(label)
-                    yield image
+    @property
+    def _preparer(self) -> clip.Preparer:
+        return self._clip.preparer()
 
-        with bar:
-            batches = list(self._seen(readable()))
-        features = torch.cat(batches) if batches else self._nothing()
-        tensors = {"image_features": features, "labels": torch.tensor(labels, dtype=torch.int64)}
-        return tensors, {"broken": str(len(broken)), "names": ", ".join(broken[:NAMED])}
-
-    def _seen(self, images: Iterator[Image]) -> Iterator[Tensor]:
-        return self._clip.encode_images(images)
+    def _see(self, inputs: clip.Inputs) -> Tensor:
+        """The features; those that are not computed in float32 are kept in half the space too."""
+        features = self._clip.encode(inputs)
+        return features if self._loaded_in == "float32" else features.half()
 
     def _nothing(self) -> Tensor:
-        return torch.empty(0, self.classes.text.shape[1])
+        dtype = torch.float32 if self._loaded_in == "float32" else torch.float16
+        return torch.empty(0, self.classes.text.shape[1], dtype=dtype)
 
 
 class Pixels(Encoded):
@@ -283,21 +303,25 @@ class Pixels(Encoded):
 
     _entry, _doing = "pixels", "reading"
 
-    def _seen(self, images: Iterator[Image]) -> Iterator[Tensor]:
-        return self._clip.pixels(images)
+    @cached_property
+    def _loaded_in(self) -> str:
+        return "float32"  # for its weights are trained
+
+    @property
+    def _preparer(self) -> clip.Preparer:
+        return self._clip.preparer(torch.uint8)
+
+    def _see(self, inputs: clip.Inputs) -> Tensor:
+        return inputs["pixel_values"]
 
     def _nothing(self) -> Tensor:
         from PIL import Image
 
-        return next(self._clip.pixels([Image.new("RGB", (8, 8))]))[:0]
-
-    @property
-    def _loaded_in(self) -> str:
-        return "float32"  # for its weights are trained
+        return self._preparer([Image.new("RGB", (8, 8))])["pixel_values"][:0]
 
     def whole_model(self) -> clip.WholeModel:
         """A new copy of the model, to be trained."""
-        precision = clip.pick_precision(self._precision)
+        precision = clip.pick_precision(self._precision.replace("auto", "float32"), self._model)
         return self._clip.whole(self.vocabulary.prompts, len(self.vocabulary.templates), precision)
 
 
@@ -377,6 +401,11 @@ class FeatureFolder:
         if len(tensor.shape) != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
             wanted = tuple("N" if size is None else size for size in shape)
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
-        if tensor.is_floating_point() != (name != "labels") or not tensor.isfinite().all():
+        if tensor.is_floating_point() != (name != "labels") or not finite(path, tensor):
             raise UserError(f"{path}: {name} must be {'whole' if name == 'labels' else 'finite'} numbers")
         return tensor
+
+
+def finite(path: Path, tensor: Tensor) -> bool:
+    """Whether all numbers of the file's tensor are finite."""
+    return not tensor.is_floating_point() or store.found_once(path, "finite", lambda: tensorfile.all_finite(tensor))

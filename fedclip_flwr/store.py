@@ -1,31 +1,48 @@
 """Tensors that are made once and read from then on, also by several processes at once.
 
-An entry is a safetensors file. It is written whole or not at all, checked on every read, and memory-mapped.
+An entry is a safetensors file. It is written whole or not at all, memory-mapped, and checked when it is read for the
+first time since it was written to. Large ones grow batch by batch, see `growing.py`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import zlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedclip_flwr import content
+from fedclip_flwr import content, tensorfile
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.growing import Growing
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 Facts = Mapping[str, str]
+FRESH = 0.1
+"""For so many seconds a file can be written to again without a change of its times."""
 
 
 def kept(path: Path, make: Callable[[], tuple[Tensors, dict[str, str]]]) -> tuple[Tensors, Facts]:
     """The store's entry at `path`; made if it is missing or damaged, by one process while the others wait."""
+    return _kept(path, lambda: _write(path, *make()))
+
+
+def grown(path: Path, count: int, grow: Callable[[Growing], None]) -> tuple[Tensors, Facts]:
+    """The same of an entry for so many images, which `grow` completes from wherever it was left."""
+
+    def fill() -> None:
+        with Growing(path, count) as growing:
+            grow(growing)
+            growing.finish()
+
+    return _kept(path, fill)
+
+
+def _kept(path: Path, fill: Callable[[], None]) -> tuple[Tensors, Facts]:
     entry = _read(path)
     if entry:
         return entry
@@ -39,7 +56,7 @@ def kept(path: Path, make: Callable[[], tuple[Tensors, dict[str, str]]]) -> tupl
     try:
         entry = _read(path)
         if not entry:
-            _write(path, *make())
+            fill()
             entry = _read(path)
     finally:
         lock.release()
@@ -54,7 +71,8 @@ def _write(path: Path, tensors: Tensors, facts: dict[str, str]) -> None:
     """Called by one process at a time: what a killed one left half-written is removed."""
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink()
-    facts = {**facts, "checksum": _checksum(tensors, facts)}
+    sums = {name: (tensorfile.kind_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
+    facts = {**facts, "checksum": tensorfile.checksum(facts, sums)}
     content.write_whole(path, lambda part: content.save_tensors(tensors, part, facts))
 
 
@@ -62,27 +80,31 @@ def _read(path: Path) -> tuple[Tensors, Facts] | None:
     """The entry, if it is there and whole."""
     try:
         tensors, facts = mapped(path)
+        claimed = facts.pop("checksum", "")
+        if found_once(path, f"checksum {claimed}", lambda: tensorfile.checksum_of_file(path, facts) == claimed):
+            return tensors, facts
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError):
-        tensors, facts = {}, {}
-    claimed = facts.pop("checksum", None)
-    if claimed and claimed == _checksum(tensors, facts):
-        return tensors, facts
+        pass
     log.warning("stored features are damaged and will be made again: %s", path)
     return None
+
+
+def found_once(path: Path, what: str, look: Callable[[], bool]) -> bool:
+    """Whether the file is as `look` finds; once it was, that is remembered until the file is written to."""
+    name = content.state_of(path.parent, [path.name], what)
+    if content.recall(name, content.memory()):
+        return True
+    if not look():
+        return False
+    settled = time.time() - path.stat().st_ctime > FRESH
+    if settled and name == content.state_of(path.parent, [path.name], what):
+        content.remember(name, what, content.memory())
+    return True
 
 
 def mapped(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The file's tensors, memory-mapped, and its metadata."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-
-
-def _checksum(tensors: Tensors, facts: Facts) -> str:
-    """Over names, types, shapes and bytes: what a damaged header could change as well as what a damaged body could."""
-    value = zlib.crc32(json.dumps(sorted(facts.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"

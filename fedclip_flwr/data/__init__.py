@@ -50,8 +50,8 @@ class Source(Protocol):
     def count(self, domain: str) -> int:
         """How many images the domain has, broken ones included."""
 
-    def pictures(self, domain: str) -> Iterator[Picture]:
-        """The domain's images as RGB, in an order that follows from images and labels alone."""
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        """The domain's images as RGB, in an order that follows from images and labels alone; only those rows."""
 
 
 def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | None]:

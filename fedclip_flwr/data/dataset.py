@@ -95,9 +95,9 @@ class DataSet:
     def count(self, domain: str) -> int:
         return int(self._domains[domain]["count"])
 
-    def pictures(self, domain: str) -> Iterator[Picture]:
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
         table, rows = self._opened, self._rows[domain]
-        for label, _, number in rows:
+        for label, _, number in rows[start:stop]:
             yield Picture(f"row {number}", label, decoded(table.image(number)))
 
     def _look(self) -> dict[str, Any]:

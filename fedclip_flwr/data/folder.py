@@ -62,8 +62,8 @@ class ImageFolder:
     def count(self, domain: str) -> int:
         return len(self._files[domain])
 
-    def pictures(self, domain: str) -> Iterator[Picture]:
-        for label, _, name in self._rows(domain):
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        for label, _, name in self._rows(domain)[start:stop]:
             try:
                 image = decoded((self._root / name).read_bytes())
             except OSError:

@@ -87,5 +87,5 @@ class Canonical:
     def count(self, domain: str) -> int:
         return self._source.count(self._own[domain])
 
-    def pictures(self, domain: str) -> Iterator[Picture]:
-        return self._source.pictures(self._own[domain])
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        return self._source.pictures(self._own[domain], start, stop)

@@ -53,7 +53,7 @@ class Drawn:
     def count(self, domain: str) -> int:
         return PER_CLASS * len(CLASSES)
 
-    def pictures(self, domain: str) -> Iterator[Picture]:
-        for index in range(PER_CLASS):
-            for label, figure in enumerate(CLASSES):
-                yield Picture(f"{figure} {index}", label, picture(self.seed, domain, figure, index)[0])
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        for row in range(self.count(domain))[start:stop]:
+            index, label = divmod(row, len(CLASSES))
+            yield Picture(f"{CLASSES[label]} {index}", label, picture(self.seed, domain, CLASSES[label], index)[0])
