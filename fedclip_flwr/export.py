@@ -37,7 +37,7 @@ def encode(given: Sequence[str], out: str = "") -> str:
     begun = time.monotonic()
     settings, problems = read_settings(given)
     for key in settings.keys() - {*TAKEN} - problems.keys():
-        problems[key] = f"{key}: encoding takes {', '.join(TAKEN)} only; leave it out"
+        problems[key] = f"{key}: encoding has no use for it; leave it out"
     if str(settings.get("data", "")).startswith("features:"):
         problems["data"] = f"data = {settings['data']!r}: these are features already; name the images"
     _, features, _ = open_run(settings, problems)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from fedclip_flwr import ahead, clip
+from fedclip_flwr.data import Source
+from fedclip_flwr.data.dataset import DataSet
+from fedclip_flwr.data.drawn import Drawn
+from fedclip_flwr.data.folder import ImageFolder
+from fedclip_flwr.data.presets import Canonical, Preset
+
+
+@pytest.fixture(scope="module")
+def preparer() -> clip.Preparer:
+    return clip.find("bundled").load().preparer()
+
+
+@pytest.fixture
+def broken(tree: Path) -> Path:
+    for name in ("car/1", "car/2", "fish/3"):
+        (tree / "photo" / f"{name}.png").write_bytes(b"no picture")
+    return tree
+
+
+def children() -> list[int]:
+    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process ends within a minute."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    return bool(select.select([handle], [], [], 60)[0])
+
+
+def source_of(kind: str, tree: Path) -> Source:
+    folder = ImageFolder(tree)
+    if kind == "folder":
+        return folder
+    if kind == "drawn":
+        return Drawn(5)
+    if kind == "preset":
+        return Canonical(folder, Preset("", {"photo": (), "cartoon": ()}, ("car", "cat", "fish")))
+    rows = [(p.label, {"bytes": (tree / p.name).read_bytes(), "path": None}) for p in folder.pictures("photo")]
+    features = datasets.Features({"label": datasets.Value("int64"), "image": datasets.Image()})
+    table = datasets.Dataset.from_dict(dict(zip(("label", "image"), map(list, zip(*rows, strict=True)), strict=True)))
+    table.cast(features).save_to_disk(tree.parent / "photo")
+    return DataSet(tree.parent / "photo", "photo")
+
+
+@pytest.mark.parametrize("kind", ["folder", "drawn", "preset", "data set"])
+def test_workers_bring_the_same_batches_in_the_same_order(
+    broken: Path, preparer: clip.Preparer, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = ahead.Work(source_of(kind, broken), "photo", preparer, 2)
+    alone = list(ahead.batches(work, 2, 12))
+    assert not children()
+    monkeypatch.setattr(ahead, "workers", lambda *_: 2)
+    helped = []
+    for batch in ahead.batches(work, 2, 12):
+        helped.append(batch)
+        assert len(children()) == (2 if len(helped) > 1 else 0)
+    assert not children()
+    assert [batch[1:] for batch in helped] == [batch[1:] for batch in alone]
+    assert sum(batch.rows for batch in helped) == 10
+    for one, other in zip(helped, alone, strict=True):
+        assert one.inputs.keys() == other.inputs.keys()
+        assert all(torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs)
+    if kind == "folder":
+        assert helped[0] == ({}, [], ["photo/car/1.png", "photo/car/2.png"]) or helped[0].labels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_pixels_of_any_type_come_as_they_are(tree: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "workers", lambda *_: 1)
+    work = ahead.Work(ImageFolder(tree), "photo", clip.find("bundled").load().preparer(dtype), 4)
+    found = [batch.inputs["pixel_values"] for batch in ahead.batches(work, 0, 12)]
+    for number, pixels in enumerate(found):
+        assert pixels.dtype == dtype
+        assert torch.equal(pixels, work.batch(4 * number).inputs["pixel_values"])
+
+
+def test_what_a_killed_worker_owes_is_done_without_it(
+    broken: Path, preparer: clip.Preparer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = ahead.Work(ImageFolder(broken), "photo", preparer, 1)
+    monkeypatch.setattr(ahead, "workers", lambda *_: 2)
+    found = []
+    for batch in ahead.batches(work, 0, 12):
+        found.append(batch)
+        if len(found) == 4:
+            os.kill(children()[0], signal.SIGKILL)
+    assert [batch[1:] for batch in found] == [work.batch(row)[1:] for row in range(12)]
+    assert all(batch.inputs.keys() == work.batch(row).inputs.keys() for row, batch in enumerate(found))
+    assert caplog.text.count("its part is done without it") <= 1
+
+
+def test_workers_end_with_whoever_stops_asking(
+    tree: Path, preparer: clip.Preparer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "workers", lambda *_: 2)
+    batches = ahead.batches(ahead.Work(ImageFolder(tree), "photo", preparer, 1), 0, 12)
+    next(batches)
+    next(batches)
+    pids = children()
+    assert len(pids) == 2
+    batches.close()
+    assert all(map(has_ended, pids))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+print("begun", flush=True)
+from fedclip_flwr import ahead, clip
+from fedclip_flwr.data.drawn import Drawn
+ahead.workers = lambda *_: 2
+work = ahead.Work(Drawn(), "photo", clip.find("bundled").load().preparer(), 4)
+for number, batch in enumerate(ahead.batches(work, 0, 400)):
+    if number == 3:
+        tasks = Path("/proc/self/task").iterdir()
+        print(*(task.joinpath("children").read_text().strip() for task in tasks), flush=True)
+        if sys.argv[1:]:
+            sys.stdin.readline()
+            break
+"""
+
+
+def script(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """A user's script without a guard for the main module."""
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(folder / "script.py"), *more]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_a_script_without_a_guard_is_not_run_again_by_workers(tmp_path: Path) -> None:
+    process = script(tmp_path)
+    told, _ = process.communicate()
+    first, second = told.splitlines()
+    assert (process.returncode, first, len(second.split())) == (0, "begun", 2)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path, how: signal.Signals) -> None:
+    process = script(tmp_path, "wait")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    pids = list(map(int, process.stdout.readline().split()))
+    assert len(pids) == 2
+    os.killpg(process.pid, how)  # Ctrl-C reaches the whole group
+    process.wait()
+    assert all(map(has_ended, pids))
+
+
+def test_workers_are_started_where_they_pay() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert ahead.workers(preparing=0.1, seeing=1.0, left=100) == 0
+    assert ahead.workers(preparing=1.0, seeing=2.0, left=100) == 1
+    assert ahead.workers(preparing=1.0, seeing=0.0, left=10**6) == min(cores, ahead.MOST)
+    assert ahead.workers(preparing=50.0, seeing=0.0, left=1) == 1
+    assert ahead.workers(preparing=math.inf, seeing=1.0, left=0) == 0
+
+
+def test_a_range_without_images_has_no_batch(tree: Path, preparer: clip.Preparer) -> None:
+    assert list(ahead.batches(ahead.Work(ImageFolder(tree), "photo", preparer, 4), 12, 12)) == []

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedclip_flwr import ahead, clip
+from fedclip_flwr.config import Settings
+from fedclip_flwr.features import Encoded, open_features
+
+ENCODE = """
+import os, signal, sys
+from pathlib import Path
+from fedclip_flwr import ahead, clip, features, growing
+from fedclip_flwr.config import Settings
+clip.PART = 2
+left = int(sys.argv[4])
+def counted(place, name, moment):
+    made = getattr(place, name)
+    def told(*given, **more):
+        global left
+        if name == "encode":
+            print(len(given[1]["pixel_values"]), flush=True)
+        left -= moment == sys.argv[3]
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(*given, **more)
+    setattr(place, name, told)
+counted(clip.Clip, "encode", "encode")
+counted(growing.Growing, "_write_line", "write")
+counted(os, "fsync", "sync")
+counted(Path, "replace", "rename")
+if "workers" in sys.argv:
+    ahead.workers = lambda *_: 2
+settings = Settings(data=f"folder:{sys.argv[1]}")
+opened = features.open_features(settings, root=Path(sys.argv[2]), progress=False)
+opened.examples("photo")
+"""
+
+
+def encode(tree: Path, store: Path, moment: str = "never", left: int = 0, *more: str) -> tuple[int, int]:
+    """A process that encodes the photos and is killed at a moment; how many it encoded, and how it ended."""
+    command = [sys.executable, "-c", ENCODE, str(tree), str(store), moment, str(left), *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return sum(map(int, done.stdout.split())), done.returncode
+
+
+def entry(store: Path) -> bytes:
+    (path,) = store.glob("*/images-*.safetensors")
+    assert {file.suffix for file in path.parent.iterdir()} == {".safetensors", ".lock"}
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [("encode", 1), ("encode", 4), ("write", 2), ("write", 3), ("sync", 0), ("rename", 0)],
+)
+def test_after_a_kill_one_batch_at_most_is_encoded_twice(tree: Path, moment: str, left: int, tmp_path: Path) -> None:
+    (tree / "photo" / "cat" / "1.png").write_bytes(b"no picture")
+    first, code = encode(tree, tmp_path / "store", moment, left)
+    assert code == -9
+    again, code = encode(tree, tmp_path / "store")
+    assert code == 0
+    assert 11 <= first + again <= 11 + 2
+    assert encode(tree, tmp_path / "other")[1] == 0
+    assert entry(tmp_path / "store") == entry(tmp_path / "other")
+
+
+def test_workers_change_nothing_also_after_a_kill(tree: Path, tmp_path: Path) -> None:
+    first, code = encode(tree, tmp_path / "store", "encode", 4, "workers")
+    assert code == -9
+    again, code = encode(tree, tmp_path / "store", "never", 0, "workers")
+    assert (code, first + again <= 12 + 2) == (0, True)
+    encode(tree, tmp_path / "other")
+    assert entry(tmp_path / "store") == entry(tmp_path / "other")
+
+
+FULL = ENCODE.replace("opened.examples", "opened.classes; limit(); opened.examples").replace(
+    "settings =",
+    """
+def limit():
+    import resource
+    size = 2**14 + 8 * 12 + 4 * 128 * 5  # two batches fit, and a half
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+settings =""",
+)
+
+
+def test_a_full_disk_is_told_in_one_line_and_what_is_done_is_kept(tree: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tree), str(tmp_path / "store"), "never", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "File too large" in last
+    assert "make room there, or let FEDCLIP_HOME name another folder" in last
+    assert sum(map(int, done.stdout.split())) == 6
+    assert encode(tree, tmp_path / "store") == (12 - 4, 0)
+
+
+def test_pixels_are_the_same_with_workers(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "PART", 4)
+    settings = Settings(data=f"folder:{tree}", method="full-model")
+    found = []
+    for count in (0, 2):
+        monkeypatch.setattr(ahead, "workers", lambda *_, count=count: count)
+        found.append(open_features(settings, root=tmp_path / str(count), progress=False).examples("photo"))
+    assert torch.equal(found[0].features, found[1].features)
+    assert torch.equal(found[0].labels, found[1].labels)
+
+
+def test_the_progress_counts_what_was_there_before(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(tree, tmp_path / "store", "encode", 5)
+    settings = Settings(data=f"folder:{tree}")
+    made = open_features(settings, root=tmp_path / "store")
+    made.examples("photo")
+    bar = capsys.readouterr().err.split("\r")
+    assert any("encoding photo" in line and " 8/12 " in line for line in bar)
+    assert "12/12" in bar[-1]
+    assert "images/s" in bar[-1]
+    assert isinstance(made, Encoded)
+    assert made.encoded == 4
+
+
+def opened(tree: Path, **settings: Any) -> Encoded:
+    made = open_features(Settings(data=f"folder:{tree}", **settings), root=tree / "store", progress=False)
+    assert isinstance(made, Encoded)
+    return made
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU has bfloat16, and the bundled model counts as large."""
+    monkeypatch.setattr(clip, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(clip, "LARGE", 0)
+
+
+@pytest.mark.usefixtures("able")
+def test_a_lower_precision_is_compared_once_and_stored_in_half_the_space(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = opened(tree, precision="float32").examples("photo")
+    lower = opened(tree)
+    found = lower.examples("photo")
+    assert lower.folder.name.endswith("-bfloat16")
+    assert found.features.dtype == torch.float16
+    assert full.features.dtype == torch.float32
+    torch.testing.assert_close(found.features.float(), full.features, rtol=0, atol=0.03)
+    (told,) = lower.folder.glob("agreement-*.safetensors")
+    assert load_file(told)["same"].tolist() == [True] * 24
+    assert not caplog.text
+    assert len(lower.classes.text) == 3
+    monkeypatch.setattr(clip.Model, "load", lambda *_: pytest.fail("loaded again"))
+    assert torch.equal(opened(tree).examples("photo").features, found.features)
+
+
+@pytest.mark.usefixtures("able")
+def test_float32_is_used_where_less_finds_other_classes(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All patches lie far from zero here: the model takes that off again, but bfloat16 has lost what was in them."""
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
+    weights = load_file(folder / "model.safetensors")
+    weights["vision_model.embeddings.position_embedding.weight"] += 1000
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    made = opened(tree, model=str(folder))
+    found = made.examples("photo")
+    assert caplog.text.count("float32 is used") == 1
+    assert made.folder.name.endswith("-float32")
+    assert found.features.dtype == torch.float32
+    assert torch.equal(opened(tree, model=str(folder), precision="float32").examples("photo").features, found.features)
+    assert opened(tree, model=str(folder)).folder == made.folder
+    assert caplog.text.count("float32 is used") == 1
+
+
+def test_a_number_that_overflows_is_no_agreement(tree: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
+    weights = load_file(folder / "model.safetensors")
+    weights["vision_model.embeddings.position_embedding.weight"] += 100_000
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    made = opened(tree, model=str(folder), precision="float16")
+    assert made.folder.name.endswith("-float32")
+    assert made.examples("photo").features.isfinite().all()
+
+
+@pytest.mark.usefixtures("able")
+def test_a_domain_without_a_readable_image_is_kept_in_the_precision_of_the_others(tree: Path) -> None:
+    for file in (tree / "photo").rglob("*.png"):
+        file.write_bytes(b"nothing")
+    assert opened(tree).examples("photo").features.dtype == torch.float16
