@@ -71,10 +71,11 @@ def beside_the_bare_loop(loaded: clip.Clip, root: Path) -> tuple[float, float, f
                 growing.append(loaded.encode({"pixel_values": part}), [0] * len(part), [])
             growing.finish()
 
-    bare(), ours()
+    bare()
+    ours()
     turns = [(seconds(bare), seconds(ours)) for _ in range(TURNS)]
     share = statistics.median(one / other for one, other in turns)
-    return (*(count / statistics.median(times) for times in zip(*turns, strict=True)), share)  # type: ignore[return-value]
+    return (*(count / statistics.median(times) for times in zip(*turns, strict=True)), share)
 
 
 def from_files(loaded: clip.Clip, images: Path, root: Path, workers: int) -> float:

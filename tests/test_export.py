@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fedclip_flwr import export, simulation
+from fedclip_flwr import simulation
 from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
 from fedclip_flwr.features import open_features
@@ -22,7 +21,7 @@ def signals_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def encode(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["encode", *arguments])
-    return result.exit_code, result.output
+    return result.exit_code, result.stdout + result.stderr * bool(result.exit_code)
 
 
 def learnt(data: str) -> Result:
@@ -112,14 +111,8 @@ def test_what_encoding_has_no_use_for_is_refused(tree: Path) -> None:
     assert others
 
 
-def test_features_json_is_written_last(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrote = []
-    whole = export.content.write_whole
-    monkeypatch.setattr(
-        export.content,
-        "write_whole",
-        lambda path, *rest: (wrote.append(path.name) if path.parent == tmp_path / "made" else None, whole(path, *rest)),
-    )
-    assert encode(f"data={tree}", "--out", str(tmp_path / "made"))[0] == 0
-    assert wrote[-1] == "features.json"
-    assert json.loads((tmp_path / "made" / "features.json").read_text())["domains"] == ["cartoon", "photo"]
+def test_a_folder_that_could_not_be_completed_does_not_say_that_it_is(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "made" / "photo.safetensors").mkdir(parents=True)
+    code, told = encode(f"data={tree}", "--out", str(tmp_path / "made"))
+    assert (code, "can't be written to" in told, "--out" in told) == (2, True, True)
+    assert not (tmp_path / "made" / "features.json").exists()
