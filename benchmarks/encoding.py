@@ -27,7 +27,7 @@ from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.growing import Growing
 
-TURNS, BATCHES, IMAGES = 5, 2, 128
+TURNS, BATCHES, IMAGES = 7, 1, 128
 SIZE = (500, 375)
 
 

@@ -33,6 +33,8 @@ from fedclip_flwr.data import Source
 log = logging.getLogger(__name__)
 WORTH = 20.0
 """Seconds of preparing, in one process, from which on workers pay: each takes about 5 to start."""
+SLOW = 0.25
+"""Preparing has to take so much of the time that the model takes: else workers would only take cores from it."""
 MOST = 16
 SCRIPT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedclip_flwr import ahead; ahead.serve()"
 DTYPES = {name: dtype for dtype, name in tensorfile.NAMES.items()}
@@ -91,7 +93,7 @@ def batches(work: Work, start: int, stop: int, *, pinned: bool = False) -> Gener
 
 def workers(preparing: float, seeing: float, left: int) -> int:
     """How many keep up with the model, given the seconds that a batch takes to be prepared and to be seen."""
-    if preparing * left < WORTH:
+    if preparing * left < WORTH or preparing < SLOW * seeing:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(math.ceil(preparing / max(seeing, 1e-3)), cores, left, MOST)

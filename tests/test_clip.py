@@ -259,3 +259,48 @@ def test_devices_are_picked_by_name() -> None:
     assert clip.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="this machine has"):
         clip.pick_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("facts", "has"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2\nbugs\t\t: bf16\n", False),
+        ("", False),
+    ],
+)
+def test_a_cpu_tells_whether_it_has_bfloat16(tmp_path: Path, facts: str, has: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(facts)
+    assert clip.has_bfloat16(tmp_path / "cpuinfo") is has
+    assert not clip.has_bfloat16(tmp_path / "none")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_large_models_compute_in_bfloat16_on_cpus_that_have_it(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "has_bfloat16", lambda: able)
+    model = clip.find("bundled")
+    assert clip.pick_precision("auto", model, "cpu") == torch.float32
+    assert clip.pick_precision("bfloat16", model, "cpu") == torch.bfloat16
+    monkeypatch.setattr(clip, "LARGE", model.size)
+    assert clip.pick_precision("auto", model, "cpu") == (torch.bfloat16 if able else torch.float32)
+    assert clip.pick_precision("float32", model, "cpu") == torch.float32
+
+
+def test_a_batch_for_which_there_is_no_memory_is_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = clip.find("bundled").load()
+    inputs = loaded.preparer()(IMAGES)
+    expected = loaded.encode(inputs)
+    see, room = loaded._features, 6
+
+    def full(part: clip.Inputs) -> torch.Tensor:
+        if len(part["pixel_values"]) > room:
+            raise torch.OutOfMemoryError
+        return see(part)
+
+    monkeypatch.setattr(loaded, "_features", full)
+    torch.testing.assert_close(loaded.encode(inputs), expected, rtol=0, atol=1e-6)
+    room = 0
+    with pytest.raises(UserError, match="no memory left for a single image"):
+        loaded.encode(inputs)
