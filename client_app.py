@@ -20,7 +20,7 @@ from flwr.common.constant import ErrorCode
 
 from fedclip_flwr import content, exchange
 from fedclip_flwr.adapters import Adapter, tensor_names
-from fedclip_flwr.codecs import CODECS, State
+from fedclip_flwr.codecs import CODECS
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine
@@ -86,11 +86,11 @@ def learn(message: Message, context: Context) -> Message:
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
     shelf = Shelf(desk.session.key, desk.settings.codec)
-    learner, state = received(task, desk, shelf)
+    learner = received(task, desk, shelf)
     report = report_on(learner, desk, context)
     learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
     trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
-    sent = shelf.pack(trained, state, desk.site.name, task.round, desk.settings.seed)
+    sent = shelf.pack(trained, desk.site.name, task.round, desk.settings.seed)
     return Message(exchange.write_answer(report, sent), reply_to=message)
 
 
@@ -99,7 +99,7 @@ def score(message: Message, context: Context) -> Message:
     """How the received adapter does here; or, at the end of a run that personalises, the site's own made from it."""
     task = exchange.read_task(message.content)
     desk = desk_of(context, task)
-    learner, _ = received(task, desk, Shelf(desk.session.key, desk.settings.codec))
+    learner = received(task, desk, Shelf(desk.session.key, desk.settings.codec))
     if task.personal:
         keep_own(learner, desk, task.round)
     return Message(exchange.write_answer(report_on(learner, desk, context)), reply_to=message)
@@ -152,15 +152,14 @@ def travelling(message: Message, context: Context) -> Collection[str]:
     return message.content.array_records.get("arrays", {}).keys()
 
 
-def received(task: Task, desk: Desk, shelf: Shelf) -> tuple[Learner, State]:
-    """The adapter that the message brings, or whatever else is trained; and its state."""
-    learner = desk.new_learner()
-    start = {name: tensor.clone() for name, tensor in learner.state_dict().items()}  # these will be trained
-    state = shelf.take(task, start)
-    learner.load_state_dict(state)
+def received(task: Task, desk: Desk, shelf: Shelf) -> Learner:
+    """The adapter that the message brings, or whatever else is trained."""
+    learner = desk.blank()
+    state = shelf.take(task, learner.state_dict(), desk.start)
+    learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     if task.blend is not None and isinstance(learner, Adapter):
         learner.blend = task.blend
-    return learner.to(desk.device), state
+    return learner.to(desk.device)
 
 
 def report_on(learner: Learner, desk: Desk, context: Context) -> Report:

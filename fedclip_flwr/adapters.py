@@ -97,6 +97,12 @@ def make_adapter(
         return ADAPTERS[kind](dim, rank, blend, identity)
 
 
+def blank_adapter(kind: str, dim: int, *, rank: int, blend: float) -> Adapter:
+    """One without numbers, into which a state is to be put with `assign=True`: random ones would take a while."""
+    with torch.device("meta"):
+        return ADAPTERS[kind](dim, rank, blend, identity=False)
+
+
 @lru_cache
 def tensor_names(kind: str) -> frozenset[str]:
     """The tensors that an adapter of that kind consists of."""

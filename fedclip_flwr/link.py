@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -108,37 +108,40 @@ class Shelf:
 
     def __init__(self, session: str, codec: str) -> None:
         self._folder, self._codec = content.home() / "exchange" / session, codec
+        self._taken: State = {}
 
-    def take(self, task: Task, start: State) -> State:
-        """The adapter that the message brings; `start` is what the site can make itself."""
+    def take(self, task: Task, like: State, start: Callable[[], State]) -> State:
+        """The adapter that the message brings, with tensors as those of `like`; `start` makes the first one here."""
         if task.state:
-            state = self._made(task, start)
+            state = self._made(task, like, start)
             if mark_of(state) != task.state:
                 raise LacksError("the adapter that the server builds on is another one here")
         elif task.arrays is not None:
-            state = read_adapter(task.arrays, start)
+            state = read_adapter(task.arrays, like)
         else:
             raise exchange.ExchangeError("the server's message lacks the adapter")
         if self._codec in CODECS:
             self._keep(state, task)
+            self._taken = state
         return state
 
-    def _made(self, task: Task, start: State) -> State:
+    def _made(self, task: Task, like: State, start: Callable[[], State]) -> State:
         base = self._find(task.base or task.state, start)
         if not task.base:
             return base
         if task.arrays is None or self._codec not in CODECS:
             raise exchange.ExchangeError("the server's message lacks the difference to the adapter that it builds on")
-        return unwrap(self._codec, _read_parcel(task.arrays, self._codec, start), base)
+        return unwrap(self._codec, _read_parcel(task.arrays, self._codec, like), base)
 
-    def _find(self, mark: str, start: State) -> State:
+    def _find(self, mark: str, start: Callable[[], State]) -> State:
         if not re.fullmatch(r"[0-9a-f]+", mark):  # it comes from outside, and names a file
             raise LacksError("the server names an adapter in a way that can't be")
         try:
             return store.mapped(self._folder / f"{mark}.safetensors")[0]
         except (OSError, SafetensorError):
-            if mark == mark_of(start):
-                return start
+            first = start()
+            if mark == mark_of(first):
+                return first
             raise LacksError("this site no longer has the adapter that the server builds on") from None
 
     def _keep(self, state: State, task: Task) -> None:
@@ -150,14 +153,14 @@ class Shelf:
                 if old.stem not in (mark, task.base) and not old.is_dir():
                     old.unlink(missing_ok=True)
 
-    def pack(self, trained: State, received: State, site: str, number: int, seed: int) -> Mapping[str, torch.Tensor]:
-        """What is sent of the adapter that the site has trained in round `number`."""
+    def pack(self, trained: State, site: str, number: int, seed: int) -> State:
+        """What is sent of the adapter that the site has made in round `number` of the one that it took."""
         if self._codec not in CODECS:
             return trained
         folder = self._folder / content.file_name(site)
         earlier = sorted((int(p.stem), p) for p in folder.glob("*.safetensors") if int(p.stem) < number)
         left = store.mapped(earlier[-1][1])[0] if earlier else {}
-        parcel = wrap(self._codec, trained, received, left, seed_of(seed, "up", site, number))
+        parcel = wrap(self._codec, trained, self._taken, left, seed_of(seed, "up", site, number))
         if not all(tensor.isfinite().all() for tensor in parcel.left.values()):
             raise exchange.ExchangeError("training came to numbers that are not finite")
         path = folder / f"{number}.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from functools import lru_cache
 import torch
 
 from fedclip_flwr import clip
-from fedclip_flwr.adapters import Adapter, make_adapter
+from fedclip_flwr.adapters import Adapter, blank_adapter, make_adapter
+from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.partition import shard
 from fedclip_flwr.errors import UserError
@@ -81,17 +81,14 @@ def new_learner(settings: Settings, features: Features) -> Learner:
 
 
 def new_adapter(settings: Settings, dim: int) -> Adapter:
-    identity = RECIPES[settings.recipe].identity
-    first = _first_adapter(
-        settings.adapter, dim, settings.adapter_rank, settings.trained_blend, identity, settings.seed
+    return make_adapter(
+        settings.adapter,
+        dim,
+        rank=settings.adapter_rank,
+        blend=settings.trained_blend,
+        identity=RECIPES[settings.recipe].identity,
+        seed=settings.seed,
     )
-    return copy.deepcopy(first)
-
-
-@lru_cache(maxsize=4)
-def _first_adapter(kind: str, dim: int, rank: int, blend: float, identity: bool, seed: int) -> Adapter:
-    """Random numbers take longer than a copy."""
-    return make_adapter(kind, dim, rank=rank, blend=blend, identity=identity, seed=seed)
 
 
 def starts_as_zero_shot(settings: Settings) -> bool:
@@ -154,8 +151,16 @@ class Desk:
     device: torch.device
     session: Session
 
-    def new_learner(self) -> Learner:
-        return new_learner(self.settings, self.features)
+    def start(self) -> State:
+        """What every site can begin with."""
+        return dict(new_learner(self.settings, self.features).state_dict())
+
+    def blank(self) -> Learner:
+        """What is learnt, to be filled with a state that came."""
+        if isinstance(self.features, Pixels):
+            return self.features.whole_model()
+        kind, blend = self.settings.adapter, self.settings.trained_blend
+        return blank_adapter(kind, self.classes.dim, rank=self.settings.adapter_rank, blend=blend)
 
     def require(self) -> None:
         """Raises unless the model here is the server's, where both know its content: features would not compare."""

@@ -86,7 +86,8 @@ class Site:
         task = exchange.read_task(message.content)
         if message.metadata.message_type == MessageType.QUERY:
             return Message(exchange.write_hello(self.hello), reply_to=message)
-        state = Shelf(self.hello.site, self.codec).take(task, START)
+        shelf = Shelf(self.hello.site, self.codec)
+        state = shelf.take(task, START, lambda: START)
         value = float(state["w"]) * (1.0 if task.blend is None else task.blend)
         if task.personal:
             self.own.append((task.round, value))
@@ -95,9 +96,7 @@ class Site:
         if message.metadata.message_type == MessageType.EVALUATE:
             return Message(exchange.write_answer(report), reply_to=message)
         self.trained_in.append(task.round)
-        trained = Shelf(self.hello.site, self.codec).pack(
-            {"w": state["w"] + self.step}, state, self.hello.site, task.round, 0
-        )
+        trained = shelf.pack({"w": state["w"] + self.step}, self.hello.site, task.round, 0)
         return Message(exchange.write_answer(report, trained), reply_to=message)
 
 

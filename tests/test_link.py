@@ -35,7 +35,14 @@ def sent(link: Downlink, node: int, state: State | None = None) -> RecordDict:
 
 def taken(content: RecordDict, site: str = "a", codec: str = "int8") -> State:
     """What the site makes of it."""
-    return Shelf(site, codec).take(exchange.read_task(content), START)
+    return Shelf(site, codec).take(exchange.read_task(content), START, lambda: START)
+
+
+def packed(session: str, codec: str, trained: State, received: State, site: str, number: int) -> State:
+    """What the site sends of what it has made of what it was sent."""
+    shelf = Shelf(session, codec)
+    shelf.take(Task(number, None, "s", False, None, "", "", write_adapter(received)), START, lambda: START)
+    return shelf.pack(trained, site, number, 0)
 
 
 def answered(link: Downlink, node: int, state: State | None = None, **records: Any) -> Message:
@@ -61,7 +68,7 @@ def test_float32_sends_whole_adapters_and_keeps_nothing(own_home: Path) -> None:
     content = sent(link, 5)
     assert "state" not in content["config"]
     assert equal(taken(content, codec="float32"), wished)
-    assert Shelf("a", "float32").pack(wished, START, "north", 1, 0) is wished
+    assert packed("a", "float32", wished, START, "north", 1) is wished
     assert not any(own_home.iterdir())
 
 
@@ -152,9 +159,9 @@ def test_what_a_site_sends_builds_on_what_it_was_sent(codec: str) -> None:
     link = Downlink(START, codec, 0)
     received = link.step(moved(START, 0.1), 1)
     trained = moved(received, 0.05)
-    packed = Shelf("a", codec).pack(trained, received, "north", 2, 0)
-    assert set(packed) == {codec}
-    reply = answered(link, 5, arrays=write_adapter(packed))
+    parcel = packed("a", codec, trained, received, "north", 2)
+    assert set(parcel) == {codec}
+    reply = answered(link, 5, arrays=write_adapter(parcel))
     arrays = reply.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     for name, tensor in exchange.read_adapter(arrays, START).items():
@@ -164,16 +171,16 @@ def test_what_a_site_sends_builds_on_what_it_was_sent(codec: str) -> None:
 def test_what_a_site_could_not_send_goes_with_the_next_round_whatever_process_that_is(own_home: Path) -> None:
     """Also when a round is done once more: then what was left over before it counts."""
     trained = moved(START, 0.05)
-    first = Shelf("a", "int8").pack(trained, START, "north/1", 1, 0)
-    second = Shelf("a", "int8").pack(trained, START, "north/1", 2, 0)
-    again = Shelf("a", "int8").pack(trained, START, "north/1", 2, 0)
-    fresh = Shelf("b", "int8").pack(trained, START, "north/1", 2, 0)
-    other = Shelf("a", "int8").pack(trained, START, "south", 2, 0)
+    first = packed("a", "int8", trained, START, "north/1", 1)
+    second = packed("a", "int8", trained, START, "north/1", 2)
+    again = packed("a", "int8", trained, START, "north/1", 2)
+    fresh = packed("b", "int8", trained, START, "north/1", 2)
+    other = packed("a", "int8", trained, START, "south", 2)
     assert torch.equal(second["int8"], again["int8"])
     assert not torch.equal(second["int8"], fresh["int8"])
     assert not torch.equal(first["int8"], other["int8"])
     for number in (3, 4, 5):
-        Shelf("a", "int8").pack(trained, START, "north/1", number, 0)
+        packed("a", "int8", trained, START, "north/1", number)
     (folder,) = (own_home / "exchange" / "a").glob("north*")
     assert sorted(path.stem for path in folder.iterdir()) == ["4", "5"]
 
@@ -181,7 +188,7 @@ def test_what_a_site_could_not_send_goes_with_the_next_round_whatever_process_th
 def test_numbers_that_are_not_finite_are_not_sent_and_not_kept(own_home: Path) -> None:
     trained = {**START, "inner.bias": torch.full((4,), float("nan"))}
     with pytest.raises(ExchangeError, match="not finite"):
-        Shelf("a", "int8").pack(trained, START, "north", 1, 0)
+        packed("a", "int8", trained, START, "north", 1)
     assert not any(own_home.rglob("1.safetensors"))
 
 
@@ -204,6 +211,6 @@ def test_sites_forget_a_session_that_is_over_and_old_ones(own_home: Path) -> Non
 
 def test_a_task_without_a_mark_is_a_whole_adapter() -> None:
     task = Task(1, None, "s", False, None, "", "", write_adapter(moved(START, 0.2)))
-    assert equal(Shelf("a", "int8").take(task, START), moved(START, 0.2))
+    assert equal(Shelf("a", "int8").take(task, START, lambda: START), moved(START, 0.2))
     kept = content.home() / "exchange" / "a" / f"{mark_of(moved(START, 0.2))}.safetensors"
     assert kept.exists()
