@@ -1,6 +1,6 @@
 """A warm round of simulated sites, beside Flower's own FedAvg with the same tensors, the same work and the same rows.
 
-    python -m benchmarks.simulated [--sites 10] [--rows 2000] [--rounds 10] [--runs 2]
+    python -m benchmarks.simulated [--sites 10] [--rows 600] [--adapter attention] [--rounds 10] [--runs 2]
 
 Each site has a domain of its own of random features of 512 dimensions, split into 60, 20 and 20 %. Both apps run in
 turn on the same SuperLink, over Ray. A round is the time from one round's line to the next one's: FedAvg's has two
@@ -25,6 +25,7 @@ from benchmarks.common import (
     write_features,
 )
 from fedclip_flwr import simulation
+from fedclip_flwr.adapters import ADAPTERS
 
 GOAL = 0.6
 
@@ -32,14 +33,15 @@ GOAL = 0.6
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulated", description=__doc__.splitlines()[0])
     parser.add_argument("--sites", type=at_least(1), default=10)
-    parser.add_argument("--rows", type=at_least(10), default=2000, help="of each site")
+    parser.add_argument("--rows", type=at_least(10), default=600, help="of each site")
+    parser.add_argument("--adapter", choices=ADAPTERS, default="attention")
     parser.add_argument("--rounds", type=at_least(2), default=10)
     parser.add_argument("--runs", type=at_least(1), default=2, help="of each app")
     given = parser.parse_args()
-    runs: dict[str, list[Run[None]]] = {"ours, attention": [], "Flower's FedAvg": []}
+    runs: dict[str, list[Run[None]]] = {f"ours, {given.adapter}": [], "Flower's FedAvg": []}
     with workplace() as place, simulation.superlink(place) as env:
         features = write_features(place / "features", {f"d{number:03}": given.rows for number in range(given.sites)})
-        common = {"data": f"features:{features}", "num-server-rounds": given.rounds}
+        common = {"data": f"features:{features}", "num-server-rounds": given.rounds, "adapter": given.adapter}
         own = {OURS: {"holdout": "", "min-sites": given.sites}, STOCK: {"sites": given.sites}}
         for _ in range(given.runs):
             for found, app in zip(runs.values(), (OURS, STOCK), strict=True):

@@ -251,7 +251,7 @@ def _tensor(name: str, array: Array, like: Tensor) -> Tensor:
     if not isinstance(values, np.ndarray) or (values.dtype, values.shape) != wanted:
         raise ExchangeError(f"{name} is not what it claims to be, {_kind(*wanted)}")
     tensor = torch.from_numpy(np.asarray(values, order="C"))  # ascontiguousarray would make a row of a single number
-    if not tensor.isfinite().all():
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum takes a tenth of the time
         raise ExchangeError(f"{name} has numbers that are not finite")
     return tensor
 

@@ -271,8 +271,10 @@ class Mean:
         self.weight = 0.0
 
     def add(self, state: Mapping[str, Tensor], weight: float = 1.0) -> None:
-        if too_large := sorted(name for name in self._like if not state[name].abs().amax() < self.LARGEST):
-            raise UserError(f"{', '.join(too_large)}: numbers of {self.LARGEST:,.0f} and more can't be averaged")
+        for name in self._like:
+            least, most = state[name].aminmax()
+            if not (least > -self.LARGEST and most < self.LARGEST):  # also where one is not a number
+                raise UserError(f"{name}: numbers of {self.LARGEST:,.0f} and more can't be averaged")
         for name, total in self._sums.items():  # in memory that is used again: to get new one takes longer than to add
             part = self._parts[name].copy_(state[name]).mul_(weight * self._unit).round_()
             total += self._whole[name].copy_(part)
