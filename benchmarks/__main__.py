@@ -55,7 +55,7 @@ BENCHMARKS = (
         ("--runs", "1"),
         "A simulated round",
         "Ten sites over Ray, each with as many images as if PACS without its sketches were cut in ten. FedAvg as\n"
-        "Flower ships it has the same tensors, work and rows, and two exchanges a round. What both have is the learning.",
+        "Flower ships it has the same tensors, work and rows, and two exchanges a round. Both do the same learning.",
     ),
     Benchmark(
         "simulated",

@@ -23,7 +23,7 @@ from fedclip_flwr.session import Session
 from fedclip_flwr.sites import drawn_by_lot
 from fedclip_flwr.strategy import AdapterFedAvg
 
-SIMULATED_AT_ONCE = 100
+SIMULATED_AT_ONCE = 40
 """So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them."""
 
 
@@ -95,7 +95,9 @@ class Nodes:
     def wait_for(self, count: int) -> None:
         """Meets whoever is there, until so many sites take part and every hello is answered."""
         wait = _Wait(self._timeout)
-        while self.meet() or self._hellos_under_way or len(self.hellos) < count:
+        while (news := self.meet()) or self._hellos_under_way or len(self.hellos) < count:
+            if news:
+                wait.something_came()
             everyone = self._greeted and self._all_greeted and not self._hellos_under_way
             if wait.over or (simulated(self._grid) and everyone):
                 break  # simulated sites are all there before the first one answers
@@ -113,14 +115,15 @@ class Nodes:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
 
     def meet(self, number: int = 0) -> bool:
-        """Greets nodes not met yet and takes in those that have answered; whether anyone is new."""
+        """Greets nodes not met yet and takes in those that have answered; whether there was any of either."""
         strangers = [node for node in self._grid.get_node_ids() if node not in self._greeted]
         next_ones = strangers[: self._room - len(self._hellos_under_way)]
         new = self._push(Message(self._greeting, node, MessageType.QUERY) for node in next_ones)
         self._greeted |= set(new.values())
         self._all_greeted = len(new) == len(strangers)
         self._hellos_under_way |= new
-        for node, reply in self._pull(self._hellos_under_way):
+        answers = self._pull(self._hellos_under_way)
+        for node, reply in answers:
             try:
                 hello = self._read_hello(reply)
             except ExchangeError as error:
@@ -131,7 +134,7 @@ class Nodes:
                 continue
             self.names[node] = hello.site
             self.hellos[hello.site] = hello
-        return bool(new)
+        return bool(new or answers)
 
     def _read_hello(self, reply: Message) -> Hello:
         if reply.has_error():

@@ -88,7 +88,7 @@ def assert_same_result(folder: Path, truth: Result) -> None:
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 40])
+@pytest.mark.parametrize("nodes", [1, 2, 60])
 def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_path: Path, drawn: Features) -> None:
     folder = completed(nodes, tmp_path)
     assert_same_result(folder, in_one_process(drawn, nodes))
