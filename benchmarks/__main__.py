@@ -44,6 +44,13 @@ BENCHMARKS = (
         "plain writing of that step, with CLIP ViT-B/32's architecture and random weights.",
     ),
     Benchmark(
+        "encoding",
+        ("--turns", "5"),
+        "Encoding",
+        "What each image costs once. How many workers there are follows from what the first batch took: on two cores\n"
+        "without a GPU the model takes far longer than reading the images, and none is started.",
+    ),
+    Benchmark(
         "warm_epoch",
         (),
         "A site's work by its parts",
@@ -65,7 +72,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "deployed",
-        ("--rounds", "4"),
+        ("--rounds", "3", "--runs", "1", "--bytes-rounds", "2", "--single-rounds", "4"),
         "A deployed round",
         "A SuperLink and SuperNodes over gRPC on one machine, so their processes share its cores. `Flower alone` is\n"
         "an app that sends the tensors back and does nothing else: a SuperNode looks for messages every 3 seconds,\n"
