@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -256,15 +257,16 @@ def personalize(
 class Mean:
     """The weighted mean of adapters' tensors, each added as it comes and let go of.
 
-    The sum is made of whole multiples of 2⁻⁴² of `most`, which is as much weight as can come together, in 64 bits: so
-    the order in which they come changes no bit, and a million of them keep float32's precision.
+    The sum is made of whole multiples of 2⁻³⁶ in 64 bits, of 2¹² times as much where the weights that can come together
+    (`most`) are more than 2¹², and so on. So the order in which they come changes no bit, and float32's precision is
+    kept.
     """
 
-    LARGEST = 2.0**20
+    LARGEST = 2.0**14
     """Of a tensor's numbers: so large a one would not fit."""
 
     def __init__(self, like: Mapping[str, Tensor], most: float) -> None:
-        self._like, self._unit = like, 2.0**42 / max(most, 1.0)
+        self._like, self._unit = like, 2.0 ** (62 - 14 - 12 * math.ceil(math.log2(max(most, 2.0)) / 12))
         self._sums = {name: torch.zeros_like(tensor, dtype=torch.int64) for name, tensor in like.items()}
         self._parts = {name: torch.empty_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
         self._whole = {name: torch.empty_like(total) for name, total in self._sums.items()}

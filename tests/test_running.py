@@ -387,7 +387,7 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
             command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{fleet}"]
             command += ["--clientappio-api-address", f"127.0.0.1:{port}", "--node-config", node]
             stack.enter_context(started(command, env, tmp_path / f"{i}.log"))
-        settings = f"data='folder:{tree}' num-server-rounds=2 min-sites=2 results-dir='{tmp_path}/results'"
+        settings = f"data='folder:{tree}' num-server-rounds=3 min-sites=2 results-dir='{tmp_path}/results' codec='int8'"
         command = ["flwr", "run", str(PROJECT), "here", "--stream", "--run-config", settings]
         printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     summary = read(run_folder(tmp_path / "results"), "summary.json")
@@ -400,6 +400,16 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
     figures = summary["adapted"]["metrics"]["sites"]
     assert figures["south"]["recall"].keys() == {"car", "cat", "fish"}
     assert "recall" not in figures["north"]
+
+    # differences travelled, there and back, and each process found what the one before had kept
+    lines = [json.loads(line) for line in (run_folder(tmp_path / "results") / "metrics.jsonl").read_text().splitlines()]
+    numbers = sum(
+        tensor.numel() for tensor in load_file(run_folder(tmp_path / "results") / "adapter.safetensors").values()
+    )
+    assert [1.0 < line["bytes"] / (2 * 2 * numbers) < 1.2 for line in lines[2:]] == [True, True]
+    assert lines[1]["bytes"] < 0.6 * lines[2]["bytes"]  # the first adapter is not sent
+    (kept,) = (content.home() / "exchange").iterdir()
+    assert {path.name for path in kept.iterdir() if path.is_dir()} == {"north", "south"}
     rows = [line.split() for line in printed.splitlines()]
     assert ["north", "clinic", "6", "2", "2", "2"] in rows
     assert ["south", "cartoon", "6", "2", "2", "3"] in rows  # one of its twelve can't be read, photo is held out

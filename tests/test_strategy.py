@@ -60,9 +60,9 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
 
 
 def test_sums_are_made_in_double_precision() -> None:
-    # in float32, 1e6 + 0.01 is 1e6 again, and the mean would come out as 0
-    replies = [reply(2, [1e6, 0.0]), reply(3, [0.01, 0.0]), reply(1, [-1e6, 0.0])]
-    assert mean(replies)[0] == pytest.approx(0.01 / 3, rel=1e-6)
+    # in float32, 1e4 + 1e-4 is 1e4 again, and the mean would come out as 0
+    replies = [reply(2, [1e4, 0.0]), reply(3, [1e-4, 0.0]), reply(1, [-1e4, 0.0])]
+    assert mean(replies)[0] == pytest.approx(1e-4 / 3, rel=1e-6)
 
 
 def test_replies_are_let_go_of_as_they_come() -> None:

@@ -45,9 +45,10 @@ def spoil(message: Message, context: Context, answer: ClientAppCallable) -> Mess
             arrays["images"] = Array(np.zeros(3, np.float32))
     if number == 5 and kind != MessageType.QUERY:
         metrics = reply.content.metric_records["metrics"]
-        examples = metrics["validation-examples"]
-        assert isinstance(examples, int)
-        metrics["validation-correct"] = 5 * examples
+        told = metrics["validation"]
+        assert isinstance(told, list)
+        examples, _, loss = map(float, told)
+        metrics["validation"] = [examples, 5 * examples, loss]
     return reply
 
 
