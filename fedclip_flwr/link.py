@@ -8,10 +8,12 @@ someone who has what the site was sent. What rounding leaves over is kept at eac
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -92,12 +94,21 @@ def _read_parcel(arrays: ArrayRecord, codec: str, like: State) -> torch.Tensor:
     return read_adapter(arrays, {codec: torch.empty(packed_size(codec, like), dtype=torch.uint8)})[codec]
 
 
+def _read(path: Path) -> State | None:
+    """What was kept, if it is there and can be read."""
+    try:
+        return store.mapped(path)[0]
+    except (OSError, SafetensorError):
+        return None
+
+
 def forget(session: str = "") -> None:
     """Removes what the sites of this machine keep for the session, and for those of more than a month ago."""
     root = content.home() / "exchange"
     for folder in root.glob("*/"):
-        if folder.name == session or folder.stat().st_mtime < time.time() - MONTH:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other sites of this machine do the same
+            if folder.name == session or folder.stat().st_mtime < time.time() - MONTH:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Shelf:
@@ -136,13 +147,12 @@ class Shelf:
     def _find(self, mark: str, start: Callable[[], State]) -> State:
         if not re.fullmatch(r"[0-9a-f]+", mark):  # it comes from outside, and names a file
             raise LacksError("the server names an adapter in a way that can't be")
-        try:
-            return store.mapped(self._folder / f"{mark}.safetensors")[0]
-        except (OSError, SafetensorError):
-            first = start()
-            if mark == mark_of(first):
-                return first
-            raise LacksError("this site no longer has the adapter that the server builds on") from None
+        kept = _read(self._folder / f"{mark}.safetensors")
+        if kept is None and mark == mark_of(first := start()):
+            return first
+        if kept is None:
+            raise LacksError("this site no longer has the adapter that the server builds on")
+        return kept
 
     def _keep(self, state: State, task: Task) -> None:
         mark = task.state or mark_of(state)
@@ -159,8 +169,8 @@ class Shelf:
             return trained
         folder = self._folder / content.file_name(site)
         earlier = sorted((int(p.stem), p) for p in folder.glob("*.safetensors") if int(p.stem) < number)
-        left = store.mapped(earlier[-1][1])[0] if earlier else {}
-        parcel = wrap(self._codec, trained, self._taken, left, seed_of(seed, "up", site, number))
+        left = _read(earlier[-1][1]) if earlier else {}
+        parcel = wrap(self._codec, trained, self._taken, left or {}, seed_of(seed, "up", site, number))
         if not all(tensor.isfinite().all() for tensor in parcel.left.values()):
             raise exchange.ExchangeError("training came to numbers that are not finite")
         path = folder / f"{number}.safetensors"

@@ -185,6 +185,14 @@ def test_what_a_site_could_not_send_goes_with_the_next_round_whatever_process_th
     assert sorted(path.stem for path in folder.iterdir()) == ["4", "5"]
 
 
+def test_what_was_left_over_and_is_damaged_is_lost_and_no_more(own_home: Path) -> None:
+    trained = moved(START, 0.05)
+    fresh = packed("b", "int8", trained, START, "north", 2)
+    packed("a", "int8", trained, START, "north", 1)
+    (own_home / "exchange" / "a" / "north" / "1.safetensors").write_bytes(b"rotten")
+    assert torch.equal(packed("a", "int8", trained, START, "north", 2)["int8"], fresh["int8"])
+
+
 def test_numbers_that_are_not_finite_are_not_sent_and_not_kept(own_home: Path) -> None:
     trained = {**START, "inner.bias": torch.full((4,), float("nan"))}
     with pytest.raises(ExchangeError, match="not finite"):
