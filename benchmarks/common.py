@@ -7,11 +7,12 @@ import json
 import os
 import platform
 import re
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -84,6 +85,15 @@ def write_features(folder: Path, images: Mapping[str, int], dtype: torch.dtype =
     facts = {**described, "class_names": CLASSES, "domains": list(images), "parameters": 151_277_313}
     (folder / "features.json").write_text(json.dumps(facts))
     return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Of this machine, to be used at once."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from benchmarks.common import (
     STOCK,
     Run,
     at_least,
+    free_ports,
     machine,
     memory,
     middle,
@@ -103,14 +104,6 @@ def relayed(port: int) -> Iterator[Relay]:
         finally:
             relay.shutdown()
             thread.join()
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @contextmanager

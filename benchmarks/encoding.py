@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from benchmarks.common import at_least, machine, table, workplace
 from fedclip_flwr import ahead, clip, encoding
@@ -31,6 +30,8 @@ SIZE = (500, 375)
 
 
 def write_model(folder: Path) -> clip.Model:
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel  # not for --help: it has words
+
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(clip.BUNDLED)
     CLIPModel(CLIPConfig()).save_pretrained(folder)

@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.common import free_ports, started
 from fedclip_flwr import content, simulation
 from fedclip_flwr.adapters import tensor_names
 from fedclip_flwr.config import Settings
@@ -337,25 +337,6 @@ def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
         == {"inner.weight": [128, 128], "inner.bias": [128], "outer.weight": [128, 128], "outer.bias": [128]}
         for content in trained
     )
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-@contextmanager
-def started(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended at the end, and whatever it started."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    try:
-        yield process
-    finally:
-        simulation.stop(process)
 
 
 def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path) -> None:
