@@ -168,6 +168,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         "FLWR_LOG_LEVEL": "WARNING",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "GRPC_ENABLE_FORK_SUPPORT": "0",  # Ray's start forks: gRPC's part in that hangs once in some hundred times
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
         "RAY_TMPDIR": str(folder),
