@@ -16,6 +16,7 @@ from fedclip_flwr.features import Features, open_features
 
 HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUGGING_FACE, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # for a plain `flwr run`, too: see simulation.superlink
 atexit.register(shutil.rmtree, HUGGING_FACE, ignore_errors=True)
 
 
