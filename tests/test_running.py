@@ -350,6 +350,7 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
     apps, fleet, control, *own = free_ports(6)
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(tmp_path / "flwr")}
     env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    env["FEDCLIP_HOME"] = str(tmp_path / "home")
     (tmp_path / "flwr").mkdir()
     (tmp_path / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
@@ -389,7 +390,7 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
     )
     assert [1.0 < line["bytes"] / (2 * 2 * numbers) < 1.2 for line in lines[2:]] == [True, True]
     assert lines[1]["bytes"] < 0.6 * lines[2]["bytes"]  # the first adapter is not sent
-    (kept,) = (content.home() / "exchange").iterdir()
+    (kept,) = (tmp_path / "home" / "exchange").iterdir()
     assert {path.name for path in kept.iterdir() if path.is_dir()} == {"north", "south"}
     rows = [line.split() for line in printed.splitlines()]
     assert ["north", "clinic", "6", "2", "2", "2"] in rows
