@@ -314,19 +314,13 @@ class Clip:
         how: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": room, "return_tensors": "pt"}
         return self._tokenizer(list(prompts), **how).to(self.device)
 
-    def pixels(self, images: Iterable[Image], batch_size: int = 64) -> Iterator[Tensor]:
-        """The images as the model sees them, in bytes, batch by batch."""
-        prepare, remaining = self.preparer(torch.uint8), iter(images)
-        while batch := list(islice(remaining, batch_size)):
-            yield prepare(batch)["pixel_values"]
-
     def whole(self, prompts: Sequence[str], templates: int = 1, dtype: torch.dtype = torch.float32) -> WholeModel:
         """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""
         return WholeModel(copy.deepcopy(self._net), self._processor, self._tokens(prompts), templates, dtype)
 
 
 class WholeModel(Learner):
-    """A whole CLIP that learns: from pixels as `Clip.pixels` gives them, with class features of its own.
+    """A whole CLIP that learns: from pixels in bytes as a `Preparer` makes them, with class features of its own.
 
     Its weights are float32; it computes in the precision that is asked for.
     """

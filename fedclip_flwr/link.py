@@ -35,19 +35,20 @@ class Downlink:
 
     def __init__(self, start: State, codec: str, seed: int) -> None:
         self.state, self._codec, self._seed = start, codec, seed
-        self._start = self._mark = mark_of(start)
+        self._start = self._mark = mark_of(start) if codec in CODECS else ""
         self._base, self._parcel = "", ArrayRecord()
         self._left: State = {}
         self._held: dict[int, str] = {}
 
     def step(self, wished: State, number: int) -> State:
         """Goes on to the adapter of round `number`: as `wished`, but for what packing it for the sites rounds away."""
-        self._base, self._parcel = "", ArrayRecord()
-        if self._codec in CODECS:
-            parcel = wrap(self._codec, wished, self.state, self._left, seed_of(self._seed, "down", number))
-            self._base, self._parcel = self._mark, write_adapter({self._codec: parcel.packed})
-            wished, self._left = parcel.arrives, parcel.left
-        self.state, self._mark = wished, mark_of(wished)
+        if self._codec not in CODECS:
+            self.state = wished
+            return wished
+        parcel = wrap(self._codec, wished, self.state, self._left, seed_of(self._seed, "down", number))
+        self._base, self._parcel = self._mark, write_adapter({self._codec: parcel.packed})
+        self.state, self._left = parcel.arrives, parcel.left
+        self._mark = mark_of(self.state)
         return self.state
 
     def address(self, messages: list[Message], state: State) -> None:

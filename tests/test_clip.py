@@ -64,7 +64,8 @@ def test_features_and_logits_equal_transformers_own_forward_pass(make: Callable[
 @pytest.mark.parametrize("name", ["the bundled one", "clip", "siglip"])
 def test_a_whole_model_sees_pixels_as_the_frozen_one_sees_images(name: str, tmp_path: Path) -> None:
     loaded = clip.find(str(MODELS[name](tmp_path / "model"))).load()
-    batches = list(loaded.pixels(iter(IMAGES), batch_size=8))
+    prepare = loaded.preparer(torch.uint8)
+    batches = [prepare(IMAGES[i : i + 8])["pixel_values"] for i in range(0, len(IMAGES), 8)]
     assert [len(b) for b in batches] == [8, 8, 4]
     assert batches[0].dtype == torch.uint8
     whole = loaded.whole([*PROMPTS, *(f"a {name}" for name in CLASSES)], templates=2)
@@ -84,7 +85,7 @@ def test_every_weight_of_a_whole_model_learns_and_the_frozen_one_stays(name: str
     whole = loaded.whole(PROMPTS)
     start = {key: tensor.clone() for key, tensor in whole.state_dict().items()}
     assert sum(tensor.numel() for tensor in start.values()) == loaded.parameters
-    examples = Examples(torch.cat(list(loaded.pixels(IMAGES))), torch.arange(20) % 10)
+    examples = Examples(loaded.preparer(torch.uint8)(IMAGES)["pixel_values"], torch.arange(20) % 10)
     frozen = Classes(before, loaded.scale, loaded.bias)
     loss = evaluate(whole, examples, frozen).loss
     train(whole, examples, frozen, RECIPES["default"], learning_rate=1e-4, batch_size=20, epochs=5)
@@ -98,7 +99,7 @@ def test_every_weight_of_a_whole_model_learns_and_the_frozen_one_stays(name: str
 def test_a_model_that_takes_images_of_any_shape_cannot_be_trained_whole(tmp_path: Path) -> None:
     loaded = clip.find(str(small_siglip2(tmp_path / "model"))).load()
     with pytest.raises(UserError, match="method = 'full-model': a siglip2 takes images in another form"):
-        list(loaded.pixels(IMAGES))
+        loaded.preparer(torch.uint8)(IMAGES)
 
 
 def test_siglip_takes_texts_that_are_filled_up_whatever_the_others_are(tmp_path: Path) -> None:
