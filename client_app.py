@@ -18,11 +18,11 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
-from fedclip_flwr import content, exchange
+from fedclip_flwr import content, encoding, exchange
 from fedclip_flwr.adapters import Adapter, tensor_names
 from fedclip_flwr.codecs import CODECS
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Report, Task
+from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine
 from fedclip_flwr.link import Shelf, forget
 from fedclip_flwr.saved import save_adapter
@@ -36,6 +36,8 @@ gc.enable()
 MANY = 50_000
 """Images of a site, from which on adapters learn with more than one thread: on a busy machine threads mostly wait for
 each other, and that costs far more than they ever save for fewer."""
+SLICE = 60.0
+"""Seconds for which a site encodes before it tells how far it has come; less where the server does not wait so long."""
 
 log = logging.getLogger("fedclip_flwr")
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -62,16 +64,21 @@ app = ClientApp(mods=[guard])
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Who this site is and how much it holds."""
+    """Who this site is and how much it holds; or how far it has come with encoding, to be asked again."""
     task = exchange.read_task(message.content)
-    desk = desk_of(context, task)
+    try:
+        with encoding.at_most(min(SLICE, float(context.run_config["round-timeout"]) / 4)):
+            desk = desk_of(context, task)
+    except encoding.UnfinishedError as error:
+        name = str(context.node_config.get("site") or f"node {context.node_id}")
+        return Message(exchange.write_progress(Progress(name, error.done, error.of)), reply_to=message)
     site = desk.site
     desk.require()
     forget()
     counts = {part: len(getattr(site, part).labels) for part in ("train", "validation", "test")}
     said = Hello(
         site=site.name,
-        role="train",
+        role=site.role,
         domain=site.domain,
         classes=site.class_numbers,
         package=content.of_package(content.memory()),

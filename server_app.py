@@ -44,12 +44,14 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     settings, features, holdout = open_run(run_config)
     package = content.of_package(content.memory())
     with RunFolder(settings, package) as folder:
+        if simulated(grid) and not features.domains:
+            raise UserError("data = 'none': simulated sites have no images of their own; name the data that they share")
         device = clip.pick_device(settings.device)
         classes = features.classes.ready(device)
         if simulated(grid):  # the sites share this machine's store, and here the progress can be seen
             for domain in features.domains:
                 features.examples(domain)
-        unseen = features.examples(holdout).ready(device) if holdout else None
+        unseen = features.examples(holdout).ready(device) if holdout in features.domains else None
         if unseen and not len(unseen.labels):
             raise UserError(
                 f"{holdout} is held out, but none of its images can be read; hold out another, or mend them"

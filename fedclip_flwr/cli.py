@@ -54,21 +54,32 @@ def _settings() -> str:
 def run(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     nodes: Annotated[
-        int,
+        int | None,
         typer.Option("--nodes", "-n", metavar="N", help="How many sites: 10 unless said.", show_default=False),
-    ] = 10,
+    ] = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="No simulation: a running SuperLink by its name in Flower's configuration, with its sites.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
-    """Simulate a federation on this machine, from its plan to its summary.
+    """Simulate a federation on this machine, from its plan to its summary; or run one with real sites.
 
-    It has a SuperLink of its own, started and stopped. The exit status is 0 only if the run was completed: 1 if it
-    failed, 2 if the settings can't be used. Paths may be relative.
+    A simulation has a SuperLink of its own, started and stopped. The exit status is 0 only if the run was completed: 1
+    if it failed, 2 if the settings can't be used. Paths may be relative; those of a SuperLink's machine must not.
 
-    Example: fedclip run --nodes 4 data=folder:images num-server-rounds=50
+    Examples: fedclip run --nodes 4 data=folder:images num-server-rounds=50; fedclip run --on hospitals min-sites=3
     """
     from fedclip_flwr import simulation  # not for --help: it brings torch
 
     try:
-        code = simulation.run(nodes, settings or [])
+        if on and nodes is not None:
+            raise UserError(f"--nodes {nodes}: the SuperLink {on} has its own sites; leave it out")
+        given, sites = settings or [], 10 if nodes is None else nodes
+        code = simulation.run_on(on, given) if on else simulation.run(sites, given)
     except UserError as error:
         typer.echo(str(error), err=True)
         code = 2

@@ -38,7 +38,7 @@ class Settings:
     data: str = _setting(
         "drawn",
         "`drawn`, `drawn:SEED`, `pacs`, `vlcs`, `office-home`, a Hugging Face data set, `folder:PATH` (images as "
-        "domain/class/image or class/image, or a data set) or `features:PATH`",
+        "domain/class/image or class/image, or a data set) or `features:PATH`; `none` if only real sites have any",
     )
     image_column: str = _setting("", "the data set's column of images; empty to find it by type and name")
     label_column: str = _setting("", "the same of class labels")

@@ -13,7 +13,9 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.exchange import Hello
 from fedclip_flwr.features import Features
 from fedclip_flwr.federation import Line
+from fedclip_flwr.metrics import mean_accuracy
 from fedclip_flwr.nodes import Failure
+from fedclip_flwr.session import HOLDOUT
 from fedclip_flwr.sites import learning_rate
 from fedclip_flwr.vocabulary import Vocabulary
 
@@ -47,7 +49,7 @@ def plan(
         ("model", f"{features.model}{revision}, {_prompt(features.vocabulary)}"),
         ("data", settings.data + partition),
         ("classes", f"{len(names)}: {_some(names)}"),
-        ("held out", f"{holdout}, {len(features.examples(holdout).labels):,} images" if holdout else "nothing"),
+        ("held out", _held_out(features, holdout, hellos)),
         ("trained", _trained(settings, features, trainable, len(tensors))),
         ("traffic", _traffic(settings, tensors)),
         ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
@@ -57,15 +59,27 @@ def plan(
         ("run folder", str(folder)),
     ]
     sites = sorted(hellos, key=lambda hello: _natural(hello.site))
-    domains = {domain for hello in sites for domain in hello.domain.split("+")}
+    domains = {domain for hello in sites for domain in hello.domain.split("+") if hello.role != HOLDOUT}
     nowhere = sorted({*features.domains} - {holdout} - domains) if domains <= {*features.domains} else []
     held = {number for hello in sites for number in hello.classes}
     nowhere += [f"class {name}" for number, name in enumerate(names) if number not in held]
     if nowhere:
         facts.append(("at no site", _some(nowhere)))
-    rows = [(h.site, h.domain, f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
+    rows = [(h.site, _domain(h), f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
     table = _table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
+
+
+def _held_out(features: Features, holdout: str | None, hellos: Collection[Hello]) -> str:
+    """What nobody trains on, and where it is."""
+    places = [f"{hello.test:,} images at {hello.site}" for hello in hellos if hello.role == HOLDOUT]
+    if holdout in features.domains:
+        places.append(f"{len(features.examples(holdout).labels):,} images here")
+    return ", ".join([*([holdout] if holdout else []), *sorted(places)]) or "nothing"
+
+
+def _domain(hello: Hello) -> str:
+    return f"{hello.domain}, unseen" if hello.role == HOLDOUT else hello.domain
 
 
 def _trained(settings: Settings, features: Features, numbers: int, tensors: int) -> str:
@@ -101,7 +115,7 @@ def line(line: Line, start: str = "zero-shot") -> str:
     cells = [
         str(line.round),
         _percent(line.seen),
-        _percent(line.unseen.accuracy if line.unseen else None),
+        _percent(mean_accuracy(line.held_out)),
         _percent(line.validation),
         "–" if line.loss is None else f"{line.loss:.3f}",
         str(len(line.reports)),
@@ -121,9 +135,13 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         rows.append((site, _percent(z), _percent(a), _gain(z, a), _percent((own or {}).get(site))))
     z, a = zero["seen"], adapted["seen"]
     rows.append(("mean of the seen", _percent(z), _percent(a), _gain(z, a), _percent(own_mean)))
-    if holdout:
+    for site in sorted(adapted["holdout_sites"], key=_natural):
+        z, a = zero["holdout_sites"].get(site), adapted["holdout_sites"][site]
+        rows.append((f"{site}, unseen", _percent(z), _percent(a), _gain(z, a), "–"))
+    if adapted["unseen"] is not None:
         z, a = zero["unseen"], adapted["unseen"]
-        rows.append((f"{holdout}, unseen", _percent(z), _percent(a), _gain(z, a), "–"))
+        name = "mean of the unseen" if adapted["holdout_sites"] else f"{holdout}, unseen"
+        rows.append((name, _percent(z), _percent(a), _gain(z, a), "–"))
     table = _table(rows if own else [row[:-1] for row in rows])
     if not validated:
         how = "is taken, for no site has validation images to choose by"
@@ -136,9 +154,9 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         "",
         table,
         "",
-        _figures(summary, holdout),
+        _figures(summary),
         "",
-        *_weakest(adapted, holdout),
+        *_weakest(adapted, holdout or "the unseen"),
         *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
         f"Round {adapted['round']} of {settings.num_server_rounds} {how}{blend}; "
         "tests are on images set apart before training.",
@@ -151,14 +169,14 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
     return "\n".join(parts)
 
 
-def _figures(summary: dict[str, Any], holdout: str | None) -> str:
+def _figures(summary: dict[str, Any]) -> str:
     """What accuracy does not tell, in per cent."""
     zero, adapted = summary["zero_shot"]["metrics"], summary["adapted"]["metrics"]
     columns = [("seen: zero-shot", zero["seen"]), ("adapted", adapted["seen"])]
     if own := summary["adapted"]["personal_metrics"]:
         columns.append(("own", own["seen"]))
-    if holdout:
-        columns += [("unseen: zero-shot", zero["unseen"]), ("adapted", adapted["unseen"])]
+    if adapted["unseen"]:
+        columns += [("unseen: zero-shot", zero["unseen"] or {}), ("adapted", adapted["unseen"])]
     names = ("balanced_accuracy", "macro_f1", "calibration_error")
     rows = [
         (name.replace("_f1", " F1").replace("_", " "), *(_percent(f.get(name)) for _, f in columns)) for name in names
@@ -166,13 +184,13 @@ def _figures(summary: dict[str, Any], holdout: str | None) -> str:
     return _table([("in %, means", *(name for name, _ in columns)), *rows])
 
 
-def _weakest(adapted: dict[str, Any], holdout: str | None, most: int = 3) -> list[str]:
-    """The classes of the unseen domain that are recognised least."""
+def _weakest(adapted: dict[str, Any], unseen: str, most: int = 3) -> list[str]:
+    """The classes of the unseen images that are recognised least."""
     recalls = (adapted["metrics"]["unseen"] or {}).get("recall", {})
     known = sorted((recall, name) for name, recall in recalls.items() if recall is not None)[:most]
     if not known:
         return []
-    return [f"Weakest in {holdout}: {', '.join(f'{n} {_percent(r)} %' for r, n in known)}; all classes: summary.json."]
+    return [f"Weakest in {unseen}: {', '.join(f'{n} {_percent(r)} %' for r, n in known)}; all classes: summary.json."]
 
 
 def _prompt(vocabulary: Vocabulary) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +28,26 @@ TRIED = 64
 SAME, CLOSE = 0.95, 0.99
 """It is good enough if so many of them find the same class (near ties may fall otherwise), and all features are so
 close."""
+
+_until: ContextVar[float] = ContextVar("until", default=math.inf)
+
+
+class UnfinishedError(Exception):
+    """There was no time to encode all images: so many are done, and kept."""
+
+    def __init__(self, done: int, of: int) -> None:
+        super().__init__(f"{done:,} of {of:,} images are encoded")
+        self.done, self.of = done, of
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Meanwhile encoding ends with an `UnfinishedError` after so many seconds, and at least one batch."""
+    before = _until.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _until.reset(before)
 
 
 def encode(
@@ -53,6 +76,8 @@ def encode(
         for batch in batches:
             if waiting:
                 keep(*waiting)
+                if time.monotonic() > _until.get():
+                    raise UnfinishedError(growing.rows, count)
             waiting = batch, see(batch.inputs) if batch.inputs else nothing()
         if waiting:
             keep(*waiting)

@@ -2,7 +2,7 @@
 
 What may leave a site is told by `may_leave`, and nothing else: `check_outgoing` looks at every reply before it goes.
 
-    QUERY     what the run is about  →  who the site is and how much it holds
+    QUERY     what the run is about  →  who the site is and how much it holds; or how far it has come with encoding
     TRAIN     an adapter             →  that adapter's scores at the site, and the adapter trained on
     EVALUATE  an adapter             →  its scores; or, if so asked, those of the site's own made from it
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fedclip_flwr.codecs import CODECS, State, packed_size
 from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
-from fedclip_flwr.session import Session
+from fedclip_flwr.session import HOLDOUT, ROLES, Session
 from fedclip_flwr.vocabulary import Vocabulary
 
 LACKS = 700
@@ -55,6 +55,14 @@ class Hello:
     package: str
 
 
+class Progress(NamedTuple):
+    """A site's answer to QUERY while it is encoding: so many of its images are done."""
+
+    site: str
+    encoded: int
+    images: int
+
+
 class LacksError(ExchangeError):
     """The site does not have the adapter that the message builds on."""
 
@@ -75,6 +83,7 @@ class Answer(NamedTuple):
 
 
 HELLO = frozenset(field.name for field in dataclasses.fields(Hello))
+PROGRESS = frozenset(Progress._fields)
 FIGURES = frozenset({"num-examples", "validation", "test"})
 """`validation`: examples, right ones, summed loss; `test` too, and balanced accuracy, macro F1 and gaps. In such lists
 they take a third of the bytes that they would take by name."""
@@ -88,7 +97,8 @@ def may_leave(adapter: Iterable[str], by_class: bool) -> dict[str, frozenset[str
 
     Besides these, an error's one line. `by_class`: the site's owner shares the counts by class.
     """
-    return {"hello": HELLO, "metrics": FIGURES | BY_CLASS if by_class else FIGURES, "arrays": frozenset(adapter)}
+    figures = FIGURES | BY_CLASS if by_class else FIGURES
+    return {"hello": HELLO, "progress": PROGRESS, "metrics": figures, "arrays": frozenset(adapter)}
 
 
 def check_outgoing(content: RecordDict, adapter: Iterable[str], by_class: bool) -> None:
@@ -271,21 +281,41 @@ def write_hello(hello: Hello) -> RecordDict:
     return RecordDict({"hello": ConfigRecord(dataclasses.asdict(hello))})
 
 
-def read_hello(content: RecordDict) -> Hello:
+def write_progress(progress: Progress) -> RecordDict:
+    return RecordDict({"progress": ConfigRecord(progress._asdict())})
+
+
+def read_hello(content: RecordDict) -> Hello | Progress:
+    if "progress" in content:
+        return _progress(content)
     record = content.config_records.get("hello", ConfigRecord())
     if set(record) != HELLO:
         raise ExchangeError("its hello can't be understood: is its version of this package another one?")
     facts: dict[str, Any] = dict(record)
-    name, counts = facts["site"], [facts["train"], facts["validation"], facts["test"]]
-    if not isinstance(name, str) or not name or name != one_line(name, 64):
-        raise ExchangeError("its hello has a name that can't be used: expected up to 64 characters on one line")
-    if any(type(count) is not int or count < 0 for count in counts):
-        raise ExchangeError("its hello has counts that are no counts")
+    _check_name_and_counts(facts["site"], facts["train"], facts["validation"], facts["test"])
     if not isinstance(facts["classes"], list) or any(type(number) is not int for number in facts["classes"]):
         raise ExchangeError("its hello has classes that are no numbers")
     if any(not isinstance(facts[key], str) for key in ("role", "domain", "package")):
         raise ExchangeError("its hello has a role, domain or package that is no text")
+    if facts["role"] not in ROLES or (facts["role"] == HOLDOUT and facts["train"] + facts["validation"]):
+        raise ExchangeError(f"its hello has a role that can't be: {one_line(facts['role'], 40)}")
     return Hello(**{**facts, "domain": one_line(facts["domain"], 64)})
+
+
+def _progress(content: RecordDict) -> Progress:
+    record = content.config_records.get("progress", ConfigRecord())
+    if set(record) != PROGRESS:
+        raise ExchangeError("its progress can't be understood: is its version of this package another one?")
+    facts: dict[str, Any] = dict(record)
+    _check_name_and_counts(facts["site"], facts["encoded"], facts["images"])
+    return Progress(**facts)
+
+
+def _check_name_and_counts(name: object, *counts: object) -> None:
+    if not isinstance(name, str) or not name or name != one_line(name, 64):
+        raise ExchangeError("its hello has a name that can't be used: expected up to 64 characters on one line")
+    if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
+        raise ExchangeError("its hello has counts that are no counts")
 
 
 def write_answer(report: Report, state: Mapping[str, Tensor] | None = None) -> RecordDict:

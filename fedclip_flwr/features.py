@@ -81,6 +81,9 @@ class Features(Protocol):
     def examples(self, domain: str) -> Examples:
         """All images of the domain that can be read, in an order that is always the same."""
 
+    def count(self, domain: str) -> int:
+        """How many images the domain has, broken ones included."""
+
 
 def open_features(
     settings: Settings, told: Vocabulary | None = None, *, root: Path | None = None, progress: bool = True
@@ -107,6 +110,8 @@ def open_features(
     columns = data.Columns(settings.image_column, settings.label_column, settings.domain_column)
     source, preset = data.open_source(settings.data, columns)
     names, own_names = renamed(source.class_names, read_names(settings.class_names))
+    if not (names or told):
+        raise UserError("data = 'none': so class-names must tell the classes, as a comma list or a file")
     check_apart(names)
     prompt = settings.prompt or (preset.prompt if preset else RECIPES[settings.recipe].prompt)
     vocabulary = told or Vocabulary(names, templates_of(prompt))
@@ -222,7 +227,6 @@ class Encoded:
         return Examples(tensors["image_features"], self._numbers[tensors["labels"]])
 
     def count(self, domain: str) -> int:
-        """How many images the domain has, broken ones included."""
         return self._source.count(domain)
 
     @cached_property
@@ -251,7 +255,7 @@ class Encoded:
 
     def _some_images(self) -> list[Image]:
         """A few of each domain, from all of its classes."""
-        each = max(1, encoding.TRIED // len(self.domains))
+        each = max(1, encoding.TRIED // max(1, len(self.domains)))
         images = []
         for domain in self.domains:
             count = self._source.count(domain)
@@ -381,6 +385,9 @@ class FeatureFolder:
         if domain not in self._opened:  # reading checks every number
             self._opened[domain] = self._open(domain)
         return self._opened[domain]
+
+    def count(self, domain: str) -> int:
+        return len(self.examples(domain).labels)
 
     def _open(self, domain: str) -> Examples:
         features = self._tensor(domain, "image_features", (None, self._dim))

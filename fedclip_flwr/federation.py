@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
@@ -35,17 +35,27 @@ Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
 
 @dataclass(frozen=True)
 class Line:
-    """The adapter after so many rounds, and what the round that made it took."""
+    """The adapter after so many rounds, and what the round that made it took.
+
+    `reports` are of the sites that train, `holdouts` of those that only evaluate; `unseen` is how it does on the
+    held-out domain that the server itself has.
+    """
 
     round: int
     reports: Mapping[str, Report]
     unseen: Quality | None
     bytes: int
     seconds: float
+    holdouts: Mapping[str, Report] = field(default_factory=dict)
 
     @property
     def seen(self) -> float | None:
         return mean_accuracy(report.test for report in self.reports.values())
+
+    @property
+    def held_out(self) -> list[Quality]:
+        """All that is known of what nobody trains on."""
+        return [*([self.unseen] if self.unseen else []), *(report.test for report in self.holdouts.values())]
 
     @property
     def validation(self) -> float | None:
@@ -117,10 +127,15 @@ def federate(
             return []
         return configure(number, exchange.write_adapter(state), config, nodes.view(asked))
 
+    def with_reports(line: Line, reports: Mapping[str, Report]) -> Line:
+        """The line with these reports, those of the holdout sites apart."""
+        sites, holdouts = ({name: reports[name] for name in sorted(reports.keys() & of)} for of in nodes.by_role)
+        return replace(line, reports=sites, holdouts=holdouts)
+
     def add(reports: Mapping[str, Report]) -> None:
         """The line of the adapter `state`, and whether it is the best so far."""
         nonlocal best
-        lines.append(Line(len(lines), dict(sorted(reports.items())), unseen(state, share), *cost))
+        lines.append(with_reports(Line(len(lines), {}, unseen(state, share), *cost), reports))
         watcher.line(lines[-1])
         if choice(lines) == lines[-1].round:
             best = state
@@ -164,12 +179,13 @@ def federate(
 
     def whole(line: Line, state: State) -> Line:
         """The line with the reports of sites that were not there in its round."""
-        return replace(line, reports={**line.reports, **evaluated(line.round, state, nodes.good(line.reports))})
+        known = {**line.reports, **line.holdouts}
+        return with_reports(line, {**known, **evaluated(line.round, state, nodes.good(known))})
 
     def blended(line: Line, state: State, blend: float) -> Line:
         """The line with less of the adapter in the features."""
         reports = evaluated(line.round, state, nodes.good(), blend=blend)
-        return replace(line, reports=reports, unseen=unseen(state, blend))
+        return with_reports(replace(line, unseen=unseen(state, blend)), reports)
 
     zero_shot = whole(lines[0], start) if starts_as_zero_shot(settings) else blended(lines[0], start, 0.0)
     adapted = whole(lines[choice(lines)], best)
@@ -179,7 +195,8 @@ def federate(
         adapted = tried[share]
         watcher.selected(adapted.round, best, share)
     told = share if share != settings.trained_blend else None
-    personal = evaluated(adapted.round, best, nodes.good(), True, told) if settings.personalize else {}
+    alone = nodes.good(without=nodes.by_role.holdouts)
+    personal = evaluated(adapted.round, best, alone, True, told) if settings.personalize else {}
     return Outcome(zero_shot, adapted, share, personal, best, round_bytes / max(asked, 1))
 
 

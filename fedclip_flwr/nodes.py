@@ -17,9 +17,9 @@ from flwr.superlink.grid import InMemoryGrid
 from fedclip_flwr import exchange
 from fedclip_flwr.codecs import State
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import ExchangeError, Hello, Report
+from fedclip_flwr.exchange import ExchangeError, Hello, Progress, Report
 from fedclip_flwr.link import Downlink
-from fedclip_flwr.session import Session
+from fedclip_flwr.session import HOLDOUT, Session
 from fedclip_flwr.sites import drawn_by_lot
 from fedclip_flwr.strategy import AdapterFedAvg
 
@@ -33,6 +33,13 @@ class Failure(NamedTuple):
     round: int
     site: str
     why: str
+
+
+class Roles(NamedTuple):
+    """Sites by what they do: those that take part in all, and those that only evaluate."""
+
+    training: set[str]
+    holdouts: set[str]
 
 
 def simulated(grid: Grid) -> bool:
@@ -90,25 +97,32 @@ class Nodes:
         self._greeted: set[int] = set()
         self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
+        self._encoding: dict[int, Progress] = {}
         self._last_failed: set[str] = set()
 
     def wait_for(self, count: int) -> None:
-        """Meets whoever is there, until so many sites take part and every hello is answered."""
-        wait = _Wait(self._timeout)
-        while (news := self.meet()) or self._hellos_under_way or len(self.hellos) < count:
+        """Meets whoever is there, until so many sites take part and every hello is answered.
+
+        The time that it may take begins anew whenever a site has come further with encoding.
+        """
+        wait, encoded = _Wait(self._timeout), 0
+        while (news := self.meet()) or self._hellos_under_way or len(self.by_role.training) < count:
             if news:
                 wait.something_came()
+            if encoded < (so_far := sum(progress.encoded for progress in self._encoding.values())):
+                encoded = so_far
+                wait.begin()
             everyone = self._greeted and self._all_greeted and not self._hellos_under_way
             if wait.over or (simulated(self._grid) and everyone):
                 break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
-                self._say(f"starting: {len(self.hellos)} of {len(self._greeted)} sites are ready")
+                self._say(f"starting: {self.readiness}")
             wait.a_moment()
-        if len(self.hellos) < count:
+        if (ready := len(self.by_role.training)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
             why = "; ".join(f"{f.site}: {f.why}" for f in sorted(self.failures)[:3])
             raise UserError(
-                f"sites that take part after {wait.seconds:.0f} s: {len(self.hellos)}, min-sites = {count} are needed"
+                f"sites that take part after {wait.seconds:.0f} s: {ready}, min-sites = {count} are needed"
                 + (f" ({why})" if why else hint)
             )
         if not any(hello.train for hello in self.hellos.values()):
@@ -129,6 +143,11 @@ class Nodes:
             except ExchangeError as error:
                 self._fail(number, f"node {node}", str(error))
                 continue
+            if isinstance(hello, Progress):
+                self._encoding[node] = hello
+                self._greeted.discard(node)  # to be asked again
+                continue
+            self._encoding.pop(node, None)
             if why := self._objection(hello):
                 self._fail(number, f"{hello.site} (node {node})" if hello.site in self.hellos else hello.site, why)
                 continue
@@ -136,7 +155,20 @@ class Nodes:
             self.hellos[hello.site] = hello
         return bool(new or answers)
 
-    def _read_hello(self, reply: Message) -> Hello:
+    @property
+    def readiness(self) -> str:
+        """How many sites are ready, and how far the others have come, if they have told."""
+        told = [f"{p.site}: {p.encoded:,} of {p.images:,} images encoded" for p in self._encoding.values()]
+        everyone = {*self._greeted, *self._encoding}
+        return "; ".join([f"{len(self.hellos)} of {len(everyone)} sites are ready", *sorted(told)])
+
+    @property
+    def by_role(self) -> Roles:
+        """The names of the sites."""
+        holdouts = {name for name, hello in self.hellos.items() if hello.role == HOLDOUT}
+        return Roles(self.hellos.keys() - holdouts, holdouts)
+
+    def _read_hello(self, reply: Message) -> Hello | Progress:
         if reply.has_error():
             raise ExchangeError(exchange.one_line(reply.error.reason or "an error without a reason"))
         return exchange.read_hello(reply.content)
@@ -274,8 +306,13 @@ class _Wait:
     SHORTEST, LONGEST = 0.01, 2.0
 
     def __init__(self, timeout: float) -> None:
-        self._start = self._told = self._last = time.monotonic()
         self._timeout = timeout
+        self._told = time.monotonic()
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on time counts."""
+        self._start = self._last = time.monotonic()
 
     @property
     def seconds(self) -> float:

@@ -28,7 +28,7 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import one_line
 from fedclip_flwr.features import Features, Pixels, results
 from fedclip_flwr.federation import Line, Outcome
-from fedclip_flwr.metrics import Quality, mean_figures
+from fedclip_flwr.metrics import Quality, mean_accuracy, mean_figures
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.saved import TENSORS, save_adapter, save_model, write_json, write_tensors
 
@@ -53,7 +53,7 @@ class RunFolder:
         facts = {
             "round": line.round,
             "seen": line.seen,
-            "unseen": line.unseen.accuracy if line.unseen else None,
+            "unseen": mean_accuracy(line.held_out),
             "val": line.validation,
             "loss": line.loss,
             "sites": len(line.reports),
@@ -155,14 +155,22 @@ def _results(line: Line, class_names: Sequence[str]) -> dict[str, Any]:
     tests = {site: report.test for site, report in line.reports.items()}
     return {
         "seen": line.seen,
-        "unseen": line.unseen.accuracy if line.unseen else None,
+        "unseen": mean_accuracy(line.held_out),
         "sites": {site: quality.accuracy for site, quality in tests.items()},
+        "holdout_sites": {site: report.test.accuracy for site, report in line.holdouts.items()},
         "metrics": {
             "seen": mean_figures(tests.values()),
-            "unseen": _figures(line.unseen, class_names) if line.unseen else None,
+            "unseen": _unseen(line, class_names),
             "sites": {site: _figures(quality, class_names) for site, quality in tests.items()},
         },
     }
+
+
+def _unseen(line: Line, class_names: Sequence[str]) -> dict[str, Any] | None:
+    """Figures of what nobody trains on: by class where it is one set of images, means where there are several."""
+    if len(line.held_out) == 1:
+        return _figures(line.held_out[0], class_names)
+    return mean_figures(line.held_out) or None
 
 
 def _figures(quality: Quality, class_names: Sequence[str]) -> dict[str, Any]:

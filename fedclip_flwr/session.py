@@ -10,6 +10,9 @@ from fedclip_flwr import content
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.vocabulary import Vocabulary
 
+TRAIN, HOLDOUT = ROLES = ("train", "holdout")
+"""What a site does: it trains, or it only evaluates, and what it holds is unseen."""
+
 
 class Session(NamedTuple):
     """The domain that no site trains on, the vocabulary, the model's content (empty if not known), the run's name."""

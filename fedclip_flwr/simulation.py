@@ -1,4 +1,4 @@
-"""A federation of simulated sites on this machine, with a SuperLink of its own.
+"""A federation of simulated sites on this machine, with a SuperLink of its own; or a run on one that is there.
 
 `flwr run` reports success even when the app failed, and uses a background SuperLink that keeps the environment of the
 moment it was started. Here the SuperLink lives for one run, on ports and in a folder of its own, and the run's status
@@ -40,22 +40,41 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def run(nodes: int, given: Sequence[str]) -> int:
     """Runs the federation and shows what it shows; 0 only if the run was completed."""
     stop_in_order("Stopped: all that was started is ended.")
-    found = app_folder()
-    described = _described(found)
     settings, problems = read_settings(given)
     if nodes < 1:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"
-    checked, _, _ = open_run({**described["config"], **settings}, problems)  # what is wrong is told before any start
+    checked, _, _ = open_run(
+        {**_described(app_folder())["config"], **settings}, problems
+    )  # what is wrong is told before any start
     if checked.min_sites > nodes:
         raise unusable([f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes"])
     with temporary() as folder, superlink(Path(folder)) as env:
-        app = _copied(found, Path(folder) / "app", described.get("fab-include", []))
-        overrides = Path(folder) / "settings.toml"
-        overrides.write_text("".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items()))
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
-        options = ["--run-config", str(overrides), "--federation-config", federation, "--stream"]
-        number = _show(["flwr", "run", str(app), CONNECTION, *options], env)
-        status = status_of(number, env) if number else "not started"
+        return _submit(CONNECTION, settings, env, Path(folder), "--federation-config", federation)
+
+
+def run_on(connection: str, given: Sequence[str]) -> int:
+    """The same with the SuperLink of that name in Flower's configuration, and with the sites that it has."""
+    stop_in_order(
+        f"No longer shown, but the run goes on: `flwr list {connection}` tells how, `flwr stop RUN {connection}` ends "
+        "it."
+    )
+    settings, problems = read_settings(given, here=False)
+    problems |= Settings.read({**_described(app_folder())["config"], **settings})[1]
+    if problems:
+        raise unusable(problems.values())
+    with temporary() as folder:
+        return _submit(connection, settings, commands_found(os.environ), Path(folder))
+
+
+def _submit(connection: str, settings: Mapping[str, Any], env: Mapping[str, str], place: Path, *options: str) -> int:
+    """Hands the run over and shows it to its end; 0 only if it was completed."""
+    found = app_folder()
+    app = _copied(found, place / "app", _described(found).get("fab-include", []))
+    overrides = place / "settings.toml"
+    overrides.write_text("".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items()))
+    number = _show(["flwr", "run", str(app), connection, "--run-config", str(overrides), "--stream", *options], env)
+    status = status_of(number, env, connection) if number else "not started"
     if status != "finished:completed":
         print(f"The run did not complete: {status}.", file=sys.stderr)
         return 1
@@ -110,8 +129,11 @@ def _copied(app: Path, to: Path, include: Sequence[str]) -> Path:
     return to
 
 
-def read_settings(given: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings from `key=value`, with absolute paths; and what is wrong with texts that are nothing of the kind."""
+def read_settings(given: Sequence[str], here: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings from `key=value`, and what is wrong with texts that are nothing of the kind.
+
+    Paths become absolute if they are those of the machine `here`.
+    """
     fields = Settings.keys()
     settings: dict[str, Any] = {}
     problems: dict[str, str] = {}
@@ -127,7 +149,7 @@ def read_settings(given: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]
             settings[key] = _value(value, kind)
         except ValueError:
             settings[key] = value  # the settings' own check says what was expected
-        if kind is str:
+        if kind is str and here:
             settings[key] = _absolute(key, value)
     return settings, problems
 
@@ -162,8 +184,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     env = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        **commands_found(os.environ),
         "FLWR_HOME": str(folder),
         "FLWR_LOG_LEVEL": "WARNING",
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -184,6 +205,11 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         yield env
     finally:
         stop(process)
+
+
+def commands_found(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which Flower's commands are those of this Python's."""
+    return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -229,9 +255,9 @@ def _show(command: list[str], env: Mapping[str, str]) -> str | None:
     return number
 
 
-def status_of(number: str, env: Mapping[str, str]) -> str:
+def status_of(number: str, env: Mapping[str, str], connection: str = CONNECTION) -> str:
     """The run's status as the SuperLink tells it."""
-    command = ["flwr", "list", CONNECTION, "--run-id", number, "--format", "json"]
+    command = ["flwr", "list", connection, "--run-id", number, "--format", "json"]
     answer = subprocess.run(command, env=env, capture_output=True, text=True)
     with contextlib.suppress(json.JSONDecodeError, LookupError, TypeError):
         return str(json.loads(answer.stdout)["runs"][0]["status"])

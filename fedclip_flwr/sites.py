@@ -14,10 +14,12 @@ from fedclip_flwr.adapters import Adapter, blank_adapter, make_adapter
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.partition import shard
+from fedclip_flwr.data.presets import loose
+from fedclip_flwr.encoding import UnfinishedError
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, Pixels, open_features
 from fedclip_flwr.learning import RECIPES, Classes, Examples, Learner, personalize, seed_of, split, train
-from fedclip_flwr.session import Session
+from fedclip_flwr.session import HOLDOUT, ROLES, TRAIN, Session
 
 OWN = ("data", "model", "device", "image-column", "label-column", "domain-column")
 """The settings that a site's owner may give in its node config."""
@@ -32,6 +34,7 @@ class Site:
     validation: Examples
     test: Examples
     domain: str = ""
+    role: str = TRAIN
 
     @property
     def class_numbers(self) -> list[int]:
@@ -59,11 +62,23 @@ def simulated_site(
     alpha: float = 0.5,
 ) -> Site:
     """Site `number` of so many simulated ones."""
-    domains = {d: features.examples(d) for d in features.domains if d != holdout}
+    domains = gathered(features, [d for d in features.domains if d != holdout])
     own = shard(number, {d: e.labels for d, e in domains.items()}, sites, seed, partition, alpha)
     examples = together(domains[domain].rows(rows) for domain, rows in own.rows.items())
     domain = "+".join(domain for domain, rows in own.rows.items() if len(rows) or len(own.rows) == 1)
     return divide(own.site, domain, examples, seed, device)
+
+
+def gathered(features: Features, domains: Sequence[str]) -> dict[str, Examples]:
+    """The examples of these domains; an `UnfinishedError` tells how many images of all of them are encoded."""
+    found: dict[str, Examples] = {}
+    for domain in domains:
+        try:
+            found[domain] = features.examples(domain)
+        except UnfinishedError as error:
+            done = error.done + sum(map(features.count, found))
+            raise UnfinishedError(done, sum(map(features.count, domains))) from None
+    return found
 
 
 def together(parts: Iterable[Examples]) -> Examples:
@@ -199,7 +214,8 @@ def _desk(
         given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
     settings = Settings.from_run_config({**given, **{key: node[key] for key in OWN if key in node}})
     number, sites = node.get("partition-id"), node.get("num-partitions")
-    if not simulated and "data" not in node and settings.data.startswith(("folder:", "features:")):
+    here_only = settings.data == "none" or settings.data.startswith(("folder:", "features:"))
+    if not simulated and "data" not in node and here_only:
         raise UserError(
             "this site was not told where its data is: start its SuperNode with --node-config \"data='folder:/PATH'\""
         )
@@ -219,7 +235,7 @@ def _desk(
             alpha=settings.alpha,
         )
     else:
-        site = _whole(features, session.holdout, str(node.get("site", "")), settings.seed, device)
+        site = _own(features, session.holdout, node, settings.seed, device)
     return Desk(settings, site, features, features.classes.ready(device), device, session)
 
 
@@ -229,12 +245,30 @@ def _features(settings: Settings, session: Session, simulated: bool) -> Features
     return open_features(settings, session.vocabulary, progress=not simulated)
 
 
-def _whole(features: Features, holdout: str, name: str, seed: int, device: torch.device) -> Site:
-    """All that a site holds, but for the domain that no site trains on."""
-    domains = [d for d in features.domains if d != holdout]
+def _own(features: Features, holdout: str, node: Mapping[str, object], seed: int, device: torch.device) -> Site:
+    """A site by its owner's words: all that it holds, but for the domain that no site trains on."""
+    name, role, wanted = (str(node.get(key, other)) for key, other in (("site", ""), ("role", TRAIN), ("domains", "")))
     if not name:
         raise UserError("this site has no name: start its SuperNode with --node-config \"site='NAME'\"")
+    if role not in ROLES:
+        raise UserError(f"role = {role!r}: expected one of {', '.join(ROLES)}")
+    domains = _some(features.domains, wanted)
+    if role == HOLDOUT:
+        examples = together(gathered(features, domains).values()).ready(device)
+        nothing = examples.rows(torch.arange(0))
+        return Site(name, nothing, nothing, examples, "+".join(domains), role)
+    domains = [domain for domain in domains if loose(domain) != loose(holdout)]
     if not domains:
-        raise UserError(f"all images of this site belong to {holdout}, which is held out")
-    examples = together(features.examples(domain) for domain in domains)
-    return divide(name, "+".join(domains), examples, seed, device)
+        raise UserError(
+            f"all images of this site belong to {holdout}, which is held out: with role='holdout' in its node config "
+            "it would evaluate only"
+        )
+    return divide(name, "+".join(domains), together(gathered(features, domains).values()), seed, device)
+
+
+def _some(domains: Sequence[str], wanted: str) -> list[str]:
+    """Those domains that are named in a list with commas; all, where none is."""
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in domains]:
+        raise UserError(f"domains = {wanted!r}: this site's data has no {unknown[0]}; it has {', '.join(domains)}")
+    return [domain for domain in domains if not names or domain in names]

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 import client_app
-from fedclip_flwr import content, exchange
+from fedclip_flwr import clip, content, exchange
 from fedclip_flwr.codecs import CODECS
 from fedclip_flwr.config import Settings
 from fedclip_flwr.learning import RECIPES, evaluate, examine, seed_of, train
@@ -61,10 +61,20 @@ def asked(
 
 def test_a_hello_tells_who_is_there(tree: Path) -> None:
     hello = exchange.read_hello(asked("query", tree).content)
+    assert isinstance(hello, exchange.Hello)
     assert (hello.site, hello.role, hello.domain) == ("north", "train", "cartoon+photo")
     assert (hello.train, hello.validation, hello.test) == (14, 4, 4)
     assert hello.classes == [0, 1, 2]
     assert len(hello.package) == 32
+
+
+def test_a_site_that_is_still_encoding_tells_how_far_it_is(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "PART", 8)
+    monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
+    settings = replace(SETTINGS, round_timeout=1e-6)
+    answers = [exchange.read_hello(asked("query", tree, settings=settings).content) for _ in range(3)]
+    assert answers[:2] == [exchange.Progress("north", 8, 24), exchange.Progress("north", 20, 24)]
+    assert isinstance(answers[2], exchange.Hello)
 
 
 def test_training_answers_with_the_received_adapters_scores_and_the_trained_adapter(tree: Path) -> None:

@@ -21,11 +21,18 @@ def metrics(seen: float, unseen: float, **recall: float | None) -> dict[str, Any
 
 
 SUMMARY: dict[str, Any] = {
-    "zero_shot": {"seen": 0.5, "unseen": 0.4, "sites": {"a": 0.5}, "metrics": metrics(0.3, 0.2)},
+    "zero_shot": {
+        "seen": 0.5,
+        "unseen": 0.4,
+        "sites": {"a": 0.5},
+        "holdout_sites": {},
+        "metrics": metrics(0.3, 0.2),
+    },
     "adapted": {
         "seen": 0.625,
         "unseen": 0.38,
         "sites": {"b": None, "a": 0.75},
+        "holdout_sites": {},
         "round": 3,
         "blend": 0.75,
         "personal": None,
@@ -113,9 +120,28 @@ def test_gains_are_those_of_the_figures_shown_and_sites_are_in_counting_order() 
 
 def test_without_a_holdout_or_a_known_model_size() -> None:
     traffic = {**SUMMARY["traffic"], "full_model_bytes": None, "times_less": None}
-    text = console.closing({**SUMMARY, "traffic": traffic}, Settings(), None, True, Path("/runs/x"))
+    adapted = {**SUMMARY["adapted"], "unseen": None, "metrics": {**SUMMARY["adapted"]["metrics"], "unseen": None}}
+    text = console.closing({**SUMMARY, "traffic": traffic, "adapted": adapted}, Settings(), None, True, Path("/runs/x"))
     assert "unseen" not in text
     assert "250 B a site and round, 1.5 kB in all." in text
+
+
+def test_what_is_unseen_may_be_at_sites() -> None:
+    zero = {**SUMMARY["zero_shot"], "holdout_sites": {"west": 0.3}}
+    adapted = {**SUMMARY["adapted"], "holdout_sites": {"west": 0.36, "late": 0.4}}
+    told = rows(console.closing({**SUMMARY, "zero_shot": zero, "adapted": adapted}, Settings(), None, True, Path("/x")))
+    at = told.index(["west,", "unseen", "30.0", "36.0", "+6.0"])
+    assert told[at - 1] == ["late,", "unseen", "–", "40.0", "–"]
+    assert told[at + 1] == ["mean", "of", "the", "unseen", "40.0", "38.0", "-2.0"]
+
+
+def test_the_plan_tells_where_the_unseen_images_are(drawn: Features) -> None:
+    hellos = [Hello("b", "train", "photo", 6, 2, 2, [0, 1], ""), Hello("w", "holdout", "x-ray", 0, 0, 1200, [0], "")]
+    told = rows(console.plan(Settings(), drawn, "sketch", hellos, {"w": torch.zeros(128)}, Path("/runs/x")))
+    assert ["held", "out", "sketch,", "1,200", "images", "at", "w,", "1,500", "images", "here"] in told
+    assert ["w", "x-ray,", "unseen", "0", "0", "1,200", "1"] in told
+    alone = rows(console.plan(Settings(), drawn, None, hellos, {"w": torch.zeros(128)}, Path("/runs/x")))
+    assert ["held", "out", "1,200", "images", "at", "w"] in alone
 
 
 def quality(examples: int, correct: int) -> Quality:

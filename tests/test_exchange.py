@@ -245,11 +245,13 @@ def test_the_list_of_what_may_leave_a_site() -> None:
     assert exchange.may_leave(tensor_names("attention"), by_class=False) == {
         "arrays": {"inner.weight", "inner.bias", "outer.weight", "outer.bias"},
         "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package"},
+        "progress": {"site", "encoded", "images"},
         "metrics": FIGURES,
     }
     assert exchange.may_leave(["int8"], by_class=True) == {
         "arrays": {"int8"},
         "hello": exchange.HELLO,
+        "progress": exchange.PROGRESS,
         "metrics": FIGURES | {"test-classes"},
     }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import torch
-from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.typing import Run
 from flwr.serverapp import Grid
 
@@ -16,10 +17,10 @@ from fedclip_flwr import exchange
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import LACKS, Hello, LacksError, Report
+from fedclip_flwr.exchange import LACKS, Hello, LacksError, Progress, Report
 from fedclip_flwr.federation import Line, Outcome, federate
 from fedclip_flwr.link import Downlink, Shelf, forget
-from fedclip_flwr.metrics import BINS, Quality, Score
+from fedclip_flwr.metrics import BINS, Quality, Score, mean_accuracy
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.session import Session
 from fedclip_flwr.strategy import AdapterFedAvg
@@ -287,6 +288,10 @@ def test_a_site_with_other_code_is_refused_by_name_and_never_asked_again() -> No
         (Site("south", train=0, validation=0, test=0), "it holds no image that can be read"),
         (lambda m: Message(Error(2, "no such\nfolder"), reply_to=m), "no such folder"),
         (lambda m: Message(RecordDict(), reply_to=m), "hello can't be understood"),
+        (Site("south", role="chief"), "a role that can't be: chief"),
+        (Site("south", role="holdout"), "a role that can't be: holdout"),  # with images to train on
+        (lambda m: Message(exchange.write_progress(Progress("south", -1, 5)), reply_to=m), "counts that are no counts"),
+        (lambda m: Message(RecordDict({"progress": ConfigRecord()}), reply_to=m), "progress can't be understood"),
     ],
 )
 def test_a_hello_that_will_not_do_is_named_and_the_others_go_on(other: Answer, told: str) -> None:
@@ -404,6 +409,57 @@ def test_a_site_without_training_images_only_evaluates() -> None:
     assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert not poor.trained_in
     assert [len(line.reports) for line in running.told.lines] == [2] * 4
+
+
+def test_a_holdout_site_evaluates_and_is_unseen() -> None:
+    """At it 20, 40 and 60 % are right after rounds 1, 2 and 3, at the server 2, 4 and 6 %."""
+    west = Site("west", 100.0, {0.0: 10}, role="holdout", train=0, validation=0)
+    running = Running({5: Site("north", 2.0), 9: west}, personalize=True, site_weights="examples")
+    outcome = running.run()
+    assert running.told.completed == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    assert not west.trained_in
+    assert not west.own
+    assert [set(line.reports) for line in running.told.lines] == [{"north"}] * 4
+    assert [mean_accuracy(line.held_out) for line in running.told.lines] == pytest.approx([0.0, 0.11, 0.22, 0.33])
+    assert [line.validation for line in running.told.lines] == [0.5] * 4
+    assert set(outcome.adapted.holdouts) == set(outcome.zero_shot.holdouts) == {"west"}
+    assert set(outcome.personal) == {"north"}
+
+
+def test_holdout_sites_do_not_count_among_those_that_are_needed() -> None:
+    west = Site("west", role="holdout", train=0, validation=0)
+    with pytest.raises(UserError, match=r": 1, min-sites = 2"):
+        Running({5: Site("north"), 9: west}, min_sites=2).run()
+
+
+def test_sites_that_encode_are_asked_again_and_waited_for_as_long_as_they_get_on() -> None:
+    """The slow site needs 40 questions, more than fit into the time that a site without progress is given."""
+    north, slow = Site("north"), Site("slow")
+    asked, clock = 0, time.monotonic()
+
+    def encoding(message: Message) -> Message | None:
+        nonlocal asked
+        if message.metadata.message_type == MessageType.QUERY and asked < 40:
+            asked += 1
+            return Message(exchange.write_progress(Progress("slow", 10 * asked, 400)), reply_to=message)
+        return slow(message)
+
+    running = Running({5: north, 9: encoding}, round_timeout=0.05)
+    running.run()
+    assert time.monotonic() - clock > 0.05
+    assert asked == 40
+    assert slow.trained_in == [1, 2, 3]
+    assert not running.nodes.failures
+
+
+def test_a_site_that_does_not_get_on_with_encoding_is_not_waited_for() -> None:
+    def stuck(message: Message) -> Message | None:
+        return Message(exchange.write_progress(Progress("stuck", 7, 400)), reply_to=message)
+
+    running = Running({5: Site("north"), 9: stuck})
+    running.run()
+    assert set(running.nodes.hellos) == {"north"}
+    assert "stuck: 7 of 400 images encoded" in running.nodes.readiness
 
 
 def test_a_hello_tells_what_the_run_is_about_and_later_messages_only_the_key() -> None:

@@ -237,6 +237,8 @@ def test_wrong_settings_end_a_flwr_run_as_failed_with_one_message(flower: dict[s
         (["--nodes", "3", "min-sites=5"], ["there are 3 sites"]),
         (["--nodes", "0"], ["expected at least 1"]),
         (["results-dir=/proc/none"], ["let results-dir name another folder"]),
+        (["data=none"], ["class-names must tell the classes"]),
+        (["--on", "hospitals", "data=folder:images", "alpha=0"], ["expected an absolute path", "more than 0"]),
     ],
 )
 def test_fedclip_run_tells_what_is_wrong_before_anything_starts(given: list[str], told: list[str]) -> None:
@@ -245,6 +247,18 @@ def test_fedclip_run_tells_what_is_wrong_before_anything_starts(given: list[str]
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 + len(told)
     assert all(text in done.stderr for text in told)
+
+
+def test_a_superlink_has_sites_of_its_own() -> None:
+    done = fedclip("run", "--on", "hospitals", "--nodes", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "--nodes 3: the SuperLink hospitals has its own sites; leave it out\n"
+
+
+def test_simulated_sites_need_data_to_share(tmp_path: Path) -> None:
+    done = fedclip("run", "--nodes", "1", "data=none", "class-names=cat,dog", f"results-dir={tmp_path}")
+    assert done.returncode == 1
+    assert "simulated sites have no images of their own" in done.stdout
 
 
 def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str, str], tmp_path: Path) -> None:

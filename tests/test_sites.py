@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedclip_flwr import clip
+from fedclip_flwr import clip, encoding
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.session import Session
@@ -66,12 +66,56 @@ def test_a_site_with_data_of_its_own_holds_all_of_it_but_the_held_out_domain(tre
         ({"data": "folder:/nowhere", "site": "north"}, "no such folder"),
         ({"data": "folder:TREE", "partition-id": 2, "num-partitions": 2}, "expected a number from 0"),
         ({"data": "folder:TREE", "site": "north", "device": "cuda:77"}, "device"),
+        ({"data": "folder:TREE", "site": "north", "role": "chief"}, "expected one of train, holdout"),
+        ({"data": "folder:TREE", "site": "north", "domains": "photo, x-ray"}, "no x-ray; it has cartoon, photo"),
     ],
 )
 def test_a_real_site_is_told_what_its_owner_has_to_mend(tree: Path, node: dict[str, Any], told: str) -> None:
     given = {key: str(tree).join(v.split("TREE")) if isinstance(v, str) else v for key, v in node.items()}
     with pytest.raises(UserError, match=told):
         desk(tree, given)
+
+
+def test_a_site_may_take_some_of_its_domains(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    own = desk(tree, {**node, "domains": "photo"}).site
+    assert (own.domain, len(own.train.labels)) == ("photo", 7)
+    assert desk(tree, {**node, "domains": "cartoon,photo"}).site.domain == "cartoon+photo"
+
+
+def test_a_holdout_site_tests_all_that_it_holds(tree: Path) -> None:
+    node = {"site": "west", "data": f"folder:{tree}", "role": "holdout"}
+    own = desk(tree, node, "photo").site
+    assert (own.role, own.domain) == ("holdout", "cartoon+photo")
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [0, 0, 24]
+    assert own.class_numbers == [0, 1, 2]
+
+
+def test_the_held_out_domain_is_known_in_other_spellings(tree: Path) -> None:
+    assert desk(tree, {"site": "north", "data": f"folder:{tree}"}, "Photo").site.domain == "cartoon"
+
+
+def test_where_the_server_has_no_images_a_site_needs_its_own(tree: Path) -> None:
+    with pytest.raises(UserError, match="was not told where its data is"):
+        desk(tree, {"site": "north"}, data="none")
+    own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, data="none")
+    assert own.site.class_numbers == [0, 1, 2]
+
+
+def test_a_site_that_encodes_in_slices_tells_of_all_its_images(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "PART", 5)
+    monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
+    (tree / "photo" / "cat" / "0.png").write_bytes(b"no picture")
+    found = []
+    for _ in range(9):
+        try:
+            with encoding.at_most(0):
+                own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, seed=71).site
+                break
+        except encoding.UnfinishedError as error:
+            found.append((error.done, error.of))
+    assert found == [(5, 24), (10, 24), (17, 24), (22, 24)]  # a domain's last batch needs no more time
+    assert len(own.train.labels) == 13
 
 
 def test_a_site_whose_images_are_all_held_out_is_told(tree: Path) -> None:

@@ -54,6 +54,22 @@ class Source(Protocol):
         """The domain's images as RGB, in an order that follows from images and labels alone; only those rows."""
 
 
+class NoImages:
+    """What a server has that holds no images."""
+
+    class_names: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+
+    def content(self, domain: str) -> str:
+        raise KeyError(domain)
+
+    def count(self, domain: str) -> int:
+        raise KeyError(domain)
+
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        raise KeyError(domain)
+
+
 def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | None]:
     """The source that the setting `data` names, and the preset that it fits."""
     kind, _, rest = data.partition(":")
@@ -63,6 +79,8 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
         if rest and not (rest.isascii() and rest.isdecimal()):
             raise UserError(f"data = {data!r}: expected a whole number after drawn:")
         return Drawn(int(rest or 0)), None
+    if data == "none":
+        return NoImages(), None
     if kind == "folder":
         source = _local(Path(rest), data, columns)
     elif data in PRESETS:
@@ -119,9 +137,11 @@ def _preset(name: str, columns: Columns) -> Source:
 
 
 def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
-    """The domain that no site trains on: `auto` is the last one, empty is none."""
+    """The domain that no site trains on: `auto` is the last one, empty is none; without domains here, any name."""
     if not holdout:
         return None
+    if not domains:
+        return None if holdout == "auto" else holdout
     chosen = domains[-1] if holdout == "auto" and len(domains) > 1 else holdout
     if chosen == "auto":
         return None
