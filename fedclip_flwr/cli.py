@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -170,6 +171,33 @@ def sweep(
     )
     try:
         typer.echo(comparison.compare(wishes))
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
+    server: Annotated[
+        str,
+        _option("Names and IP addresses by which sites reach the server, with commas; localhost is always among them."),
+    ] = "",
+    site: Annotated[list[str] | None, _option("A site; once for each.")] = None,
+    days: Annotated[int | None, _option("The life of the server's certificate; 825 unless said.")] = None,
+) -> None:
+    """Make the keys of a federation of real sites: for TLS to the server, and to know the sites.
+
+    In DIR there is then a folder for each machine: ca (stays here), server, and sites/NAME. Nothing is overwritten:
+    sites can be added later. The administrator of a site can make its key pair alone, without --server, so that the
+    secret key never leaves the site.
+
+    Examples: fedclip keys keys --server fl.example.org --site north --site south; fedclip keys mine --site north
+    """
+    from fedclip_flwr import keys  # not for --help
+
+    try:
+        typer.echo(keys.make(folder, server, site or [], days))
     except UserError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

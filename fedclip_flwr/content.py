@@ -14,12 +14,12 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fedclip_flwr.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE = Path(__file__).parent
 NO_MATTER_OF_ROOM = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
@@ -124,10 +124,10 @@ def file_name(text: str) -> str:
 
 
 @contextlib.contextmanager
-def writing_to(folder: Path, setting: str = "FEDCLIP_HOME") -> Iterator[None]:
+def writing_to(folder: Path, setting: str = "FEDCLIP_HOME", mode: int = 0o777) -> Iterator[None]:
     """Tells the user what to do when the folder can't be written to; `setting` names it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode, parents=True, exist_ok=True)
         yield
     except OSError as error:
         room = "" if error.errno in NO_MATTER_OF_ROOM else "make room there, or "
@@ -136,27 +136,38 @@ def writing_to(folder: Path, setting: str = "FEDCLIP_HOME") -> Iterator[None]:
         ) from error
 
 
-def make_folder(folder: Path, setting: str = "FEDCLIP_HOME") -> Path:
+def make_folder(folder: Path, setting: str = "FEDCLIP_HOME", mode: int = 0o777) -> Path:
     """The folder, made if need be."""
-    with writing_to(folder, setting):
+    with writing_to(folder, setting, mode):
         return folder
 
 
-def write_whole(path: Path, write: Callable[[Path], object], setting: str = "FEDCLIP_HOME") -> None:
-    """Lets `write` fill a temporary file and puts it in place at once: `path` is never half-written."""
+def write_whole(
+    path: Path,
+    write: Callable[[Path], object],
+    setting: str = "FEDCLIP_HOME",
+    put: Callable[[Path, Path], object] = os.replace,
+) -> None:
+    """Lets `write` fill a temporary file and puts it in place at once: `path` is never half-written.
+
+    With `os.link` to put it there, a file that has come meanwhile is not overwritten.
+    """
     with writing_to(path.parent, setting):
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             write(part)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            part.replace(path)
+            put(part, path)
         finally:
             part.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
     """A safetensors file, its `facts` in the header."""
+    from safetensors import SafetensorError  # not for those who only write keys: it brings torch
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode
     try:
