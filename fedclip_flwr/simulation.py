@@ -48,7 +48,7 @@ def run(nodes: int, given: Sequence[str]) -> int:
     )  # what is wrong is told before any start
     if checked.min_sites > nodes:
         raise unusable([f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes"])
-    with temporary() as folder, superlink(Path(folder)) as env:
+    with temporary() as folder, superlink(Path(folder), checked.device.startswith("cuda")) as env:
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
         return _submit(CONNECTION, settings, env, Path(folder), "--federation-config", federation)
 
@@ -174,8 +174,11 @@ def _absolute(key: str, value: str) -> str:
 
 
 @contextlib.contextmanager
-def superlink(folder: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink that runs meanwhile; the environment in which Flower's commands find it."""
+def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, str]]:
+    """A SuperLink that runs meanwhile; the environment in which Flower's commands find it.
+
+    Simulated sites see no GPU unless asked: each of their processes would take memory of it for itself alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -192,6 +195,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         "GRPC_ENABLE_FORK_SUPPORT": "0",  # Ray's start forks: gRPC's part in that hangs once in some hundred times
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0" if sites_see_gpus else "1",
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
     }

@@ -21,7 +21,7 @@ from fedclip_flwr.features import Features, Pixels, open_features
 from fedclip_flwr.learning import RECIPES, Classes, Examples, Learner, personalize, seed_of, split, train
 from fedclip_flwr.session import HOLDOUT, ROLES, TRAIN, Session
 
-OWN = ("data", "model", "device", "image-column", "label-column", "domain-column")
+OWN = ("data", "model", "device", "precision", "image-column", "label-column", "domain-column")
 """The settings that a site's owner may give in its node config."""
 
 

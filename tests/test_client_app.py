@@ -234,6 +234,15 @@ def test_a_surprise_is_answered_in_one_line_and_its_trace_stays_here(
     assert "Traceback" in caplog.text
 
 
+def test_a_gpus_memory_is_given_back_after_each_message(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("all"))
+    asked("query", tree)
+    assert asked("train", tree).has_error()
+    assert given_back == ["all", "all"]
+
+
 def test_nothing_leaves_that_is_not_on_the_list(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = exchange.write_answer
 

@@ -76,6 +76,13 @@ def test_a_real_site_is_told_what_its_owner_has_to_mend(tree: Path, node: dict[s
         desk(tree, given)
 
 
+def test_device_and_precision_are_the_owners_choice(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}", "device": "cpu", "precision": "bfloat16"}
+    own = desk(tree, node, device="cuda:3", precision="float32")
+    assert (own.settings.device, own.settings.precision) == ("cpu", "bfloat16")
+    assert own.device == torch.device("cpu")
+
+
 def test_a_site_may_take_some_of_its_domains(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
     own = desk(tree, {**node, "domains": "photo"}).site
