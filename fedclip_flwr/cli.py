@@ -201,3 +201,22 @@ def keys(
     except UserError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def site(given: typer.Context) -> None:
+    """Start this site: Flower's SuperNode, which here runs no other code than what is installed on this machine.
+
+    The options are those of flower-supernode. A server sends the app that sites are to run; this one refuses any that
+    is not the installed one, to the byte. It listens to this machine only.
+
+    Example: fedclip site --superlink fl.example.org:9092 --root-certificates ca.crt --auth-supernode-private-key
+    node.key --node-config "site='north' data='folder:/data/north'"
+    """
+    from fedclip_flwr import pinned  # not for --help
+
+    try:
+        pinned.start(given.args)
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None

@@ -25,6 +25,12 @@ PACKAGE = Path(__file__).parent
 NO_MATTER_OF_ROOM = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
+def own_app() -> Path:
+    """The folder of the Flower app that belongs to this package: a wheel carries it along."""
+    packed = PACKAGE / "app"
+    return packed if packed.is_dir() else PACKAGE.parent
+
+
 def home() -> Path:
     """Where everything that outlives a run is kept."""
     return Path(os.environ.get("FEDCLIP_HOME") or "~/.fedclip").expanduser().absolute()

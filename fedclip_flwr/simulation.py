@@ -108,8 +108,7 @@ def app_folder() -> Path:
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
         if Settings.keys().keys() <= _described(here)["config"].keys():  # and not an app of somebody else's
             return here
-    packed = content.PACKAGE / "app"
-    return packed if packed.is_dir() else content.PACKAGE.parent
+    return content.own_app()
 
 
 def _described(app: Path) -> dict[str, Any]:
