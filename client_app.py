@@ -58,8 +58,7 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
         log.error("this site answers with an error: %s", why, exc_info=None if expected else error)  # the trace stays
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, why), reply_to=message)
     finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # others on this GPU may need it before the next message comes
+        torch.cuda.empty_cache()  # others on this GPU may need it before the next message comes
 
 
 app = ClientApp(mods=[guard])

@@ -236,7 +236,6 @@ def test_a_surprise_is_answered_in_one_line_and_its_trace_stays_here(
 
 def test_a_gpus_memory_is_given_back_after_each_message(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given_back: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("all"))
     asked("query", tree)
     assert asked("train", tree).has_error()
