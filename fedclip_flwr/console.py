@@ -135,12 +135,13 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         rows.append((site, _percent(z), _percent(a), _gain(z, a), _percent((own or {}).get(site))))
     z, a = zero["seen"], adapted["seen"]
     rows.append(("mean of the seen", _percent(z), _percent(a), _gain(z, a), _percent(own_mean)))
-    for site in sorted(adapted["holdout_sites"], key=_natural):
-        z, a = zero["holdout_sites"].get(site), adapted["holdout_sites"][site]
+    unseen = adapted["holdout_sites"]
+    for site in sorted(unseen, key=_natural):
+        z, a = zero["holdout_sites"].get(site), unseen[site]
         rows.append((f"{site}, unseen", _percent(z), _percent(a), _gain(z, a), "–"))
-    if adapted["unseen"] is not None:
+    if adapted["unseen"] is not None and [adapted["unseen"]] != [*unseen.values()]:
         z, a = zero["unseen"], adapted["unseen"]
-        name = "mean of the unseen" if adapted["holdout_sites"] else f"{holdout}, unseen"
+        name = "mean of the unseen" if unseen else f"{holdout}, unseen"
         rows.append((name, _percent(z), _percent(a), _gain(z, a), "–"))
     table = _table(rows if own else [row[:-1] for row in rows])
     if not validated:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import NoReturn, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
@@ -24,7 +25,7 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report
-from fedclip_flwr.learning import BLENDS, RECIPES, best_blend, best_round
+from fedclip_flwr.learning import BLENDS, RECIPES, best_blend
 from fedclip_flwr.metrics import Quality, mean_accuracy
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.sites import starts_as_zero_shot
@@ -67,6 +68,15 @@ class Line:
         scores = [report.validation for report in self.reports.values()]
         known = [score.loss / score.examples for score in scores if score.examples]
         return sum(known) / len(known) if known else None
+
+
+def better(later: Line, best: Line) -> bool:
+    """Whether the later adapter does better by validation, at the sites that tried both: sites come and go."""
+    both = later.reports.keys() & best.reports.keys()
+    new, old = (mean_accuracy(line.reports[site].validation for site in both) for line in (later, best))
+    if new is None or old is None:  # there is no telling: what the present sites have tried, if they could
+        return later.validation is not None or best.validation is None
+    return new > old
 
 
 class Watcher(Protocol):
@@ -117,7 +127,9 @@ def federate(
     asked = round_bytes = 0
 
     def choice(lines: Sequence[Line]) -> int:
-        return best_round([line.validation for line in lines], RECIPES[settings.recipe].first_choice)
+        """The round that is best by validation, as `best_round` has it for sites that are always the same."""
+        first, *others = lines[RECIPES[settings.recipe].first_choice :] or lines[-1:]
+        return reduce(lambda best, line: line if better(line, best) else best, others, first).round
 
     def messages_of(
         configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord

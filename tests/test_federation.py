@@ -18,7 +18,7 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import LACKS, Hello, LacksError, Progress, Report
-from fedclip_flwr.federation import Line, Outcome, federate
+from fedclip_flwr.federation import Line, Outcome, better, federate
 from fedclip_flwr.link import Downlink, Shelf, forget
 from fedclip_flwr.metrics import BINS, Quality, Score, mean_accuracy
 from fedclip_flwr.nodes import Nodes
@@ -266,6 +266,35 @@ def test_a_late_site_is_taken_in_and_its_zero_shot_asked_for_at_the_end() -> Non
     assert [len(line.reports) for line in running.told.lines] == [1, 2, 2, 2]
     assert set(outcome.zero_shot.reports) == {"early", "late"}
     assert outcome.zero_shot.reports["late"].test.accuracy == 0.0
+
+
+def test_rounds_are_compared_at_the_sites_that_tried_both() -> None:
+    """North, where all was right from the beginning, goes after round 1; at south round 2 is best, round 3 worse."""
+    north, south = Site("north", 1.0, {0.0: 10}), Site("south", 1.0, {0.0: 5, 1.0: 6, 2.0: 7, 3.0: 6})
+    running = Running({9: south})
+
+    def leaves(message: Message) -> Message | None:
+        reply = north(message)
+        if message.metadata.message_type == MessageType.TRAIN:
+            del running.grid.nodes[5]
+        return reply
+
+    running.grid.nodes[5] = leaves
+    outcome = running.run()
+    assert [line.validation for line in running.told.lines] == [0.75, 0.6, 0.7, 0.6]
+    assert outcome.adapted.round == 2
+    assert running.told.best == [0, 1, 2]
+
+
+def test_where_no_site_tried_both_the_present_ones_count() -> None:
+    reports = {name: Report(6, Score(10, right, 5.0), quality(5)) for name, right in (("a", 9), ("b", 1), ("c", 0))}
+    line = {name: Line(0, {name: reports[name]}, None, 0, 0.0) for name in reports}
+    nobody = Line(0, {"a": reports["a"]._replace(validation=Score(0, 0, 0.0))}, None, 0, 0.0)
+    assert better(line["b"], line["a"])
+    assert not better(line["a"], line["a"])
+    assert better(line["c"], nobody)
+    assert not better(nobody, line["c"])
+    assert better(nobody, nobody)
 
 
 def test_a_site_with_other_code_is_refused_by_name_and_never_asked_again() -> None:
