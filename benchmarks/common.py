@@ -7,12 +7,10 @@ import json
 import os
 import platform
 import re
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -87,26 +85,6 @@ def write_features(folder: Path, images: Mapping[str, int], dtype: torch.dtype =
     return folder
 
 
-def free_ports(count: int) -> list[int]:
-    """Of this machine, to be used at once."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-@contextmanager
-def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended at the end, and whatever it started."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    try:
-        yield process
-    finally:
-        simulation.stop(process)
-
-
 class Run(NamedTuple, Generic[T]):
     """A run that was completed: when each round's line came, what was noted then, its number, its folder."""
 
@@ -142,7 +120,7 @@ def run_app(
     command += ["--federation-config", federation] if federation else []
     times: list[float] = []
     notes: list[T] = []
-    with started(command, env, log) as process:
+    with simulation.started(command, env, log) as process:
         while process.poll() is None:
             with suppress(OSError):
                 for _ in range(lines.read_bytes().count(b"\n") - len(times)):

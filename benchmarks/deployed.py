@@ -21,10 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import socketserver
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,17 +37,17 @@ from benchmarks.common import (
     STOCK,
     Run,
     at_least,
-    free_ports,
     machine,
     memory,
     middle,
     processes,
     run_app,
-    started,
     table,
     workplace,
     write_features,
 )
+from deploy.processes import superlink, supernode
+from deploy.relay import Relay, relayed
 from fedclip_flwr import simulation
 from fedclip_flwr.adapters import make_adapter
 
@@ -59,79 +56,16 @@ RATIO, ABOVE, MEGABYTES, SECONDS = 0.45, 2.5, 350, 2.2
 """What is to be reached: of FedAvg's round, above Flower alone, a site's memory, a site's process."""
 
 
-class Relay(socketserver.ThreadingTCPServer):
-    """Passes connections on to a port of this machine and counts the bytes, in both directions."""
-
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, port: int) -> None:
-        super().__init__(("127.0.0.1", 0), _Connection)
-        self.to, self.bytes, self.lock = port, 0, threading.Lock()
-
-    @property
-    def port(self) -> int:
-        return int(self.server_address[1])
-
-
-class _Connection(socketserver.BaseRequestHandler):
-    server: Relay
-
-    def handle(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.server.to)) as other:
-            back = threading.Thread(target=self._pass_on, args=(other, self.request), daemon=True)
-            back.start()
-            self._pass_on(self.request, other)
-            back.join()
-
-    def _pass_on(self, come: socket.socket, go: socket.socket) -> None:
-        with suppress(OSError):
-            while data := come.recv(1 << 18):
-                with self.server.lock:
-                    self.server.bytes += len(data)
-                go.sendall(data)
-        with suppress(OSError):
-            go.shutdown(socket.SHUT_WR)
-
-
 @contextmanager
-def relayed(port: int) -> Iterator[Relay]:
-    with Relay(port) as relay:
-        thread = threading.Thread(target=relay.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield relay
-        finally:
-            relay.shutdown()
-            thread.join()
-
-
-@contextmanager
-def deployment(place: Path, data: Sequence[Path]) -> Iterator[tuple[dict[str, str], Relay]]:
+def deployment(place: Path, data: Sequence[Path]) -> Iterator[tuple[Mapping[str, str], Relay]]:
     """A SuperLink with a SuperNode for each feature folder: the environment for Flower's commands, and the relay."""
-    home = place / f"flower-{len(data)}"
-    home.mkdir()
-    apps, fleet, control, *own = free_ports(3 + len(data))
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{simulation.CONNECTION}"\n\n'
-        f'[superlink.{simulation.CONNECTION}]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
-    )
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    env |= {"FLWR_HOME": str(home), "FLWR_LOG_LEVEL": "WARNING"}
-    env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
-    superlink = ["flower-superlink", "--insecure", "--serverappio-api-address", f"127.0.0.1:{apps}"]
-    superlink += ["--fleet-api-address", f"127.0.0.1:{fleet}", "--control-api-address", f"127.0.0.1:{control}"]
     with ExitStack() as stack:
-        process = stack.enter_context(started(superlink, env, home / "superlink.log"))
-        simulation.wait_for(control, process, home / "superlink.log")
-        simulation.wait_for(fleet, process, home / "superlink.log")
-        relay = stack.enter_context(relayed(fleet))
-        for number, (folder, port) in enumerate(zip(data, own, strict=True)):
-            command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{relay.port}"]
-            command += ["--clientappio-api-address", f"127.0.0.1:{port}"]
-            command += ["--node-config", f"site='site-{number}' data='features:{folder}'"]
-            stack.enter_context(started(command, env, home / f"{number}.log"))
-        yield env, relay
+        link = stack.enter_context(superlink(place / f"flower-{len(data)}"))
+        relay = stack.enter_context(relayed(link.fleet))
+        for number, folder in enumerate(data):
+            config = f"site='site-{number}' data='features:{folder}'"
+            stack.enter_context(supernode(link, f"site-{number}", config, port=relay.port))
+        yield link.env, relay
 
 
 def settings_of(app: Path, adapter: str, data: Sequence[Path], rounds: int) -> dict[str, str | int | float]:

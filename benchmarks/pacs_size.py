@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import at_least, machine, started, workplace, write_features
+from benchmarks.common import at_least, machine, workplace, write_features
+from fedclip_flwr import simulation
 
 IMAGES = {"art_painting": 2048, "cartoon": 2344, "photo": 1670, "sketch": 3929}
 
@@ -30,7 +31,7 @@ def timed(methods: str, rounds: int, jobs: int) -> tuple[float, str]:
         command = [str(Path(sys.executable).with_name("fedclip")), "sweep", "--data", f"features:{features}"]
         command += ["--seeds", "1", "--methods", methods, "--rounds", str(rounds), "--jobs", str(jobs)]
         begun = time.perf_counter()
-        with started(command, {**os.environ, "FEDCLIP_HOME": str(place / "home")}, place / "log") as process:
+        with simulation.started(command, {**os.environ, "FEDCLIP_HOME": str(place / "home")}, place / "log") as process:
             failed = process.wait()
         told = (place / "log").read_text()
         if failed:

@@ -178,14 +178,41 @@ def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, 
 
     Simulated sites see no GPU unless asked: each of their processes would take memory of it for itself alone.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
-        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+    (port,) = free_ports(1)
+    connect(folder, port, "insecure = true")
     env = {
+        **environment(folder),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0" if sites_see_gpus else "1",
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--control-api-address", f"127.0.0.1:{port}", "--serverappio-api-address", "127.0.0.1:0"]
+    log = folder / "superlink.log"
+    with started(command, env, log) as process:
+        wait_for(port, process, log)
+        yield env
+
+
+def free_ports(count: int) -> list[int]:
+    """Of this machine, to be used at once."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def connect(folder: Path, port: int, trust: str) -> None:
+    """Flower's configuration in that folder: our SuperLink, and how it is trusted."""
+    (folder / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\n{trust}\n'
+    )
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The one in which Flower's commands are this Python's, are quiet, and find their configuration in the folder."""
+    return {
         **commands_found(os.environ),
         "FLWR_HOME": str(folder),
         "FLWR_LOG_LEVEL": "WARNING",
@@ -194,25 +221,23 @@ def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, 
         "GRPC_ENABLE_FORK_SUPPORT": "0",  # Ray's start forks: gRPC's part in that hangs once in some hundred times
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0" if sites_see_gpus else "1",
-        "RAY_TMPDIR": str(folder),
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
-    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--control-api-address", f"127.0.0.1:{port}", "--serverappio-api-address", "127.0.0.1:0"]
-    log = folder / "superlink.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    try:
-        wait_for(port, process, log)
-        yield env
-    finally:
-        stop(process)
 
 
 def commands_found(env: Mapping[str, str]) -> dict[str, str]:
     """The environment in which Flower's commands are those of this Python's."""
     return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is ended at the end, and whatever it started."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        yield process
+    finally:
+        stop(process)
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -222,13 +247,17 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         if process.poll() is not None or time.monotonic() > deadline:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-            raise UserError(f"Flower's SuperLink could not be started: {last[0]}")
+            raise UserError(f"Flower's SuperLink could not be started: {last_words(log)}")
         time.sleep(0.05)
 
 
+def last_words(log: Path) -> str:
+    """The last line of what a process said."""
+    return (log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"])[0]
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the SuperLink and all that it started."""
+    """Ends the process and all that it started."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.common import OURS, memory, processes, table
-from benchmarks.deployed import relayed
+from deploy.relay import relayed
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:

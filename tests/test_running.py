@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.common import free_ports, started
+from deploy.processes import superlink, supernode
 from fedclip_flwr import content, simulation
 from fedclip_flwr.adapters import tensor_names
 from fedclip_flwr.config import Settings
@@ -194,7 +194,7 @@ def flower() -> Iterator[dict[str, str]]:
         yield env
 
 
-def flwr_run(env: dict[str, str], *options: str) -> tuple[str, str]:
+def flwr_run(env: Mapping[str, str], *options: str) -> tuple[str, str]:
     """What a plain `flwr run . --stream` prints, and the run's status."""
     command = ["flwr", "run", str(PROJECT), simulation.CONNECTION, "--stream", *options]
     printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
@@ -361,33 +361,21 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
         for i in range(5):
             picture(9, "photo", figure, i)[0].save(north / "clinic" / figure / f"{i}.png")
     (tree / "cartoon" / "car" / "0.png").write_bytes(b"no picture")
-    apps, fleet, control, *own = free_ports(6)
-    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(tmp_path / "flwr")}
-    env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-    env["FEDCLIP_HOME"] = str(tmp_path / "home")
-    (tmp_path / "flwr").mkdir()
-    (tmp_path / "flwr" / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
-    )
-    superlink = ["flower-superlink", "--insecure", "--serverappio-api-address", f"127.0.0.1:{apps}"]
-    superlink += ["--fleet-api-address", f"127.0.0.1:{fleet}", "--control-api-address", f"127.0.0.1:{control}"]
-    nodes = [
-        f"site='north' data='folder:{north}'",
-        f"site='south' data='folder:{tree}' share-class-counts=true",
-        "partition-id=0 num-partitions=1",
-    ]
+    configs = {
+        "north": f"site='north' data='folder:{north}'",
+        "south": f"site='south' data='folder:{tree}' share-class-counts=true",
+        "nobody": "partition-id=0 num-partitions=1",
+    }
     with ExitStack() as stack:
-        process = stack.enter_context(started(superlink, env, tmp_path / "superlink.log"))
-        simulation.wait_for(control, process, tmp_path / "superlink.log")
-        for i, (node, port) in enumerate(zip(nodes, own, strict=True)):
-            command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{fleet}"]
-            command += ["--clientappio-api-address", f"127.0.0.1:{port}", "--node-config", node]
-            stack.enter_context(started(command, env, tmp_path / f"{i}.log"))
+        home = str(tmp_path / "home")
+        link = stack.enter_context(superlink(tmp_path / "flower", FEDCLIP_HOME=home, OMP_NUM_THREADS="1"))
+        for site, config in configs.items():
+            stack.enter_context(supernode(link, site, config))
         settings = f"data='folder:{tree}' num-server-rounds=3 min-sites=2 results-dir='{tmp_path}/results' codec='int8'"
-        command = ["flwr", "run", str(PROJECT), "here", "--stream", "--run-config", settings]
-        printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        printed, status = flwr_run(link.env, "--run-config", settings)
+    assert status == "finished:completed", printed
     summary = read(run_folder(tmp_path / "results"), "summary.json")
-    assert summary["status"] == "completed", printed
+    assert summary["status"] == "completed"
     assert summary["adapted"]["sites"].keys() == {"north", "south"}
     assert {failure["why"].split(":")[0] for failure in summary["failures"]} == {
         "this site was not told where its data is"

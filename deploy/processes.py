@@ -1,0 +1,127 @@
+"""A SuperLink and SuperNodes as processes of this machine: as real sites have them, but on loopback.
+
+With keys (a folder that `fedclip keys` has made, the server's name being localhost) they speak TLS and the SuperLink
+takes registered nodes only; without, all is open.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedclip_flwr import simulation
+from fedclip_flwr.errors import UserError
+
+WAIT = 90.0
+"""Seconds in which SuperNodes have to be there."""
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """One that runs: the environment in which Flower's commands find it, and the port on which SuperNodes do."""
+
+    folder: Path
+    env: Mapping[str, str]
+    fleet: int
+    keys: Path | None
+
+    def register(self, *sites: str) -> None:
+        """Lets SuperNodes with the keys of these sites in."""
+        assert self.keys is not None
+        for site in sites:
+            self._ask("supernode", "register", str(self.keys / "server" / f"{site}.pub"))
+
+    def online(self) -> int:
+        """How many SuperNodes are there."""
+        return sum(node["status"] == "online" for node in self._ask("supernode", "list")["nodes"])
+
+    def wait_for(self, count: int, nodes: Sequence[SuperNode], say: Callable[[str], None] = lambda _: None) -> None:
+        """Until so many SuperNodes are there; with a word whenever there are more."""
+        deadline, before = time.monotonic() + WAIT, 0
+        while (now := self.online()) < count:
+            if gone := [node for node in nodes if node.process.poll() is not None]:
+                raise UserError(f"the SuperNode of {gone[0].site} ended: {simulation.last_words(gone[0].log)}")
+            if time.monotonic() > deadline:
+                raise UserError(f"{now} of {count} SuperNodes are there after {WAIT:.0f} s: see {self.folder}")
+            if now > before:
+                say(f"{now} of {count} SuperNodes are there")
+                before = now
+
+    def _ask(self, *words: str) -> Any:
+        """What one of Flower's commands answers."""
+        command = ["flwr", *words, simulation.CONNECTION, "--format", "json"]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True)
+        told = done.stdout.strip()
+        try:
+            answer = json.loads(told[told.index("{") :])
+        except ValueError:
+            answer = {}
+        if not answer.get("success"):
+            why = answer.get("error-message") or told or done.stderr.strip() or "it said nothing"
+            raise UserError(f"flwr {' '.join(words)} failed: {why}")
+        return answer
+
+
+@dataclass(frozen=True)
+class SuperNode:
+    """One that was started, for a site."""
+
+    site: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextmanager
+def superlink(folder: Path, keys: Path | None = None, **env: str) -> Iterator[SuperLink]:
+    """A SuperLink that runs meanwhile; what it keeps and says is in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    apps, fleet, control = simulation.free_ports(3)
+    if keys:
+        own = keys / "server"
+        trust = f'root-certificates = "{own / "ca.crt"}"'
+        secured = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key"]
+        secured = [str(own / word) if word in ("ca.crt", "server.crt", "server.key") else word for word in secured]
+        options = [*secured, "--enable-supernode-auth"]
+    else:
+        trust, options = "insecure = true", ["--insecure"]
+    options += ["--database", str(folder / "superlink.db")]
+    for name, port in (("serverappio", apps), ("fleet", fleet), ("control", control)):
+        options += [f"--{name}-api-address", f"127.0.0.1:{port}"]
+    simulation.connect(folder, control, trust)
+    whole = {**simulation.environment(folder), **env}
+    log = folder / "superlink.log"
+    with simulation.started(["flower-superlink", *options], whole, log) as process:
+        for port in (control, fleet):
+            simulation.wait_for(port, process, log)
+        yield SuperLink(folder, whole, fleet, keys)
+
+
+@contextmanager
+def supernode(
+    link: SuperLink, site: str, config: str, *, port: int | None = None, options: Sequence[str] | None = None
+) -> Iterator[SuperNode]:
+    """A SuperNode that runs meanwhile, with that node config; it connects to another port if one is given.
+
+    Other `options` take the place of those that the SuperLink's keys make necessary.
+    """
+    (own,) = simulation.free_ports(1)
+    command = ["flower-supernode", "--superlink", f"127.0.0.1:{port or link.fleet}", "--node-config", config]
+    command += ["--clientappio-api-address", f"127.0.0.1:{own}"]
+    command += credentials(link.keys, site) if options is None else options
+    log = link.folder / f"{site}.log"
+    with simulation.started(command, link.env, log) as process:
+        yield SuperNode(site, process, log)
+
+
+def credentials(keys: Path | None, site: str) -> list[str]:
+    """The options with which a site's SuperNode knows the SuperLink, and shows who it is."""
+    if not keys:
+        return ["--insecure"]
+    own = keys / "sites" / site
+    return ["--root-certificates", str(own / "ca.crt"), "--auth-supernode-private-key", str(own / "node.key")]

@@ -1,0 +1,56 @@
+"""A relay between SuperNodes and a SuperLink, which sees every byte that travels."""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes connections on to a port of this machine and counts the bytes, in both directions."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.to, self.bytes, self.lock = port, 0, threading.Lock()
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: Relay
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.server.to)) as other:
+            back = threading.Thread(target=self._pass_on, args=(other, self.request), daemon=True)
+            back.start()
+            self._pass_on(self.request, other)
+            back.join()
+
+    def _pass_on(self, come: socket.socket, go: socket.socket) -> None:
+        with suppress(OSError):
+            while data := come.recv(1 << 18):
+                with self.server.lock:
+                    self.server.bytes += len(data)
+                go.sendall(data)
+        with suppress(OSError):
+            go.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def relayed(port: int) -> Iterator[Relay]:
+    with Relay(port) as relay:
+        thread = threading.Thread(target=relay.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield relay
+        finally:
+            relay.shutdown()
+            thread.join()
