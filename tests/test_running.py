@@ -354,7 +354,9 @@ def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
 
 
 def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path) -> None:
-    """One site lacks a class, one shares its counts by class and has a broken file, one doesn't know of its data."""
+    """One site lacks a class, one shares its counts by class and has a broken file, one doesn't know of its data, and one
+    only evaluates, on the domain that is held out. The server has no images.
+    """
     north = tmp_path / "north"
     for figure in ("cat", "fish"):
         (north / "clinic" / figure).mkdir(parents=True)
@@ -364,23 +366,37 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
     configs = {
         "north": f"site='north' data='folder:{north}'",
         "south": f"site='south' data='folder:{tree}' share-class-counts=true",
+        "west": f"site='west' data='folder:{tree}' domains='photo' role='holdout'",
         "nobody": "partition-id=0 num-partitions=1",
     }
     with ExitStack() as stack:
         home = str(tmp_path / "home")
         link = stack.enter_context(superlink(tmp_path / "flower", FEDCLIP_HOME=home, OMP_NUM_THREADS="1"))
-        for site, config in configs.items():
-            stack.enter_context(supernode(link, site, config))
-        settings = f"data='folder:{tree}' num-server-rounds=3 min-sites=2 results-dir='{tmp_path}/results' codec='int8'"
-        printed, status = flwr_run(link.env, "--run-config", settings)
-    assert status == "finished:completed", printed
+        nodes = [stack.enter_context(supernode(link, site, config)) for site, config in configs.items()]
+        link.wait_for(len(nodes), nodes)
+        settings = [
+            "data=none",
+            "class-names=car,cat,fish",
+            "holdout=photo",
+            "codec=int8",
+            f"results-dir={tmp_path}/results",
+        ]
+        done = fedclip(
+            "run", "--on", simulation.CONNECTION, *settings, "num-server-rounds=3", "min-sites=2", **link.env
+        )
+        failed = fedclip("run", "--on", simulation.CONNECTION, "data=none", **link.env)
+    printed = done.stdout
+    assert done.returncode == 0, printed + done.stderr
+    assert (failed.returncode, "class-names must tell the classes" in failed.stdout) == (1, True)
     summary = read(run_folder(tmp_path / "results"), "summary.json")
     assert summary["status"] == "completed"
     assert summary["adapted"]["sites"].keys() == {"north", "south"}
     assert {failure["why"].split(":")[0] for failure in summary["failures"]} == {
         "this site was not told where its data is"
     }
-    assert summary["adapted"]["unseen"] is not None
+    unseen = summary["adapted"]["unseen"]
+    assert summary["adapted"]["holdout_sites"] == {"west": unseen}
+    assert summary["zero_shot"]["holdout_sites"].keys() == {"west"}
     figures = summary["adapted"]["metrics"]["sites"]
     assert figures["south"]["recall"].keys() == {"car", "cat", "fish"}
     assert "recall" not in figures["north"]
@@ -390,10 +406,13 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
     numbers = sum(
         tensor.numel() for tensor in load_file(run_folder(tmp_path / "results") / "adapter.safetensors").values()
     )
-    assert [1.0 < line["bytes"] / (2 * 2 * numbers) < 1.2 for line in lines[2:]] == [True, True]
+    travelled = (2 + 2 + 1) * numbers  # west sends none back
+    assert [1.0 < line["bytes"] / travelled < 1.2 for line in lines[2:]] == [True, True]
+    assert [line["unseen"] is not None for line in lines] == [True] * 4
     assert lines[1]["bytes"] < 0.6 * lines[2]["bytes"]  # the first adapter is not sent
     (kept,) = (tmp_path / "home" / "exchange").iterdir()
     assert {path.name for path in kept.iterdir() if path.is_dir()} == {"north", "south"}
     rows = [line.split() for line in printed.splitlines()]
     assert ["north", "clinic", "6", "2", "2", "2"] in rows
+    assert ["west", "photo,", "unseen", "0", "0", "12", "3"] in rows
     assert ["south", "cartoon", "6", "2", "2", "3"] in rows  # one of its twelve can't be read, photo is held out
