@@ -354,7 +354,7 @@ def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
 
 
 def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path) -> None:
-    """One site lacks a class, one shares its counts by class and has a broken file, one doesn't know of its data, and one
+    """One site lacks a class, one shares its counts by class and has a broken file, one doesn't know of its data, one
     only evaluates, on the domain that is held out. The server has no images.
     """
     north = tmp_path / "north"
@@ -384,10 +384,8 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
         done = fedclip(
             "run", "--on", simulation.CONNECTION, *settings, "num-server-rounds=3", "min-sites=2", **link.env
         )
-        failed = fedclip("run", "--on", simulation.CONNECTION, "data=none", **link.env)
     printed = done.stdout
     assert done.returncode == 0, printed + done.stderr
-    assert (failed.returncode, "class-names must tell the classes" in failed.stdout) == (1, True)
     summary = read(run_folder(tmp_path / "results"), "summary.json")
     assert summary["status"] == "completed"
     assert summary["adapted"]["sites"].keys() == {"north", "south"}
