@@ -374,16 +374,15 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
         link = stack.enter_context(superlink(tmp_path / "flower", FEDCLIP_HOME=home, OMP_NUM_THREADS="1"))
         nodes = [stack.enter_context(supernode(link, site, config)) for site, config in configs.items()]
         link.wait_for(len(nodes), nodes)
-        settings = [
-            "data=none",
-            "class-names=car,cat,fish",
+        command = ["fedclip", "run", "--on", simulation.CONNECTION, "data=none", "class-names=car,cat,fish"]
+        command += [
             "holdout=photo",
             "codec=int8",
+            "num-server-rounds=3",
+            "min-sites=2",
             f"results-dir={tmp_path}/results",
         ]
-        done = fedclip(
-            "run", "--on", simulation.CONNECTION, *settings, "num-server-rounds=3", "min-sites=2", **link.env
-        )
+        done = subprocess.run(command, env=link.env, capture_output=True, text=True)
     printed = done.stdout
     assert done.returncode == 0, printed + done.stderr
     summary = read(run_folder(tmp_path / "results"), "summary.json")
