@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo deploy-demo test bench clean
 
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
+
+deploy-demo: .venv/ready  ## set up, then the same with TLS, node keys and SuperNodes, compared with a simulation: a minute
+	$(BIN)/python -m deploy.demo $(ARGS)
 
 test: .venv/ready  ## set up, then check style and types and run every test
 	$(BIN)/ruff format --check .

@@ -41,9 +41,9 @@ class SuperLink:
         """How many SuperNodes are there."""
         return sum(node["status"] == "online" for node in self._ask("supernode", "list")["nodes"])
 
-    def wait_for(self, count: int, nodes: Sequence[SuperNode], say: Callable[[str], None] = lambda _: None) -> None:
-        """Until so many SuperNodes are there; with a word whenever there are more."""
-        deadline, before = time.monotonic() + WAIT, 0
+    def wait_for(self, nodes: Sequence[SuperNode], say: Callable[[str], None]) -> None:
+        """Until as many SuperNodes are there; with a word whenever there are more."""
+        deadline, before, count = time.monotonic() + WAIT, 0, len(nodes)
         while (now := self.online()) < count:
             if gone := [node for node in nodes if node.process.poll() is not None]:
                 raise UserError(f"the SuperNode of {gone[0].site} ended: {simulation.last_words(gone[0].log)}")

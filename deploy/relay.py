@@ -7,17 +7,28 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+
+class Streams(NamedTuple):
+    """What travelled on one connection, in both directions."""
+
+    sent: bytearray
+    answered: bytearray
 
 
 class Relay(socketserver.ThreadingTCPServer):
-    """Passes connections on to a port of this machine and counts the bytes, in both directions."""
+    """Passes connections on to a port of this machine and counts the bytes, in both directions; and keeps them, if so
+    asked."""
 
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, keep: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Connection)
         self.to, self.bytes, self.lock = port, 0, threading.Lock()
+        self.keep = keep
+        self.kept: list[Streams] = []
 
     @property
     def port(self) -> int:
@@ -28,25 +39,29 @@ class _Connection(socketserver.BaseRequestHandler):
     server: Relay
 
     def handle(self) -> None:
+        streams = Streams(bytearray(), bytearray())
+        self.server.kept.append(streams)
         with socket.create_connection(("127.0.0.1", self.server.to)) as other:
-            back = threading.Thread(target=self._pass_on, args=(other, self.request), daemon=True)
+            back = threading.Thread(target=self._pass_on, args=(other, self.request, streams.answered), daemon=True)
             back.start()
-            self._pass_on(self.request, other)
+            self._pass_on(self.request, other, streams.sent)
             back.join()
 
-    def _pass_on(self, come: socket.socket, go: socket.socket) -> None:
+    def _pass_on(self, come: socket.socket, go: socket.socket, stream: bytearray) -> None:
         with suppress(OSError):
             while data := come.recv(1 << 18):
                 with self.server.lock:
                     self.server.bytes += len(data)
+                if self.server.keep:
+                    stream += data
                 go.sendall(data)
         with suppress(OSError):
             go.shutdown(socket.SHUT_WR)
 
 
 @contextmanager
-def relayed(port: int) -> Iterator[Relay]:
-    with Relay(port) as relay:
+def relayed(port: int, keep: bool = False) -> Iterator[Relay]:
+    with Relay(port, keep) as relay:
         thread = threading.Thread(target=relay.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,17 +41,21 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def run(nodes: int, given: Sequence[str]) -> int:
     """Runs the federation and shows what it shows; 0 only if the run was completed."""
     stop_in_order("Stopped: all that was started is ended.")
+    settings, checked = prepared(nodes, given)
+    with temporary() as folder, superlink(Path(folder), checked.device.startswith("cuda")) as env:
+        federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
+        return submit(CONNECTION, settings, env, Path(folder), "--federation-config", federation)
+
+
+def prepared(nodes: int, given: Sequence[str]) -> tuple[dict[str, Any], Settings]:
+    """The settings for so many sites here, as given and as a whole; what is wrong is told before anything starts."""
     settings, problems = read_settings(given)
     if nodes < 1:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"
-    checked, _, _ = open_run(
-        {**_described(app_folder())["config"], **settings}, problems
-    )  # what is wrong is told before any start
+    checked, _, _ = open_run({**_described(app_folder())["config"], **settings}, problems)
     if checked.min_sites > nodes:
         raise unusable([f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes"])
-    with temporary() as folder, superlink(Path(folder), checked.device.startswith("cuda")) as env:
-        federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
-        return _submit(CONNECTION, settings, env, Path(folder), "--federation-config", federation)
+    return settings, checked
 
 
 def run_on(connection: str, given: Sequence[str]) -> int:
@@ -64,10 +69,10 @@ def run_on(connection: str, given: Sequence[str]) -> int:
     if problems:
         raise unusable(problems.values())
     with temporary() as folder:
-        return _submit(connection, settings, commands_found(os.environ), Path(folder))
+        return submit(connection, settings, commands_found(os.environ), Path(folder))
 
 
-def _submit(connection: str, settings: Mapping[str, Any], env: Mapping[str, str], place: Path, *options: str) -> int:
+def submit(connection: str, settings: Mapping[str, Any], env: Mapping[str, str], place: Path, *options: str) -> int:
     """Hands the run over and shows it to its end; 0 only if it was completed."""
     found = app_folder()
     app = _copied(found, place / "app", _described(found).get("fab-include", []))
@@ -232,12 +237,31 @@ def commands_found(env: Mapping[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is ended at the end, and whatever it started."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    process = None
     try:
+        with log.open("wb") as file, undisturbed():
+            process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
         yield process
     finally:
-        stop(process)
+        if process:
+            stop(process)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """When this process is told to stop meanwhile, it hears of it afterwards: what is half started is never ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone hears of signals
+        return
+    come: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: come.append(number)) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if come:
+            signal.raise_signal(come[0])
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -8,9 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from fedclip_flwr.inprocess import Result, federate, make_sites
 from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.sites import new_learner
 from fedclip_flwr.sweep import Cell, solve
+from tests.processes import alive, until_gone
 
 PROJECT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -268,17 +268,6 @@ def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str
     assert "min-sites = 11" in read(run_folder(tmp_path), "summary.json")["why"]
 
 
-def alive(mark: str) -> list[dict[str, str]]:
-    """The environments of the processes that have the mark in them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            pairs = (process / "environ").read_text(errors="replace").split("\0")
-            if mark in pairs:
-                found.append(dict(pair.split("=", 1) for pair in pairs if "=" in pair))
-    return found
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_fedclip_run_stopped_in_the_middle_leaves_nothing_behind(how: signal.Signals, tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path), "MARK": str(tmp_path)}  # too long a folder for Ray's sockets
@@ -294,10 +283,7 @@ def test_fedclip_run_stopped_in_the_middle_leaves_nothing_behind(how: signal.Sig
             os.killpg(process.pid, how)
         assert "Stopped" in process.stdout.read()
     assert process.returncode == 128 + how
-    deadline = time.monotonic() + 60
-    while still := alive(f"MARK={tmp_path}"):
-        assert time.monotonic() < deadline, still
-        time.sleep(0.1)
+    until_gone(f"MARK={tmp_path}")
     assert not any(folder.exists() for folder in folders)
     assert load_adapter(run_folder(tmp_path / "runs"))[1]["round"] >= 0
 

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedclip_flwr import simulation
+from tests.processes import until_gone
 
 
 def test_settings_get_their_types() -> None:
@@ -57,3 +62,29 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
     ours = (Path(simulation.__file__).parent.parent / "pyproject.toml").read_text()
     (tmp_path / "pyproject.toml").write_text(ours)
     assert simulation.app_folder() == tmp_path
+
+
+TOLD_TO_STOP = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from fedclip_flwr import simulation
+
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        os.kill(os.getpid(), signal.SIGTERM)  # nobody knows of the process yet
+        for _ in range(1000):
+            pass
+
+subprocess.Popen = Popen
+simulation.stop_in_order("Stopped")
+with simulation.started(["sleep", "1000"], os.environ, Path(sys.argv[1])):
+    print("went on")
+"""
+
+
+def test_a_process_is_ended_that_was_just_being_started_when_all_had_to_stop(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TOLD_TO_STOP, str(tmp_path / "log")]
+    done = subprocess.run(command, env={**os.environ, "MARK": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "\nStopped\n")
+    until_gone(f"MARK={tmp_path}")

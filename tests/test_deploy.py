@@ -1,0 +1,126 @@
+"""Three sites over gRPC with TLS and node keys, for real; and who is not let in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from deploy import demo
+from deploy.demo import SITES, Outcome
+from deploy.processes import SuperLink, SuperNode, supernode
+from fedclip_flwr import keys, simulation
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import Features
+from tests.processes import alive, until_gone
+
+PROJECT = Path(__file__).parent.parent
+
+
+class Seen(NamedTuple):
+    """A federation that ran: with one SuperNode beside it whose key nobody registered, and one without TLS."""
+
+    deployed: Outcome
+    simulated: Outcome
+    stranger: SuperNode
+    open: SuperNode
+    online: int
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Iterator[Seen]:
+    place = tmp_path_factory.mktemp("deployed")
+    given = ["num-server-rounds=2", "min-sites=3"]
+    for domain in drawn.domains:  # encoded here, and not at each site in turn
+        drawn.examples(domain)
+    with ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(simulation, "stop_in_order", lambda word: None)
+        link = stack.enter_context(demo.federation(place))
+        stranger, other = stack.enter_context(intruders(link))
+        deployed = demo.run(link, place, given)
+        yield Seen(deployed, demo.run(None, place, given), stranger, other, link.online())
+
+
+@contextmanager
+def intruders(link: SuperLink) -> Iterator[tuple[SuperNode, SuperNode]]:
+    """One with a key of this CA that was not registered, one that speaks no TLS; both have been turned away."""
+    assert link.keys
+    keys.make(link.keys, sites=["stranger"])
+    with (
+        supernode(link, "stranger", "site='stranger'") as stranger,
+        supernode(link, "open", "site='open'", options=["--insecure"]) as other,
+    ):
+        stranger.process.wait(60)
+        deadline = time.monotonic() + 60
+        while "attempt failed" not in other.log.read_text():
+            assert time.monotonic() < deadline, other.log.read_text()
+            time.sleep(0.1)
+        yield stranger, other
+
+
+def test_sites_over_tls_come_to_what_their_simulation_comes_to(seen: Seen) -> None:
+    assert demo.difference(seen.deployed, seen.simulated) == pytest.approx(0, abs=1e-6)
+    assert "The same adapter" in demo.check(seen.deployed, seen.simulated)
+    for run in (seen.deployed, seen.simulated):
+        assert run.summary["status"] == "completed"
+        assert run.summary["adapted"]["round"] == 2
+        assert run.summary["failures"] == []
+    assert "over TLS" in demo.told(seen.deployed, seen.simulated)
+
+
+def test_a_supernode_whose_key_nobody_registered_is_refused(seen: Seen) -> None:
+    assert seen.stranger.process.returncode != 0
+    assert "No SuperNode found with the given public key" in seen.stranger.log.read_text()
+
+
+def test_a_supernode_without_tls_is_refused(seen: Seen) -> None:
+    assert "attempt failed" in seen.open.log.read_text()
+    assert seen.online == len(SITES)
+    assert seen.deployed.summary["adapted"]["sites"].keys() == {*SITES}
+
+
+def test_adapters_that_are_not_the_same_are_told(seen: Seen, tmp_path: Path) -> None:
+    shutil.copytree(seen.deployed.folder, tmp_path / "other")
+    path = tmp_path / "other" / "adapter.safetensors"
+    state = load_file(path)
+    state["inner.bias"][3] += 1e-3
+    save_file(state, path)
+    with pytest.raises(UserError, match=r"differ by up to 0\.001, expected at most 1e-05"):
+        demo.check(Outcome(tmp_path / "other", 1.0), seen.simulated)
+    state["inner.bias"][3] = float("nan")
+    save_file(state, path)
+    with pytest.raises(UserError, match="differ by up to nan"):
+        demo.check(Outcome(tmp_path / "other", 1.0), seen.simulated)
+
+
+def test_wrong_settings_are_told_before_anything_starts() -> None:
+    done = subprocess.run([sys.executable, "-m", "deploy.demo", "min-sites=4"], cwd=PROJECT, capture_output=True)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"there are 3 sites" in done.stderr
+
+
+def test_the_demo_stopped_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path), "MARK": str(tmp_path)}
+    command = [sys.executable, "-m", "deploy.demo"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=PROJECT, env=env, start_new_session=True, **pipes) as process:
+        assert process.stdout is not None
+        while "Starting three" not in process.stdout.readline():
+            assert process.poll() is None
+        folders = {Path(found["FLWR_HOME"]) for found in alive(f"MARK={tmp_path}") if "FLWR_HOME" in found}
+        assert folders
+        os.killpg(process.pid, signal.SIGINT)
+        assert "Stopped" in process.stdout.read()
+    assert process.returncode == 128 + signal.SIGINT
+    until_gone(f"MARK={tmp_path}")
+    assert not any(folder.exists() for folder in folders)
