@@ -1,7 +1,7 @@
 """A SuperLink and SuperNodes as processes of this machine: as real sites have them, but on loopback.
 
-With keys (a folder that `fedclip keys` has made, the server's name being localhost) they speak TLS and the SuperLink
-takes registered nodes only; without, all is open.
+With keys (a folder that `fedclip keys` has made, the server's name being localhost) they speak TLS, the SuperLink takes
+registered nodes only, and sites run their own code only; without, all is open.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SuperLink:
         """How many SuperNodes are there."""
         return sum(node["status"] == "online" for node in self._ask("supernode", "list")["nodes"])
 
-    def wait_for(self, nodes: Sequence[SuperNode], say: Callable[[str], None]) -> None:
+    def wait_for(self, nodes: Sequence[SuperNode], say: Callable[[str], None] = lambda _: None) -> None:
         """Until as many SuperNodes are there; with a word whenever there are more."""
         deadline, before, count = time.monotonic() + WAIT, 0, len(nodes)
         while (now := self.online()) < count:
@@ -111,7 +111,8 @@ def supernode(
     Other `options` take the place of those that the SuperLink's keys make necessary.
     """
     (own,) = simulation.free_ports(1)
-    command = ["flower-supernode", "--superlink", f"127.0.0.1:{port or link.fleet}", "--node-config", config]
+    command = ["fedclip", "site"] if link.keys else ["flower-supernode"]
+    command += ["--superlink", f"127.0.0.1:{port or link.fleet}", "--node-config", config]
     command += ["--clientappio-api-address", f"127.0.0.1:{own}"]
     command += credentials(link.keys, site) if options is None else options
     log = link.folder / f"{site}.log"

@@ -25,6 +25,8 @@ from fedclip_flwr.strategy import AdapterFedAvg
 
 SIMULATED_AT_ONCE = 40
 """So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them."""
+AGAIN = 10.0
+"""Seconds after which a real site whose hello would not do is greeted again: its owner may have mended it."""
 
 
 class Failure(NamedTuple):
@@ -98,6 +100,7 @@ class Nodes:
         self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
         self._encoding: dict[int, Progress] = {}
+        self._refused: dict[int, float] = {}
         self._last_failed: set[str] = set()
 
     def wait_for(self, count: int) -> None:
@@ -120,7 +123,7 @@ class Nodes:
             wait.a_moment()
         if (ready := len(self.by_role.training)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
-            why = "; ".join(f"{f.site}: {f.why}" for f in sorted(self.failures)[:3])
+            why = "; ".join(sorted({f"{f.site}: {f.why}" for f in self.failures})[:3])
             raise UserError(
                 f"sites that take part after {wait.seconds:.0f} s: {ready}, min-sites = {count} are needed"
                 + (f" ({why})" if why else hint)
@@ -130,6 +133,7 @@ class Nodes:
 
     def meet(self, number: int = 0) -> bool:
         """Greets nodes not met yet and takes in those that have answered; whether there was any of either."""
+        self._forgive()
         strangers = [node for node in self._grid.get_node_ids() if node not in self._greeted]
         next_ones = strangers[: self._room - len(self._hellos_under_way)]
         new = self._push(Message(self._greeting, node, MessageType.QUERY) for node in next_ones)
@@ -141,7 +145,7 @@ class Nodes:
             try:
                 hello = self._read_hello(reply)
             except ExchangeError as error:
-                self._fail(number, f"node {node}", str(error))
+                self._refuse(number, node, f"node {node}", str(error))
                 continue
             if isinstance(hello, Progress):
                 self._encoding[node] = hello
@@ -149,11 +153,24 @@ class Nodes:
                 continue
             self._encoding.pop(node, None)
             if why := self._objection(hello):
-                self._fail(number, f"{hello.site} (node {node})" if hello.site in self.hellos else hello.site, why)
+                name = f"{hello.site} (node {node})" if hello.site in self.hellos else hello.site
+                self._refuse(number, node, name, why)
                 continue
             self.names[node] = hello.site
             self.hellos[hello.site] = hello
         return bool(new or answers)
+
+    def _refuse(self, number: int, node: int, site: str, why: str) -> None:
+        self._refused[node] = time.monotonic()
+        self._fail(number, site, why)
+
+    def _forgive(self) -> None:
+        """Lets those be greeted again that were refused a while ago; simulated sites are mended by nobody."""
+        if not simulated(self._grid):
+            now = time.monotonic()
+            for node in [node for node, when in self._refused.items() if now - when >= AGAIN]:
+                del self._refused[node]
+                self._greeted.discard(node)
 
     @property
     def readiness(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ PROJECT = Path(__file__).parent.parent
 class Seen(NamedTuple):
     """A federation that ran: with one SuperNode beside it whose key nobody registered, and one without TLS."""
 
+    link: SuperLink
     deployed: Outcome
     simulated: Outcome
     stranger: SuperNode
@@ -48,7 +50,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Iterator[
         link = stack.enter_context(demo.federation(place))
         stranger, other = stack.enter_context(intruders(link))
         deployed = demo.run(link, place, given)
-        yield Seen(deployed, demo.run(None, place, given), stranger, other, link.online())
+        yield Seen(link, deployed, demo.run(None, place, given), stranger, other, link.online())
 
 
 @contextmanager
@@ -87,6 +89,26 @@ def test_a_supernode_without_tls_is_refused(seen: Seen) -> None:
     assert "attempt failed" in seen.open.log.read_text()
     assert seen.online == len(SITES)
     assert seen.deployed.summary["adapted"]["sites"].keys() == {*SITES}
+
+
+def test_a_site_runs_no_other_code_than_its_owners(seen: Seen, tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    app.mkdir()
+    for name in ("pyproject.toml", "server_app.py", "client_app.py", "README.md"):
+        shutil.copy(PROJECT / name, app)
+    with (app / "client_app.py").open("a") as file:
+        file.write("\nprint('what else is on this disk')\n")
+    settings = f"min-sites=3 round-timeout=20 results-dir='{tmp_path}/results'"
+    command = ["flwr", "run", str(app), simulation.CONNECTION, "--run-config", settings]
+    told = subprocess.run(command, env=seen.link.env, capture_output=True, text=True, check=True).stdout
+    number = told.split("Successfully started run ")[1].split()[0]
+    deadline = time.monotonic() + 120
+    while not (status := simulation.status_of(number, seen.link.env)).startswith("finished"):
+        assert time.monotonic() < deadline, status
+    assert status == "finished:failed"
+    why = json.loads((tmp_path / "results" / "latest" / "summary.json").read_text())["why"]
+    assert why.count("brings another 'client_app.py' than this site has") == len(SITES)
+    assert not any("what else is on this disk" in log.read_text() for log in seen.link.folder.glob("*.log"))
 
 
 def test_adapters_that_are_not_the_same_are_told(seen: Seen, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.typing import Run
 from flwr.serverapp import Grid
 
-from fedclip_flwr import exchange
+from fedclip_flwr import exchange, nodes
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
@@ -307,6 +307,22 @@ def test_a_site_with_other_code_is_refused_by_name_and_never_asked_again() -> No
     assert failure.site.startswith("stale")
     assert "install the same version" in failure.why
     assert len([line for line in running.said if "stale" in line]) == 1
+
+
+def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "AGAIN", 0.0)
+    mended = Site("mended")
+
+    def mending(message: Message) -> Message | None:
+        if running.told.completed:
+            return mended(message)
+        return Message(Error(2, "there is no such folder"), reply_to=message)
+
+    running = Running({5: Site("north"), 9: mending})
+    running.run()
+    assert mended.trained_in == [2, 3]
+    assert {(f.site, f.why) for f in running.nodes.failures} == {("node 9", "there is no such folder")}
+    assert len([line for line in running.said if "node 9" in line]) == 1
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
         home = str(tmp_path / "home")
         link = stack.enter_context(superlink(tmp_path / "flower", FEDCLIP_HOME=home, OMP_NUM_THREADS="1"))
         nodes = [stack.enter_context(supernode(link, site, config)) for site, config in configs.items()]
-        link.wait_for(len(nodes), nodes)
+        link.wait_for(nodes)
         command = ["fedclip", "run", "--on", simulation.CONNECTION, "data=none", "class-names=car,cat,fish"]
         command += [
             "holdout=photo",
