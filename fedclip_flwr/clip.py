@@ -61,6 +61,25 @@ class Model:
         """The bytes of its weights."""
         return sum(file.stat().st_size for file in files(self.folder) if file.suffix == ".safetensors")
 
+    @property
+    def dim(self) -> int:
+        """How many numbers a feature has; where the model does not say so, more than any has."""
+        return int(self._config.get("projection_dim") or self._vision.get("hidden_size") or 1152)
+
+    @property
+    def image_size(self) -> int:
+        """How many pixels an image has in a row, as it takes them."""
+        return int(self._vision.get("image_size") or 384)
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return _json(self.folder / "config.json")
+
+    @property
+    def _vision(self) -> dict[str, Any]:
+        vision = self._config.get("vision_config")
+        return vision if isinstance(vision, dict) else {}
+
     def load(self, device: str = "auto", precision: str = "auto") -> Clip:
         return Clip(self, device, precision)
 

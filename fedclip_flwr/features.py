@@ -17,6 +17,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -25,8 +26,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedclip_flwr import ahead, clip, content, data, encoding, store, tensorfile
+from fedclip_flwr import ahead, clip, content, data, encoding, growing, store, tensorfile
 from fedclip_flwr.config import Settings, unusable
+from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.growing import NAMED, Growing
 from fedclip_flwr.learning import RECIPES, Classes, Examples
@@ -84,6 +86,12 @@ class Features(Protocol):
     def count(self, domain: str) -> int:
         """How many images the domain has, broken ones included."""
 
+    def stored(self, domain: str) -> int:
+        """How many of them have their features on this machine; nothing is encoded to find out."""
+
+    def room(self, images: int) -> int:
+        """The bytes that encoding so many images will take, about."""
+
 
 def open_features(
     settings: Settings, told: Vocabulary | None = None, *, root: Path | None = None, progress: bool = True
@@ -107,9 +115,11 @@ def open_features(
                 how = f"made with {own!r}" if own else "made already"
                 raise UserError(f"{key} = {given!r}: the features in {path} were {how}; leave it out")
         return made
-    columns = data.Columns(settings.image_column, settings.label_column, settings.domain_column)
-    source, preset = data.open_source(settings.data, columns)
-    names, own_names = renamed(source.class_names, read_names(settings.class_names))
+    source, preset = source_of(settings)
+    names = own_names = source.class_names
+    wanted = read_names(settings.class_names)
+    if not told or len(wanted) == len(names) or {*names} <= {*wanted}:  # else a site is told by `numbering`
+        names, own_names = renamed(names, wanted)
     if not (names or told):
         raise UserError("data = 'none': so class-names must tell the classes, as a comma list or a file")
     check_apart(names)
@@ -125,6 +135,19 @@ def open_features(
         precision=settings.precision,
         progress=progress,
     )
+
+
+def source_of(settings: Settings) -> tuple[data.Source, Preset | None]:
+    """The images that the settings name, and the preset that they fit."""
+    columns = data.Columns(settings.image_column, settings.label_column, settings.domain_column)
+    return data.open_source(settings.data, columns)
+
+
+def told_by_server(settings: Settings) -> Vocabulary | None:
+    """What a server with these settings tells its sites, as far as they say so themselves and its data does not."""
+    if not settings.class_names:
+        return None
+    return open_features(replace(settings, data="none", model="bundled", model_revision="")).vocabulary
 
 
 def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -> tuple[Settings, Features, str | None]:
@@ -216,7 +239,7 @@ class Encoded:
         return self._opened[domain]
 
     def _open(self, domain: str) -> Examples:
-        path = self.folder / f"{self._entry}-{self._source.content(domain)}.safetensors"
+        path = self._path(domain, self._loaded_in)
         tensors, facts = store.grown(path, self._source.count(domain), lambda growing: self._encode(domain, growing))
         if broken := int(facts["broken"]):
             count, names = broken + len(tensors["labels"]), facts["names"] + ", …" * (broken > NAMED)
@@ -226,13 +249,27 @@ class Encoded:
             log.warning("%s: %s: %s", domain, told, names)
         return Examples(tensors["image_features"], self._numbers[tensors["labels"]])
 
+    def _path(self, domain: str, precision: str) -> Path:
+        """The domain's entry in the store."""
+        return self._folder(precision) / f"{self._entry}-{self._source.content(domain)}.safetensors"
+
     def count(self, domain: str) -> int:
         return self._source.count(domain)
+
+    def stored(self, domain: str) -> int:
+        path = self._path(domain, self.likely_precision)
+        return self.count(domain) if store.read(path) else growing.so_far(path)
+
+    def room(self, images: int) -> int:
+        return images * 4 * self._model.dim
 
     @cached_property
     def folder(self) -> Path:
         """Where the features are stored."""
-        return self._root / f"{self.model_content}-{self._loaded_in}"
+        return self._folder(self._loaded_in)
+
+    def _folder(self, precision: str) -> Path:
+        return self._root / f"{self.model_content}-{precision}"
 
     @cached_property
     def _clip(self) -> clip.Clip:
@@ -241,17 +278,30 @@ class Encoded:
     @cached_property
     def _loaded_in(self) -> str:
         """The precision: float32 where a lower one would find other classes in the data's images."""
-        name = str(clip.pick_precision(self._precision, self._model, self._device)).removeprefix("torch.")
+        name = self._wished
         if name == "float32":
             return name
-        data = content.digest(self.vocabulary.key, *(self._source.content(domain) for domain in self.domains))
-        path = self._root / f"{self.model_content}-{name}" / f"agreement-{data}.safetensors"
 
         def compare() -> tuple[store.Tensors, dict[str, str]]:
             return encoding.agreement(self._model, self._device, name, self.vocabulary, self._some_images()), {}
 
-        found, _ = store.kept(path, compare)
+        found, _ = store.kept(self._agreement(name), compare)
         return name if encoding.good_enough(found) else "float32"
+
+    @property
+    def likely_precision(self) -> str:
+        """The same as far as it is known: nothing is encoded to find out."""
+        found = None if self._wished == "float32" else store.read(self._agreement(self._wished))
+        return "float32" if found and not encoding.good_enough(found[0]) else self._wished
+
+    @property
+    def _wished(self) -> str:
+        """The precision before anything is known of the images."""
+        return str(clip.pick_precision(self._precision, self._model, self._device)).removeprefix("torch.")
+
+    def _agreement(self, precision: str) -> Path:
+        data = content.digest(self.vocabulary.key, *(self._source.content(domain) for domain in self.domains))
+        return self._folder(precision) / f"agreement-{data}.safetensors"
 
     def _some_images(self) -> list[Image]:
         """A few of each domain, from all of its classes."""
@@ -307,9 +357,10 @@ class Pixels(Encoded):
 
     _entry, _doing = "pixels", "reading"
 
-    @cached_property
-    def _loaded_in(self) -> str:
-        return "float32"  # for its weights are trained
+    _wished = "float32"  # for its weights are trained
+
+    def room(self, images: int) -> int:
+        return images * 3 * self._model.image_size**2
 
     @property
     def _preparer(self) -> clip.Preparer:
@@ -388,6 +439,11 @@ class FeatureFolder:
 
     def count(self, domain: str) -> int:
         return len(self.examples(domain).labels)
+
+    stored = count
+
+    def room(self, images: int) -> int:
+        return 0
 
     def _open(self, domain: str) -> Examples:
         features = self._tensor(domain, "image_features", (None, self._dim))

@@ -29,6 +29,21 @@ LONGEST = 200
 """So many characters of a name are kept."""
 
 
+def so_far(path: Path) -> int:
+    """How many images of an entry in the making are encoded; whoever is at work on it is not disturbed."""
+    count = 0
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError), _beside(path, "journal").open() as lines:
+        next(lines, None)  # what the entry is about
+        for line in lines:
+            batch = json.loads(line)
+            count += len(batch["labels"]) + len(batch["broken"])
+    return count
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
 class Growing:
     """The images of an entry that are encoded so far; only one process may have it open."""
 
@@ -41,7 +56,7 @@ class Growing:
         self._kind: Kind | None = None
         self._start = HEADER + 8 * count  # of the features
         self._about: dict[str, Any] = {"format": FORMAT, "count": count}
-        self._part, self._journal = (path.with_name(f".{path.name}.{end}") for end in ("part", "journal"))
+        self._part, self._journal = _beside(path, "part"), _beside(path, "journal")
         with content.writing_to(path.parent):
             for file in (self._part, self._journal):
                 file.touch()

@@ -21,7 +21,7 @@ def snapshot(
     What is in the cache is taken as it is: nothing is looked up on the hub if nothing is lacking. `lacks` says what a
     folder lacks; `told` is how errors begin.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -43,6 +43,8 @@ def snapshot(
     command = f"hf download{' --repo-type dataset' * (kind == 'dataset')} {name}"
     command += f" --revision {revision}" * bool(revision)
     copy = f"check the network, or run `{command}` where there is one and copy its cache"
+    if constants.HF_HUB_OFFLINE:
+        copy = f"run `{command}`, or do so where there is a network and copy its cache"
     try:
         folder = Path(snapshot_download(name, **where))
     except GatedRepoError:
@@ -53,7 +55,10 @@ def snapshot(
         reason = f"the hub has no revision {revision or 'main'} of it"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = f"neither a folder here nor in the Hugging Face cache, and the hub can't be reached ({line}); {copy}"
+        why = f"the hub can't be reached ({line})"
+        if constants.HF_HUB_OFFLINE:
+            why = "nothing is downloaded now (HF_HUB_OFFLINE)"
+        reason = f"neither a folder here nor in the Hugging Face cache, and {why}; {copy}"
     else:
         if not (missing := lacks(folder)):
             return folder

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -198,14 +199,9 @@ def open_desk(
     return _desk(run, node, session, simulated)
 
 
-@lru_cache(maxsize=64)
-def _desk(
-    run_config: Sequence[tuple[str, object]],
-    node_config: Sequence[tuple[str, object]],
-    session: Session,
-    simulated: bool,
-) -> Desk:
-    node, given = dict(node_config), dict(run_config)
+def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], simulated: bool = False) -> Settings:
+    """The run's settings as they are at this site: its owner's words come first."""
+    given = dict(run_config)
     if not simulated and str(given.get("class-names", "")).startswith("/"):
         del given["class-names"]  # a file of the server's
     if "model" in node:
@@ -213,12 +209,24 @@ def _desk(
     if "data" in node:
         given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
     settings = Settings.from_run_config({**given, **{key: node[key] for key in OWN if key in node}})
-    number, sites = node.get("partition-id"), node.get("num-partitions")
     here_only = settings.data == "none" or settings.data.startswith(("folder:", "features:"))
     if not simulated and "data" not in node and here_only:
         raise UserError(
             "this site was not told where its data is: start its SuperNode with --node-config \"data='folder:/PATH'\""
         )
+    return settings
+
+
+@lru_cache(maxsize=64)
+def _desk(
+    run_config: Sequence[tuple[str, object]],
+    node_config: Sequence[tuple[str, object]],
+    session: Session,
+    simulated: bool,
+) -> Desk:
+    node = dict(node_config)
+    settings = settings_at(dict(run_config), node, simulated)
+    number, sites = node.get("partition-id"), node.get("num-partitions")
     features = _features(settings, session, simulated)
     device = clip.pick_device(settings.device)
     if isinstance(number, int) and isinstance(sites, int):
@@ -235,7 +243,8 @@ def _desk(
             alpha=settings.alpha,
         )
     else:
-        site = _own(features, session.holdout, node, settings.seed, device)
+        words = owners_words(node, features.domains, session.holdout)
+        site = _own(features, words, settings.seed, device)
     return Desk(settings, site, features, features.classes.ready(device), device, session)
 
 
@@ -245,25 +254,41 @@ def _features(settings: Settings, session: Session, simulated: bool) -> Features
     return open_features(settings, session.vocabulary, progress=not simulated)
 
 
-def _own(features: Features, holdout: str, node: Mapping[str, object], seed: int, device: torch.device) -> Site:
-    """A site by its owner's words: all that it holds, but for the domain that no site trains on."""
+class Words(NamedTuple):
+    """What a site's owner says: its name, what it does, and what it holds of the data."""
+
+    site: str
+    role: str
+    domains: list[str]
+
+
+def owners_words(node: Mapping[str, object], domains: Sequence[str], holdout: str) -> Words:
+    """What the node config says of data with these domains; a site that trains leaves the held-out one alone."""
     name, role, wanted = (str(node.get(key, other)) for key, other in (("site", ""), ("role", TRAIN), ("domains", "")))
     if not name:
         raise UserError("this site has no name: start its SuperNode with --node-config \"site='NAME'\"")
     if role not in ROLES:
         raise UserError(f"role = {role!r}: expected one of {', '.join(ROLES)}")
-    domains = _some(features.domains, wanted)
+    own = _some(domains, wanted)
     if role == HOLDOUT:
-        examples = together(gathered(features, domains).values()).ready(device)
-        nothing = examples.rows(torch.arange(0))
-        return Site(name, nothing, nothing, examples, "+".join(domains), role)
-    domains = [domain for domain in domains if loose(domain) != loose(holdout)]
-    if not domains:
+        return Words(name, role, own)
+    own = [domain for domain in own if loose(domain) != loose(holdout)]
+    if not own:
         raise UserError(
             f"all images of this site belong to {holdout}, which is held out: with role='holdout' in its node config "
             "it would evaluate only"
         )
-    return divide(name, "+".join(domains), together(gathered(features, domains).values()), seed, device)
+    return Words(name, role, own)
+
+
+def _own(features: Features, words: Words, seed: int, device: torch.device) -> Site:
+    """A site by its owner's words."""
+    domain, examples = "+".join(words.domains), together(gathered(features, words.domains).values())
+    if words.role == HOLDOUT:
+        held = examples.ready(device)
+        nothing = held.rows(torch.arange(0))
+        return Site(words.site, nothing, nothing, held, domain, words.role)
+    return divide(words.site, domain, examples, seed, device)
 
 
 def _some(domains: Sequence[str], wanted: str) -> list[str]:

@@ -43,7 +43,7 @@ def grown(path: Path, count: int, grow: Callable[[Growing], None]) -> tuple[Tens
 
 
 def _kept(path: Path, fill: Callable[[], None]) -> tuple[Tensors, Facts]:
-    entry = _read(path)
+    entry = read(path)
     if entry:
         return entry
     lock = FileLock(f"{path}.lock")
@@ -54,10 +54,10 @@ def _kept(path: Path, fill: Callable[[], None]) -> tuple[Tensors, Facts]:
             log.warning("waiting for another process that is encoding the same features")
             lock.acquire()
     try:
-        entry = _read(path)
+        entry = read(path)
         if not entry:
             fill()
-            entry = _read(path)
+            entry = read(path)
     finally:
         lock.release()
     if not entry:
@@ -76,7 +76,7 @@ def _write(path: Path, tensors: Tensors, facts: dict[str, str]) -> None:
     content.write_whole(path, lambda part: content.save_tensors(tensors, part, facts))
 
 
-def _read(path: Path) -> tuple[Tensors, Facts] | None:
+def read(path: Path) -> tuple[Tensors, Facts] | None:
     """The entry, if it is there and whole."""
     try:
         tensors, facts = mapped(path)

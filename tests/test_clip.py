@@ -58,6 +58,7 @@ def test_features_and_logits_equal_transformers_own_forward_pass(make: Callable[
     logits = Classes(prompts, loaded.scale, loaded.bias).logits(images)
     torch.testing.assert_close(logits, expected.logits_per_image, rtol=1e-5, atol=1e-5 * loaded.scale)
     assert loaded.parameters == sum(p.numel() for p in net.parameters())
+    assert clip.find(str(folder)).dim == images.shape[1]
     assert loaded.bias == (pytest.approx(net.logit_bias.item()) if siglip else 0.0)
 
 
@@ -153,7 +154,7 @@ def test_a_hub_id_that_is_neither_here_nor_reachable_is_told_in_one_line() -> No
     with pytest.raises(UserError, match="some-one/some-clip") as error:
         clip.find("some-one/some-clip")
     assert len(str(error.value).splitlines()) == 1
-    assert "hf download some-one/some-clip" in str(error.value)
+    assert "nothing is downloaded now (HF_HUB_OFFLINE); run `hf download some-one/some-clip`" in str(error.value)
 
 
 def test_a_model_from_the_hubs_cache_is_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

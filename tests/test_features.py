@@ -122,12 +122,13 @@ def test_a_truncated_entry_is_mended(tree: Path, truth: Examples, size: int) -> 
 
 KILLED = """
 import os, signal
-save = content.save_file
+import safetensors.torch
+save = safetensors.torch.save_file
 def half(tensors, path, facts):
     save(tensors, path, facts)
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-content.save_file = half
+safetensors.torch.save_file = half
 opened.classes
 """
 
@@ -144,6 +145,7 @@ def test_a_writer_that_is_killed_leaves_nothing_behind(tree: Path) -> None:
 
 ONE_OF_MANY = """
 import os
+from safetensors.torch import save_file
 encode = clip.Clip.encode
 def told(self, inputs):
     print("encoding", flush=True)
@@ -152,7 +154,7 @@ clip.Clip.encode = told
 print("ready", flush=True)
 sys.stdin.readline()
 examples = opened.examples("photo")
-content.save_file({"features": examples.features, "labels": examples.labels}, sys.argv[1] + f"/{os.getpid()}")
+save_file({"features": examples.features, "labels": examples.labels}, sys.argv[1] + f"/{os.getpid()}")
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedclip_flwr import store
-from fedclip_flwr.growing import Growing
+from fedclip_flwr.growing import Growing, so_far
 
 FEATURES = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
 
@@ -35,6 +35,20 @@ def test_an_entry_that_grew_is_one_like_any_other(path: Path) -> None:
     assert tensors["labels"].tolist() == rows
     assert facts == {"broken": "3", "names": "image 1, image 4, image 7"}
     assert [file.name for file in path.parent.iterdir() if file.suffix != ".lock"] == [path.name]
+
+
+def test_how_far_an_entry_has_come_is_told_while_it_is_made(path: Path) -> None:
+    assert so_far(path) == 0
+    with Growing(path, 9) as growing:
+        assert so_far(path) == 0
+        some(growing, 0, 6)
+        assert so_far(path) == 6
+    journal = path.with_name(f".{path.name}.journal")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"labels": [6, 8], "bro')
+    assert so_far(path) == 6
+    journal.write_bytes(b"nothing\n[]\n")
+    assert so_far(path) == 0
 
 
 def test_an_entry_without_images_keeps_its_shape(path: Path) -> None:

@@ -150,6 +150,13 @@ def test_classes_that_the_server_does_not_know_are_told(tree: Path) -> None:
         open_desk({}, node, session(Vocabulary(("cat", "dog"), ("a {}",))), False)
 
 
+@pytest.mark.parametrize("names", ["car,cat", "car,cat,dog,bird"])
+def test_classes_that_the_servers_list_lacks_are_told_in_a_sites_words(tree: Path, names: str) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    with pytest.raises(UserError, match="classes that the run does not know: fish"):
+        open_desk({"class-names": names}, node, session(Vocabulary(tuple(names.split(",")), ("a {}",))), False)
+
+
 def test_a_file_of_class_names_is_the_servers_and_no_sites(tree: Path) -> None:
     run = {"class-names": "/server/names.txt"}
     own = open_desk(run, {"site": "north", "data": f"folder:{tree}"}, session(), False)
