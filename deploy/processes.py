@@ -24,11 +24,13 @@ WAIT = 90.0
 
 @dataclass(frozen=True)
 class SuperLink:
-    """One that runs: the environment in which Flower's commands find it, and the port on which SuperNodes do."""
+    """One that runs: the environment in which Flower's commands find it, and its ports; SuperNodes use `fleet`."""
 
     folder: Path
     env: Mapping[str, str]
     fleet: int
+    control: int
+    apps: int
     keys: Path | None
 
     def register(self, *sites: str) -> None:
@@ -99,7 +101,7 @@ def superlink(folder: Path, keys: Path | None = None, **env: str) -> Iterator[Su
     with simulation.started(["flower-superlink", *options], whole, log) as process:
         for port in (control, fleet):
             simulation.wait_for(port, process, log)
-        yield SuperLink(folder, whole, fleet, keys)
+        yield SuperLink(folder, whole, fleet, control, apps, keys)
 
 
 @contextmanager

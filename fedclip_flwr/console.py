@@ -48,7 +48,7 @@ def plan(
     facts = [
         ("model", f"{features.model}{revision}, {_prompt(features.vocabulary)}"),
         ("data", settings.data + partition),
-        ("classes", f"{len(names)}: {_some(names)}"),
+        ("classes", f"{len(names)}: {some(names)}"),
         ("held out", _held_out(features, holdout, hellos)),
         ("trained", _trained(settings, features, trainable, len(tensors))),
         ("traffic", _traffic(settings, tensors)),
@@ -64,7 +64,7 @@ def plan(
     held = {number for hello in sites for number in hello.classes}
     nowhere += [f"class {name}" for number, name in enumerate(names) if number not in held]
     if nowhere:
-        facts.append(("at no site", _some(nowhere)))
+        facts.append(("at no site", some(nowhere)))
     rows = [(h.site, _domain(h), f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
     table = _table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
@@ -208,7 +208,7 @@ def failures(found: Sequence[dict[str, Any]]) -> list[str]:
     for (site, why), numbers in rounds.items():
         when = f"round {numbers[0]}" + (f" to {numbers[-1]}, {len(numbers)} times" if numbers[1:] else "")
         sites.setdefault((why, when), []).append(site)
-    return sorted(f"{_some(sorted(names, key=_natural))}: {why} ({when})" for (why, when), names in sites.items())
+    return sorted(f"{some(sorted(names, key=_natural))}: {why} ({when})" for (why, when), names in sites.items())
 
 
 def _cost(traffic: dict[str, Any], settings: Settings) -> str:
@@ -246,7 +246,7 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}{ending}"
 
 
-def _some(names: Sequence[str], most: int = 12) -> str:
+def some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

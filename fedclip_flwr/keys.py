@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedclip_flwr import content
+from fedclip_flwr.certificates import names_of
 from fedclip_flwr.errors import UserError
 
 CA_DAYS, SERVER_DAYS = 3650, 825
@@ -142,7 +143,7 @@ class Shelf:
             if _there(path):
                 certificate = _certificate(path, _read(path))
                 lines.append(
-                    f"server.crt is for {', '.join(_names_of(certificate))}, until {_end(certificate)}. "
+                    f"server.crt is for {', '.join(names_of(certificate))}, until {_end(certificate)}. "
                     "Start the SuperLink with"
                 )
                 lines.append(
@@ -209,20 +210,12 @@ def _certificate(path: Path, data: bytes) -> x509.Certificate:
         raise UserError(f"{path} is no certificate: move it away and run again") from None
 
 
-def _names_of(certificate: x509.Certificate) -> list[str]:
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return [str(name.value) for name in names]
-
-
 def _end(certificate: x509.Certificate) -> str:
     return f"{certificate.not_valid_after_utc:%Y-%m-%d}"
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
-    try:
-        found = _names_of(_certificate(path, _read(path)))
-    except x509.ExtensionNotFound:
-        found = []
+    found = names_of(_certificate(path, _read(path)))
     if set(found) != set(names):
         raise UserError(
             f"{path} is for {', '.join(found) or 'no names'}, asked for was {', '.join(names)}: move it away and run "
