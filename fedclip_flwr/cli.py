@@ -220,3 +220,67 @@ def site(given: typer.Context) -> None:
     except UserError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+
+
+@app.command()
+def doctor(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[server|site] [KEY=VALUE]...", show_default=False)
+    ] = None,
+    superlink: Annotated[str, _option("At a site: where the server is, HOST:9092.")] = "",
+    root_certificates: Annotated[Path | None, _option("At a site: ca.crt, the server's authority.")] = None,
+    auth_supernode_private_key: Annotated[Path | None, _option("At a site: node.key, its own key.")] = None,
+    node_config: Annotated[str, _option("At a site: its name and data, \"site='NAME' data='folder:/PATH'\".")] = "",
+    ssl_ca_certfile: Annotated[Path | None, _option("At the server: ca.crt.")] = None,
+    ssl_certfile: Annotated[Path | None, _option("At the server: server.crt.")] = None,
+    ssl_keyfile: Annotated[Path | None, _option("At the server: server.key.")] = None,
+    fleet_api_address: Annotated[str, _option("At the server; 0.0.0.0:9092 unless said.")] = "",
+    control_api_address: Annotated[str, _option("At the server; 0.0.0.0:9093 unless said.")] = "",
+    serverappio_api_address: Annotated[str, _option("At the server; 0.0.0.0:9091 unless said.")] = "",
+    host: Annotated[
+        str, _option("At the server: the name by which sites reach it, which the certificate must have.")
+    ] = "",
+    on: Annotated[
+        str, _option("At the server: what Flower's configuration calls the SuperLink, to ask it for its nodes.")
+    ] = "",
+    insecure: Annotated[bool, _option("There is no TLS.")] = False,
+    show_outgoing: Annotated[
+        bool, _option("At a site: instead, show all that a round would send from it, without sending it.")
+    ] = False,
+    out: Annotated[str, _option("With --show-outgoing: a folder for all of it, number by number.")] = "",
+) -> None:
+    """Look whether this machine is fit for its part in a federation of real sites, and say what to mend.
+
+    Without a side, only what any machine needs. The options are those of flower-superlink and flower-supernode: give
+    the same words. Settings are the run's, as for `fedclip run`, where they are known: above all class-names, prompt
+    and model. Nothing is changed, encoded or downloaded. The exit status is 0 if nothing has failed, 1 if something
+    has, 2 if the options can't be used.
+
+    Examples: fedclip doctor site --superlink fl.example.org:9092 --root-certificates ca.crt
+    --auth-supernode-private-key node.key --node-config "site='north' data='folder:/data'"; fedclip doctor server
+    --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --on hospitals
+    """
+    from fedclip_flwr import doctor, outgoing  # not for --help: they bring torch
+
+    site = doctor.Site(superlink, root_certificates, auth_supernode_private_key, node_config)
+    server = doctor.Server(
+        ssl_ca_certfile,
+        ssl_certfile,
+        ssl_keyfile,
+        fleet_api_address,
+        control_api_address,
+        serverappio_api_address,
+        host,
+        on,
+    )
+    try:
+        if (show_outgoing and not node_config) or (out and not show_outgoing):
+            raise UserError("expected: fedclip doctor site --node-config … --show-outgoing, with or without --out")
+        task = doctor.read(words or [], site, server, insecure)
+        fine = (
+            outgoing.show(task.run, task.node, out, typer.echo) if show_outgoing else doctor.examine(task, typer.echo)
+        )
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(0 if fine else 1)

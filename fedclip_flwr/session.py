@@ -30,6 +30,9 @@ class Session(NamedTuple):
         """So that `recall` finds it by its key."""
         content.remember(f"session-{self.key}", json.dumps(self), memory)
 
+    def forget(self, memory: Path) -> None:
+        (memory / f"session-{self.key}").unlink(missing_ok=True)
+
 
 def recall(key: str, memory: Path) -> Session:
     """The session that was remembered."""
