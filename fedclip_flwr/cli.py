@@ -243,9 +243,10 @@ def doctor(
     on: Annotated[
         str, _option("At the server: what Flower's configuration calls the SuperLink, to ask it for its nodes.")
     ] = "",
-    insecure: Annotated[bool, _option("There is no TLS.")] = False,
+    insecure: Annotated[bool, _option("There is no TLS.", "--insecure")] = False,
     show_outgoing: Annotated[
-        bool, _option("At a site: instead, show all that a round would send from it, without sending it.")
+        bool,
+        _option("At a site: instead, show all that a round would send, and send nothing.", "--show-outgoing"),
     ] = False,
     out: Annotated[str, _option("With --show-outgoing: a folder for all of it, number by number.")] = "",
 ) -> None:
@@ -253,8 +254,8 @@ def doctor(
 
     Without a side, only what any machine needs. The options are those of flower-superlink and flower-supernode: give
     the same words. Settings are the run's, as for `fedclip run`, where they are known: above all class-names, prompt
-    and model. Nothing is changed, encoded or downloaded. The exit status is 0 if nothing has failed, 1 if something
-    has, 2 if the options can't be used.
+    and model. Nothing is changed or downloaded; only --show-outgoing encodes what is not encoded yet. The exit status
+    is 0 if nothing has failed, 1 if something has, 2 if the options can't be used.
 
     Examples: fedclip doctor site --superlink fl.example.org:9092 --root-certificates ca.crt
     --auth-supernode-private-key node.key --node-config "site='north' data='folder:/data'"; fedclip doctor server
