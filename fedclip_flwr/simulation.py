@@ -293,6 +293,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def _show(command: list[str], env: Mapping[str, str]) -> str | None:
     """Runs `flwr run --stream` and passes on what the app says; the run's number, if one was started."""
     number, shown = None, 0.0
+    env = {**env, "PYTHONUNBUFFERED": "1"}  # what comes is shown when it comes
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None

@@ -88,3 +88,12 @@ def test_a_process_is_ended_that_was_just_being_started_when_all_had_to_stop(tmp
     done = subprocess.run(command, env={**os.environ, "MARK": str(tmp_path)}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "\nStopped\n")
     until_gone(f"MARK={tmp_path}")
+
+
+def test_what_flower_says_is_not_held_back_until_the_end(capfd: pytest.CaptureFixture[str]) -> None:
+    told = "import sys; print('Successfully started run 7'); print('at once:', sys.stdout.write_through)"
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+    assert simulation._show([sys.executable, "-c", told], without) == "7"
+
+    assert capfd.readouterr().out == "at once: True\n"
