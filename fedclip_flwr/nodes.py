@@ -100,6 +100,7 @@ class Nodes:
         self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
         self._encoding: dict[int, Progress] = {}
+        self._steps = 0  # by which sites have come further with encoding
         self._refused: dict[int, float] = {}
         self._last_failed: set[str] = set()
 
@@ -108,12 +109,12 @@ class Nodes:
 
         The time that it may take begins anew whenever a site has come further with encoding.
         """
-        wait, encoded = _Wait(self._timeout), 0
+        wait, steps = _Wait(self._timeout), 0
         while (news := self.meet()) or self._hellos_under_way or len(self.by_role.training) < count:
             if news:
                 wait.something_came()
-            if encoded < (so_far := sum(progress.encoded for progress in self._encoding.values())):
-                encoded = so_far
+            if steps < self._steps:
+                steps = self._steps
                 wait.begin()
             everyone = self._greeted and self._all_greeted and not self._hellos_under_way
             if wait.over or (simulated(self._grid) and everyone):
@@ -148,6 +149,8 @@ class Nodes:
                 self._refuse(number, node, f"node {node}", str(error))
                 continue
             if isinstance(hello, Progress):
+                before = self._encoding.get(node)
+                self._steps += before is None or hello.encoded > before.encoded
                 self._encoding[node] = hello
                 self._greeted.discard(node)  # to be asked again
                 continue
@@ -156,6 +159,8 @@ class Nodes:
                 name = f"{hello.site} (node {node})" if hello.site in self.hellos else hello.site
                 self._refuse(number, node, name, why)
                 continue
+            for gone in [other for other, name in self.names.items() if name == hello.site]:
+                del self.names[gone]
             self.names[node] = hello.site
             self.hellos[hello.site] = hello
         return bool(new or answers)
@@ -197,7 +202,7 @@ class Nodes:
                 f"it runs other code than the server (package {hello.package[:12]}, here {self._package[:12]}): "
                 "install the same version of fedclip-flwr there"
             )
-        if hello.site in self.hellos:
+        if hello.site in self._connected():  # one that is gone may come back as another node
             return "there is a site of that name already: give each SuperNode a name of its own"
         if any(not 0 <= number < self._classes for number in hello.classes):
             return f"it has other classes than the {self._classes} of this run"

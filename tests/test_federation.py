@@ -309,6 +309,25 @@ def test_a_site_with_other_code_is_refused_by_name_and_never_asked_again() -> No
     assert len([line for line in running.said if "stale" in line]) == 1
 
 
+def test_a_site_may_come_back_as_another_node() -> None:
+    """As one without a node key does when it is started again."""
+    before, after = Site("south"), Site("south")
+    running = Running({5: Site("north"), 9: before})
+
+    def restarts(message: Message) -> Message | None:
+        reply = before(message)
+        if message.metadata.message_type == MessageType.TRAIN:
+            del running.grid.nodes[9]
+            running.grid.nodes[7] = after
+        return reply
+
+    running.grid.nodes[9] = restarts
+    outcome = running.run()
+    assert (before.trained_in, after.trained_in) == ([1], [2, 3])
+    assert set(outcome.adapted.reports) == {"north", "south"}
+    assert not running.nodes.failures
+
+
 def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "AGAIN", 0.0)
     mended = Site("mended")
@@ -480,20 +499,26 @@ def test_holdout_sites_do_not_count_among_those_that_are_needed() -> None:
 def test_sites_that_encode_are_asked_again_and_waited_for_as_long_as_they_get_on() -> None:
     """The slow site needs 40 questions, more than fit into the time that a site without progress is given."""
     north, slow = Site("north"), Site("slow")
-    asked, clock = 0, time.monotonic()
+    quick, clock = Site("quick"), time.monotonic()
 
-    def encoding(message: Message) -> Message | None:
-        nonlocal asked
-        if message.metadata.message_type == MessageType.QUERY and asked < 40:
-            asked += 1
-            return Message(exchange.write_progress(Progress("slow", 10 * asked, 400)), reply_to=message)
-        return slow(message)
+    def encoding(site: Site, slices: int, images: int) -> Answer:
+        asked = 0
 
-    running = Running({5: north, 9: encoding}, round_timeout=0.05)
+        def answer(message: Message) -> Message | None:
+            nonlocal asked
+            if message.metadata.message_type == MessageType.QUERY and asked < slices:
+                asked += 1
+                return Message(
+                    exchange.write_progress(Progress(site.hello.site, images * asked, 1000)), reply_to=message
+                )
+            return site(message)
+
+        return answer
+
+    running = Running({5: north, 7: encoding(quick, 1, 900), 9: encoding(slow, 40, 10)}, round_timeout=0.05)
     running.run()
     assert time.monotonic() - clock > 0.05
-    assert asked == 40
-    assert slow.trained_in == [1, 2, 3]
+    assert slow.trained_in == quick.trained_in == [1, 2, 3]
     assert not running.nodes.failures
 
 
