@@ -131,28 +131,27 @@ class Shelf:
         return "\n".join([*lines, "", *self._next()])
 
     def _next(self) -> list[str]:
+        start = [
+            "  fedclip site --root-certificates ca.crt --auth-supernode-private-key node.key --superlink HOST:9092 …"
+        ]
         if not _there(self._ca / "ca.crt"):
             return [
                 "Next: send node.pub to the server's administrator, who registers it: flwr supernode register node.pub",
-                "and gives you ca.crt. node.key stays on this machine. Then start the SuperNode with",
-                "  --root-certificates ca.crt --auth-supernode-private-key node.key",
+                "CONNECTION, and gives you ca.crt. node.key stays on this machine. Then start the site:",
+                *start,
             ]
         lines = ["Next: bring each folder to its machine; what is secret is for no one else."]
-        if self._server in self._made or self._server in self._kept:
-            path = self._server / "server.crt"
-            if _there(path):
-                certificate = _certificate(path, _read(path))
-                lines.append(
-                    f"server.crt is for {', '.join(names_of(certificate))}, until {_end(certificate)}. "
-                    "Start the SuperLink with"
-                )
-                lines.append(
-                    "  --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key "
-                    "--enable-supernode-auth"
-                )
-            lines.append("and register each site there: flwr supernode register NAME.pub CONNECTION")
-        lines.append("A site starts its SuperNode with")
-        return [*lines, "  --root-certificates ca.crt --auth-supernode-private-key node.key"]
+        path = self._server / "server.crt"
+        if {self._server} & {*self._made, *self._kept} and _there(path):
+            certificate = _certificate(path, _read(path))
+            names = ", ".join(names_of(certificate))
+            lines += [
+                f"The certificate is for {names}, until {_end(certificate)}. Start the server:",
+                "  flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key "
+                "--enable-supernode-auth …",
+                "Register each site there: flwr supernode register NAME.pub CONNECTION",
+            ]
+        return [*lines, "Start a site:", *start]
 
     def _key(self, path: Path, *, ssh: bool = False) -> Key:
         """The private key in that file: for nodes as OpenSSH writes it, which is what Flower reads."""

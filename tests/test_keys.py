@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import ssl
 import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -251,6 +253,32 @@ def test_what_was_taken_from_other_keys_is_noticed(name: str, told: str, tmp_pat
         made(tmp_path / folder, *given)
     (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
     assert told in refused(tmp_path / "one", *given)
+
+
+def made_ago(days: int, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) - timedelta(days=days)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedclip_flwr.keys.datetime", Then)
+        made(*arguments)
+
+
+def test_what_has_ended_is_told_and_a_certificate_ends_with_its_ca(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_ago(830, monkeypatch, tmp_path / "a", "--server", "fl.example.org")
+    assert re.search(r"server.crt ended on .*: move it away", refused(tmp_path / "a", "--server", "fl.example.org"))
+    made_ago(3600, monkeypatch, tmp_path / "b", "--server", "fl.example.org")
+    (tmp_path / "b/server/server.crt").unlink()
+    made(tmp_path / "b", "--server", "fl.example.org")
+    left = certificate(tmp_path / "b/server/server.crt").not_valid_after_utc - datetime.now(UTC)
+    assert timedelta(days=48) < left < timedelta(days=51)
+    made_ago(3660, monkeypatch, tmp_path / "c", "--server", "fl.example.org")
+    (tmp_path / "c/server/server.crt").unlink()
+    assert "the CA ended on" in refused(tmp_path / "c", "--server", "fl.example.org")
 
 
 def test_what_signs_is_asked_for_where_it_was_put_away(tmp_path: Path) -> None:
