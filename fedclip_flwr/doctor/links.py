@@ -11,6 +11,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509 import Certificate
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
@@ -182,8 +183,9 @@ def _apps_served(ex: Examination, there: Address, ca: Path | None) -> None:
 
 def _nodes(ex: Examination, server: Server) -> None:
     """Which nodes are registered, and which of the keys beside the server's certificate are theirs."""
-    known = {n.public_key: n.status for n in endpoints.nodes(server.connection) if n.status != NodeStatus.UNREGISTERED}
-    found = ", ".join(f"{count} {status}" for status, count in sorted(Counter(known.values()).items()))
+    known = {n.public_key: n for n in endpoints.nodes(server.connection) if n.status != NodeStatus.UNREGISTERED}
+    counts = Counter(node.status for node in known.values())
+    found = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     if known:
         ex.ok("nodes", f"{server.connection} knows {len(known)}: {found}")
     else:
@@ -203,11 +205,12 @@ def _public(path: Path) -> bytes:
     return public_key_to_bytes(key)
 
 
-def _node(ex: Examination, path: Path, known: Mapping[bytes, str], connection: str) -> None:
-    status = known.get(_public(path))
-    if not status:
+def _node(ex: Examination, path: Path, known: Mapping[bytes, NodeInfo], connection: str) -> None:
+    node = known.get(_public(path))
+    if not node:
         raise FaultError(f"{path} is not registered", f"flwr supernode register {path} {connection}")
-    if status == NodeStatus.ONLINE:
-        ex.ok(path.stem, "registered and online")
+    found = f"node {node.node_id} is {node.status}"  # that number is all that Flower's own commands know it by
+    if node.status == NodeStatus.ONLINE:
+        ex.ok(path.stem, found)
     else:
-        ex.note(path.stem, f"registered, but {status}", "there, fedclip doctor site tells what is in the way")
+        ex.note(path.stem, found, "there, fedclip doctor site tells what is in the way")

@@ -7,7 +7,7 @@ import pytest
 
 from deploy import processes
 from fedclip_flwr import simulation
-from fedclip_flwr.doctor import links
+from fedclip_flwr.doctor import endpoints, links
 from fedclip_flwr.doctor.endpoints import Address
 from fedclip_flwr.doctor.findings import Examination
 from tests.authority import certify, serving
@@ -141,6 +141,8 @@ def test_a_server_tells_of_its_files_its_ports_and_its_sites(
     ]
     assert "without TLS" in ex.findings[5].found
     assert "knows 1: 1 " in ex.findings[6].found
+    (node,) = endpoints.nodes(simulation.CONNECTION)
+    assert ex.findings[7].found == f"node {node.node_id} is registered"
     assert secured.keys
     south = secured.keys / "server" / "south.pub"
     assert ex.findings[-1].remedy == f"flwr supernode register {south} {simulation.CONNECTION}"
