@@ -120,7 +120,7 @@ class Nodes:
             if wait.over or (simulated(self._grid) and everyone):
                 break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
-                self._say(f"starting: {self.readiness}")
+                self._say(f"starting: {self.readiness} (min-sites = {count})")
             wait.a_moment()
         if (ready := len(self.by_role.training)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
