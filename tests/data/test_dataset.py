@@ -201,10 +201,10 @@ def test_one_that_is_half_downloaded_is_told(tree: Path) -> None:
 
 
 def test_one_that_cannot_be_had_is_told_in_one_line() -> None:
-    with pytest.raises(UserError, match="run `hf download --repo-type dataset some/none` where there is one") as error:
+    with pytest.raises(UserError, match="run `hf download --repo-type dataset some/none`, or do so where") as error:
         open_source("some/none")
     assert str(error.value).startswith(
-        "data = 'some/none': neither a folder here nor in the Hugging Face cache, and the hub"
+        "data = 'some/none': neither a folder here nor in the Hugging Face cache, and nothing is downloaded now"
     )
     assert "\n" not in str(error.value)
 
