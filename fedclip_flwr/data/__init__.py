@@ -101,13 +101,19 @@ def _local(root: Path, data: str, columns: Columns) -> Source:
     from fedclip_flwr.data.dataset import DataSet, is_dataset
     from fedclip_flwr.data.folder import ImageFolder
 
-    if not root.is_dir():
-        raise UserError(f"data = {data!r}: there is no such folder")
-    if is_dataset(root):
-        return DataSet(root, data, columns)
-    if given := [f"{name}-column" for name, column in columns._asdict().items() if column]:
-        raise UserError(f"{', '.join(given)}: {root} is no data set but a folder of images, and has no columns")
-    return ImageFolder(root)
+    try:
+        if not root.is_dir():
+            raise UserError(f"data = {data!r}: there is no such folder")
+        if is_dataset(root):
+            return DataSet(root, data, columns)
+        if given := [f"{name}-column" for name, column in columns._asdict().items() if column]:
+            raise UserError(f"{', '.join(given)}: {root} is no data set but a folder of images, and has no columns")
+        return ImageFolder(root)
+    except PermissionError as error:
+        raise UserError(
+            f"data = {data!r}: this user may not look into {root} and all below ({error.strerror}: {error.filename}): "
+            "let it read the files and enter the folders"
+        ) from None
 
 
 def _of_hub(data: str, columns: Columns) -> Source:

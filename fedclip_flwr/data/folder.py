@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import filterfalse
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from fedclip_flwr import content
 from fedclip_flwr.data import Picture
@@ -81,10 +82,15 @@ class ImageFolder:
 
 def _files(root: Path, depth: int) -> Iterator[PurePosixPath]:
     """The files below the folder, as deep as that, in sorted order; what is hidden is left out."""
-    for folder, below, files in os.walk(root, followlinks=True):
+    for folder, below, files in os.walk(root, onerror=_raise, followlinks=True):
         here = PurePosixPath(os.path.relpath(folder, root))
         below[:] = sorted(filterfalse(_hidden, below)) if len(here.parts) < depth - 1 else []
         yield from (here / name for name in sorted(filterfalse(_hidden, files)))
+
+
+def _raise(error: OSError) -> NoReturn:
+    """Images in a folder that can't be read must not be missing silently."""
+    raise error
 
 
 def _is_image(path: PurePosixPath) -> bool:

@@ -130,6 +130,16 @@ def test_an_unusable_folder_gives_one_clear_message(tmp_path: Path, keep: tuple[
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+@pytest.mark.parametrize("closed", ["", "photo", "photo/cat"])
+def test_a_folder_that_this_user_may_not_read_is_no_smaller_one(tree: Path, closed: str) -> None:
+    (tree / closed).chmod(0)
+    with pytest.raises(UserError, match="this user may not look into") as error:
+        open_source(f"folder:{tree}")
+    (tree / closed).chmod(0o700)
+    assert str(tree / closed) in str(error.value)
+
+
 def test_columns_of_a_folder_of_images_are_refused(tree: Path) -> None:
     with pytest.raises(UserError, match=r"label-column: .* is no data set but a folder of images"):
         open_source(f"folder:{tree}", Columns(label="class"))
