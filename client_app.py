@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
@@ -55,6 +55,8 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError)
         why = exchange.one_line(error if expected else f"{type(error).__name__}: {error}")
+        if message.metadata.message_type == MessageType.QUERY and (name := context.node_config.get("site")):
+            why = exchange.one_line(f"{name}: {why}")  # the server knows its number only
         log.error("this site answers with an error: %s", why, exc_info=None if expected else error)  # the trace stays
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, why), reply_to=message)
     finally:

@@ -219,6 +219,7 @@ def test_what_goes_wrong_is_answered_as_an_error_of_one_line(
     reply = asked(kind, tree, **options)
     assert reply.has_error()
     assert told in str(reply.error.reason)
+    assert str(reply.error.reason).startswith("north: ") == (kind == "query")
     assert "\n" not in str(reply.error.reason)
 
 

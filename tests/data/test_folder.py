@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -130,14 +131,22 @@ def test_an_unusable_folder_gives_one_clear_message(tmp_path: Path, keep: tuple[
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
 @pytest.mark.parametrize("closed", ["", "photo", "photo/cat"])
 def test_a_folder_that_this_user_may_not_read_is_no_smaller_one(tree: Path, closed: str) -> None:
-    (tree / closed).chmod(0)
-    with pytest.raises(UserError, match="this user may not look into") as error:
-        open_source(f"folder:{tree}")
-    (tree / closed).chmod(0o700)
-    assert str(tree / closed) in str(error.value)
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:  # every user may look in there
+        Path(place).chmod(0o755)
+        own = Path(shutil.copytree(tree, f"{place}/tree"))
+        (own / closed).chmod(0)
+        try:
+            if user == 0:  # who may look into every folder
+                os.seteuid(65534)
+            with pytest.raises(UserError, match="this user may not look into") as error:
+                open_source(f"folder:{own}")
+        finally:
+            os.seteuid(user)
+            (own / closed).chmod(0o700)
+    assert str(own / closed) in str(error.value)
 
 
 def test_columns_of_a_folder_of_images_are_refused(tree: Path) -> None:
