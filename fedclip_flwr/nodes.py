@@ -121,7 +121,7 @@ class Nodes:
                 break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
                 self._say(f"starting: {self.readiness} (min-sites = {count})")
-            wait.a_moment()
+            wait.a_moment(len(self._hellos_under_way))
         if (ready := len(self.by_role.training)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
             why = "; ".join(sorted({f"{f.site}: {f.why}" for f in self.failures})[:3])
@@ -269,7 +269,7 @@ class Nodes:
             if wait.worth_telling():
                 self._say(f"round {number}: {asked - len(waiting) - len(under_way)} of {asked} sites have answered")
             if under_way:
-                wait.a_moment()
+                wait.a_moment(len(under_way))
         for node in [*under_way.values(), *(message.metadata.dst_node_id for message in waiting)]:
             self._fail(number, self.names[node], f"no answer within {self._timeout:g} s")
 
@@ -326,6 +326,8 @@ class _Wait:
     """Waiting for answers: prompt while they come, gentler the longer none does. Now and then the user is told."""
 
     SHORTEST, LONGEST = 0.01, 2.0
+    EACH = 0.0005
+    """For every message under way: a SuperLink that is asked looks at all of them, in a database for 0.1 ms each."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -355,6 +357,10 @@ class _Wait:
         """The next answer may be near."""
         self._last = time.monotonic()
 
-    def a_moment(self) -> None:
-        """A twentieth of the time for which nothing has come: little of it is lost, and few questions are asked."""
-        time.sleep(min(max((time.monotonic() - self._last) / 20, self.SHORTEST), self.LONGEST))
+    def a_moment(self, under_way: int) -> None:
+        """A twentieth of the time for which nothing has come: little of it is lost, and few questions are asked.
+
+        Longer where so many messages are under way that the answer takes its time, too.
+        """
+        pause = min((time.monotonic() - self._last) / 20, self.LONGEST)
+        time.sleep(max(pause, self.SHORTEST, self.EACH * under_way))

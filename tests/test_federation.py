@@ -153,6 +153,16 @@ class Running:
         return federate(self.nodes, strategy, self.settings, start, unseen, self.told)
 
 
+def test_the_more_messages_are_under_way_the_seldomer_flower_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    wait = nodes._Wait(timeout=60.0)
+    for under_way in (1, 20, 1000, 100_000):
+        wait.something_came()
+        wait.a_moment(under_way)
+    assert pauses == [0.01, 0.01, 0.5, 50.0]
+
+
 def test_three_rounds_by_hand() -> None:
     north, south = Site("north", 1.0, {0.0: 1, 2.0: 9, 4.0: 7}), Site("south", 3.0, {0.0: 3, 2.0: 6, 4.0: 8})
     running = Running({5: south, 9: north})
