@@ -165,6 +165,19 @@ def processes(command: str, mark: str) -> list[int]:
     return found
 
 
+def cpu(process: int) -> float:
+    """The seconds for which a process has computed so far; 0 where that is not to be known."""
+    after_name = stat(process)
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK") if after_name else 0.0
+
+
+def stat(process: int) -> list[str]:
+    """What the kernel says of a process, from its state on; nothing where it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
 def memory(process: int, what: str) -> int:
     """A process's memory in bytes: VmRSS now, VmHWM at most so far; 0 where that is not to be known."""
     with suppress(OSError):

@@ -25,7 +25,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -42,6 +42,7 @@ from benchmarks.common import (
     middle,
     processes,
     run_app,
+    stat,
     table,
     workplace,
     write_features,
@@ -156,10 +157,8 @@ class Watch(threading.Thread):
 
 def started_at(process: int) -> float:
     """When the process was started, in seconds since the machine was."""
-    with suppress(OSError):
-        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    after_name = stat(process)
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK") if after_name else time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def single_table(env: Mapping[str, str], data: Sequence[Path], rounds: int) -> None:

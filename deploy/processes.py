@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+
 from fedclip_flwr import simulation
 from fedclip_flwr.errors import UserError
 
@@ -80,8 +82,10 @@ class SuperNode:
 
 
 @contextmanager
-def superlink(folder: Path, keys: Path | None = None, **env: str) -> Iterator[SuperLink]:
-    """A SuperLink that runs meanwhile; what it keeps and says is in the folder."""
+def superlink(
+    folder: Path, keys: Path | None = None, *, database: str = "superlink.db", **env: str
+) -> Iterator[SuperLink]:
+    """A SuperLink that runs meanwhile; what it keeps and says is in the folder, unless the `database` is elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     apps, fleet, control = simulation.free_ports(3)
     if keys:
@@ -92,7 +96,7 @@ def superlink(folder: Path, keys: Path | None = None, **env: str) -> Iterator[Su
         options = [*secured, "--enable-supernode-auth"]
     else:
         trust, options = "insecure = true", ["--insecure"]
-    options += ["--database", str(folder / "superlink.db")]
+    options += ["--database", database if database == FLWR_IN_MEMORY_DB_NAME else str(folder / database)]
     for name, port in (("serverappio", apps), ("fleet", fleet), ("control", control)):
         options += [f"--{name}-api-address", f"127.0.0.1:{port}"]
     simulation.connect(folder, control, trust)

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.common import OURS, memory, processes, table
+from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most
 from deploy.relay import relayed
 
 
@@ -50,7 +51,7 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
     assert "it broke" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", [benchmark.name for benchmark in BENCHMARKS])
+@pytest.mark.parametrize("name", [*(benchmark.name for benchmark in BENCHMARKS), "scale"])
 def test_every_benchmark_has_help_and_refuses_what_it_does_not_know(name: str) -> None:
     asked = python(f"benchmarks.{name}", "--help")
     assert (asked.returncode, asked.stderr) == (0, "")
@@ -66,6 +67,50 @@ def test_four_of_the_thousand_sites_are_measured_beside_flower_alone() -> None:
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:]] == ["| ours, gate", "| Flower and Ray alone"]
     assert all(float(row[1].removesuffix(" ms")) > 0 for row in rows[2:])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_sites_that_are_only_what_they_say_take_part_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    found = measure(Setting(3, "scale"), 2, tmp_path)
+    whole = load("scale", "float32", trains=True).bytes
+    assert whole < found.messages < found.wire
+    assert found.messages == pytest.approx(whole, abs=80)  # an answer's own name is not in the calculation
+    assert min(found.link, found.app, found.link_memory, found.app_memory) > 0
+    assert found.questions >= 2
+    assert found.file == 0
+
+
+@pytest.mark.parametrize("database", [False, True])
+def test_flower_is_timed_with_messages_under_way(database: bool) -> None:
+    assert all(seconds > 0 for seconds in looked_up(database, 20))
+
+
+PARTS = Parts(question=0.003, heartbeat=0.02, under_way=1e-4, asked=1e-5)
+BASE = Measured(Setting(100), 9.0, 0.05, 0.01, 4000.0, 5000.0, 2.5, 10**8, 3 * 10**8, 0)
+
+
+def test_a_round_of_more_sites_is_calculated_from_a_measured_one() -> None:
+    got = calculate(BASE, PARTS, (1000.0, 2000.0), 300)
+    assert got.wire == 300 * 5000
+    assert got.network == pytest.approx(300 * 5000 / 2 * 8 / 1e9)
+    assert got.idle == pytest.approx(300 * (0.003 / 3 + 0.02 / 20))
+    each = 0.05 - 0.5 * 0.003 + 0.75 * 200 * 1e-4
+    assert got.link == pytest.approx(300 * each)
+    assert got.app == pytest.approx(3.0)
+    assert (got.link_memory, got.app_memory) == (10**8 + 200 * 1000, 3 * 10**8 + 200 * 2000)
+    assert (got.shortest, got.longest) == pytest.approx((300 * each, 300 * each / (1 - 0.6)))
+    assert calculate(BASE, PARTS, (0.0, 0.0), 500).longest == float("inf")
+
+
+def test_the_largest_number_that_fits_is_found() -> None:
+    assert [most(frozenset(range(to + 1)).__contains__) for to in (0, 1, 2, 1000)] == [0, 1, 2, 1000]
+
+
+def test_who_only_evaluates_sends_no_adapter_back() -> None:
+    trains, evaluates = (load("gate", "float32", trains) for trains in (True, False))
+    assert trains.bytes - evaluates.bytes > 4 * 4612
+    assert trains.calls - evaluates.calls == 2 * 9  # four tensors in two objects each, and their list
 
 
 def test_a_table_is_markdown() -> None:
