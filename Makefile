@@ -1,13 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo deploy-demo test bench clean
+.PHONY: demo deploy-demo docker-demo docker-test test bench clean
 
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
 
 deploy-demo: .venv/ready  ## set up, then the same with TLS, node keys and SuperNodes, compared with a simulation: a minute
 	$(BIN)/python -m deploy.demo $(ARGS)
+
+docker-demo:  ## the same in containers, with a network for each site: minutes the first time; needs Docker, and no set-up
+	$(PYTHON) docker/demo.py $(ARGS)
+
+docker-test: .venv/ready  ## set up, then run the tests with containers, which `test` leaves out
+	$(BIN)/pytest -m docker $(ARGS)
 
 test: .venv/ready  ## set up, then check style and types and run every test
 	$(BIN)/ruff format --check .

@@ -1,0 +1,66 @@
+"""The end of the image's build: the right torch, nothing that no run uses, and bytecode of what runs do use.
+
+python docker/finish.py cpu|cuda
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import shutil
+import sys
+import sysconfig
+from importlib import import_module
+from importlib.metadata import distribution
+from pathlib import Path
+
+import fedclip_flwr
+
+PLACE = Path(sysconfig.get_path("purelib"))
+UNUSED = ("torch/bin/[!t]*", "torch/bin/test_*", "torch/include", "torch/test", "pyarrow/include", "**/tests")
+"""Other projects' tests and headers."""
+
+
+def main(variant: str) -> None:
+    import torch
+
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}")
+    if variant == "cuda" and not torch.version.cuda:
+        sys.exit(
+            "VARIANT=cuda: expected a torch with CUDA, found one without. Give the index of torch's wheels for your "
+            "version of CUDA, which PyTorch's installation page names: --build-arg TORCH_INDEX=URL"
+        )
+    if variant == "cpu" and torch.version.cuda:
+        print(
+            "This image works, but is several gigabytes large: its torch brings CUDA along. For a small one give the "
+            "index of torch's wheels for the CPU, which PyTorch's installation page names: --build-arg TORCH_INDEX=URL"
+        )
+    for pattern in UNUSED:
+        for path in [*PLACE.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    for name in ("uv", "uvx"):  # Flower would install packages at run time with it, which is off
+        Path(sys.prefix, "bin", name).unlink(missing_ok=True)
+    use()
+
+
+def use() -> None:
+    """Imports what the server and a site import: this writes the bytecode, which is all that pip has left out."""
+    for module in pkgutil.walk_packages(fedclip_flwr.__path__, "fedclip_flwr."):
+        if "pretrain" not in module.name:  # has made the bundled model, once
+            import_module(module.name)
+    for script in distribution("flwr").entry_points.select(group="console_scripts"):
+        script.load()
+    import datasets  # noqa: F401
+    from PIL import Image
+
+    from fedclip_flwr import clip
+
+    model = clip.find("bundled").load()
+    model.encode_prompts(["a picture"])
+    list(model.encode_images([Image.new("RGB", (8, 8))]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

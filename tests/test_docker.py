@@ -1,0 +1,249 @@
+"""The containers of `docker/`, real ones: a server and three sites with TLS, keys and a network for each.
+
+They take minutes and need a Docker engine: `pytest -m docker` runs them, a plain `pytest` leaves them out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import demo
+import pytest
+from demo import RUNS, SITES, DemoError, Federation
+
+SMALL = "adapter=scale"
+LISTEN = "import socket; s = socket.create_server(('0.0.0.0', 8000)); [s.accept() for _ in range(9)]"
+CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
+SUPERNODE = "exec flower-supernode --superlink superlink:9092 --max-retries 2"
+TRUST = "--root-certificates /etc/fedclip/ca.crt"
+
+
+pytestmark = pytest.mark.docker
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    try:
+        made = Federation(tmp_path_factory.mktemp("docker") / "log")
+    except DemoError as error:
+        pytest.skip(str(error))
+    try:
+        made.build()
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+class Run:
+    """A run that goes on, and what it has told so far."""
+
+    def __init__(self, federation: Federation, said: Path, process: subprocess.Popen[bytes]) -> None:
+        self._federation, self._said, self._process = federation, said, process
+
+    def until(self, what: str, condition: Callable[[], bool]) -> None:
+        """Waits for that while the run goes on."""
+
+        def come() -> bool:
+            assert self._process.poll() is None, self.said
+            return condition()
+
+        until(what, come)
+
+    @property
+    def said(self) -> str:
+        return self._said.read_text(errors="replace")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of its metrics."""
+        if not (folder := re.search(rf"run folder +({RUNS}/\S+)", self.said)):
+            return []
+        told = self._federation.execute("superlink", "cat", f"{folder[1]}/metrics.jsonl").stdout
+        return [json.loads(line) for line in told.splitlines(keepends=True) if line.endswith("\n")]
+
+    def lost(self, site: str) -> int | None:
+        """The round in which the site did not answer."""
+        told = re.search(rf"^round (\d+): {site} is left out", self.said, re.MULTILINE)
+        return int(told[1]) if told else None
+
+    def whole_since(self, number: int) -> bool:
+        """Whether all sites have taken part in a round after that one."""
+        return any(line["sites"] == len(SITES) for line in self.lines()[number:])
+
+
+@contextmanager
+def endless_run(federation: Federation, said: Path, *settings: str) -> Iterator[Run]:
+    """A run that has begun its second round, to be stopped afterwards."""
+    before = {run["run-id"] for run in runs(federation)}
+    with said.open("wb") as file:
+        process = federation.start_run("num-server-rounds=1000", SMALL, *settings, output=file)
+        run = Run(federation, said, process)
+        try:
+            run.until("it begins", lambda: bool(run.lines()))
+            yield run
+        finally:
+            for started in {run["run-id"] for run in runs(federation)} - before:
+                federation.flwr("stop", started)
+            assert process.wait(60) == 1, run.said
+
+
+def runs(federation: Federation) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = federation.flwr("list")["runs"]
+    return found
+
+
+def until(what: str, condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.5)
+
+
+def state(federation: Federation, service: str, path: str) -> str:
+    """What `docker inspect` tells of the service's container."""
+    return demo.quietly(["docker", "inspect", "--format", path, federation.container(service)]).stdout.strip()
+
+
+def reaches(federation: Federation, service: str, host: str, port: int) -> bool:
+    return not federation.execute(service, "python", "-c", CONNECT, host, str(port)).returncode
+
+
+def test_the_image_is_small_and_its_user_has_no_rights(federation: Federation) -> None:
+    size, user = (
+        demo.quietly(["docker", "image", "inspect", "--format", path, federation.image]).stdout.strip()
+        for path in ("{{.Size}}", "{{.Config.User}}")
+    )
+    assert int(size) < 1.6e9
+    assert user == "10001:10001"
+    for service in ("superlink", *SITES):
+        assert federation.execute(service, "id", "-u").stdout.strip() == "10001"
+        assert federation.execute(service, "touch", "/opt/fedclip/x").returncode
+        assert re.search(r"CapEff:\s+0+$", federation.execute(service, "cat", "/proc/self/status").stdout, re.MULTILINE)
+
+
+def test_a_run_is_completed_and_its_folder_comes_out(federation: Federation, tmp_path: Path) -> None:
+    with (tmp_path / "said").open("wb") as said:
+        assert federation.start_run("num-server-rounds=2", output=said).wait(300) == 0
+    assert "sketch, unseen" in (tmp_path / "said").read_text()
+    folder = federation.fetch(tmp_path / "out")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["adapted"]["sites"].keys() == set(SITES)
+    assert summary["adapted"]["unseen"] is not None
+    assert (folder / "adapter.safetensors").stat().st_uid == os.getuid()
+
+
+def test_each_machine_has_its_own_keys_only(federation: Federation) -> None:
+    held = {service: federation.execute(service, "ls", "/etc/fedclip").stdout.split() for service in SITES}
+    assert all(names == ["ca.crt", "node.key", "node.pub"] for names in held.values())
+    keys = {federation.execute(service, "cat", "/etc/fedclip/node.key").stdout for service in SITES}
+    assert len(keys) == len(SITES)
+    assert "node.key" not in federation.execute("superlink", "ls", "/etc/fedclip").stdout
+
+
+def test_server_and_sites_become_healthy(federation: Federation) -> None:
+    def healthy() -> bool:
+        return all(state(federation, each, "{{.State.Health.Status}}") == "healthy" for each in ("superlink", *SITES))
+
+    until("all are healthy", healthy)
+
+
+@pytest.mark.parametrize(
+    ("start", "why"),
+    [
+        (
+            "fedclip keys /tmp/k --site photo >/dev/null && "
+            f"{SUPERNODE} {TRUST} --auth-supernode-private-key /tmp/k/sites/photo/node.key",
+            "No SuperNode found with the given public key",
+        ),
+        (f"{SUPERNODE} {TRUST}", "All SuperNodes must be registered via the CLI"),
+        (f"{SUPERNODE} --insecure", "StatusCode.UNAVAILABLE"),
+    ],
+    ids=["an unknown key", "no key", "no TLS"],
+)
+def test_a_stranger_is_refused(start: str, why: str, federation: Federation) -> None:
+    words = ["run", "--rm", "-T", "--no-deps", "--entrypoint", "sh", "photo", "-c", start]
+    done = demo.quietly(federation.command(*words), federation.env)
+    assert done.returncode
+    assert why in done.stdout + done.stderr
+    assert "SuperNode ID" not in done.stdout + done.stderr
+    assert len(federation.flwr("supernode", "list")["nodes"]) == len(SITES)
+
+
+def test_sites_reach_nothing_but_the_servers_fleet_api(federation: Federation) -> None:
+    art = state(federation, "art", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
+    listening = subprocess.Popen(["docker", "exec", federation.container("art"), "python", "-c", LISTEN])
+    try:
+        until("the server, which is in all networks, reaches it", lambda: reaches(federation, "superlink", art, 8000))
+        assert not reaches(federation, "photo", art, 8000)
+        assert not reaches(federation, "photo", "art", 8000)
+    finally:
+        listening.terminate()
+        listening.wait()
+    assert reaches(federation, "photo", "superlink", 9092)
+    for port in (9090, 9091, 9093):  # health, ServerAppIo, Control
+        assert reaches(federation, "superlink", "127.0.0.1", port)
+        assert not reaches(federation, "photo", "superlink", port)
+    for site in SITES:  # no way to the outside
+        network = ["docker", "network", "inspect", "--format", "{{.Internal}}", f"{federation.name}_{site}"]
+        assert demo.quietly(network).stdout.strip() == "true"
+
+
+def test_a_site_that_was_killed_in_a_round_rejoins(federation: Federation, tmp_path: Path) -> None:
+    with endless_run(federation, tmp_path / "said", "round-timeout=120") as run:
+        container = federation.container("photo")
+        demo.quietly(["docker", "kill", container])
+        demo.quietly(["docker", "start", container])  # is refused at first: the server takes it for connected
+        run.until("the run goes on without it", lambda: run.lost("photo") is not None)
+        lost = run.lost("photo")
+        assert lost
+        run.until("it rejoins", lambda: run.whole_since(lost))
+        sites = [line["sites"] for line in run.lines()]
+        assert sites[lost - 2 : lost] == [3, 2]
+        assert int(state(federation, "photo", "{{.RestartCount}}")) > 0
+
+
+def test_a_site_that_was_cut_off_takes_part_again(federation: Federation, tmp_path: Path) -> None:
+    with endless_run(federation, tmp_path / "said", "round-timeout=25") as run:
+        container, network = federation.container("photo"), f"{federation.name}_photo"
+        received = said_by(container, "Received successfully")
+        run.until("it works on a message", lambda: said_by(container, "Received successfully") > received)
+        demo.quietly(["docker", "network", "disconnect", network, container])
+        time.sleep(30)  # what is tested
+        assert run.lost("photo")
+        demo.quietly(["docker", "network", "connect", network, container])
+        now = len(run.lines())
+        run.until("it takes part again", lambda: run.whole_since(now))
+        assert state(federation, "photo", "{{.State.Running}}") == "true"
+
+
+def said_by(container: str, text: str) -> int:
+    """How often the container has said so."""
+    told = demo.quietly(["docker", "logs", container])
+    return (told.stdout + told.stderr).count(text)
+
+
+def test_a_server_that_was_started_again_knows_its_state(federation: Federation, tmp_path: Path) -> None:
+    nodes = {node["node-id"] for node in federation.flwr("supernode", "list")["nodes"]}
+    before = {run["run-id"]: run["status"] for run in runs(federation)}
+    assert "finished:completed" in before.values()
+    demo.quietly(["docker", "restart", federation.container("superlink")])
+    federation.wait_for_sites()
+    assert {node["node-id"] for node in federation.flwr("supernode", "list")["nodes"]} == nodes
+    assert {run["run-id"]: run["status"] for run in runs(federation)} == before
+    with (tmp_path / "said").open("wb") as said:
+        assert federation.start_run("num-server-rounds=1", SMALL, output=said).wait(300) == 0
+
+
+def test_after_that_nothing_is_left(federation: Federation) -> None:
+    assert {f"{federation.name}_photo", federation.image} <= set(federation.leftovers())
+    federation.down()
+    assert not federation.leftovers()
