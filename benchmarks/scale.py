@@ -1,6 +1,6 @@
 """What a federation of many sites costs its server: measured as far as it runs here, calculated from there on.
 
-    python -m benchmarks.scale [--sites 10 100 1000] [--others 100] [--rounds 2]
+    python -m benchmarks.scale [--sites 10 100 1000] [--others 50] [--rounds 2]
 
 SuperLink and ServerApp are the real ones, in processes of their own; the sites are only what they say (fleet.py), so
 that the machine is the server's. Where the SuperLink keeps its state: in memory, or in a file (`--database`), which a
@@ -272,13 +272,13 @@ class Calculated(NamedTuple):
 
     @property
     def shortest(self) -> float:
-        """Seconds of a round, if the SuperLink has one core and is asked nothing else."""
-        return max(self.network, self.link)
+        """Seconds of a round, if the SuperLink has one core and is asked nothing else: but sites ask when they do."""
+        return max(PAUSE, self.network, self.link)
 
     @property
     def longest(self) -> float:
         """The same, if all SuperNodes ask for messages all the time; without end where that alone is too much."""
-        return max(self.network, self.link / (1 - self.idle)) if self.idle < 1 else math.inf
+        return max(self.shortest, self.link / (1 - self.idle)) if self.idle < 1 else math.inf
 
 
 def calculate(one: Measured, parts: Parts, a_site: tuple[float, float], sites: int) -> Calculated:
@@ -425,12 +425,16 @@ def limits(bases: Sequence[Measured], known: Mapping[bool, Parts], a_site: tuple
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--sites", type=at_least(1), nargs="+", default=[10, 100, 1000], help="of the first setting")
-    parser.add_argument("--others", type=at_least(2), default=100, help="sites of the other settings")
+    parser.add_argument("--others", type=at_least(2), default=50, help="sites of the other settings")
     parser.add_argument("--rounds", type=at_least(2), default=2)
     given = parser.parse_args()
+    if max(min(given.sites), given.others) > COUNTED:
+        parser.error(
+            f"bytes are counted with up to {COUNTED} sites: expected no more for --others, and once for --sites"
+        )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each site has a connection of its own
-    gates = [Setting(sites) for sites in sorted({*given.sites, given.others})]
+    gates = [Setting(sites) for sites in sorted({*given.sites})]
     others = [Setting(given.others, "attention"), Setting(given.others, "attention", "int8")]
     others += [Setting(given.others, database=True, superlinks=count) for count in (1, 2)]
     with workplace() as place:
@@ -440,7 +444,8 @@ def main() -> None:
     few, many = found[0], found[len(gates) - 1]
     more = max(1, many.setting.sites - few.setting.sites)
     a_site = (many.link_memory - few.link_memory) / more, (many.app_memory - few.app_memory) / more
-    bases = [one for one in found if one.setting.sites == given.others and one.setting.superlinks == 1]
+    *_, base = (one for one in found[: len(gates)] if one.wire)
+    bases = [base, *found[len(gates) : -1]]
     print(measured_table(found) + "\n")
     print("Calculated:\n")
     print(settings_table() + "\n")

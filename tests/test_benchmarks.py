@@ -100,6 +100,7 @@ def test_a_round_of_more_sites_is_calculated_from_a_measured_one() -> None:
     assert got.app == pytest.approx(3.0)
     assert (got.link_memory, got.app_memory) == (10**8 + 200 * 1000, 3 * 10**8 + 200 * 2000)
     assert (got.shortest, got.longest) == pytest.approx((300 * each, 300 * each / (1 - 0.6)))
+    assert calculate(BASE, PARTS, (0.0, 0.0), 1).longest == 3.0  # sites ask every 3 seconds
     assert calculate(BASE, PARTS, (0.0, 0.0), 500).longest == float("inf")
 
 
