@@ -157,10 +157,10 @@ def test_the_more_messages_are_under_way_the_seldomer_flower_is_asked(monkeypatc
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     wait = nodes._Wait(timeout=60.0)
-    for under_way in (1, 20, 1000, 100_000):
+    for under_way in (1, 40, 1000, 100_000):
         wait.something_came()
         wait.a_moment(under_way)
-    assert pauses == [0.01, 0.01, 0.5, 50.0]
+    assert pauses == [0.01, 0.01, 0.25, 25.0]
 
 
 def test_three_rounds_by_hand() -> None:
