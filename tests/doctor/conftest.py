@@ -10,7 +10,7 @@ from deploy import processes
 from fedclip_flwr import keys
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.SuperLink]:
     """It knows the key of the site north, and not that of south."""
     folder = tmp_path_factory.mktemp("secured")
