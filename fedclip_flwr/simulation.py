@@ -22,6 +22,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,11 @@ def run(nodes: int, given: Sequence[str]) -> int:
 
 def prepared(nodes: int, given: Sequence[str]) -> tuple[dict[str, Any], Settings]:
     """The settings for so many sites here, as given and as a whole; what is wrong is told before anything starts."""
+    if not find_spec("ray"):
+        raise UserError(
+            "Ray, which simulates sites, is not installed here: install this package with its extra `simulation`, or "
+            "give --on NAME for a SuperLink with real sites"
+        )
     settings, problems = read_settings(given)
     if nodes < 1:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"

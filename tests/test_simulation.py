@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedclip_flwr import simulation
+from fedclip_flwr.errors import UserError
 from tests.processes import until_gone
 
 
@@ -50,6 +51,12 @@ def test_what_is_no_setting_is_told() -> None:
     )
 
 
+def test_a_machine_of_a_real_site_cannot_simulate_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="extra `simulation`, or give --on NAME"):
+        simulation.prepared(3, [])
+
+
 def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +75,7 @@ TOLD_TO_STOP = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from fedclip_flwr import simulation
+from fedclip_flwr.errors import UserError
 
 class Popen(subprocess.Popen):
     def __init__(self, *words, **options):

@@ -67,8 +67,14 @@ def _divided(labels: Tensor, partition: str, sites: int, seed: int, alpha: float
 def _by_flower(labels: Tensor, partition: str, sites: int, seed: int, alpha: float) -> list[Tensor]:
     """With `classes`, a site holds two of them, or as many more as it takes for each to have a site on average."""
     from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
 
+    try:
+        from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
+    except ModuleNotFoundError:
+        raise UserError(
+            f"partition = {partition!r}: flwr-datasets is not installed here; install this package with its extra "
+            "`simulation`, or give partition=domain"
+        ) from None
     data = Dataset.from_dict({"label": labels.tolist(), "row": list(range(len(labels)))}).shuffle(seed=seed)
     there = len(torch.unique(labels))
     partitioners = {

@@ -91,6 +91,12 @@ def test_what_cannot_be_divided_by_classes_is_told_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_machine_of_a_real_site_says_what_it_lacks_for_a_division(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", None)
+    with pytest.raises(UserError, match="flwr-datasets is not installed here"):
+        shards(5, seed=77, partition="iid")
+
+
 AGAIN = """
 import sys, torch
 from fedclip_flwr.data.partition import shard
