@@ -116,7 +116,7 @@ def reaches(federation: Federation, service: str, host: str, port: int) -> bool:
     return not federation.execute(service, "python", "-c", CONNECT, host, str(port)).returncode
 
 
-def test_the_image_is_small_and_its_user_has_no_rights(federation: Federation) -> None:
+def test_the_image_is_small_and_whole_and_its_user_has_no_rights(federation: Federation) -> None:
     size, user = (
         demo.quietly(["docker", "image", "inspect", "--format", path, federation.image]).stdout.strip()
         for path in ("{{.Size}}", "{{.Config.User}}")
@@ -126,6 +126,7 @@ def test_the_image_is_small_and_its_user_has_no_rights(federation: Federation) -
     for service in ("superlink", *SITES):
         assert federation.execute(service, "id", "-u").stdout.strip() == "10001"
         assert federation.execute(service, "touch", "/opt/fedclip/x").returncode
+        assert federation.execute(service, "fedclip", "doctor").returncode == 0
         assert re.search(r"CapEff:\s+0+$", federation.execute(service, "cat", "/proc/self/status").stdout, re.MULTILINE)
 
 
