@@ -75,7 +75,6 @@ TOLD_TO_STOP = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from fedclip_flwr import simulation
-from fedclip_flwr.errors import UserError
 
 class Popen(subprocess.Popen):
     def __init__(self, *words, **options):
