@@ -130,7 +130,7 @@ def test_a_site_that_encodes_says_how_far_it_has_come(tree: Path, monkeypatch: p
 def test_an_error_is_shown_as_it_would_leave(tree: Path) -> None:
     fine, text = shown(tree, role="watch")
     assert not fine
-    assert "an error: role = 'watch': expected one of train, holdout" in text
+    assert "an error: north: role = 'watch': expected one of train, holdout" in text
     (error,) = sent(tree, role="watch")
     assert error.leaves < 400
 
