@@ -78,9 +78,13 @@ class Federation:
             self._do("starting a server and three sites", self.command("up", "--detach", "--no-build"))
             self.wait_for_sites()
         except DemoError:
-            told = quietly(self.command("logs", "--no-color", "--tail", "8"), self.env)
-            print(told.stdout + told.stderr, file=sys.stderr)
+            print(self.last_words(8), file=sys.stderr)
             raise
+
+    def last_words(self, lines: int) -> str:
+        """The last lines that each container has said."""
+        told = quietly(self.command("logs", "--no-color", "--tail", str(lines)), self.env)
+        return told.stdout + told.stderr
 
     def wait_for_sites(self, seconds: float = 180) -> None:
         shown, deadline = Shown(f"{len(SITES)} sites connect"), time.monotonic() + seconds

@@ -38,8 +38,8 @@ def start(options: Sequence[str]) -> NoReturn:
     content.write_whole(folder / COMMAND, write)
     here = [] if any(option.partition("=")[0] == ADDRESS for option in options) else [ADDRESS, "127.0.0.1:9094"]
     path = [str(folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    command = ["flower-supernode", *options, *here]
-    os.execvpe(command[0], command, {**os.environ, "PATH": os.pathsep.join(path)})
+    command = [sys.executable, "-P", "-m", "fedclip_flwr.supernode", *options, *here]
+    os.execve(command[0], command, {**os.environ, "PATH": os.pathsep.join(path)})
 
 
 def answer() -> None:

@@ -95,6 +95,18 @@ def endless_run(federation: Federation, said: Path, *settings: str) -> Iterator[
             assert process.wait(60) == 1, run.said
 
 
+def completed_run(federation: Federation, said: Path, *settings: str) -> str:
+    """What a run says that is completed."""
+    with said.open("wb") as file:
+        process = federation.start_run(*settings, output=file)
+        try:
+            status = process.wait(300)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not completed within 300 s: {said.read_text()}\n{federation.last_words(25)}")
+    assert status == 0, said.read_text()
+    return said.read_text()
+
+
 def runs(federation: Federation) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = federation.flwr("list")["runs"]
     return found
@@ -131,9 +143,7 @@ def test_the_image_is_small_and_whole_and_its_user_has_no_rights(federation: Fed
 
 
 def test_a_run_is_completed_and_its_folder_comes_out(federation: Federation, tmp_path: Path) -> None:
-    with (tmp_path / "said").open("wb") as said:
-        assert federation.start_run("num-server-rounds=2", output=said).wait(300) == 0
-    assert "sketch, unseen" in (tmp_path / "said").read_text()
+    assert "sketch, unseen" in completed_run(federation, tmp_path / "said", "num-server-rounds=2")
     folder = federation.fetch(tmp_path / "out")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "completed"
@@ -240,8 +250,7 @@ def test_a_server_that_was_started_again_knows_its_state(federation: Federation,
     federation.wait_for_sites()
     assert {node["node-id"] for node in federation.flwr("supernode", "list")["nodes"]} == nodes
     assert {run["run-id"]: run["status"] for run in runs(federation)} == before
-    with (tmp_path / "said").open("wb") as said:
-        assert federation.start_run("num-server-rounds=1", SMALL, output=said).wait(300) == 0
+    completed_run(federation, tmp_path / "said", "num-server-rounds=1", SMALL)
 
 
 def test_after_that_nothing_is_left(federation: Federation) -> None:

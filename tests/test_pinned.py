@@ -69,19 +69,18 @@ def test_whatever_else_it_brings_is_refused(bundle: dict[str, bytes], name: str,
 
 def test_a_site_starts_a_supernode_that_finds_this_check_first(tmp_path: Path) -> None:
     """With a SuperNode's options passed on, and its ClientAppIo API on this machine alone."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "flower-supernode").write_text('#!/bin/sh\necho "$@"\ncat "$(command -v flwr-clientapp)"\n')
-    (tmp_path / "bin" / "flower-supernode").chmod(0o755)
+    python = tmp_path / "a python"
+    python.write_text('#!/bin/sh\necho "$@"\ncat "$(command -v flwr-clientapp)"\n')
+    python.chmod(0o755)
     code = "import sys; from fedclip_flwr import pinned; sys.executable = sys.argv[1]; pinned.start(sys.argv[2:])"
-    python = str(tmp_path / "bin" / "a python")
 
     def started(*options: str) -> list[str]:
-        command = [sys.executable, "-c", code, python, *options]
+        command = [sys.executable, "-c", code, str(python), *options]
         env = {"FEDCLIP_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
         env |= {key: value for key, value in os.environ.items() if key == "PYTHONPATH"}
         return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    options, *script = started("--superlink", "here:9092")
-    assert options == "--superlink here:9092 --clientappio-api-address 127.0.0.1:9094"
+    said, *script = started("--superlink", "here:9092")
+    assert said == "-P -m fedclip_flwr.supernode --superlink here:9092 --clientappio-api-address 127.0.0.1:9094"
     assert script == ["#!/bin/sh", f"exec '{python}' -P -m fedclip_flwr.pinned \"$@\""]
-    assert started("--clientappio-api-address=[::1]:7")[0] == "--clientappio-api-address=[::1]:7"
+    assert started("--clientappio-api-address=[::1]:7")[0].endswith(".supernode --clientappio-api-address=[::1]:7")
