@@ -39,11 +39,11 @@ class SuperLink:
         """Lets SuperNodes with the keys of these sites in."""
         assert self.keys is not None
         for site in sites:
-            self._ask("supernode", "register", str(self.keys / "server" / f"{site}.pub"))
+            self.ask("supernode", "register", str(self.keys / "server" / f"{site}.pub"))
 
     def online(self) -> int:
         """How many SuperNodes are there."""
-        return sum(node["status"] == "online" for node in self._ask("supernode", "list")["nodes"])
+        return sum(node["status"] == "online" for node in self.ask("supernode", "list")["nodes"])
 
     def wait_for(self, nodes: Sequence[SuperNode], say: Callable[[str], None] = lambda _: None) -> None:
         """Until as many SuperNodes are there; with a word whenever there are more."""
@@ -57,7 +57,7 @@ class SuperLink:
                 say(f"{now} of {count} SuperNodes are there")
                 before = now
 
-    def _ask(self, *words: str) -> Any:
+    def ask(self, *words: str) -> Any:
         """What one of Flower's commands answers."""
         command = ["flwr", *words, simulation.CONNECTION, "--format", "json"]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,6 +109,44 @@ def test_a_site_runs_no_other_code_than_its_owners(seen: Seen, tmp_path: Path) -
     why = json.loads((tmp_path / "results" / "latest" / "summary.json").read_text())["why"]
     assert why.count("brings another 'client_app.py' than this site has") == len(SITES)
     assert not any("what else is on this disk" in log.read_text() for log in seen.link.folder.glob("*.log"))
+
+
+def test_a_site_that_is_turned_away_while_it_answers_ends(seen: Seen, tmp_path: Path) -> None:
+    """So that whoever starts it again does so: Flower's own SuperNode stays, and does nothing."""
+    link = seen.link
+    assert link.keys
+    keys.make(link.keys, sites=["late"])
+    known = node_ids(link)
+    link.register("late")
+    (own,) = node_ids(link) - known
+    command = ["fedclip", "run", "--on", simulation.CONNECTION, "adapter=scale", f"results-dir={tmp_path}"]
+    with ExitStack() as stack:
+        late = stack.enter_context(supernode(link, "late", "site='late' data='drawn' domains='photo'"))
+        run = stack.enter_context(simulation.started(command, link.env, tmp_path / "said"))
+        stack.callback(stop_runs, link)
+        while not at_work(late):
+            assert run.poll() is None, (tmp_path / "said").read_text()
+        link.ask("supernode", "unregister", own)
+        late.process.wait(60)
+
+
+def node_ids(link: SuperLink) -> set[str]:
+    return {node["node-id"] for node in link.ask("supernode", "list")["nodes"]}
+
+
+def stop_runs(link: SuperLink) -> None:
+    for run in link.ask("list")["runs"]:
+        if not run["status"].startswith("finished"):
+            link.ask("stop", run["run-id"])
+
+
+def at_work(node: SuperNode) -> bool:
+    """Whether it has started a process that is to answer a message."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getsid(int(process.name)) == node.process.pid and b"--token" in (process / "cmdline").read_bytes():
+                return True
+    return False
 
 
 def test_adapters_that_are_not_the_same_are_told(seen: Seen, tmp_path: Path) -> None:

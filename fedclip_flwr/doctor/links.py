@@ -183,11 +183,11 @@ def _apps_served(ex: Examination, there: Address, ca: Path | None) -> None:
 
 def _nodes(ex: Examination, server: Server) -> None:
     """Which nodes are registered, and which of the keys beside the server's certificate are theirs."""
-    known = {n.public_key: n for n in endpoints.nodes(server.connection) if n.status != NodeStatus.UNREGISTERED}
-    counts = Counter(node.status for node in known.values())
+    known = {node.public_key: node for node in endpoints.nodes(server.connection)}
+    counts = Counter(node.status for node in known.values() if node.status != NodeStatus.UNREGISTERED)
     found = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    if known:
-        ex.ok("nodes", f"{server.connection} knows {len(known)}: {found}")
+    if counts:
+        ex.ok("nodes", f"{server.connection} knows {counts.total()}: {found}")
     else:
         ex.note("nodes", f"{server.connection} knows none", f"flwr supernode register NODE.pub {server.connection}")
     for path in sorted(server.certificate.parent.glob("*.pub")) if server.certificate else ():
@@ -209,6 +209,11 @@ def _node(ex: Examination, path: Path, known: Mapping[bytes, NodeInfo], connecti
     node = known.get(_public(path))
     if not node:
         raise FaultError(f"{path} is not registered", f"flwr supernode register {path} {connection}")
+    if node.status == NodeStatus.UNREGISTERED:
+        raise FaultError(
+            f"{path} was unregistered, and Flower takes no key a second time",
+            "delete it; if the site is to come back, it needs a new key: fedclip keys",
+        )
     found = f"node {node.node_id} is {node.status}"  # that number is all that Flower's own commands know it by
     if node.status == NodeStatus.ONLINE:
         ex.ok(path.stem, found)

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from deploy import processes
-from fedclip_flwr import simulation
+from fedclip_flwr import keys, simulation
 from fedclip_flwr.doctor import endpoints, links
 from fedclip_flwr.doctor.endpoints import Address
 from fedclip_flwr.doctor.findings import Examination
+from fedclip_flwr.errors import UserError
 from tests.authority import certify, serving
 
 Told = list[tuple[str, str]]
@@ -146,6 +147,28 @@ def test_a_server_tells_of_its_files_its_ports_and_its_sites(
     assert secured.keys
     south = secured.keys / "server" / "south.pub"
     assert ex.findings[-1].remedy == f"flwr supernode register {south} {simulation.CONNECTION}"
+
+
+def test_a_key_that_was_unregistered_is_told_to_be_of_no_use(
+    secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(secured.folder))
+    assert secured.keys
+    keys.make(secured.keys, sites=["east"])
+    public = secured.keys / "server" / "east.pub"
+    before = {node.node_id for node in endpoints.nodes(simulation.CONNECTION)}
+    secured.register("east")
+    (node,) = {node.node_id for node in endpoints.nodes(simulation.CONNECTION)} - before
+    secured.ask("supernode", "unregister", str(node))
+    try:
+        ex = of_server(secured, connection=simulation.CONNECTION)
+    finally:
+        public.unlink()
+    (found,) = (finding for finding in ex.findings if finding.what == "east")
+    assert found.found == f"{public} was unregistered, and Flower takes no key a second time"
+    assert "a new key: fedclip keys" in found.remedy
+    with pytest.raises(UserError, match="already in use"):
+        secured.ask("supernode", "register", str(secured.keys / "sites" / "east" / "node.pub"))
 
 
 def test_ports_that_are_not_for_sites_should_not_be_reached_by_the_servers_name(secured: processes.SuperLink) -> None:
