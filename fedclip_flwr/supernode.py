@@ -48,7 +48,8 @@ def sending(send: Callable[..., None]) -> Callable[..., None]:
     """Flower's way to send an answer, once the work has ended; if there is no whole answer, that the app crashed."""
 
     def wait_and_send(*, state: InMemoryNodeState, object_store: ObjectStore, **more: Any) -> None:
-        while state.get_tasks(statuses=UNFINISHED):
+        under_way = [task.task_id for task in state.get_tasks(statuses=UNFINISHED)]
+        while state.get_tasks(task_ids=under_way, statuses=UNFINISHED):  # Flower keeps all tasks that ever were
             time.sleep(0.1)
         asked, answered = [], False
         for key, message in [(key, entry.message) for key, entry in state.msg_store.items()]:

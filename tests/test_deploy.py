@@ -126,6 +126,7 @@ def test_a_site_that_is_turned_away_while_it_answers_ends(seen: Seen, tmp_path: 
         stack.callback(stop_runs, link)
         while not at_work(late):
             assert run.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.05)
         link.ask("supernode", "unregister", own)
         late.process.wait(60)
 
