@@ -29,6 +29,7 @@ from flwr.common.serde import message_to_proto, recorddict_to_proto
 from torch import Tensor
 
 from fedclip_flwr.codecs import CODECS, State, packed_size
+from fedclip_flwr.errors import UserError
 from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
 from fedclip_flwr.session import HOLDOUT, ROLES, Session
 from fedclip_flwr.vocabulary import Vocabulary
@@ -113,6 +114,14 @@ def one_line(text: object, most: int = 300) -> str:
     """The text without line breaks and control characters, and not endless."""
     line = " ".join(re.sub(r"[^\S ]|[^\x20-\x7e\xa0-\U0010ffff]", " ", str(text)).split())
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def reason(message: Message) -> str:
+    """Why there is an error instead of an answer, in one line; Flower wraps the text of a site's exception."""
+    said = message.error.reason or "an error without a reason"
+    if raised := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", said, re.DOTALL):
+        said = raised[2] if raised[1] == UserError.__name__ else f"{raised[1]}: {raised[2]}"
+    return one_line(said)
 
 
 def size(message: Message) -> int:

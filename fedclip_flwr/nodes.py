@@ -192,7 +192,7 @@ class Nodes:
 
     def _read_hello(self, reply: Message) -> Hello | Progress:
         if reply.has_error():
-            raise ExchangeError(exchange.one_line(reply.error.reason or "an error without a reason"))
+            raise ExchangeError(exchange.reason(reply))
         return exchange.read_hello(reply.content)
 
     def _objection(self, hello: Hello) -> str | None:
@@ -276,7 +276,7 @@ class Nodes:
     def _useless(self, node: int, reply: Message, state: State) -> str | None:
         """Why the reply can't be used; else the adapter in it is made whole."""
         if reply.has_error():  # comes in the SuperLink's name
-            return exchange.one_line(reply.error.reason or "no reason given")
+            return exchange.reason(reply)
         if reply.metadata.src_node_id != node:
             return "it answered in another node's name"
         try:

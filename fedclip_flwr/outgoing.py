@@ -94,7 +94,7 @@ class Wire:
             answer = self._answer(message)
             number = exchange.read_task(message.content).round
             records = {} if answer.has_error() else dict(answer.content)  # the server will unpack what it gets
-            error = exchange.one_line(answer.error.reason) if answer.has_error() else ""
+            error = exchange.reason(answer) if answer.has_error() else ""
             sizes = exchange.size(message), exchange.size(answer)
             self.sent.append(Sent(message.metadata.message_type, number, *sizes, records, error))
             self._answers[names[-1]] = answer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedclip_flwr.codecs import State
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import ExchangeError, Report, one_line, read_answer, write_adapter
+from fedclip_flwr.exchange import ExchangeError, Report, read_answer, reason, write_adapter
 from fedclip_flwr.learning import Mean
 
 
@@ -65,7 +65,7 @@ class AdapterFedAvg(FedAvg):
             node = reply.metadata.src_node_id
             site = self.names.get(node)
             if reply.has_error():
-                self.dropped[site or f"node {node}"] = one_line(reply.error.reason or "an error without a reason")
+                self.dropped[site or f"node {node}"] = reason(reply)
                 continue
             try:
                 if site is None:

@@ -11,6 +11,7 @@ from flwr.common.serde import message_to_proto
 
 from fedclip_flwr import exchange
 from fedclip_flwr.adapters import ADAPTERS, make_adapter, tensor_names
+from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Report
 from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
 from fedclip_flwr.session import Session
@@ -285,6 +286,20 @@ def test_nothing_else_may_leave_it(more: dict[str, Any]) -> None:
 )
 def test_one_line(text: str, line: str) -> None:
     assert exchange.one_line(text) == line
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no\nimages", "no images"),
+        (None, "an error without a reason"),
+        (f"{UserError}:<'it's another version:\nupdate'>", "it's another version: update"),
+        (f"{ZeroDivisionError}:<'division by zero'>", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_error_tells_its_reason(said: str | None, told: str) -> None:
+    asked = Message(RecordDict(), dst_node_id=1, message_type="train")
+    assert exchange.reason(Message(Error(7, said), reply_to=asked)) == told
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
