@@ -255,6 +255,10 @@ def looked_up(database: bool, messages: int, times: int = 5) -> tuple[float, flo
         return one_node, seconds(lambda: state.get_message_res(set(sent)))
 
 
+PerSite = Callable[[float], tuple[float, float]]
+"""Bytes of memory that a site more takes in the SuperLink and in the ServerApp, by the bytes of its messages."""
+
+
 class Calculated(NamedTuple):
     """A round: bytes on the wire, seconds of computing, cores that SuperNodes with nothing to do keep busy, memory."""
 
@@ -281,23 +285,43 @@ class Calculated(NamedTuple):
         return max(self.shortest, self.link / (1 - self.idle)) if self.idle < 1 else math.inf
 
 
-def calculate(one: Measured, parts: Parts, a_site: tuple[float, float], sites: int) -> Calculated:
+def calculate(one: Measured, parts: Parts, a_site: PerSite, sites: int) -> Calculated:
     """The round of so many sites, from a measured one.
 
-    `a_site` is the memory that one more site takes in the SuperLink and in the ServerApp. Over a round half of all
+    `a_site` tells the memory that one more site takes in the SuperLink and in the ServerApp. Over a round half of all
     messages are under way on average; the first of a SuperNode's two questions finds its own halfway, the second finds
     nothing: three quarters of all are looked at for each site.
     """
     more = sites - one.setting.sites
     link = one.link + (2 - one.questions) * parts.question + 0.75 * more * parts.under_way
+    link_memory, app_memory = a_site(one.messages)
     return Calculated(
         sites * one.wire,
         sites * link,
         sites * one.app,
         parts.idle(sites),
-        one.link_memory + max(0, more) * a_site[0],
-        one.app_memory + max(0, more) * a_site[1],
+        one.link_memory + max(0, more) * link_memory,
+        one.app_memory + max(0, more) * app_memory,
     )
+
+
+def per_site(found: Sequence[Measured]) -> PerSite:
+    """Memory that a site more takes, by the bytes of its messages: a line through the adapters measured twice."""
+    points = []
+    for adapter in ("gate", "attention"):
+        same = [one for one in found if one.setting[1:] == Setting(0, adapter)[1:]]
+        few, many = same[0], same[-1]
+        more = max(1, many.setting.sites - few.setting.sites)
+        memory_more = (many.link_memory - few.link_memory) / more, (many.app_memory - few.app_memory) / more
+        points.append((few.messages, memory_more))
+    (small, low), (large, high) = points
+
+    def at(messages: float) -> tuple[float, float]:
+        share = (messages - small) / (large - small)
+        link, app = (a + share * (b - a) for a, b in zip(low, high, strict=True))
+        return link, app
+
+    return at
 
 
 def most(fits: Callable[[int], bool]) -> int:
@@ -392,7 +416,7 @@ def measured_table(found: Sequence[Measured]) -> str:
     return table([*head, "on the wire", "SuperLink's memory", "ServerApp's", "file"], rows)
 
 
-def calculated_table(bases: Sequence[Measured], known: Mapping[bool, Parts], a_site: tuple[float, float]) -> str:
+def calculated_table(bases: Sequence[Measured], known: Mapping[bool, Parts], a_site: PerSite) -> str:
     rows = []
     for one in bases:
         for sites in CALCULATED:
@@ -404,7 +428,7 @@ def calculated_table(bases: Sequence[Measured], known: Mapping[bool, Parts], a_s
             figures += [f"{got.idle:.2f}", round_]
             rows.append([one.setting.kept, one.setting.sent, *figures, size(got.link_memory), size(got.app_memory)])
     head = ["state in", "adapter", "sites", "on the wire", "at 1 Gbit/s", "SuperLink", "ServerApp"]
-    head += ["cores for idle SuperNodes", "a round, one core", "SuperLink's memory, at most", "ServerApp's"]
+    head += ["cores for idle SuperNodes", "a round, one core", "SuperLink's memory", "ServerApp's"]
     return table(head, rows)
 
 
@@ -412,7 +436,7 @@ def size(number: float) -> str:
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
-def limits(bases: Sequence[Measured], known: Mapping[bool, Parts], a_site: tuple[float, float]) -> str:
+def limits(bases: Sequence[Measured], known: Mapping[bool, Parts], a_site: PerSite) -> str:
     """Up to how many sites a round is over in time, by setting."""
 
     def in_time(one: Measured) -> Callable[[int], bool]:
@@ -435,17 +459,17 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each site has a connection of its own
     gates = [Setting(sites) for sites in sorted({*given.sites})]
-    others = [Setting(given.others, "attention"), Setting(given.others, "attention", "int8")]
+    others = [Setting(sites, "attention") for sites in sorted({given.others, max(given.sites)})]
+    others += [Setting(given.others, "attention", "int8")]
     others += [Setting(given.others, database=True, superlinks=count) for count in (1, 2)]
     with workplace() as place:
         known = {database: parts_of(database, place) for database in (False, True)}
         print(parts_table(known) + "\n", flush=True)
         found = [measure(setting, given.rounds, place) for setting in [*gates, *others]]
-    few, many = found[0], found[len(gates) - 1]
-    more = max(1, many.setting.sites - few.setting.sites)
-    a_site = (many.link_memory - few.link_memory) / more, (many.app_memory - few.app_memory) / more
+    a_site = per_site(found)
     *_, base = (one for one in found[: len(gates)] if one.wire)
-    bases = [base, *found[len(gates) : -1]]
+    alone = [one for one in found[len(gates) :] if one.setting.superlinks == 1]
+    bases = [base, *(one for one in alone if one.setting.sites == given.others)]
     print(measured_table(found) + "\n")
     print("Calculated:\n")
     print(settings_table() + "\n")

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.common import OURS, memory, processes, table
-from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most
+from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
 
 
@@ -91,7 +91,7 @@ BASE = Measured(Setting(100), 9.0, 0.05, 0.01, 4000.0, 5000.0, 2.5, 10**8, 3 * 1
 
 
 def test_a_round_of_more_sites_is_calculated_from_a_measured_one() -> None:
-    got = calculate(BASE, PARTS, (1000.0, 2000.0), 300)
+    got = calculate(BASE, PARTS, lambda messages: (messages / 4, messages / 2), 300)
     assert got.wire == 300 * 5000
     assert got.network == pytest.approx(300 * 5000 / 2 * 8 / 1e9)
     assert got.idle == pytest.approx(300 * (0.003 / 3 + 0.02 / 20))
@@ -100,8 +100,18 @@ def test_a_round_of_more_sites_is_calculated_from_a_measured_one() -> None:
     assert got.app == pytest.approx(3.0)
     assert (got.link_memory, got.app_memory) == (10**8 + 200 * 1000, 3 * 10**8 + 200 * 2000)
     assert (got.shortest, got.longest) == pytest.approx((300 * each, 300 * each / (1 - 0.6)))
-    assert calculate(BASE, PARTS, (0.0, 0.0), 1).longest == 3.0  # sites ask every 3 seconds
-    assert calculate(BASE, PARTS, (0.0, 0.0), 500).longest == float("inf")
+    assert calculate(BASE, PARTS, lambda _: (0.0, 0.0), 1).longest == 3.0  # sites ask every 3 seconds
+    assert calculate(BASE, PARTS, lambda _: (0.0, 0.0), 500).longest == float("inf")
+
+
+def test_a_site_takes_memory_by_the_bytes_of_its_messages() -> None:
+    def measured(sites: int, adapter: str, messages: float, link: int, app: int) -> Measured:
+        return BASE._replace(setting=Setting(sites, adapter), messages=messages, link_memory=link, app_memory=app)
+
+    gates = [measured(10, "gate", 100.0, 1000, 500), measured(110, "gate", 100.0, 6000, 700)]
+    others = [measured(10, "attention", 300.0, 9000, 500), measured(20, "attention", 300.0, 10_000, 560)]
+    a_site = per_site([*gates, *others, BASE._replace(setting=Setting(50, "attention", "int8"))])
+    assert [a_site(messages) for messages in (100.0, 200.0, 300.0)] == [(50.0, 2.0), (75.0, 4.0), (100.0, 6.0)]
 
 
 def test_the_largest_number_that_fits_is_found() -> None:
