@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from flwr.app import Context
+from flwr.common.exit import add_exit_handler
 from flwr.serverapp import Grid, ServerApp
 
 from fedclip_flwr import clip, console, content
 from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.codecs import State
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_run
-from fedclip_flwr.federation import Line, federate, refuse
+from fedclip_flwr.federation import Line, Standing, federate, refuse
 from fedclip_flwr.learning import examine
 from fedclip_flwr.link import Downlink, forget
 from fedclip_flwr.metrics import Quality
@@ -25,7 +27,7 @@ from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
 from fedclip_flwr.session import Session
 from fedclip_flwr.sites import new_learner, starts_as_zero_shot
-from fedclip_flwr.strategy import AdapterFedAvg
+from fedclip_flwr.strategy import AdapterFedAvg, optimizer_of
 
 app = ServerApp()
 
@@ -44,6 +46,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     settings, features, holdout = open_run(run_config)
     package = content.of_package(content.memory())
     with RunFolder(settings, package) as folder:
+        add_exit_handler(folder.stop)
+        before = folder.before
         if simulated(grid) and not features.domains:
             raise UserError("data = 'none': simulated sites have no images of their own; name the data that they share")
         device = clip.pick_device(settings.device)
@@ -67,10 +71,29 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.path.name)
         link = Downlink(start, settings.codec, settings.seed)
         nodes = Nodes(grid, link, session=session, package=package, timeout=settings.round_timeout, say=console.say)
-        nodes.wait_for(settings.min_sites)
+        add_exit_handler(nodes.end)
+        weights = {"weight": nodes.examples} if settings.site_weights == "examples" else {}
+        strategy = AdapterFedAvg(start, nodes.names, optimizer=optimizer_of(settings), **weights)
+        if before:
+            if before.session != session.key:
+                raise UserError(f"resume = {settings.resume!r}: that run's model or classes were others")
+            link.go_on(before.standing.state, before.left)
+            strategy.memory = before.strategy
+            nodes.go_on(before.nodes, settings.min_sites)
+        else:
+            nodes.wait_for(settings.min_sites)
         met = time.monotonic()
+        folder.go_on(nodes.failures, len(list(grid.get_node_ids())))
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
+        if before:
+            console.say(f"going on after round {before.standing.round}\n")
         console.say(console.heading())
+
+        def seconds() -> dict[str, float]:
+            """What the run has taken, with what it took before it was interrupted."""
+            now = time.monotonic()
+            spent = {"encode": encoded - begun, "rounds": now - met, "total": now - begun}
+            return {key: value + (before.seconds[key] if before else 0.0) for key, value in spent.items()}
 
         def quality_unseen(state: State, blend: float) -> Quality | None:
             learner.load_state_dict(state)
@@ -78,17 +101,23 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
                 learner.blend = blend
             return examine(learner, unseen, classes) if unseen else None
 
-        weights = {"weight": nodes.examples} if settings.site_weights == "examples" else {}
-        strategy = AdapterFedAvg(start, nodes.names, **weights)
-        watch = Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start")
-        outcome = federate(nodes, strategy, settings, start, quality_unseen, watch)
-        ended = time.monotonic()
+        def checkpoint(standing: Standing) -> Checkpoint:
+            resumed = [*before.resumed, before.standing.round] if before else []
+            return Checkpoint(
+                standing, link.left, strategy.memory, nodes.record, session.key, seconds(), resumed, folder.metrics
+            )
+
+        watch = Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start", checkpoint)
+        standing = before.standing if before else None
+        try:
+            outcome = federate(nodes, strategy, settings, start, quality_unseen, watch, standing)
+        except UserError as error:
+            console.say("\n".join(console.left_out(nodes.failures)))
+            raise UserError(f"{error}. {folder.how_to_go_on}") from error
+        summary = summary_of(outcome, nodes, holdout, features, seconds())
+        folder.finish(summary)
         if simulated(grid):
             forget(session.key)
-
-        seconds = {"encode": encoded - begun, "rounds": ended - met, "total": ended - begun}
-        summary = summary_of(outcome, nodes, holdout, features, seconds)
-        folder.finish(summary)
         validated = outcome.adapted.validation is not None
         console.say(console.closing(summary, settings, holdout, validated, folder.path))
 
@@ -100,6 +129,7 @@ class Watch:
     folder: RunFolder
     features: Features
     start: str
+    checkpoint: Callable[[Standing], Checkpoint]
 
     def line(self, line: Line) -> None:
         self.folder.line(line)
@@ -108,5 +138,5 @@ class Watch:
     def selected(self, number: int, state: State, blend: float) -> None:
         self.folder.adapter(number, state, self.features, blend)
 
-    def complete(self, number: int, state: State) -> None:
-        self.folder.checkpoint(number, state)
+    def complete(self, standing: Standing) -> None:
+        self.folder.checkpoint(self.checkpoint(standing))

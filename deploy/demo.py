@@ -72,7 +72,7 @@ def run(link: SuperLink | None, place: Path, given: Sequence[str]) -> Outcome:
     if link is None:
         code = simulation.run(len(SITES), given)
     else:
-        settings, _ = simulation.prepared(len(SITES), given)
+        settings, _, _ = simulation.prepared(len(SITES), given)
         code = simulation.submit(simulation.CONNECTION, settings, link.env, place)
     if code:
         raise UserError(f"the {results.name} run failed: the lines above say why")

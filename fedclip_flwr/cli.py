@@ -37,18 +37,13 @@ def main(
 
 def _settings() -> str:
     """The settings with their defaults and meanings, for the help."""
-    works, planned = [], []
+    lines = ["Settings and their defaults:"]
     for key, field in Settings.keys().items():
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        if field.metadata.get("planned"):
-            planned.append(f"{key}={default}")
-        else:
-            choices = field.metadata.get("choices")
-            works.append(
-                f"  {key}={default}: {field.metadata['meaning']}" + (f" ({', '.join(choices)})" if choices else "")
-            )
-    later = "Planned, the default only so far: " + ", ".join(planned)
-    return "\b\n" + "\n".join(["Settings and their defaults:", *works]) + f"\n\n{later}"
+        choices = field.metadata.get("choices")
+        meaning = field.metadata["meaning"] + (f" ({', '.join(choices)})" if choices else "")
+        lines.append(f"  {key}={default}: {meaning}")
+    return "\b\n" + "\n".join(lines)
 
 
 @app.command(epilog=_settings())
@@ -72,6 +67,9 @@ def run(
     A simulation has a SuperLink of its own, started and stopped. The exit status is 0 only if the run was completed: 1
     if it failed, 2 if the settings can't be used. Paths may be relative; those of a SuperLink's machine must not.
 
+    A run that was interrupted goes on after its last complete round, with its own settings and as many sites: fedclip
+    run resume=latest, or the name of its folder.
+
     Examples: fedclip run --nodes 4 data=folder:images num-server-rounds=50; fedclip run --on hospitals min-sites=3
     """
     from fedclip_flwr import simulation  # not for --help: it brings torch
@@ -79,8 +77,8 @@ def run(
     try:
         if on and nodes is not None:
             raise UserError(f"--nodes {nodes}: the SuperLink {on} has its own sites; leave it out")
-        given, sites = settings or [], 10 if nodes is None else nodes
-        code = simulation.run_on(on, given) if on else simulation.run(sites, given)
+        given = settings or []
+        code = simulation.run_on(on, given) if on else simulation.run(nodes, given)
     except UserError as error:
         typer.echo(str(error), err=True)
         code = 2

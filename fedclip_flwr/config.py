@@ -21,14 +21,14 @@ from fedclip_flwr.errors import UserError
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A field with its meaning and its limits: `choices`, `least`, `most`, `above`, `pattern` with `expected`.
 
-    `word`: a number that may also be this word. `planned`: so far only the default works.
+    `word`: a number that may also be this word.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
 
 _PATH_DATA = ("folder:", "features:")
 _DEVICE = {"pattern": r"auto|cpu|cuda(:\d+)?", "expected": "auto, cpu, cuda or cuda:N"}
-_NAME = {"pattern": r"[\w.-]*", "expected": "the name of a run, without slashes"}
+_NAME = {"pattern": r"(?!\.)[\w.-]*", "expected": "the name of a run, without slashes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,17 @@ class Settings:
     batch_size: int = _setting(32, "examples a step", least=1)
     learning_rate: float = _setting(0.0, "0 is the recipe's own", least=0.0)
     seed: int = _setting(0, "all that is random follows from it", least=0, most=2**63 - 1)
-    strategy: str = _setting("fedavg", "how the sites' work comes together", choices=("fedavg", "fedprox"))
+    strategy: str = _setting(
+        "fedavg",
+        "how the sites' work comes together",
+        choices=("fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad"),
+    )
+    server_learning_rate: float = _setting(0.0, "of fedadam and its like; 0 is the strategy's own", least=0.0)
     proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
+    early_stop: int = _setting(0, "rounds without a gain after which the run ends; 0 for never", least=0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
     round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
     partition: str = _setting(
@@ -78,7 +84,7 @@ class Settings:
     personalize: bool = _setting(False, "each site goes on alone after the last round; never sent")
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
     precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
-    resume: str = _setting("", "the run to go on with from its last complete round", **_NAME, planned=True)
+    resume: str = _setting("", "the run to go on with after its last complete round; `latest`", **_NAME)
     results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
 
     @classmethod
@@ -166,8 +172,6 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
         if not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
             raise ValueError(f"expected {limits['expected']}")
         _check_text(key, value)
-    if limits.get("planned") and value != field.default:
-        raise ValueError(f"only {field.default!r} works in this version")
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +159,16 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         "",
         *_weakest(adapted, holdout or "the unseen"),
         *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
-        f"Round {adapted['round']} of {settings.num_server_rounds} {how}{blend}; "
-        "tests are on images set apart before training.",
+        *(
+            [f"Stopped after round {summary['rounds']}: none of the last {settings.early_stop} was a gain."]
+            if summary["rounds"] < settings.num_server_rounds
+            else []
+        ),
+        f"Round {adapted['round']} of {summary['rounds']} {how}{blend}; tests are on images set apart before training.",
         _cost(traffic, settings),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
-        *(f"Left out: {text}" for text in failures(summary["failures"])),
+        *left_out([Failure(**facts) for facts in summary["failures"]]),
         f"Run folder: {folder}",
     ]
     return "\n".join(parts)
@@ -199,16 +203,18 @@ def _prompt(vocabulary: Vocabulary) -> str:
     return f"prompt {first!r}" + (f" and {len(more)} more, averaged" if more else "")
 
 
-def failures(found: Sequence[dict[str, Any]]) -> list[str]:
+def left_out(failures: Iterable[Failure]) -> list[str]:
     """Each reason once, with the sites that it left out, and the rounds."""
     rounds: dict[tuple[str, str], list[int]] = {}
-    for failure in (Failure(**facts) for facts in found):
+    for failure in failures:
         rounds.setdefault((failure.site, failure.why), []).append(failure.round)
     sites: dict[tuple[str, str], list[str]] = {}
     for (site, why), numbers in rounds.items():
         when = f"round {numbers[0]}" + (f" to {numbers[-1]}, {len(numbers)} times" if numbers[1:] else "")
         sites.setdefault((why, when), []).append(site)
-    return sorted(f"{some(sorted(names, key=_natural))}: {why} ({when})" for (why, when), names in sites.items())
+    return sorted(
+        f"Left out: {some(sorted(names, key=_natural))}: {why} ({when})" for (why, when), names in sites.items()
+    )
 
 
 def _cost(traffic: dict[str, Any], settings: Settings) -> str:

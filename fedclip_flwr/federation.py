@@ -5,6 +5,8 @@ It is our own because Flower's counts from round 1 only, polls slowly and dies o
 One exchange a round: a site first evaluates the adapter that it receives, then trains it, and answers with both. So
 the line of round r (r = 0 is zero-shot) is known when the answers of round r + 1 are there; a closing EVALUATE
 completes the last one. Sites that do not train in a round evaluate in it: rounds are compared on the same sites.
+
+After each round the watcher is told where the run stands; from such a `Standing` it goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import NoReturn, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
@@ -32,6 +33,8 @@ from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
+ATTEMPTS = 3
+"""So often a round is tried before the run stops for want of answers."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,39 @@ class Watcher(Protocol):
     def selected(self, number: int, state: State, blend: float) -> None:
         """This round's adapter, with so much of it in the features, is the best so far."""
 
-    def complete(self, number: int, state: State) -> None:
-        """The round's adapter is made."""
+    def complete(self, standing: Standing) -> None:
+        """A round's adapter is made; the run can go on from here."""
+
+
+@dataclass
+class Standing:
+    """Where a run stands after so many rounds: the latest adapter, and what is known of those before it.
+
+    `zero` is the line of round 0 and `best` that of the selected round so far, whose adapter is `best_state`; there are
+    none before the first round is complete. The last round has taken so many bytes and seconds. All rounds together
+    have put so many questions to sites, which took so many bytes, there and back.
+    """
+
+    round: int
+    state: State
+    best_state: State
+    zero: Line | None = None
+    best: Line | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    questions: int = 0
+    question_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Zero-shot and the selected round, with a report of each site that could be asked, and that round's adapter.
 
-    `blend` is the share of the adapted feature that belongs to it. `personal` has the reports of the sites' own
-    adapters, where there are any.
+    `rounds` is how many there were. `blend` is the share of the adapted feature that belongs to the adapter. `personal`
+    has the reports of the sites' own adapters, where there are any.
     """
 
+    rounds: int
     zero_shot: Line
     adapted: Line
     blend: float
@@ -112,24 +136,18 @@ def federate(
     nodes: Nodes,
     strategy: AdapterFedAvg,
     settings: Settings,
-    state: State,
+    start: State,
     unseen: Callable[[State, float], Quality | None],
     watcher: Watcher,
+    standing: Standing | None = None,
 ) -> Outcome:
-    """Runs the rounds, beginning with the adapter `state`.
+    """Runs the rounds, beginning with the adapter `start`, or going on from where the run stands.
 
     `unseen` is how good an adapter is on the held-out domain, with such a blend.
     """
-    start = best = state
+    at = standing or Standing(0, start, start)
     share = settings.trained_blend
-    lines: list[Line] = []
-    cost = nodes.traffic.both, 0.0
-    asked = round_bytes = 0
-
-    def choice(lines: Sequence[Line]) -> int:
-        """The round that is best by validation, as `best_round` has it for sites that are always the same."""
-        first, *others = lines[RECIPES[settings.recipe].first_choice :] or lines[-1:]
-        return reduce(lambda best, line: line if better(line, best) else best, others, first).round
+    first_choice = RECIPES[settings.recipe].first_choice
 
     def messages_of(
         configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
@@ -144,40 +162,55 @@ def federate(
         sites, holdouts = ({name: reports[name] for name in sorted(reports.keys() & of)} for of in nodes.by_role)
         return replace(line, reports=sites, holdouts=holdouts)
 
-    def add(reports: Mapping[str, Report]) -> None:
-        """The line of the adapter `state`, and whether it is the best so far."""
-        nonlocal best
-        lines.append(with_reports(Line(len(lines), {}, unseen(state, share), *cost), reports))
-        watcher.line(lines[-1])
-        if choice(lines) == lines[-1].round:
-            best = state
-            watcher.selected(lines[-1].round, best, share)
+    def add(reports: Mapping[str, Report]) -> tuple[Line, Line]:
+        """The line of the latest adapter, and whether it is the best so far; that of round 0, and the best."""
+        line = with_reports(Line(at.round, {}, unseen(at.state, share), at.bytes, at.seconds), reports)
+        watcher.line(line)
+        at.zero = at.zero or line
+        if at.best is None or at.best.round < first_choice or better(line, at.best):
+            at.best, at.best_state = line, at.state
+            watcher.selected(line.round, at.state, share)
+        return at.zero, at.best
 
-    for number in range(1, settings.num_server_rounds + 1):
-        nodes.meet(number)
-        before, begun = nodes.traffic.both, time.monotonic()
-        training, others = nodes.choose(settings.fraction_train, settings.seed, number)
+    def attempt(number: int) -> tuple[ArrayRecord | None, Mapping[str, Report], Mapping[str, Report]]:
+        """The mean of what the sites have trained, the reports that came with it, and those of the other sites."""
+        training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.min_sites)
         messages = [
-            *messages_of(strategy.configure_train, number, state, training, nodes.config()),
-            *messages_of(strategy.configure_evaluate, number, state, others, nodes.config()),
+            *messages_of(strategy.configure_train, number, at.state, training, nodes.config()),
+            *messages_of(strategy.configure_evaluate, number, at.state, others, nodes.config()),
         ]
+        at.questions += len(messages)
         evaluations: list[Message] = []
-        averaged, _ = strategy.aggregate_train(number, trained(nodes.ask(number, messages, state), evaluations))
+        averaged, _ = strategy.aggregate_train(number, trained(nodes.ask(number, messages, at.state), evaluations))
         reports = nodes.sort_out(number, strategy)
-        if len(reports) < settings.min_sites:
-            raise UserError(
-                f"round {number}: answers that can be used: {len(reports)}, min-sites = {settings.min_sites} are "
-                f"needed; the last complete round is {number - 1}"
+        strategy.aggregate_evaluate(number, evaluations)
+        return averaged, reports, nodes.sort_out(number, strategy)
+
+    for number in range(at.round + 1, settings.num_server_rounds + 1):
+        if settings.early_stop and at.best and at.round - 1 - at.best.round >= settings.early_stop:
+            break  # the line before the latest adapter's is the last that is known
+        nodes.meet(number)
+        before, begun, memory = nodes.traffic.both, time.monotonic(), strategy.memory
+        for tried in range(1, ATTEMPTS + 1):
+            averaged, reports, others = attempt(number)
+            if len(reports) >= settings.min_sites:
+                break
+            few = (
+                f"round {number}: answers that can be used: {len(reports)}, min-sites = {settings.min_sites} are needed"
             )
+            if tried == ATTEMPTS:
+                raise UserError(f"{few}; it was tried {ATTEMPTS} times")
+            nodes.say(f"{few}; the round is repeated")
+            strategy.memory = memory
+            nodes.wait_for(settings.min_sites, number)
         if averaged is None:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
-        strategy.aggregate_evaluate(number, evaluations)
-        reports = {**reports, **nodes.sort_out(number, strategy)}
-        spent = nodes.traffic.both - before, time.monotonic() - begun
-        asked, round_bytes = asked + len(training) + len(others), round_bytes + spent[0]
-        add(reports)
-        state, cost = nodes.link.step(exchange.read_adapter(averaged, state), number), spent
-        watcher.complete(number, state)
+        spent = nodes.traffic.both - before
+        at.question_bytes += spent
+        add({**reports, **others})
+        at.state = nodes.link.step(exchange.read_adapter(averaged, at.state), number)
+        at.round, at.bytes, at.seconds = number, spent, time.monotonic() - begun
+        watcher.complete(at)
 
     def evaluated(
         number: int, state: State, asked: Sequence[int], personal: bool = False, blend: float | None = None
@@ -187,7 +220,7 @@ def federate(
         strategy.aggregate_evaluate(number, nodes.ask(number, messages, state))
         return nodes.sort_out(number, strategy)
 
-    add(evaluated(len(lines), state, nodes.good()))
+    zero, best = add(evaluated(at.round, at.state, nodes.good()))
 
     def whole(line: Line, state: State) -> Line:
         """The line with the reports of sites that were not there in its round."""
@@ -199,17 +232,18 @@ def federate(
         reports = evaluated(line.round, state, nodes.good(), blend=blend)
         return with_reports(replace(line, unseen=unseen(state, blend)), reports)
 
-    zero_shot = whole(lines[0], start) if starts_as_zero_shot(settings) else blended(lines[0], start, 0.0)
-    adapted = whole(lines[choice(lines)], best)
+    zero_shot = whole(zero, start) if starts_as_zero_shot(settings) else blended(zero, start, 0.0)
+    adapted = whole(best, at.best_state)
     if settings.blend == "auto":
-        tried = {blend: blended(adapted, best, blend) for blend in BLENDS if blend < 1} | {share: adapted}
-        share = best_blend({blend: line.validation for blend, line in tried.items()})
-        adapted = tried[share]
-        watcher.selected(adapted.round, best, share)
+        tries = {blend: blended(adapted, at.best_state, blend) for blend in BLENDS if blend < 1} | {share: adapted}
+        share = best_blend({blend: line.validation for blend, line in tries.items()})
+        adapted = tries[share]
+        watcher.selected(adapted.round, at.best_state, share)
     told = share if share != settings.trained_blend else None
     alone = nodes.good(without=nodes.by_role.holdouts)
-    personal = evaluated(adapted.round, best, alone, True, told) if settings.personalize else {}
-    return Outcome(zero_shot, adapted, share, personal, best, round_bytes / max(asked, 1))
+    personal = evaluated(adapted.round, at.best_state, alone, True, told) if settings.personalize else {}
+    per_question = at.question_bytes / max(at.questions, 1)
+    return Outcome(at.round, zero_shot, adapted, share, personal, at.best_state, per_question)
 
 
 def trained(replies: Iterable[Message], others: list[Message]) -> Iterator[Message]:

@@ -30,24 +30,31 @@ MONTH = 30 * 24 * 3600.0
 class Downlink:
     """The server's end.
 
-    `state` is the adapter as the sites have it after the last step; every site begins with `start`.
+    `state` is the adapter as the sites have it after the last step, and `left` what rounding left over of it; every
+    site begins with `start`.
     """
 
     def __init__(self, start: State, codec: str, seed: int) -> None:
         self.state, self._codec, self._seed = start, codec, seed
         self._start = self._mark = mark_of(start) if codec in CODECS else ""
         self._base, self._parcel = "", ArrayRecord()
-        self._left: State = {}
+        self.left: State = {}
         self._held: dict[int, str] = {}
+
+    def go_on(self, state: State, left: State) -> None:
+        """As after the step that came to this state and left this over; sites are sent the whole first."""
+        self.state, self.left = state, left
+        if self._codec in CODECS:
+            self._mark = mark_of(state)
 
     def step(self, wished: State, number: int) -> State:
         """Goes on to the adapter of round `number`: as `wished`, but for what packing it for the sites rounds away."""
         if self._codec not in CODECS:
             self.state = wished
             return wished
-        parcel = wrap(self._codec, wished, self.state, self._left, seed_of(self._seed, "down", number))
+        parcel = wrap(self._codec, wished, self.state, self.left, seed_of(self._seed, "down", number))
         self._base, self._parcel = self._mark, write_adapter({self._codec: parcel.packed})
-        self.state, self._left = parcel.arrives, parcel.left
+        self.state, self.left = parcel.arrives, parcel.left
         self._mark = mark_of(self.state)
         return self.state
 

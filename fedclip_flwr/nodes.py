@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -47,6 +47,11 @@ class Roles(NamedTuple):
 def simulated(grid: Grid) -> bool:
     """Whether the sites are simulated on this machine."""
     return isinstance(grid, InMemoryGrid)
+
+
+def _holdings(hello: Hello) -> list[int]:
+    """How many images the site has of each split."""
+    return [hello.train, hello.validation, hello.test]
 
 
 class Traffic:
@@ -95,7 +100,7 @@ class Nodes:
         self._grid, self._package = grid, package
         self.link = link
         self._room = SIMULATED_AT_ONCE if simulated(grid) else sys.maxsize
-        self._timeout, self._say = timeout, say
+        self._timeout, self.say = timeout, say
         self._greeted: set[int] = set()
         self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
@@ -103,14 +108,55 @@ class Nodes:
         self._steps = 0  # by which sites have come further with encoding
         self._refused: dict[int, float] = {}
         self._last_failed: set[str] = set()
+        self._ended = False
 
-    def wait_for(self, count: int) -> None:
-        """Meets whoever is there, until so many sites take part and every hello is answered.
+    def end(self) -> None:
+        """Lets a thread that asks or waits come to its end."""
+        self._ended = True
 
-        The time that it may take begins anew whenever a site has come further with encoding.
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a run needs to know of the sites to go on another time."""
+        return {
+            "simulated": simulated(self._grid),
+            "sites": {name: _holdings(hello) for name, hello in sorted(self.hellos.items())},
+            "failures": list(map(list, self.failures)),
+            "last_failed": sorted(self._last_failed),
+            "down": self.traffic.down,
+            "up": self.traffic.up,
+        }
+
+    def go_on(self, record: Mapping[str, Any], count: int) -> None:
+        """Waits for the sites of the record, and at least so many; from then on it is as if it had been all the time.
+
+        Simulated sites must be the same; real ones that are gone or hold something else are told.
+        """
+        self.wait_for(count, expected=record["sites"])
+        known = {name: _holdings(hello) for name, hello in sorted(self.hellos.items())}
+        others = [name for name, holds in record["sites"].items() if known.get(name) != holds]
+        if simulated(self._grid) and (others or known.keys() != record["sites"].keys()):
+            raise UserError(f"its sites were others: simulate {len(record['sites'])} of them, of the same images")
+        for name in others:
+            what = "it holds other images than before" if name in known else "it is not there"
+            self.say(f"going on, but not with all as before: {name}: {what}")
+        self.failures[:0] = [Failure(*facts) for facts in record["failures"]]
+        self._last_failed |= {*record["last_failed"]}
+        self.traffic.down += record["down"]
+        self.traffic.up += record["up"]
+
+    def wait_for(self, count: int, number: int = 0, expected: Collection[str] = ()) -> None:
+        """Meets whoever is there, until so many sites take part, with the `expected`, and every hello is answered.
+
+        The time that it may take begins anew whenever a site has come further with encoding. The expected may be
+        missing at the end of it.
         """
         wait, steps = _Wait(self._timeout), 0
-        while (news := self.meet()) or self._hellos_under_way or len(self.by_role.training) < count:
+        while (
+            (news := self.meet(number))
+            or self._hellos_under_way
+            or len(self._present) < count
+            or not self._connected().keys() >= {*expected}
+        ):
             if news:
                 wait.something_came()
             if steps < self._steps:
@@ -120,13 +166,14 @@ class Nodes:
             if wait.over or (simulated(self._grid) and everyone):
                 break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
-                self._say(f"starting: {self.readiness} (min-sites = {count})")
+                self.say(f"waiting: {self.readiness} (min-sites = {count})")
             wait.a_moment(len(self._hellos_under_way))
-        if (ready := len(self.by_role.training)) < count:
+        if (ready := len(self._present)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
             why = "; ".join(sorted({f"{f.site}: {f.why}" for f in self.failures})[:3])
             raise UserError(
-                f"sites that take part after {wait.seconds:.0f} s: {ready}, min-sites = {count} are needed"
+                (f"round {number}: " if number else "")
+                + f"sites that take part after {wait.seconds:.0f} s: {ready}, min-sites = {count} are needed"
                 + (f" ({why})" if why else hint)
             )
         if not any(hello.train for hello in self.hellos.values()):
@@ -178,11 +225,16 @@ class Nodes:
                 self._greeted.discard(node)
 
     @property
+    def _present(self) -> set[str]:
+        """The sites that take part and are connected."""
+        return self.by_role.training & self._connected().keys()
+
+    @property
     def readiness(self) -> str:
         """How many sites are ready, and how far the others have come, if they have told."""
         told = [f"{p.site}: {p.encoded:,} of {p.images:,} images encoded" for p in self._encoding.values()]
         everyone = {*self._greeted, *self._encoding}
-        return "; ".join([f"{len(self.hellos)} of {len(everyone)} sites are ready", *sorted(told)])
+        return "; ".join([f"{len(self._connected())} of {len(everyone)} sites are ready", *sorted(told)])
 
     @property
     def by_role(self) -> Roles:
@@ -210,10 +262,10 @@ class Nodes:
             return "it holds no image that can be read"
         return None
 
-    def choose(self, share: float, seed: int, number: int) -> tuple[list[int], list[int]]:
+    def choose(self, share: float, seed: int, number: int, least: int) -> tuple[list[int], list[int]]:
         """Which connected sites train in a round, drawn by seed and name from those that can; and the others. Ids."""
         sites = self._connected()
-        names = drawn_by_lot((name for name in sites if self.hellos[name].train), share, seed, number)
+        names = drawn_by_lot((name for name in sites if self.hellos[name].train), share, seed, number, least)
         return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
 
     def good(self, without: Iterable[str] = ()) -> list[int]:
@@ -267,7 +319,7 @@ class Nodes:
                 else:
                     yield reply
             if wait.worth_telling():
-                self._say(f"round {number}: {asked - len(waiting) - len(under_way)} of {asked} sites have answered")
+                self.say(f"round {number}: {asked - len(waiting) - len(under_way)} of {asked} sites have answered")
             if under_way:
                 wait.a_moment(len(under_way))
         for node in [*under_way.values(), *(message.metadata.dst_node_id for message in waiting)]:
@@ -294,7 +346,7 @@ class Nodes:
 
     def _fail(self, number: int, site: str, why: str) -> None:
         if not any((f.site, f.why) == (site, why) for f in self.failures):
-            self._say(f"round {number}: {site} is left out: {why}")
+            self.say(f"round {number}: {site} is left out: {why}")
         self.failures.append(Failure(number, site, why))
         self._last_failed.add(site)
 
@@ -311,6 +363,8 @@ class Nodes:
 
     def _pull(self, under_way: dict[str, int]) -> list[tuple[int, Message]]:
         """The replies that have come in, with the nodes that were asked; they are no longer under way."""
+        if self._ended:
+            raise SystemExit
         if not under_way:
             return []
         pairs = []

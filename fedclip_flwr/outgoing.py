@@ -28,7 +28,7 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.console import bytes_of, counted
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_features, told_by_server
-from fedclip_flwr.federation import Line, federate
+from fedclip_flwr.federation import Line, Standing, federate
 from fedclip_flwr.link import Downlink, forget
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.session import Session
@@ -112,7 +112,7 @@ class _Nobody:
 
     def selected(self, number: int, state: State, blend: float) -> None: ...
 
-    def complete(self, number: int, state: State) -> None: ...
+    def complete(self, standing: Standing) -> None: ...
 
 
 def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str], None]) -> bool:
@@ -151,7 +151,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         while nodes.meet() and not nodes.failures:  # a site that is encoding is asked again
             pass
         if nodes.hellos:
-            once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=1)
+            once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0)  # asked once
             with suppress(UserError):  # no site has trained: this one only evaluates, or has answered with an error
                 federate(nodes, AdapterFedAvg(start, nodes.names), once, start, lambda *_: None, _Nobody())
     return [

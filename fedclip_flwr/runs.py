@@ -4,24 +4,30 @@ settings.json        the settings, the versions and the package's hash
 metrics.jsonl        a line for each round
 adapter.safetensors  the selected round's adapter; adapter.json: all that is needed to load it elsewhere
 model/               instead of these: the selected round's whole model, where that is what was trained
-checkpoint/          the adapter of the last complete round
-summary.json         how it ended
+checkpoint/          the last complete round, with all that is needed to go on after it
+summary.json         how it ended, or how far it has come
+
+Every file is replaced as a whole, or not at all. While a run goes on its folder is locked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedclip_flwr import content
+from fedclip_flwr import checkpoint, content
+from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
@@ -29,24 +35,60 @@ from fedclip_flwr.exchange import one_line
 from fedclip_flwr.features import Features, Pixels, results
 from fedclip_flwr.federation import Line, Outcome
 from fedclip_flwr.metrics import Quality, mean_accuracy, mean_figures
-from fedclip_flwr.nodes import Nodes
-from fedclip_flwr.saved import TENSORS, save_adapter, save_model, write_json, write_tensors
+from fedclip_flwr.nodes import Failure, Nodes
+from fedclip_flwr.saved import TENSORS, save_adapter, save_model, write_json
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
 
+FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "resume", "results-dir"})
+"""Settings that a run may go on with others of."""
+
+
 class RunFolder:
-    """A new run's folder. As a context manager it records how the run ends."""
+    """The folder of a new run, or of one that goes on. As a context manager it records how the run ends.
+
+    Where it goes on, `before` is the last complete round, if there is one, and nothing is written before `go_on`.
+    """
 
     def __init__(self, settings: Settings, package: str) -> None:
         root, self._setting = results(settings)
-        with content.writing_to(root, self._setting):
-            self.path = _new_folder(root)
-        self._settings, self._finished = settings, False
-        facts = {**settings.as_run_config(), "versions": _versions(), "package": package}
-        self._json("settings.json", facts)
-        self._json("summary.json", {"status": "running"})
-        _link(root / "latest", self.path.name)
+        self._settings, self._lines = settings, list[str]()
+        self._facts = {**settings.as_run_config(), "resume": "", "versions": _versions(), "package": package}
+        self._round, self._failures = 0, list[Failure]()
+        self._writing = threading.RLock()
+        self._going, self._stopped = False, False
+        self.before: Checkpoint | None = None
+        if settings.resume:
+            self.path = _found(root, settings.resume)
+            self._lock = _locked(self.path)
+            _check_settings(self.path, self._facts)
+            self.before = checkpoint.read(self._checkpoint)
+        else:
+            with content.writing_to(root, self._setting):
+                self.path = _new_folder(root)
+            self._lock = _locked(self.path)
+            self.go_on([])
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint" / TENSORS
+
+    def go_on(self, failures: list[Failure], sites: int | None = None) -> None:
+        """From now on the run is under way, with so many sites; the failures are those so far, and may become more."""
+        self._going, self._failures, self._facts["sites"] = True, failures, sites
+        if self.before:
+            self._round = self.before.standing.round
+            self._lines = [json.dumps(line) + "\n" for line in self.before.metrics]
+        self._json("settings.json", self._facts)
+        self._write_lines()
+        self._tell("running")
+        _link(self.path.parent / "latest", self.path.name)
+
+    @property
+    def how_to_go_on(self) -> str:
+        """For the user, where the run has come to something."""
+        return f"It goes on after round {self._round} with resume='{self.path.name}'." if self._round else ""
 
     def line(self, line: Line) -> None:
         """Adds a line to metrics.jsonl."""
@@ -60,24 +102,38 @@ class RunFolder:
             "bytes": line.bytes,
             "seconds": line.seconds,
         }
-        with content.writing_to(self.path, self._setting), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(facts) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.append(json.dumps(facts) + "\n")
+        self._write_lines()
 
-    def checkpoint(self, number: int, state: State) -> None:
-        write_tensors(self.path / "checkpoint" / TENSORS, state, number, self._setting)
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines]
+
+    def checkpoint(self, made: Checkpoint) -> None:
+        """The last complete round."""
+        with self._under_way():
+            checkpoint.write(self._checkpoint, made, self._setting)
+        self._round = made.standing.round
+        self._tell("running")
 
     def adapter(self, number: int, state: State, features: Features, blend: float | None = None) -> None:
         """The selected adapter, so far: that of round `number`; or the whole model, where that is trained."""
-        if isinstance(features, Pixels):
-            save_model(self.path / "model", state, features, self._setting)
-        else:
-            save_adapter(self.path, state, self._settings, features, number, self._setting, blend=blend)
+        with self._under_way():
+            if isinstance(features, Pixels):
+                save_model(self.path / "model", state, features, self._setting)
+            else:
+                save_adapter(self.path, state, self._settings, features, number, self._setting, blend=blend)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._json("summary.json", summary)
-        self._finished = True
+        self._going = False
+
+    def stop(self) -> None:
+        """Records that the run was ended from outside; from then on nothing more is written."""
+        with self._writing:
+            if self._going:
+                self._end("stopped", "it was ended from outside")
+            self._stopped = True
 
     def __enter__(self) -> RunFolder:
         return self
@@ -85,13 +141,88 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
-            why = str(error) if isinstance(error, UserError) else one_line(repr(error))
-            with contextlib.suppress(UserError):  # the disk may be what failed: the error itself is told
-                self._json("summary.json", {"status": "failed", "why": why})
+        if error is not None and not isinstance(error, Exception):
+            self.stop()
+        with self._writing:
+            if self._going:
+                self._end("failed", str(error) if isinstance(error, UserError) else one_line(repr(error)))
+        os.close(self._lock)
+
+    def _end(self, status: str, why: str) -> None:
+        with contextlib.suppress(UserError):  # the disk may be what failed: the error itself is told
+            self._tell(status, why=why)
+        self._going = False
+
+    def _tell(self, status: str, **more: str) -> None:
+        failures = [failure._asdict() for failure in self._failures]
+        self._json("summary.json", {"status": status, **more, "round": self._round, "failures": failures})
 
     def _json(self, name: str, facts: dict[str, Any]) -> None:
-        write_json(self.path / name, facts, self._setting)
+        with self._under_way():
+            write_json(self.path / name, facts, self._setting)
+
+    def _write_lines(self) -> None:
+        with self._under_way():
+            content.write_whole(
+                self.path / "metrics.jsonl", lambda part: part.write_text("".join(self._lines)), self._setting
+            )
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Nothing is written by two threads at once, or by one that does not know yet that the run was stopped."""
+        with self._writing:
+            if self._stopped:
+                raise SystemExit
+            yield
+
+
+def _found(root: Path, name: str) -> Path:
+    """The folder of a run that was begun before."""
+    path = root / name
+    if not (path / "settings.json").is_file():
+        runs = sorted(found.parent.name for found in root.glob("[!.]*/settings.json") if found.parent.name != "latest")
+        there = f"the latest are {', '.join(runs[-3:])}" if runs else "there is none"
+        raise UserError(f"resume = {name!r}: there is no such run in {root}; {there}")
+    return path.resolve()
+
+
+def _locked(path: Path) -> int:
+    """Keeps others from going on with the run meanwhile; the lock ends with this process."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(folder)
+            raise UserError(f"resume = {path.name!r}: that run is still under way; stop it first") from None
+        # else the file system has no locks
+    return folder
+
+
+def _check_settings(path: Path, wanted: dict[str, Any]) -> None:
+    """Whether the run was begun with the same settings, but for those that are free."""
+    begun = _settings_of(path)
+    others = {key: begun[key] for key in Settings.keys() if key not in FREE and begun.get(key) != wanted[key]}  # noqa: SIM118
+    if others:
+        raise UserError(
+            f"resume = {path.name!r}: that run has other settings; give them again: "
+            + " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in others.items())
+        )
+
+
+def begun_with(settings: Settings) -> tuple[dict[str, Any], int | None]:
+    """The settings of the run that is to go on, and how many sites it had, if it has met them."""
+    facts = _settings_of(_found(results(settings)[0], settings.resume))
+    return {key: facts[key] for key in Settings.keys() if key not in ("resume", "results-dir")}, facts.get("sites")  # noqa: SIM118
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """What settings.json tells; settings that it does not know are as they are unless given."""
+    try:
+        facts: dict[str, Any] = json.loads((path / "settings.json").read_text())
+        return Settings().as_run_config() | facts
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"resume = {path.name!r}: {path / 'settings.json'} can't be read ({one_line(error)})") from None
 
 
 def _new_folder(root: Path) -> Path:
@@ -146,6 +277,7 @@ def summary_of(
             "times_less": None if whole is None else whole / per_round,
         },
         "seconds": seconds,
+        "rounds": outcome.rounds,
         "failures": [failure._asdict() for failure in nodes.failures],
     }
 

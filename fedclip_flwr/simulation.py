@@ -31,6 +31,7 @@ from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.data.presets import PRESETS
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import open_run
+from fedclip_flwr.runs import begun_with
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""
@@ -39,29 +40,36 @@ DATA = ("drawn", *PRESETS)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run(nodes: int, given: Sequence[str]) -> int:
+def run(nodes: int | None, given: Sequence[str]) -> int:
     """Runs the federation and shows what it shows; 0 only if the run was completed."""
-    stop_in_order("Stopped: all that was started is ended.")
-    settings, checked = prepared(nodes, given)
+    stop_in_order("Stopped: all that was started is ended. `fedclip run resume=latest` goes on with the run.")
+    settings, checked, nodes = prepared(nodes, given)
     with temporary() as folder, superlink(Path(folder), checked.device.startswith("cuda")) as env:
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
         return submit(CONNECTION, settings, env, Path(folder), "--federation-config", federation)
 
 
-def prepared(nodes: int, given: Sequence[str]) -> tuple[dict[str, Any], Settings]:
-    """The settings for so many sites here, as given and as a whole; what is wrong is told before anything starts."""
+def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], Settings, int]:
+    """The settings for so many sites here, as given and as a whole; what is wrong is told before anything starts.
+
+    A run that goes on has the settings that it was begun with, and as many sites, unless others are given.
+    """
     if not find_spec("ray"):
         raise UserError(
             "Ray, which simulates sites, is not installed here: install this package with its extra `simulation`, or "
             "give --on NAME for a SuperLink with real sites"
         )
     settings, problems = read_settings(given)
+    if settings.get("resume") and not {"resume", "results-dir"} & problems.keys():
+        begun, sites = begun_with(Settings(resume=settings["resume"], results_dir=settings.get("results-dir", "")))
+        settings, nodes = begun | settings, nodes or sites
+    nodes = 10 if nodes is None else nodes
     if nodes < 1:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"
     checked, _, _ = open_run({**_described(app_folder())["config"], **settings}, problems)
     if checked.min_sites > nodes:
         raise unusable([f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes"])
-    return settings, checked
+    return settings, checked, nodes
 
 
 def run_on(connection: str, given: Sequence[str]) -> int:

@@ -112,10 +112,10 @@ def starts_as_zero_shot(settings: Settings) -> bool:
     return settings.method == "full-model" or RECIPES[settings.recipe].identity or settings.adapter == "scale"
 
 
-def drawn_by_lot(names: Iterable[str], share: float, seed: int, number: int) -> list[str]:
-    """Which of the sites train in round `number`; at least one, if there is one."""
+def drawn_by_lot(names: Iterable[str], share: float, seed: int, number: int, least: int = 1) -> list[str]:
+    """Which of the sites train in round `number`; at least so many, if there are."""
     able = sorted(names)
-    count = min(max(1, round(share * len(able))), len(able))
+    count = min(max(least, round(share * len(able))), len(able))
     return sorted(random.Random(seed_of(seed, "sites", number)).sample(able, count))
 
 

@@ -4,42 +4,100 @@ FedAvg (arXiv 1602.05629) over the tensors of the adapter. Deviations from Flowe
 before anything is made of it, and a bad one is dropped and named while the round goes on with the others; sites count
 the same (as in FedCLIP) or by their examples; and each is added to the sum as it comes and let go of, so that memory
 does not grow with the number of sites. The sum is made of whole numbers, so that the order of arrival changes no bit.
+
+What the mean is used for may be another of Flower's strategies: those that take the sites' mean step as a gradient, and
+the server makes a step of its own of it (adaptive federated optimization, arXiv 2003.00295).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.serverapp.strategy import FedAvg
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from torch import Tensor
 
 from fedclip_flwr.codecs import State
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Report, read_answer, reason, write_adapter
 from fedclip_flwr.learning import Mean
+
+OPTIMIZERS = {"fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}
+RATE = 1e-3
+MOMENTS = ("m_t", "v_t")
+"""What Flower calls the means of the steps and of their squares, which such a strategy keeps."""
+
+
+class Optimizer:
+    """The server's step by one of Flower's `OPTIMIZERS`: the sites' mean comes to it as the one reply of a round."""
+
+    def __init__(self, name: str, rate: float) -> None:
+        self._flowers = OPTIMIZERS[name](eta=rate, tau=rate / 10)
+
+    def step(self, number: int, sent: ArrayRecord, mean: State) -> State:
+        """Where it goes from what was sent, when the sites have come to this mean."""
+        self._flowers.current_arrays = {name: array.numpy() for name, array in sent.items()}
+        content = RecordDict({"arrays": write_adapter(mean), "metrics": MetricRecord({"num-examples": 1})})
+        stepped, _ = self._flowers.aggregate_train(number, [Message(content, 1, MessageType.TRAIN)])
+        assert stepped is not None  # there was a reply
+        return {name: torch.from_numpy(stepped[name].numpy()).to(tensor.dtype) for name, tensor in mean.items()}
+
+    @property
+    def memory(self) -> State:
+        kept = {moment: getattr(self._flowers, moment) or {} for moment in MOMENTS}
+        return {f"{m}/{name}": torch.from_numpy(array) for m, arrays in kept.items() for name, array in arrays.items()}
+
+    @memory.setter
+    def memory(self, memory: State) -> None:
+        for moment in MOMENTS:
+            parts = {name.partition("/")[2]: t.numpy() for name, t in memory.items() if name.startswith(f"{moment}/")}
+            setattr(self._flowers, moment, parts or None)
 
 
 class AdapterFedAvg(FedAvg):
     """Averages adapters that have the names, shapes and types of `like`.
 
     `names` tells the sites' names by node id, and may grow during the run; `weight` how much a site counts, the same
-    unless given. After each round `reports` holds what the good replies reported and `dropped` why the others were left
-    out, both by site.
+    unless given. The `optimizer`, if there is one, makes the adapter of the mean. After each round `reports` holds what
+    the good replies reported and `dropped` why the others were left out, both by site.
     """
 
     def __init__(
-        self, like: Mapping[str, Tensor], names: Mapping[int, str], weight: Callable[[str], float] = lambda site: 1.0
+        self,
+        like: Mapping[str, Tensor],
+        names: Mapping[int, str],
+        weight: Callable[[str], float] = lambda site: 1.0,
+        optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
         self.like, self.names, self.weight = like, names, weight
+        self._optimizer, self._sent = optimizer, ArrayRecord()
         self.reports: dict[str, Report] = {}
         self.dropped: dict[str, str] = {}
+
+    @property
+    def memory(self) -> State:
+        """What it knows of earlier rounds."""
+        return self._optimizer.memory if self._optimizer else {}
+
+    @memory.setter
+    def memory(self, memory: State) -> None:
+        if self._optimizer:
+            self._optimizer.memory = memory
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._sent = arrays
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The mean of the good replies' adapters; none if there is none, or none was trained."""
+        """The mean of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
         mean = Mean(self.like, sum(map(self.weight, self.names.values())))
 
         def take(site: str, report: Report, state: State) -> None:
@@ -47,7 +105,12 @@ class AdapterFedAvg(FedAvg):
                 mean.add(state, self.weight(site))
 
         self._screen(replies, self.like, take)
-        return (write_adapter(mean.value), None) if mean.weight else (None, None)
+        if not mean.weight:
+            return None, None
+        averaged = mean.value
+        if self._optimizer:
+            averaged = self._optimizer.step(server_round, self._sent, averaged)
+        return write_adapter(averaged), None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Only sorts the replies: see `reports`."""
@@ -78,3 +141,10 @@ class AdapterFedAvg(FedAvg):
             except (ExchangeError, UserError) as error:
                 self.dropped[site or f"node {node}"] = str(error)
         self.reports = dict(sorted(self.reports.items()))
+
+
+def optimizer_of(settings: Settings) -> Optimizer | None:
+    """The server's, if the settings ask for one."""
+    if settings.strategy not in OPTIMIZERS:
+        return None
+    return Optimizer(settings.strategy, settings.server_learning_rate or RATE)

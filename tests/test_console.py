@@ -11,6 +11,7 @@ from fedclip_flwr.exchange import Hello, Report
 from fedclip_flwr.features import Features
 from fedclip_flwr.federation import Line
 from fedclip_flwr.metrics import BINS, Quality, Score
+from fedclip_flwr.nodes import Failure
 
 
 def metrics(seen: float, unseen: float, **recall: float | None) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def metrics(seen: float, unseen: float, **recall: float | None) -> dict[str, Any
 
 
 SUMMARY: dict[str, Any] = {
+    "rounds": 20,
     "zero_shot": {
         "seen": 0.5,
         "unseen": 0.4,
@@ -96,9 +98,8 @@ def test_adapters_of_the_sites_own_have_a_column() -> None:
 
 
 def test_sites_left_out_for_the_same_reason_share_a_line() -> None:
-    why = {"round": 0, "why": "it holds no image"}
-    assert console.failures([{**why, "site": f"a-{i}"} for i in range(20)]) == [
-        f"{', '.join(f'a-{i}' for i in range(12))} and 8 more: it holds no image (round 0)"
+    assert console.left_out([Failure(0, f"a-{i}", "it holds no image") for i in range(20)]) == [
+        f"Left out: {', '.join(f'a-{i}' for i in range(12))} and 8 more: it holds no image (round 0)"
     ]
 
 

@@ -18,7 +18,7 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import LACKS, Hello, LacksError, Progress, Report
-from fedclip_flwr.federation import Line, Outcome, better, federate
+from fedclip_flwr.federation import Line, Outcome, Standing, better, federate
 from fedclip_flwr.link import Downlink, Shelf, forget
 from fedclip_flwr.metrics import BINS, Quality, Score, mean_accuracy
 from fedclip_flwr.nodes import Nodes
@@ -127,8 +127,8 @@ class Told:
         self.best.append(number)
         self.blend = blend
 
-    def complete(self, number: int, state: State) -> None:
-        self.completed.append((number, float(state["w"])))
+    def complete(self, standing: Standing) -> None:
+        self.completed.append((standing.round, float(standing.state["w"])))
 
 
 class Running:

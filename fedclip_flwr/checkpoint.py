@@ -1,0 +1,115 @@
+"""What a run needs to go on after its last complete round, in one file that is replaced as a whole or not at all.
+
+The latest adapter's tensors have their own names. Beside them are those of the best round so far (`best/`), what
+rounding left over (`left/`) and what the strategy remembers (`strategy/`). All else is JSON in the header; a checksum
+is over everything.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flwr.app import MetricRecord, RecordDict
+from safetensors import SafetensorError
+
+from fedclip_flwr import content, store, tensorfile
+from fedclip_flwr.codecs import State
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.exchange import ExchangeError, Report, read_answer, write_answer
+from fedclip_flwr.federation import Line, Standing
+from fedclip_flwr.metrics import Quality, Score
+
+PARTS = ("best", "left", "strategy")
+NO_SCORE = Score(0, 0, 0.0)
+
+
+class Checkpoint(NamedTuple):
+    """Where the run stands; what rounding left over, and what the strategy remembers.
+
+    `nodes` is what is known of the sites (`Nodes.record`), `session` the key of what the run is about, `seconds` what
+    the run has taken so far. It was `resumed` after these rounds; `metrics` are the lines of the rounds.
+    """
+
+    standing: Standing
+    left: State
+    strategy: State
+    nodes: dict[str, Any]
+    session: str
+    seconds: dict[str, float]
+    resumed: list[int]
+    metrics: list[dict[str, Any]]
+
+
+def write(path: Path, of: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
+    at = of.standing
+    parts = dict(zip(PARTS, (at.best_state, of.left, of.strategy), strict=True))
+    tensors = at.state | {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+    assert at.zero  # a round is complete
+    assert at.best
+    numbers = {key: value for key, value in vars(at).items() if key not in ("state", "best_state")}
+    facts = {
+        "standing": {**numbers, "zero": _of_line(at.zero), "best": _of_line(at.best)},
+        **{key: value for key, value in of._asdict().items() if key not in ("standing", *PARTS)},
+    }
+    told = {"facts": json.dumps(facts), "round": str(at.round)}
+    sums = {name: (tensorfile.kind_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
+    told["checksum"] = tensorfile.checksum(told, sums)
+    content.write_whole(path, lambda part: tensorfile.save(tensors, part, told), setting)
+
+
+def read(path: Path) -> Checkpoint | None:
+    """The checkpoint, if there is one; a `UserError` if it can't be read."""
+    try:
+        tensors, told = store.mapped(path)
+        claimed = told.pop("checksum", "")
+        if tensorfile.checksum_of_file(path, told) != claimed:
+            raise SafetensorError("its checksum is another one")
+        return _made(tensors, json.loads(told["facts"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} can't be read ({' '.join(str(error).split())[:200]}): bring it back from a backup, or begin a new "
+            "run; nothing was changed, and the best adapter so far is beside it"
+        ) from None
+    except (ValueError, KeyError, TypeError, ExchangeError):
+        raise UserError(f"{path} is of another version of this package: go on with that one") from None
+
+
+def _made(tensors: State, facts: dict[str, Any]) -> Checkpoint:
+    parts: dict[str, State] = {part: {} for part in ("", *PARTS)}
+    for name, tensor in tensors.items():
+        part, slash, own = name.partition("/")
+        parts[part if slash else ""][own if slash else name] = tensor.clone()  # the file may be replaced
+    at = facts.pop("standing")
+    at |= {"zero": _line(at["zero"]), "best": _line(at["best"])}
+    standing = Standing(state=parts[""], best_state=parts["best"], **at)
+    return Checkpoint(standing, parts["left"], parts["strategy"], **facts)
+
+
+def _of_line(line: Line) -> dict[str, Any]:
+    return {
+        "round": line.round,
+        "bytes": line.bytes,
+        "seconds": line.seconds,
+        "unseen": _figures(Report(0, NO_SCORE, line.unseen)) if line.unseen else None,
+        "reports": {site: _figures(report) for site, report in line.reports.items()},
+        "holdouts": {site: _figures(report) for site, report in line.holdouts.items()},
+    }
+
+
+def _line(facts: dict[str, Any]) -> Line:
+    unseen: Quality | None = _report(facts["unseen"]).test if facts["unseen"] else None
+    reports, holdouts = ({site: _report(of) for site, of in facts[part].items()} for part in ("reports", "holdouts"))
+    return Line(facts["round"], reports, unseen, facts["bytes"], facts["seconds"], holdouts)
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """As they travel."""
+    return dict(write_answer(report).metric_records["metrics"])
+
+
+def _report(figures: dict[str, Any]) -> Report:
+    return read_answer(RecordDict({"metrics": MetricRecord(figures)})).report
