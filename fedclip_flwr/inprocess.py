@@ -107,6 +107,11 @@ def federate(
             unseen=evaluate(shared, unseen, classes).accuracy if unseen else None,
         )
 
+    optimizer = None
+    if settings.strategy not in ("fedavg", "fedprox"):
+        from fedclip_flwr.strategy import optimizer_of  # not for all: it brings Flower
+
+        optimizer = optimizer_of(settings)
     left: dict[tuple[str, ...], State] = {}
 
     def carried(state: State, base: State, number: int, *way: str) -> State:
@@ -138,7 +143,8 @@ def federate(
             own = copy.deepcopy(shared)
             learn(own, able[name], classes, settings, number + 1)
             average.add(carried(own.state_dict(), before, number + 1, "up", name), weights[name])
-        shared.load_state_dict(carried(average.value, before, number + 1, "down"))
+        averaged = optimizer.step(number + 1, before, average.value) if optimizer else average.value
+        shared.load_state_dict(carried(averaged, before, number + 1, "down"))
         each_round()
     shared.load_state_dict(best)
     if isinstance(shared, Adapter) and settings.blend == "auto":

@@ -295,13 +295,28 @@ def last_words(log: Path) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and all that it started."""
+    """Ends the process and then all that it started, which may put its things in order first."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # a simulation's SIGTERM is Ray's
+    deadline = time.monotonic() + 10
+    while _works(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _works(group: int) -> bool:
+    """Whether a process of the group has not ended, as far as the system tells."""
+    for told in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of = told.read_text().rpartition(") ")[2].split()[:3]
+            if int(of) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _show(command: list[str], env: Mapping[str, str]) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import ExchangeError, Report, read_answer, reason, write_adapter
+from fedclip_flwr.exchange import ExchangeError, Report, read_adapter, read_answer, reason, write_adapter
 from fedclip_flwr.learning import Mean
 
 OPTIMIZERS = {"fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}
@@ -37,9 +37,9 @@ class Optimizer:
     def __init__(self, name: str, rate: float) -> None:
         self._flowers = OPTIMIZERS[name](eta=rate, tau=rate / 10)
 
-    def step(self, number: int, sent: ArrayRecord, mean: State) -> State:
+    def step(self, number: int, sent: State, mean: State) -> State:
         """Where it goes from what was sent, when the sites have come to this mean."""
-        self._flowers.current_arrays = {name: array.numpy() for name, array in sent.items()}
+        self._flowers.current_arrays = {name: tensor.numpy() for name, tensor in sent.items()}
         content = RecordDict({"arrays": write_adapter(mean), "metrics": MetricRecord({"num-examples": 1})})
         stepped, _ = self._flowers.aggregate_train(number, [Message(content, 1, MessageType.TRAIN)])
         assert stepped is not None  # there was a reply
@@ -109,7 +109,7 @@ class AdapterFedAvg(FedAvg):
             return None, None
         averaged = mean.value
         if self._optimizer:
-            averaged = self._optimizer.step(server_round, self._sent, averaged)
+            averaged = self._optimizer.step(server_round, read_adapter(self._sent, averaged), averaged)
         return write_adapter(averaged), None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
