@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,7 @@ def federate(
     if settings.strategy not in ("fedavg", "fedprox"):
         from fedclip_flwr.strategy import optimizer_of  # not for all: it brings Flower
 
+        logging.getLogger("flwr").setLevel(logging.WARNING)
         optimizer = optimizer_of(settings)
     left: dict[tuple[str, ...], State] = {}
 

@@ -26,7 +26,9 @@ from fedclip_flwr.exchange import ExchangeError, Report, read_adapter, read_answ
 from fedclip_flwr.learning import Mean
 
 OPTIMIZERS = {"fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}
-RATE = 1e-3
+RATES = {"attention": 3e-3, "gate": 3e-2, "scale": 3e-2}
+"""The server's own learning rates: the best of six by validation on the drawn pictures, see docs/methods.md."""
+RATE_OF_MODEL = 3e-4
 MOMENTS = ("m_t", "v_t")
 """What Flower calls the means of the steps and of their squares, which such a strategy keeps."""
 
@@ -147,4 +149,5 @@ def optimizer_of(settings: Settings) -> Optimizer | None:
     """The server's, if the settings ask for one."""
     if settings.strategy not in OPTIMIZERS:
         return None
-    return Optimizer(settings.strategy, settings.server_learning_rate or RATE)
+    own = RATES[settings.adapter] if settings.method == "adapter" else RATE_OF_MODEL
+    return Optimizer(settings.strategy, settings.server_learning_rate or own)

@@ -43,6 +43,8 @@ CONTRACT: dict[str, Any] = {
     "device": "auto",
     "precision": "auto",
     "resume": "",
+    "early-stop": 0,
+    "server-learning-rate": 0.0,
     "results-dir": "",
 }
 
