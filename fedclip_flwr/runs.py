@@ -61,14 +61,17 @@ class RunFolder:
         self.before: Checkpoint | None = None
         if settings.resume:
             self.path = _found(root, settings.resume)
-            self._lock = _locked(self.path)
-            _check_settings(self.path, self._facts)
-            self.before = checkpoint.read(self._checkpoint)
         else:
             with content.writing_to(root, self._setting):
                 self.path = _new_folder(root)
-            self._lock = _locked(self.path)
-            self.go_on([])
+        with contextlib.ExitStack() as held:
+            held.enter_context(_locked(self.path))
+            if settings.resume:
+                _check_settings(self.path, self._facts)
+                self.before = checkpoint.read(self._checkpoint)
+            else:
+                self.go_on([])
+            self._held = held.pop_all()
 
     @property
     def _checkpoint(self) -> Path:
@@ -146,7 +149,7 @@ class RunFolder:
         with self._writing:
             if self._going:
                 self._end("failed", str(error) if isinstance(error, UserError) else one_line(repr(error)))
-        os.close(self._lock)
+        self._held.close()
 
     def _end(self, status: str, why: str) -> None:
         with contextlib.suppress(UserError):  # the disk may be what failed: the error itself is told
@@ -186,8 +189,9 @@ def _found(root: Path, name: str) -> Path:
     return path.resolve()
 
 
-def _locked(path: Path) -> int:
-    """Keeps others from going on with the run meanwhile; the lock ends with this process."""
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps others from going on with the run meanwhile; ends with this process at the latest."""
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,7 +200,10 @@ def _locked(path: Path) -> int:
             os.close(folder)
             raise UserError(f"resume = {path.name!r}: that run is still under way; stop it first") from None
         # else the file system has no locks
-    return folder
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def _check_settings(path: Path, wanted: dict[str, Any]) -> None:

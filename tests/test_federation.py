@@ -481,7 +481,7 @@ def test_a_repeated_round_comes_to_what_it_would_have_come_to(settings: dict[str
 
 
 def test_the_run_ends_after_rounds_without_a_gain() -> None:
-    """The best is that of round 2; the answers of round 5 tell that those of 3 and 4 are no better, and make the last."""
+    """The best is that of round 2. The answers of round 5 tell that those of 3 and 4 are no better."""
     north = Site("north", 1.0, {0.0: 5, 1.0: 6, 2.0: 7, 3.0: 6, 4.0: 7, 5.0: 6})
     running = Running({5: north}, num_server_rounds=50, early_stop=2)
     outcome = running.run()

@@ -41,9 +41,9 @@ def interrupted(
     """
     first = make()
 
-    def complete(at: Standing) -> None:
-        checkpoint.write(path, saved(first, at))
-        if at.round == after:
+    def complete(standing: Standing) -> None:
+        checkpoint.write(path, saved(first, standing))
+        if standing.round == after:
             raise PowerCutError
 
     first.told.complete = complete  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ def standing() -> Standing:
 def full() -> Checkpoint:
     memory = {"m_t/w": torch.rand(3), "v_t/w": torch.rand(3).double()}
     sites = {"sites": {"north": [5, 10, 4]}, "failures": [[1, "n\u00f6rd", "out of memory"]]}
-    metrics = [{"round": 0, "seen": 0.1}, {"round": 1, "seen": None}]
+    metrics: list[dict[str, Any]] = [{"round": 0, "seen": 0.1}, {"round": 1, "seen": None}]
     return Checkpoint(standing(), {"w": torch.rand(3)}, memory, sites, "key", {"total": 0.1}, [1], metrics)
 
 

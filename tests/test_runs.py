@@ -4,19 +4,30 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModel
 
 from fedclip_flwr import clip
+from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, Pixels, open_features
-from fedclip_flwr.runs import RunFolder
+from fedclip_flwr.federation import Line, Standing
+from fedclip_flwr.nodes import Failure
+from fedclip_flwr.runs import RunFolder, begun_with
 from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.sites import new_adapter
+
+
+def complete(number: int, metrics: list[dict[str, Any]] | None = None) -> Checkpoint:
+    """As after that round."""
+    state = new_adapter(Settings(), 128).state_dict()
+    line = Line(0, {}, None, 0, 0.0)
+    return Checkpoint(Standing(number, state, state, line, line), {}, {}, {}, "key", {}, [], metrics or [])
 
 
 def started(results: Path, **settings: object) -> RunFolder:
@@ -99,14 +110,29 @@ def test_how_a_run_ended_is_written_down(tmp_path: Path) -> None:
         told: dict[str, object] = json.loads((run.path / "summary.json").read_text())
         return told
 
-    run = started(tmp_path)
-    assert summary(run) == {"status": "running"}
+    run, failures = started(tmp_path), [Failure(1, "north", "out of memory")]
+    assert summary(run) == {"status": "running", "round": 0, "failures": []}
+    run.go_on(failures, 2)
+    run.checkpoint(complete(3))
+    failures.append(Failure(4, "south", "no answer"))
     with pytest.raises(UserError), run:
         raise UserError("no site is there")
-    assert summary(run) == {"status": "failed", "why": "no site is there"}
+    assert summary(run) == {
+        "status": "failed",
+        "why": "no site is there",
+        "round": 3,
+        "failures": [
+            {"round": 1, "site": "north", "why": "out of memory"},
+            {"round": 4, "site": "south", "why": "no answer"},
+        ],
+    }
     with pytest.raises(ZeroDivisionError), (other := started(tmp_path)):
         _ = 1 / 0
     assert summary(other)["why"] == "ZeroDivisionError('division by zero')"
+    for leaves in (SystemExit, KeyboardInterrupt):
+        with pytest.raises(leaves), (stopped := started(tmp_path)):
+            raise leaves
+        assert summary(stopped)["status"] == "stopped"
     with (good := started(tmp_path)):
         good.finish({"status": "completed"})
     assert summary(good) == {"status": "completed"}
@@ -123,13 +149,12 @@ import resource, sys
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.runs import RunFolder
-from fedclip_flwr.sites import new_adapter
-state = new_adapter(Settings(), 128).state_dict()
+from tests.test_runs import complete
 with RunFolder(Settings(results_dir=sys.argv[1]), "0123") as run:
-    run.checkpoint(1, state)
+    run.checkpoint(complete(1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     try:
-        run.checkpoint(2, state)
+        run.checkpoint(complete(2))
     except UserError as error:
         print(error)
         raise
@@ -138,9 +163,92 @@ with RunFolder(Settings(results_dir=sys.argv[1]), "0123") as run:
 
 def test_on_a_full_disk_the_last_checkpoint_is_kept_and_the_user_told(tmp_path: Path) -> None:
     script = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + NO_ROOM
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     assert "let results-dir name another folder" in done.stdout, done.stderr
     folder = tmp_path / "latest"
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
     assert len(list((folder / "checkpoint").iterdir())) == 1
-    assert (folder / "checkpoint" / "adapter.safetensors").stat().st_size > 4 * 33024
+    with again(folder) as run:
+        assert run.before
+        assert run.before.standing.round == 1
+
+
+def again(path: Path, **settings: object) -> RunFolder:
+    return started(path.resolve().parent, resume=path.name, **settings)
+
+
+def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_round(tmp_path: Path) -> None:
+    first = started(tmp_path, adapter="gate")
+    first.go_on([], 2)
+    for number in range(3):
+        first.line(Line(number, {}, None, 0, 0.0))
+        if number < 2:
+            first.checkpoint(complete(number + 1, first.metrics))
+    with pytest.raises(SystemExit), first:
+        raise SystemExit
+    started(tmp_path)  # a later one
+    with again(first.path, adapter="gate", num_server_rounds=7, early_stop=3) as run:
+        assert run.path == first.path
+        assert run.before
+        assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 3  # so far nothing was written
+        run.go_on([], 2)
+        assert [line["round"] for line in run.metrics] == [0, 1]
+        assert run.metrics == [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        settings = json.loads((run.path / "settings.json").read_text())
+        assert (settings["num-server-rounds"], settings["resume"], settings["sites"]) == (7, "", 2)
+        assert (tmp_path / "latest").resolve() == first.path
+        assert "after round 2 with resume='" in run.how_to_go_on
+    with again(tmp_path / "latest", adapter="gate") as run:
+        assert run.path == first.path
+    given, sites = begun_with(Settings(results_dir=str(tmp_path), resume="latest"))
+    assert (given["adapter"], given["num-server-rounds"], given["early-stop"], sites) == ("gate", 7, 3, 2)
+    assert given.keys() == Settings.keys().keys() - {"resume", "results-dir"}
+
+
+def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+    with started(tmp_path, adapter="gate", seed=7) as first:
+        first.go_on([], 2)
+        first.checkpoint(complete(1))
+        first.finish({"status": "completed"})
+        with pytest.raises(UserError, match=f"resume = '{first.path.name}': that run is still under way"):
+            again(first.path, adapter="gate", seed=7)
+    before = {path: path.read_bytes() for path in first.path.rglob("*.*")}
+    with pytest.raises(UserError, match='that run has other settings; give them again: adapter="gate" seed=7'):
+        again(first.path)
+    with pytest.raises(UserError, match=f"there is no such run in {tmp_path}; the latest are {first.path.name}"):
+        again(tmp_path / "yesterday")
+    with pytest.raises(UserError, match=r"there is no such run in .*; there is none"):
+        started(tmp_path / "empty", resume="latest")
+    with pytest.raises(UserError, match="too few sites"), again(first.path, adapter="gate", seed=7):
+        raise UserError("too few sites")
+    assert {path: path.read_bytes() for path in first.path.rglob("*.*")} == before
+    (first.path / "checkpoint" / "adapter.safetensors").write_bytes(b"?")
+    with pytest.raises(UserError, match="can't be read"):
+        again(first.path, adapter="gate", seed=7)
+    (first.path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings.json can't be read"):
+        again(first.path, adapter="gate", seed=7)
+
+
+def test_a_run_that_came_to_no_round_begins_anew(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), (first := started(tmp_path)):
+        raise SystemExit
+    with again(first.path) as run:
+        assert run.before is None
+        assert run.how_to_go_on == ""
+
+
+def test_once_stopped_nothing_more_is_written_by_whoever_does_not_know_yet(tmp_path: Path) -> None:
+    """In a simulation, whoever stops it is another thread than the run."""
+    run = started(tmp_path)
+    run.go_on([], 2)
+    run.checkpoint(complete(1))
+    run.stop()
+    before = {path: path.read_bytes() for path in run.path.rglob("*.*")}
+    with pytest.raises(SystemExit), run:
+        run.checkpoint(complete(2))
+    assert {path: path.read_bytes() for path in run.path.rglob("*.*")} == before
+    told = json.loads((run.path / "summary.json").read_text())
+    assert (told["status"], told["round"], told["why"]) == ("stopped", 1, "it was ended from outside")

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 
-from fedclip_flwr.exchange import Report, write_answer
+from fedclip_flwr.config import Settings
+from fedclip_flwr.exchange import Report, write_adapter, write_answer
 from fedclip_flwr.metrics import BINS, Quality, Score
-from fedclip_flwr.strategy import AdapterFedAvg
+from fedclip_flwr.strategy import AdapterFedAvg, Optimizer, optimizer_of
 
 LIKE = {"w": torch.zeros(2)}
 TEST = Quality(Score(4, 0, 2.0), 0.0, 0.0, [0.0] * BINS)
@@ -139,3 +142,60 @@ def test_evaluations_are_sorted_out_the_same_way() -> None:
     one.aggregate_evaluate(1, [good, reply(1, [1.0, 1.0]), failed(3, "x")])
     assert one.reports == {"a": Report(3, Score(4, 2, 1.0), TEST)}
     assert one.dropped == {"c": "the answer has an adapter that was not asked for", "b": "x"}
+
+
+def steps(name: str, rate: float, means: list[list[float]]) -> list[list[float]]:
+    """Where the server goes, round by round; the sites' mean is so far from where it was."""
+    made, sent, path = Optimizer(name, rate), {"w": torch.tensor([0.5, -0.5])}, []
+    for number, mean in enumerate(means, 1):
+        sent = made.step(number, sent, {"w": sent["w"] + torch.tensor(mean)})
+        assert sent["w"].dtype == torch.float32
+        path.append(sent["w"].tolist())
+    return path
+
+
+STEPS = [[0.01, -0.02], [0.0, -0.02], [0.03, 0.01]]
+
+
+def test_the_servers_steps_are_those_of_the_papers() -> None:
+    """Adaptive federated optimization, arXiv 2003.00295, algorithm 2, with Flower's bias correction for Adam."""
+    rate = 0.1
+    for name in ("fedadam", "fedyogi", "fedadagrad"):
+        at, m, v, path = np.array([0.5, -0.5]), np.zeros(2), np.zeros(2), []
+        for number, step in enumerate(np.array(STEPS), 1):
+            beta = 0.0 if name == "fedadagrad" else 0.9
+            m = beta * m + (1 - beta) * step
+            if name == "fedadam":
+                v = 0.99 * v + 0.01 * step**2
+            elif name == "fedyogi":
+                v = v - 0.01 * step**2 * np.sign(v - step**2)
+            else:
+                v = v + step**2
+            size = rate
+            if name == "fedadam":
+                size = rate * np.sqrt(1 - 0.99 ** (number + 1)) / (1 - 0.9 ** (number + 1))
+            at = at + size * m / (np.sqrt(v) + rate / 10)
+            path.append(at)
+        np.testing.assert_allclose(steps(name, rate, STEPS), path, rtol=1e-5, atol=1e-6)
+
+
+def test_a_server_that_remembers_goes_on_as_if_nothing_had_been() -> None:
+    whole = steps("fedadam", 0.1, STEPS)
+    first, second = Optimizer("fedadam", 0.1), Optimizer("fedadam", 0.1)
+    sent = {"w": torch.tensor([0.5, -0.5])}
+    for number, mean in enumerate(STEPS, 1):
+        sent = first.step(number, sent, {"w": sent["w"] + torch.tensor(mean)})
+        second.memory = first.memory
+        first, second = second, first
+        assert sent["w"].tolist() == whole[number - 1]
+    assert Optimizer("fedadam", 0.1).memory == {}
+
+
+def test_the_servers_step_takes_the_place_of_the_mean() -> None:
+    made = strategy(optimizer=optimizer_of(Settings(strategy="fedadam", server_learning_rate=0.1)))
+    grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [1, 2]))
+    list(made.configure_train(1, write_adapter({"w": torch.tensor([0.5, -0.5])}), ConfigRecord(), grid))
+    arrays, _ = made.aggregate_train(1, [reply(1, [0.5, -0.54]), reply(2, [0.52, -0.5])])
+    assert arrays is not None
+    np.testing.assert_allclose(arrays["w"].numpy(), steps("fedadam", 0.1, STEPS[:1])[0], rtol=1e-5)
+    assert optimizer_of(Settings()) is None
