@@ -89,6 +89,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             console.say(f"going on after round {before.standing.round}\n")
         console.say(console.heading())
 
+        resumed = [*before.resumed, before.standing.round] if before else []
+
         def seconds() -> dict[str, float]:
             """What the run has taken, with what it took before it was interrupted."""
             now = time.monotonic()
@@ -102,7 +104,6 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             return examine(learner, unseen, classes) if unseen else None
 
         def checkpoint(standing: Standing) -> Checkpoint:
-            resumed = [*before.resumed, before.standing.round] if before else []
             return Checkpoint(
                 standing, link.left, strategy.memory, nodes.record, session.key, seconds(), resumed, folder.metrics
             )
@@ -114,7 +115,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         except UserError as error:
             console.say("\n".join(console.left_out(nodes.failures)))
             raise UserError(f"{error}. {folder.how_to_go_on}") from error
-        summary = summary_of(outcome, nodes, holdout, features, seconds())
+        summary = summary_of(outcome, nodes, holdout, features, seconds(), resumed)
         folder.finish(summary)
         if simulated(grid):
             forget(session.key)

@@ -162,11 +162,21 @@ def write_whole(
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             write(part)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            _to_disk(part)
             put(part, path)
+            with contextlib.suppress(OSError):  # not every file system can
+                _to_disk(path.parent)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """So that it is still there after a power cut: the bytes of a file, or the names in a folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:

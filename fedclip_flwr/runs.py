@@ -260,9 +260,14 @@ def _versions() -> dict[str, str]:
 
 
 def summary_of(
-    outcome: Outcome, nodes: Nodes, holdout: str | None, features: Features, seconds: dict[str, float]
+    outcome: Outcome,
+    nodes: Nodes,
+    holdout: str | None,
+    features: Features,
+    seconds: dict[str, float],
+    resumed: list[int],
 ) -> dict[str, Any]:
-    """What `summary.json` tells of a completed run."""
+    """What `summary.json` tells of a completed run, which went on after the rounds `resumed`."""
     traffic, names, parameters = nodes.traffic, features.vocabulary.class_names, features.parameters
     per_round = outcome.site_round_bytes
     whole = None if parameters is None else 2 * 4 * parameters
@@ -285,6 +290,7 @@ def summary_of(
         },
         "seconds": seconds,
         "rounds": outcome.rounds,
+        "resumed": resumed,
         "failures": [failure._asdict() for failure in nodes.failures],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from fedclip_flwr.inprocess import Result, federate, make_sites
 from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.sites import new_learner
 from fedclip_flwr.sweep import Cell, solve
-from tests.processes import alive, until_gone
+from tests.processes import alive, kill, until_gone
 
 PROJECT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -148,8 +149,10 @@ def test_fedprox_of_the_whole_model_runs_as_in_one_process(tmp_path: Path, tree:
 
 def test_the_same_seed_gives_the_same_adapter_to_the_bit(tmp_path: Path, drawn: Features) -> None:
     first, again = completed(3, tmp_path / "a"), completed(3, tmp_path / "b")
-    for name in ("adapter.safetensors", "checkpoint/adapter.safetensors"):
-        assert (first / name).read_bytes() == (again / name).read_bytes()
+    assert (first / "adapter.safetensors").read_bytes() == (again / "adapter.safetensors").read_bytes()
+    last = [load_file(folder / "checkpoint" / "adapter.safetensors") for folder in (first, again)]
+    assert last[0].keys() == last[1].keys()
+    assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
     assert_same_result(first, in_one_process(drawn, 3))
 
 
@@ -285,7 +288,54 @@ def test_fedclip_run_stopped_in_the_middle_leaves_nothing_behind(how: signal.Sig
     assert process.returncode == 128 + how
     until_gone(f"MARK={tmp_path}")
     assert not any(folder.exists() for folder in folders)
-    assert load_adapter(run_folder(tmp_path / "runs"))[1]["round"] >= 0
+    folder = run_folder(tmp_path / "runs")
+    assert load_adapter(folder)[1]["round"] >= 0
+    assert read(folder, "summary.json")["status"] == "stopped"
+
+
+def cut_off(after: int, results: Path, *settings: str) -> Path:
+    """The folder of a run of two sites whose processes are killed from outside once that round's line is shown."""
+    mark = f"results-dir={results}"
+    command = [str(BIN / "fedclip"), "run", "--nodes", "2", mark, *settings]
+    env = {**os.environ, "MARK": mark}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.match(rf" +{after}  ", line) and "sites" not in line:
+                assert kill(f"MARK={mark}", "flwr-simulation") == 1
+    assert process.returncode == 1
+    until_gone(f"MARK={mark}")
+    return run_folder(results)
+
+
+def test_a_simulation_that_was_killed_goes_on_to_the_very_adapter_that_it_would_have_come_to(tmp_path: Path) -> None:
+    given = ["num-server-rounds=6", "codec=int8", "strategy=fedadam", "fraction-train=0.5", "adapter=gate"]
+    done = fedclip("run", "--nodes", "2", f"results-dir={tmp_path / 'whole'}", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = run_folder(tmp_path / "whole")
+    folder = cut_off(3, tmp_path / "cut", *given)
+    told = read(folder, "summary.json")
+    assert told["status"] == "running"
+    assert told["round"] in (3, 4, 5, 6)
+    refused = fedclip("run", f"results-dir={tmp_path / 'cut'}", "resume=latest", "adapter=scale")
+    assert 'that run has other settings; give them again: adapter="gate"' in refused.stdout
+    assert read(folder, "summary.json") == told
+    done = fedclip("run", f"results-dir={tmp_path / 'cut'}", "resume=latest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on after round {told['round']}" in done.stdout
+    for name in ("adapter.safetensors", "checkpoint/adapter.safetensors"):
+        one, other = load_file(whole / name), load_file(folder / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, folder)]
+    for one, other in zip(*lines, strict=True):
+        assert {**one, "seconds": 0, "bytes": 0} == {**other, "seconds": 0, "bytes": 0}
+    first, second = read(whole, "summary.json"), read(folder, "summary.json")
+    assert second["resumed"] == [told["round"]]
+    assert {**first, **SPENT} == {**second, **SPENT}
+
+
+SPENT: dict[str, Any] = {"traffic": None, "seconds": None, "resumed": None}
 
 
 def test_a_folder_of_images_with_a_relative_path(tree: Path, tmp_path: Path) -> None:
