@@ -1,12 +1,13 @@
-"""The learning rates of the default recipe, chosen without a look at test images.
+"""The learning rates of the default recipe, or the server's own, chosen without a look at test images.
 
     python benchmarks/tuning.py [--data drawn] [--sites 1,10] [--seeds 5] [--rounds 20]
-        [--rates attention=1e-4,2e-4 gate=1e-3 ...]
+        [--rates attention=1e-4,2e-4 gate=1e-3 ...] [--strategy fedadam]
 
 Every domain is held out in turn. The sites' test splits are thrown away; of the held-out domain only a validation
 split is looked at, as large as one of a site. Prints for each rate the gain over zero-shot in points of accuracy,
 `seen / unseen`, on these validation splits, mean over the seeds, of the round that the federation would select. Seeds
-begin at 500: reported results use others.
+begin at 500: reported results use others. With a strategy in which the server makes steps of its own, the rates are
+those of these steps.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import time
 from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 import torch
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rates", nargs="+", default=[f"{k}={','.join(map(str, v))}" for k, v in RATES.items()])
+    parser.add_argument("--strategy", default="fedavg")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     begun = time.perf_counter()
@@ -61,19 +64,22 @@ def main() -> None:
     for sites in map(int, given.sites.split(",")):
         for kind, rates in (text.split("=") for text in given.rates):
             for rate in rates.split(","):
-                RECIPES["trial"] = replace(RECIPES["default"], learning_rate={kind: float(rate)})
+                tried: dict[str, Any] = {"strategy": given.strategy, "server_learning_rate": float(rate)}
+                if given.strategy == "fedavg":
+                    RECIPES["trial"] = replace(RECIPES["default"], learning_rate={kind: float(rate)})
+                    tried = {"recipe": "trial"}
                 found = []
                 for holdout in features.domains:
                     trials = []
                     for seed in range(FIRST_SEED, FIRST_SEED + given.seeds):
-                        settings = Settings(adapter=kind, recipe="trial", seed=seed, num_server_rounds=given.rounds)
+                        settings = Settings(adapter=kind, seed=seed, num_server_rounds=given.rounds, **tried)
                         trials.append(gains(features, holdout, sites, settings))
                     found.append(tuple(mean(values) for values in zip(*trials, strict=True)))
                 found.append(tuple(mean(values) for values in zip(*found, strict=True)))
                 cells = " | ".join(f"{seen:+.1f} / {unseen:+.1f}" for seen, unseen in found)
                 print(f"| {sites} | {kind} | {rate} | {cells} |", flush=True)
     print(
-        f"\n{given.data}, {given.rounds} rounds, {given.seeds} seeds from {FIRST_SEED}; "
+        f"\n{given.strategy}, {given.data}, {given.rounds} rounds, {given.seeds} seeds from {FIRST_SEED}; "
         f"{time.perf_counter() - begun:.0f} s on {os.cpu_count()} cores, {platform.machine()}"
     )
 
