@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -17,11 +18,7 @@ from fedclip_flwr.data.dataset import DataSet
 from fedclip_flwr.data.drawn import Drawn
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.data.presets import Canonical, Preset
-
-
-@pytest.fixture(scope="module")
-def preparer() -> clip.Preparer:
-    return clip.find("bundled").load().preparer()
+from tests.pixels import PREPARER
 
 
 @pytest.fixture
@@ -67,11 +64,11 @@ def test_some_rows_of_a_source_are_those_of_all(tree: Path, kind: str) -> None:
     assert len(list(source.pictures("photo", last))) == 2
 
 
-@pytest.mark.parametrize("kind", ["folder", "drawn", "preset", "data set"])
+@pytest.mark.parametrize("kind", ["folder", "drawn", pytest.param("preset", marks=pytest.mark.soak), "data set"])
 def test_workers_bring_the_same_batches_in_the_same_order(
-    broken: Path, preparer: clip.Preparer, kind: str, monkeypatch: pytest.MonkeyPatch
+    broken: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = ahead.Work(source_of(kind, broken), "photo", preparer, 2)
+    work = ahead.Work(source_of(kind, broken), "photo", PREPARER, 2)
     alone = list(ahead.batches(work, 0, 12))
     assert not children()
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
@@ -88,7 +85,7 @@ def test_workers_bring_the_same_batches_in_the_same_order(
     assert sum(len(batch.broken) for batch in helped) == (0 if kind == "drawn" else 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.soak), torch.uint8])
 def test_pixels_of_any_type_come_as_they_are(tree: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "workers", lambda *_: 1)
     work = ahead.Work(ImageFolder(tree), "photo", clip.find("bundled").load().preparer(dtype), 4)
@@ -99,9 +96,9 @@ def test_pixels_of_any_type_come_as_they_are(tree: Path, dtype: torch.dtype, mon
 
 
 def test_what_a_killed_worker_owes_is_done_without_it(
-    broken: Path, preparer: clip.Preparer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    broken: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    work = ahead.Work(ImageFolder(broken), "photo", preparer, 1)
+    work = ahead.Work(ImageFolder(broken), "photo", PREPARER, 1)
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
     found = []
     for batch in ahead.batches(work, 0, 12):
@@ -113,11 +110,9 @@ def test_what_a_killed_worker_owes_is_done_without_it(
     assert caplog.text.count("its part is done without it") <= 1
 
 
-def test_workers_end_with_whoever_stops_asking(
-    tree: Path, preparer: clip.Preparer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_end_with_whoever_stops_asking(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
-    batches = ahead.batches(ahead.Work(ImageFolder(tree), "photo", preparer, 1), 0, 12)
+    batches = ahead.batches(ahead.Work(ImageFolder(tree), "photo", PREPARER, 1), 0, 12)
     next(batches)
     next(batches)
     pids = children()
@@ -130,10 +125,11 @@ SCRIPT = """
 import sys
 from pathlib import Path
 print("begun", flush=True)
-from fedclip_flwr import ahead, clip
+from fedclip_flwr import ahead
 from fedclip_flwr.data.drawn import Drawn
+from tests.pixels import PREPARER
 ahead.workers = lambda *_: 2
-work = ahead.Work(Drawn(), "photo", clip.find("bundled").load().preparer(), 4)
+work = ahead.Work(Drawn(), "photo", PREPARER, 4)
 for number, batch in enumerate(ahead.batches(work, 0, 400)):
     if number == 3:
         tasks = Path("/proc/self/task").iterdir()
@@ -148,7 +144,9 @@ def script(folder: Path, *more: str) -> subprocess.Popen[str]:
     """A user's script without a guard for the main module."""
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(folder / "script.py"), *more]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
 
 
 def test_a_script_without_a_guard_is_not_run_again_by_workers(tmp_path: Path) -> None:
@@ -180,5 +178,5 @@ def test_workers_are_started_where_they_pay() -> None:
     assert ahead.workers(preparing=50.0, seeing=1.0, left=0) == 0
 
 
-def test_a_range_without_images_has_no_batch(tree: Path, preparer: clip.Preparer) -> None:
-    assert list(ahead.batches(ahead.Work(ImageFolder(tree), "photo", preparer, 4), 12, 12)) == []
+def test_a_range_without_images_has_no_batch(tree: Path) -> None:
+    assert list(ahead.batches(ahead.Work(ImageFolder(tree), "photo", PREPARER, 4), 12, 12)) == []
