@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -51,16 +52,30 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
     assert "it broke" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", [*(benchmark.name for benchmark in BENCHMARKS), "scale"])
-def test_every_benchmark_has_help_and_refuses_what_it_does_not_know(name: str) -> None:
-    asked = python(f"benchmarks.{name}", "--help")
+@pytest.mark.parametrize("name", dict.fromkeys([*(benchmark.name for benchmark in BENCHMARKS), "scale"]))
+def test_every_benchmark_has_help_and_refuses_what_it_does_not_know(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = import_module(f"benchmarks.{name}").main
+    for words, status in ((["--help"], 0), (["--rounds", "none", "--nonsense"], 2)):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == status
+        printed, said = capsys.readouterr()
+        assert f"usage: python -m benchmarks.{name}" in (said if status else printed)
+        assert (printed if status else said) == ""
+
+
+def test_a_benchmark_is_a_command() -> None:
+    asked = python("benchmarks.messages", "--help")
     assert (asked.returncode, asked.stderr) == (0, "")
-    assert f"benchmarks.{name}" in asked.stdout
-    wrong = python(f"benchmarks.{name}", "--rounds", "none", "--nonsense")
-    assert wrong.returncode == 2
-    assert wrong.stdout == ""
+    assert "benchmarks.messages" in asked.stdout
+    wrong = python("benchmarks.messages", "--nonsense")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
 
 
+@pytest.mark.soak
 def test_four_of_the_thousand_sites_are_measured_beside_flower_alone() -> None:
     done = python("benchmarks.many", "--nodes", "4", "--rounds", "2", "--alone-rounds", "2")
     assert done.returncode == 0, done.stdout + done.stderr
