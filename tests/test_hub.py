@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from fedclip_flwr import clip
+from fedclip_flwr.errors import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
-FIND = """
-import sys
-from fedclip_flwr import clip
-from fedclip_flwr.errors import UserError
-try:
-    found = clip.find(*sys.argv[1:])
-    print(found.folder.name, sorted(f.name for f in found.folder.iterdir()))
-except UserError as error:
-    print(error)
-"""
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["fedclip_flwr.clip"])
+"""Processes of their own, which the hub's library reads its environment in, but with torch there already."""
 
 
 def git_id(what: Path | bytes) -> str:
@@ -110,11 +105,27 @@ def hub() -> Iterator[Hub]:
 def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
     """What `clip.find` comes to in a process of its own; without a hub it can't be reached."""
     where = f"http://127.0.0.1:{hub.server_port if hub else 9}"
-    env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "FEDCLIP_HOME": str(tmp_path / "home")}
-    env |= {"HF_ENDPOINT": where, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", FIND, *words], env=env, capture_output=True, text=True)
-    assert len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
-    return done.stdout.strip()
+    env = {"HF_HOME": str(tmp_path / "cache"), "FEDCLIP_HOME": str(tmp_path / "home"), "HF_ENDPOINT": where}
+    env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    ours, theirs = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=found, args=(env, words, theirs))
+    process.start()
+    theirs.close()
+    with ours:
+        told: str = ours.recv()
+    process.join()
+    assert len(told.splitlines()) == 1, told
+    return told
+
+
+def found(env: dict[str, str], words: tuple[str, ...], to: Connection) -> None:
+    assert "huggingface_hub" not in sys.modules
+    os.environ |= env
+    try:
+        model = clip.find(*words)
+        to.send(f"{model.folder.name} {sorted(f.name for f in model.folder.iterdir())}")
+    except UserError as error:
+        to.send(str(error))
 
 
 def bundled(tmp_path: Path, without: str = "") -> Path:
