@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo deploy-demo docker-demo docker-test test bench clean
+.PHONY: demo deploy-demo docker-demo docker-test test soak bench clean
 
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
@@ -15,11 +15,14 @@ docker-demo:  ## the same in containers, with a network for each site: minutes t
 docker-test: .venv/ready  ## set up, then run the tests with containers, which `test` leaves out
 	$(BIN)/pytest -m docker $(ARGS)
 
-test: .venv/ready  ## set up, then check style and types and run every test
+test: .venv/ready  ## set up, then check style and types and run the tests, but those with containers and the long ones
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4
+
+soak: .venv/ready  ## set up, then run the tests that take long, which `test` leaves out
+	$(BIN)/pytest -m soak $(ARGS)
 
 bench: .venv/ready  ## set up, then measure times, bytes and memory, and write docs/benchmarks.md: a quarter of an hour
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -6,9 +6,11 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
@@ -20,10 +22,40 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # for a plain `flwr run`, too: see
 atexit.register(shutil.rmtree, HUGGING_FACE, ignore_errors=True)
 
 
+TOGETHER = ("doctor/", "test_deploy", "test_traffic", "test_hub", "test_pinned", "data/test_drawn")
+"""Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
+FIRST = (*TOGETHER, "test_running", "test_sweep", "test_benchmarks", "test_encoding", "test_ahead", "test_features")
+"""What takes long is begun first there, so that at the end no process is alone with it."""
+
+
+def place(nodeid: str, parts: Sequence[str]) -> int:
+    """Of the part of `tests/` that a test is in; the number of parts if it is in none."""
+    inside = nodeid.removeprefix("tests/")
+    return next((number for number, part in enumerate(parts) if inside.startswith(part)), len(parts))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """Not xdist's own groups: of them, xdist 3.8 and pytest 9.2 do not understand each other."""
+    config.option.loadscopereorder = False
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = lambda nodeid: (*TOGETHER, nodeid)[place(nodeid, TOGETHER)]
+    return scheduling
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: place(item.nodeid, FIRST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fedclip_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No test reads or writes the user's own store."""
+    """No test reads or writes the user's own store; the processes of `pytest -n` share the features of theirs."""
     home = tmp_path_factory.mktemp("home")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = tmp_path_factory.getbasetemp().parent / "features"
+        shared.mkdir(exist_ok=True)
+        (home / "features").symlink_to(shared)
     os.environ["FEDCLIP_HOME"] = str(home)
     return home
 
