@@ -170,6 +170,7 @@ def test_wrong_settings_are_told_before_anything_starts() -> None:
     assert b"there are 3 sites" in done.stderr
 
 
+@pytest.mark.soak
 def test_the_demo_stopped_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path), "MARK": str(tmp_path)}
     command = [sys.executable, "-m", "deploy.demo"]

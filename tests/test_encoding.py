@@ -65,7 +65,15 @@ def resumed(tree: Path, store: Path) -> tuple[int, bytes]:
     return made.encoded, entry(store)
 
 
-@pytest.mark.parametrize(("moment", "left"), [("encode", 4), ("write", 3), ("sync", 0), ("rename", 0)])
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        ("encode", 4),
+        pytest.param("write", 3, marks=pytest.mark.soak),
+        pytest.param("sync", 0, marks=pytest.mark.soak),
+        ("rename", 0),
+    ],
+)
 def test_after_a_kill_one_batch_at_most_is_encoded_twice(
     tree: Path, moment: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +124,7 @@ def test_a_full_disk_is_told_in_one_line_and_what_is_done_is_kept(
     assert again == 12 - 4
 
 
+@pytest.mark.soak
 def test_pixels_are_the_same_with_workers(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip, "PART", 4)
     settings = Settings(data=f"folder:{tree}", method="full-model")

@@ -158,10 +158,11 @@ save_file({"features": examples.features, "labels": examples.labels}, sys.argv[1
 """
 
 
-def test_four_processes_at_once_get_the_right_features_and_encode_once(tree: Path, truth: Examples) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_processes_at_once_get_the_right_features_and_encode_once(tree: Path, truth: Examples, count: int) -> None:
     command = [sys.executable, "-c", OPEN + ONE_OF_MANY, str(tree), str(tree / "store")]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    processes = [subprocess.Popen(command, **pipes) for _ in range(count)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -170,7 +171,7 @@ def test_four_processes_at_once_get_the_right_features_and_encode_once(tree: Pat
         process.stdin.write("go\n")
         process.stdin.flush()
     told = "".join(process.communicate()[0] for process in processes)
-    assert [process.returncode for process in processes] == [0] * 4
+    assert [process.returncode for process in processes] == [0] * count
     assert told == "encoding\n"
     for process in processes:
         found = load_file(tree / str(process.pid))

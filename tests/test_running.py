@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from deploy.processes import superlink, supernode
 from fedclip_flwr import content, simulation
 from fedclip_flwr.adapters import tensor_names
+from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.exchange import may_leave
@@ -35,6 +37,11 @@ from tests.processes import alive, kill, until_gone
 PROJECT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 ROUNDS = 2
+
+
+def soak(given: Any) -> Any:
+    """One of several that go the same way: `make soak` has it."""
+    return pytest.param(given, marks=pytest.mark.soak)
 
 
 def fedclip(*words: str, cwd: Path = PROJECT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -89,6 +96,7 @@ def assert_same_result(folder: Path, truth: Result) -> None:
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.soak  # ten of them: the bare `flwr run` below
 @pytest.mark.parametrize("nodes", [1, 2, 60])
 def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_path: Path, drawn: Features) -> None:
     folder = completed(nodes, tmp_path)
@@ -99,20 +107,22 @@ def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_
 @pytest.mark.parametrize(
     "given",
     [
-        {"recipe": "paper"},
+        soak({"recipe": "paper"}),
         {"codec": "int8", "fraction_train": 0.6},
-        {"codec": "bfloat16", "adapter": "gate", "blend": "auto", "seed": 1},
+        soak({"codec": "bfloat16", "adapter": "gate", "blend": "auto", "seed": 1}),
         {"adapter": "scale", "blend": "auto", "strategy": "fedprox", "proximal_mu": 50.0, "seed": 3},
-        {
-            "adapter": "gate",
-            "adapter_rank": 2,
-            "blend": 0.5,
-            "local_epochs": 2,
-            "batch_size": 100,
-            "learning_rate": 3e-3,
-            "fraction_train": 0.5,
-            "site_weights": "examples",
-        },
+        soak(
+            {
+                "adapter": "gate",
+                "adapter_rank": 2,
+                "blend": 0.5,
+                "local_epochs": 2,
+                "batch_size": 100,
+                "learning_rate": 3e-3,
+                "fraction_train": 0.5,
+                "site_weights": "examples",
+            }
+        ),
     ],
     ids=lambda given: " ".join(given),
 )
@@ -147,6 +157,7 @@ def test_fedprox_of_the_whole_model_runs_as_in_one_process(tmp_path: Path, tree:
     assert traffic["times_less"] == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.soak
 def test_the_same_seed_gives_the_same_adapter_to_the_bit(tmp_path: Path, drawn: Features) -> None:
     first, again = completed(3, tmp_path / "a"), completed(3, tmp_path / "b")
     assert (first / "adapter.safetensors").read_bytes() == (again / "adapter.safetensors").read_bytes()
@@ -244,9 +255,13 @@ def test_wrong_settings_end_a_flwr_run_as_failed_with_one_message(flower: dict[s
         (["--on", "hospitals", "data=folder:images", "alpha=0"], ["expected an absolute path", "more than 0"]),
     ],
 )
-def test_fedclip_run_tells_what_is_wrong_before_anything_starts(given: list[str], told: list[str]) -> None:
-    done = fedclip("run", *given)
-    assert done.returncode == 2
+def test_fedclip_run_tells_what_is_wrong_before_anything_starts(
+    given: list[str], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
+    done = CliRunner().invoke(app, ["run", *given])
+    assert done.exit_code == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 + len(told)
     assert all(text in done.stderr for text in told)
@@ -271,7 +286,7 @@ def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str
     assert "min-sites = 11" in read(run_folder(tmp_path), "summary.json")["why"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, soak(signal.SIGTERM)])
 def test_fedclip_run_stopped_in_the_middle_leaves_nothing_behind(how: signal.Signals, tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path), "MARK": str(tmp_path)}  # too long a folder for Ray's sockets
     command = [str(BIN / "fedclip"), "run", "--nodes", "2", "num-server-rounds=100000", f"results-dir={tmp_path}/runs"]
@@ -338,6 +353,7 @@ def test_a_simulation_that_was_killed_goes_on_to_the_very_adapter_that_it_would_
 SPENT: dict[str, Any] = {"traffic": None, "seconds": None, "resumed": None}
 
 
+@pytest.mark.soak
 def test_a_folder_of_images_with_a_relative_path(tree: Path, tmp_path: Path) -> None:
     folder = completed(3, tmp_path / "results", "data=folder:tree", cwd=tree.parent)
     assert read(folder, "settings.json")["data"] == f"folder:{tree}"

@@ -95,6 +95,7 @@ def test_five_sites_of_which_one_lacks_classes_one_has_one_image_and_one_only_br
     assert summary["adapted"]["personal"] is None
 
 
+@pytest.mark.soak
 def test_a_bare_folder_of_classes_divided_by_dirichlet_with_names_from_a_file(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("automobile\nkitten\ntrout\n")
     settings = ["data=tree/photo", "class-names=names.txt", "partition=dirichlet", "alpha=5", "seed=1"]
@@ -133,6 +134,7 @@ def test_a_data_set_with_siglip_several_prompts_and_adapters_of_the_sites_own(
         assert evaluate(own, site.validation, classes).loss <= evaluate(shared, site.validation, classes).loss + 1e-6
 
 
+@pytest.mark.soak
 def test_a_feature_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "made")
     for domain in ("a", "b"):
@@ -146,7 +148,11 @@ def test_a_feature_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
-        ("cartoon", "(cartoon-0: it holds no image that can be read; cartoon-1: it holds no image"),
+        pytest.param(
+            "cartoon",
+            "(cartoon-0: it holds no image that can be read; cartoon-1: it holds no image",
+            marks=pytest.mark.soak,
+        ),
         ("photo", "This run can't go on. photo is held out, but none of its images can be read"),
     ],
 )
