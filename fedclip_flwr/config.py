@@ -144,7 +144,7 @@ class Settings:
 
 def unusable(problems: Collection[str]) -> UserError:
     """One error for everything that is wrong with the settings."""
-    return UserError("\n  ".join([f"{len(problems)} of the settings can't be used:", *problems]))
+    return UserError(f"{len(problems)} of the settings can't be used:", *problems)
 
 
 def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:

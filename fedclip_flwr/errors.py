@@ -1,8 +1,38 @@
-"""The errors that are meant for the user."""
+"""The errors that are meant for the user, and texts that can be shown wherever they come from."""
+
+from __future__ import annotations
+
+import re
+
+UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""Line breaks, control characters, what turns the direction of writing around, and halves of characters."""
+LONGEST = 4000
+"""So many characters of an error are shown."""
+
+
+def shown(text: object) -> str:
+    """The text with a � for each character that would break the line, steer a terminal, or can't be written."""
+    return UNSEEN.sub("\ufffd", str(text))
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """The text without line breaks and control characters, and not endless."""
+    line = " ".join(UNSEEN.sub(" ", str(text)).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is all that is shown: what was expected, what was found, what to do."""
+    """Something the user can mend. Its text is all that is shown: what was expected, what was found, what to do.
+
+    It is one line, whatever the file was called that it tells of; or a heading and a line for each of several problems.
+    """
+
+    def __init__(self, text: str, *problems: str) -> None:
+        lines = (shown(line) for line in (text, *problems))
+        super().__init__(*(line if len(line) <= LONGEST else line[: LONGEST - 1] + "…" for line in lines))
+
+    def __str__(self) -> str:
+        return "\n  ".join(self.args)
 
 
 class FaultError(UserError):

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fedclip_flwr.codecs import CODECS, State, packed_size
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import one_line as one_line  # of all that comes from elsewhere
 from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
 from fedclip_flwr.session import HOLDOUT, ROLES, Session
 from fedclip_flwr.vocabulary import Vocabulary
@@ -108,12 +109,6 @@ def check_outgoing(content: RecordDict, adapter: Iterable[str], by_class: bool) 
     for name, record in content.items():
         if name not in allowed or not set(record) <= allowed[name]:
             raise ExchangeError(f"{name} with {_names(record)} in it must not leave this site")
-
-
-def one_line(text: object, most: int = 300) -> str:
-    """The text without line breaks and control characters, and not endless."""
-    line = " ".join(re.sub(r"[^\S ]|[^\x20-\x7e\xa0-\U0010ffff]", " ", str(text)).split())
-    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def reason(message: Message) -> str:

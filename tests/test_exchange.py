@@ -282,7 +282,13 @@ def test_nothing_else_may_leave_it(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a\n  b\tc\x1b[31m", "a b c [31m"), ("ü – 数", "ü – 数"), ("x" * 400, "x" * 299 + "…")],
+    [
+        ("a\n  b\tc\x1b[31m", "a b c [31m"),
+        ("ü – 数", "ü – 数"),
+        ("x" * 400, "x" * 299 + "…"),
+        ("a\x85b\u2028c\u2029d\u202ee", "a b c d e"),
+        ("half \ud800 of one \udcff", "half of one"),
+    ],
 )
 def test_one_line(text: str, line: str) -> None:
     assert exchange.one_line(text) == line

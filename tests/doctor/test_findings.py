@@ -26,7 +26,7 @@ def test_each_finding_is_a_line_and_says_below_what_to_do() -> None:
     ("error", "finding"),
     [
         (FaultError("it is so", "do this"), ("FAIL", "it", "it is so", "do this")),
-        (UserError("2 are wrong:\n  one\n  two"), ("FAIL", "it", "2 are wrong: one two", "")),
+        (UserError("2 are wrong:", "one", "two"), ("FAIL", "it", "2 are wrong: one two", "")),
         (
             ZeroDivisionError("too\nbad"),
             (
