@@ -181,14 +181,14 @@ def _value(text: str, kind: type) -> Any:
 def _absolute(key: str, value: str) -> str:
     """The setting with an absolute path, where it is a path."""
     head = next((h for h in ("folder:", "features:") if key == "data" and value.startswith(h)), "")
-    path = Path(value.removeprefix(head)).expanduser()
+    path = os.path.expanduser(value.removeprefix(head))  # pathlib's own raises for a user that is not there
     named = {
-        "data": head or value.startswith((".", "~")) or (value not in DATA and path.is_dir()),
-        "model": value != "bundled" and (value.startswith((".", "~")) or path.is_dir()),
-        "class-names": value.startswith((".", "~")) or path.is_file(),
+        "data": head or value.startswith((".", "~")) or (value not in DATA and os.path.isdir(path)),
+        "model": value != "bundled" and (value.startswith((".", "~")) or os.path.isdir(path)),
+        "class-names": value.startswith((".", "~")) or os.path.isfile(path),
         "results-dir": True,
     }
-    return head + str(path.absolute()) if named.get(key) and value not in ("", head) else value
+    return head + str(Path(path).absolute()) if named.get(key) and value not in ("", head) else value
 
 
 @contextlib.contextmanager
