@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import UserError, shown
 
 
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
@@ -27,7 +28,7 @@ def _setting(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 _PATH_DATA = ("folder:", "features:")
-_DEVICE = {"pattern": r"auto|cpu|cuda(:\d+)?", "expected": "auto, cpu, cuda or cuda:N"}
+_DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
 _NAME = {"pattern": r"(?!\.)[\w.-]*", "expected": "the name of a run, without slashes"}
 
 
@@ -46,7 +47,7 @@ class Settings:
     holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
     adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
-    adapter_rank: int = _setting(4, "the gate's rank", least=1)
+    adapter_rank: int = _setting(4, "the gate's rank", least=1, most=2**14)
     blend: float | str = _setting(
         1.0,
         "share of the adapted feature; `auto` is chosen by validation after the last round",
@@ -152,6 +153,8 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     kind: type = type(field.default)
     if value == field.metadata.get("word", math.nan):
         return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError("expected a number of at most 63 bits")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -169,6 +172,8 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     if "above" in limits and value <= limits["above"]:
         raise ValueError(f"expected more than {limits['above']:g}")
     if isinstance(value, str):
+        if shown(value) != value:
+            raise ValueError("expected plain characters, without line breaks")
         if not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
             raise ValueError(f"expected {limits['expected']}")
         _check_text(key, value)
@@ -192,5 +197,5 @@ def _check_text(key: str, value: str) -> None:
     elif key != "results-dir":
         return
     if path and not Path(path).is_absolute():
-        whole = Path(path).expanduser().absolute()
+        whole = Path(os.path.expanduser(path)).absolute()
         raise ValueError(f"expected an absolute path, such as {head}{whole}")

@@ -148,3 +148,20 @@ def test_all_bad_settings_are_told_at_once() -> None:
     first, *lines = str(error.value).splitlines()
     assert first.startswith("3 of the settings")
     assert [line.split()[0].rstrip(":") for line in lines] == ["adapter", "learning-rate", "colour"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("alpha", 10**400, "at most 63 bits"),
+        ("seed", 2**63, "at most 63 bits"),
+        ("adapter-rank", 10**9, "at most 16384"),
+        ("device", "cuda:999", "cuda:N"),
+        ("prompt", "a {}\n", "plain characters"),
+        ("model", "/a\0b", "plain characters"),
+        ("data", "~nobody-of-that-name/x", "an absolute path"),
+    ],
+)
+def test_values_that_nothing_could_be_done_with_are_told(key: str, value: object, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Settings.from_run_config({key: value})
