@@ -150,7 +150,10 @@ class Shelf:
             return base
         if task.arrays is None or self._codec not in CODECS:
             raise exchange.ExchangeError("the server's message lacks the difference to the adapter that it builds on")
-        return unwrap(self._codec, _read_parcel(task.arrays, self._codec, like), base)
+        made = unwrap(self._codec, _read_parcel(task.arrays, self._codec, like), base)
+        if not all(tensor.isfinite().all() for tensor in made.values()):
+            raise exchange.ExchangeError("the difference to the adapter comes to numbers that are not finite")
+        return made
 
     def _find(self, mark: str, start: Callable[[], State]) -> State:
         if not re.fullmatch(r"[0-9a-f]+", mark):  # it comes from outside, and names a file

@@ -222,3 +222,12 @@ def test_a_task_without_a_mark_is_a_whole_adapter() -> None:
     assert equal(Shelf("a", "int8").take(task, START, lambda: START), moved(START, 0.2))
     kept = content.home() / "exchange" / "a" / f"{mark_of(moved(START, 0.2))}.safetensors"
     assert kept.exists()
+
+
+def test_a_parcel_that_leads_to_numbers_that_are_not_finite_is_refused_though_its_mark_is_right() -> None:
+    count = sum(tensor.numel() for tensor in START.values())
+    parcel = write_adapter({"bfloat16": torch.full((count,), torch.nan, dtype=torch.bfloat16).view(torch.uint8)})
+    made = {name: torch.full_like(tensor, torch.nan) for name, tensor in START.items()}
+    config = ConfigRecord({"state": mark_of(made), "base": mark_of(START)})
+    with pytest.raises(ExchangeError, match="not finite"):
+        taken(RecordDict({"arrays": parcel, "config": config}), codec="bfloat16")
