@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr.errors import UserError
 
@@ -45,7 +48,7 @@ def digest(*parts: str | bytes) -> str:
     """A short name for the parts: equal only if they are, one by one."""
     whole = hashlib.sha256()
     for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         whole.update(len(data).to_bytes(8, "little") + data)
     return whole.hexdigest()[:32]
 
@@ -107,10 +110,39 @@ def of_bytes(data: bytes) -> str:
 
 def of_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:  # no permission, a link to nothing, a folder: whoever opens it will say so
         return "unreadable"
+
+
+def opened(path: Path) -> BufferedReader:
+    """The file to be read; `OSError` if it is none: a pipe would be waited for, and a device never ends."""
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a name that no file can have
+        raise OSError(errno.EINVAL, str(error)) from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no file")
+    return os.fdopen(number, "rb")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """What the file holds; `OSError` if that is more than so many bytes, or if it is no file."""
+    with opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
+    return data
+
+
+def read_json(path: Path, most: int = 2**24) -> Any:
+    """What the file tells; `OSError` or `ValueError` if it can't be read, whoever has written it."""
+    try:
+        return json.loads(read_bytes(path, most).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("one thing lies in another too many times") from None
 
 
 def of_package(memory: Path) -> str:
