@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -211,6 +212,8 @@ def read_task(content: RecordDict) -> Task:
         raise ExchangeError(f"the server asks for a blend of {blend}, expected 0 to 1")
     classes, prompts = (tuple(map(str, told(key, []))) for key in ("classes", "prompts"))
     holdout, model, run = (told(key, "") for key in ("holdout", "model", "run"))
+    if classes and not prompts:
+        raise ExchangeError("the server's message names classes without a prompt for them")
     return Task(
         told("server-round", 0),
         Session(holdout, Vocabulary(classes, prompts), model, run) if classes else None,
@@ -259,15 +262,26 @@ def _tensor(name: str, array: Array, like: Tensor) -> Tensor:
     if len(array.data) > like.nbytes + 1024:  # before it is unpacked: numpy's header is small
         raise ExchangeError(f"{name} comes with {len(array.data):,} bytes, expected about {like.nbytes:,}")
     try:
+        if _within(array.data) != wanted:
+            raise ExchangeError(f"{name} is not what it claims to be, {_kind(*wanted)}")
         values = array.numpy()
-    except (TypeError, ValueError, EOFError, OSError, MemoryError) as error:
+    except ExchangeError:
+        raise
+    except Exception as error:  # of a damaged header, anything can come
         raise ExchangeError(f"{name} can't be unpacked ({one_line(error, 100)})") from None
-    if not isinstance(values, np.ndarray) or (values.dtype, values.shape) != wanted:
-        raise ExchangeError(f"{name} is not what it claims to be, {_kind(*wanted)}")
     tensor = torch.from_numpy(np.asarray(values, order="C"))  # ascontiguousarray would make a row of a single number
     if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum takes a tenth of the time
         raise ExchangeError(f"{name} has numbers that are not finite")
     return tensor
+
+
+def _within(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """The type and shape that numpy's header tells: numpy would take the memory for them before it reads on."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("it is of another version of numpy's format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return dtype, shape
 
 
 def _kind(dtype: object, shape: tuple[int, ...]) -> str:
@@ -354,7 +368,7 @@ def _report(record: MetricRecord) -> Report:
         raise ExchangeError("the answer's figures are not those that were asked for")
     examples = record["num-examples"]
     if type(examples) is not int or examples < 0:
-        raise ExchangeError(f"num-examples is {one_line(examples, 40)}, expected a count")
+        raise ExchangeError(f"num-examples is {_told(examples)}, expected a count")
     validation, _ = _score("validation", record, 0)
     test, (balanced, f1, *gaps) = _score("test", record, 2 + BINS)
     for name, share in (("balanced accuracy", balanced), ("macro F1", f1)):
@@ -366,11 +380,16 @@ def _report(record: MetricRecord) -> Report:
     return Report(examples, validation, Quality(test, balanced, f1, gaps, by_class))
 
 
+def _told(figure: object) -> str:
+    """Lists may be long."""
+    return f"a list of {len(figure):,}" if isinstance(figure, list) else one_line(figure, 40)
+
+
 def _score(part: str, record: MetricRecord, more: int) -> tuple[Score, list[float]]:
     """The score, and so many figures more."""
     figures: Any = record[part]
     if type(figures) is not list or len(figures) != 3 + more or any(type(figure) is not float for figure in figures):
-        raise ExchangeError(f"{part} is {one_line(figures, 40)}, expected {3 + more} numbers")
+        raise ExchangeError(f"{part} is {_told(figures)}, expected {3 + more} numbers")
     examples, correct, loss, *others = figures
     if not (examples.is_integer() and correct.is_integer() and 0 <= correct <= examples):
         told = one_line(f"{correct:g} of {examples:g}", 60)

@@ -43,6 +43,12 @@ def saved(values: object, **kind: Any) -> bytes:
     return file.getvalue()
 
 
+def claiming(shape: str) -> bytes:
+    """A header of numpy's, and nothing behind it."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 B = np.zeros(3, np.float32)
 
 
@@ -61,10 +67,14 @@ B = np.zeros(3, np.float32)
         ({"b": Array("float32", (3,), "numpy.ndarray", b"\x93NUMPY")}, "can't be unpacked"),
         ({"b": Array("float32", (3,), "numpy.ndarray", b"")}, "can't be unpacked"),
         ({"b": Array("float32", (3,), "pickle", saved(B))}, "can't be unpacked"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(10**12,)"))}, "can't be unpacked"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(1000000000000,)"))}, "not what it claims"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(" * 500))}, "can't be unpacked"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(3,), '"))}, "can't be unpacked"),
         ({"b": Array("float32", (3,), "numpy.ndarray", saved(B) + bytes(5000))}, "comes with 5,1"),
         (
             {"b": Array("float32", (3,), "numpy.ndarray", saved(np.array([{}], object), allow_pickle=True))},
-            "can't be unpacked",
+            "not what it claims",
         ),
     ],
 )
@@ -78,6 +88,13 @@ def test_a_name_of_a_million_letters_makes_no_line_of_a_million_letters() -> Non
         exchange.read_adapter(arrays(**{"x" * 1_000_000 + "\n": Array(B)}), LIKE)
     assert len(str(error.value)) < 200
     assert "\n" not in str(error.value)
+
+
+def test_memory_is_not_taken_because_a_header_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Array, "numpy", lambda _: pytest.fail("memory was taken"))
+    record = arrays(b=Array("float32", (3,), "numpy.ndarray", claiming("(2000000000,)")))
+    with pytest.raises(ExchangeError, match="not what it claims"):
+        exchange.read_adapter(record, LIKE)
 
 
 def test_a_hello_comes_back() -> None:
@@ -159,6 +176,7 @@ def test_figures_that_cannot_be_are_refused(part: str, changes: dict[str, Any], 
         ("validation", [1, 1, 1], "expected 3 numbers"),
         ("test", 3.0, "expected 20 numbers"),
         ("test", [0.0] * 21, "expected 20 numbers"),
+        ("test", [0.0] * 10**6, "test is a list of 1,000,000, expected 20 numbers"),
         ("test-classes", [3, 0], "no counts"),
         ("more", 1, "not those that were asked for"),
     ],
