@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from subprocess import DEVNULL
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +30,17 @@ from fedclip_flwr import tensorfile
 from fedclip_flwr.clip import Inputs, Preparer
 from fedclip_flwr.data import Source
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 log = logging.getLogger(__name__)
 WORTH = 20.0
 """Seconds of preparing, in one process, from which on workers pay: each takes about 5 to start."""
 SLOW = 0.25
 """Preparing has to take so much of the time that the model takes: else workers would only take cores from it."""
 MOST = 16
+PIXELS = 2**26
+"""With so many, images are prepared before the next one is read: a batch of large ones would not fit into memory."""
 SCRIPT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedclip_flwr import ahead; ahead.serve()"
 DTYPES = {name: dtype for dtype, name in tensorfile.NAMES.items()}
 
@@ -63,11 +68,24 @@ class Work:
 
     def batch(self, start: int) -> Batch:
         """The batch that begins with this image."""
-        found = list(self.source.pictures(self.domain, start, start + self.size))
-        images = [picture.image for picture in found if picture.image is not None]
-        labels = [picture.label for picture in found if picture.image is not None]
-        broken = [picture.name for picture in found if picture.image is None]
-        return Batch(self.prepare(images) if images else {}, labels, broken)
+        inputs: list[Inputs] = []
+        images: list[Image] = []
+        labels: list[int] = []
+        broken: list[str] = []
+        for name, label, image in self.source.pictures(self.domain, start, start + self.size):
+            if image is None:
+                broken.append(name)
+                continue
+            images.append(image)
+            labels.append(label)
+            if sum(image.width * image.height for image in images) > PIXELS:
+                inputs.append(self.prepare(images))
+                images.clear()
+        if images:
+            inputs.append(self.prepare(images))
+        if len(inputs) < 2:
+            return Batch(inputs[0] if inputs else {}, labels, broken)
+        return Batch({name: torch.cat([part[name] for part in inputs]) for name in inputs[0]}, labels, broken)
 
 
 def batches(work: Work, start: int, stop: int, *, pinned: bool = False) -> Generator[Batch]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr import content, hub
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.learning import Classes, Learner
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ Inputs = dict[str, Tensor]
 """Images as a model takes them."""
 PART = 64
 """So many images are evaluated at once: more no longer fit into a CPU's caches."""
+MOST_BYTES = 2**26
+"""Of a model's settings."""
 LARGE = 100 * 10**6
 """Bytes of weights from which on a lower precision pays."""
 ON_GPU = 256
@@ -91,8 +93,8 @@ def files(folder: Path) -> list[Path]:
 
 def find(name: str, revision: str = "") -> Model:
     """The model of that name: `bundled`, a folder saved by `save_pretrained`, or a Hugging Face id."""
-    folder = BUNDLED if name == "bundled" else Path(name).expanduser()
-    if not folder.is_dir():
+    folder = BUNDLED if name == "bundled" else Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
         if folder.is_absolute() or name.startswith("."):
             raise UserError(f"model = {name!r}: there is no such folder")
         folder = _from_hub(name, revision)
@@ -111,9 +113,9 @@ def find(name: str, revision: str = "") -> Model:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = content.read_json(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it once more") from None
+        raise UserError(f"{path} is damaged ({one_line(error)}): get it once more") from None
     return facts if isinstance(facts, dict) else {}
 
 
@@ -127,8 +129,11 @@ def _lacks(folder: Path) -> str | None:
         if not any((folder / file).exists() for file in needed):
             return name
     index = folder / "model.safetensors.index.json"
-    weights = set(_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
-    if missing := sorted(str(file) for file in weights if not (folder / file).exists()):
+    weights = {"model.safetensors"}
+    if index.exists():
+        told = _json(index).get("weight_map")
+        weights = set(map(str, told.values())) if isinstance(told, dict) else {"a list of weights"}
+    if missing := sorted(file for file in weights if not (folder / file).exists()):
         pickled = any(folder.glob("*.bin"))
         return missing[0] + " (weights are there as a pickle only, which is never read)" * pickled
     for file in sorted(weights):

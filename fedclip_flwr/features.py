@@ -13,9 +13,7 @@ CLIP at all.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -29,16 +27,29 @@ from torch import Tensor
 from fedclip_flwr import ahead, clip, content, data, encoding, growing, store, tensorfile
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.data.presets import Preset
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import UserError, one_line, shown
 from fedclip_flwr.growing import NAMED, Growing
 from fedclip_flwr.learning import RECIPES, Classes, Examples
-from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, check_apart, numbering, read_names, renamed, templates_of
+from fedclip_flwr.vocabulary import (
+    SEPARATOR,
+    Vocabulary,
+    check_apart,
+    check_plain,
+    numbering,
+    read_names,
+    renamed,
+    templates_of,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MOST = 1e6
+"""No model's scale or bias comes near it; far beyond, logits are not finite."""
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def results(settings: Settings) -> tuple[Path, str]:
@@ -242,7 +253,7 @@ class Encoded:
         path = self._path(domain, self._loaded_in)
         tensors, facts = store.grown(path, self._source.count(domain), lambda growing: self._encode(domain, growing))
         if broken := int(facts["broken"]):
-            count, names = broken + len(tensors["labels"]), facts["names"] + ", …" * (broken > NAMED)
+            count, names = broken + len(tensors["labels"]), shown(facts["names"]) + ", …" * (broken > NAMED)
             told = f"{broken:,} of {count:,} images can't be read and are left out"
             if broken == count:
                 told = f"none of the {count:,} images can be read"
@@ -304,14 +315,16 @@ class Encoded:
         return self._folder(precision) / f"agreement-{data}.safetensors"
 
     def _some_images(self) -> list[Image]:
-        """A few of each domain, from all of its classes."""
+        """A few of each domain, from all of its classes; large ones are left out, for all are held at once."""
         each = max(1, encoding.TRIED // max(1, len(self.domains)))
         images = []
         for domain in self.domains:
             count = self._source.count(domain)
             for row in range(0, count, max(1, -(-count // each))):
-                images += [picture.image for picture in self._source.pictures(domain, row, row + 1)]
-        return [image for image in images if image is not None]
+                for _, _, image in self._source.pictures(domain, row, row + 1):
+                    if image is not None and image.width * image.height <= ahead.PIXELS // 4:
+                        images.append(image)
+        return images
 
     @cached_property
     def _class_entry(self) -> tuple[store.Tensors, store.Facts]:
@@ -391,27 +404,36 @@ class FeatureFolder:
         self._root = root
         self._opened: dict[str, Examples] = {}
         path = root / "features.json"
+        told_of = f"data = 'features:{root}': {path}"
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = content.read_json(path)
             self.model = str(facts["model"])
             self.prompt = str(facts["prompt"])
-            own = Vocabulary(tuple(map(str, facts["class_names"])), templates_of(self.prompt))
-            self.domains = tuple(sorted(map(str, facts["domains"])))
+            own = Vocabulary(_texts(facts, "class_names"), templates_of(self.prompt))
+            self.domains = tuple(sorted(_texts(facts, "domains")))
             self.parameters = None if facts.get("parameters") is None else int(facts["parameters"])
             self._dim = int(facts["embedding_dim"])
             self._scale, self._bias = float(facts["logit_scale"]), float(facts.get("logit_bias") or 0.0)
         except OSError as error:
-            raise UserError(f"data = 'features:{root}': {path} can't be read ({error.strerror})") from None
+            raise UserError(f"{told_of} can't be read ({error.strerror})") from None
         except KeyError as error:
-            raise UserError(f"data = 'features:{root}': {path} lacks {error}") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"data = 'features:{root}': {path} is damaged ({error})") from None
+            raise UserError(f"{told_of} lacks {error}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"{told_of} is damaged ({one_line(error)})") from None
+        check_plain(f"{told_of}: a domain", self.domains)
+        check_plain(f"{told_of}: a class", own.class_names)
         if any(Path(name).name != name for name in self.domains):
-            raise UserError(f"data = 'features:{root}': {path} names a domain that is no plain file name")
-        if len(set(self.domains)) < len(self.domains):
-            raise UserError(f"data = 'features:{root}': {path} names a domain twice")
-        if len(own.class_names) < 2 or not self.domains or not math.isfinite(self._scale + self._bias):
-            raise UserError(f"data = 'features:{root}': {path} must name two classes, a domain and a finite scale")
+            raise UserError(f"{told_of} names a domain that is no plain file name")
+        for what, names in (("domain", self.domains), ("class", own.class_names)):
+            if len(set(names)) < len(names):
+                raise UserError(f"{told_of} names a {what} twice")
+        if len(own.class_names) < 2 or not self.domains:
+            raise UserError(f"{told_of} must name two classes and a domain")
+        if not (0 < self._scale <= MOST and abs(self._bias) <= MOST):
+            raise UserError(
+                f"{told_of} has the logit_scale {self._scale:g} and the logit_bias {self._bias:g}: expected a scale "
+                f"above 0, and neither beyond {MOST:g}"
+            )
         self.vocabulary = told or own
         self._numbers = numbering(own.class_names, self.vocabulary.class_names)
         if lacking := sorted({*self.vocabulary.class_names} - {*own.class_names}):
@@ -458,15 +480,23 @@ class FeatureFolder:
         try:
             tensor = store.mapped(path)[0].get(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} can't be read ({error})") from None
+            raise UserError(f"{path} can't be read ({one_line(error)})") from None
         if tensor is None:
             raise UserError(f"{path} holds no {name}")
         if len(tensor.shape) != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
             wanted = tuple("N" if size is None else size for size in shape)
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
-        if tensor.is_floating_point() != (name != "labels") or not finite(path, tensor):
-            raise UserError(f"{path}: {name} must be {'whole' if name == 'labels' else 'finite'} numbers")
+        whole = name == "labels"
+        if tensor.dtype not in (WHOLE if whole else REAL) or not finite(path, tensor):
+            raise UserError(f"{path}: {name} must be {'whole' if whole else 'finite'} numbers")
         return tensor
+
+
+def _texts(facts: dict[str, Any], key: str) -> tuple[str, ...]:
+    """The list of texts under that key."""
+    if not isinstance(facts[key], list):
+        raise TypeError(f"{key} is no list")
+    return tuple(map(str, facts[key]))
 
 
 def finite(path: Path, tensor: Tensor) -> bool:

@@ -13,13 +13,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedclip_flwr import clip, content, store
-from fedclip_flwr.adapters import Adapter, make_adapter
+from fedclip_flwr import clip, content, store, tensorfile
+from fedclip_flwr.adapters import ADAPTERS, Adapter, blank_adapter
 from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Features, Pixels
 
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
+LARGEST = 2**16
+"""No feature has so many numbers."""
 
 
 def save_adapter(
@@ -82,14 +84,33 @@ def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
     if folder.is_dir() and not path.exists():
         raise UserError(f"{folder} holds no adapter: its run came to no round; summary.json there tells how it ended")
     try:
-        facts = json.loads(path.read_text())
-        adapter = make_adapter(facts["kind"], facts["dim"], rank=facts["rank"], blend=facts["blend"])
+        facts = content.read_json(path)
+        adapter = _blank(facts)
         like = adapter.state_dict()
         path = folder / TENSORS
         state, _ = store.mapped(path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read ({' '.join(str(error).split())[:300]})") from None
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path} can't be read ({one_line(error)})") from None
     if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
         raise UserError(f"{path} does not hold the {facts['kind']} adapter that adapter.json tells of")
-    adapter.load_state_dict(state)
+    if not all(tensorfile.all_finite(tensor) for tensor in state.values()):
+        raise UserError(f"{path} has numbers that are not finite")
+    adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return adapter, facts
+
+
+def _blank(facts: dict[str, Any]) -> Adapter:
+    """The adapter that `adapter.json` tells of, to be filled: nothing here takes memory because that says so."""
+    kind, dim, rank, blend = (facts[key] for key in ("kind", "dim", "rank", "blend"))
+    if kind not in ADAPTERS:
+        raise ValueError(f"its kind is {kind!r}, expected one of {', '.join(ADAPTERS)}")
+    if any(type(size) is not int or not 0 < size <= LARGEST for size in (dim, rank)):
+        raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
+    if type(blend) not in (int, float) or not 0 <= blend <= 1:
+        raise ValueError(f"its blend is {blend!r}, expected a number from 0 to 1")
+    for key in ("class_names", "templates"):
+        if not isinstance(facts[key], list) or not all(isinstance(text, str) for text in facts[key]):
+            raise ValueError(f"its {key} are no list of texts")
+    return blank_adapter(kind, dim, rank=rank, blend=float(blend))

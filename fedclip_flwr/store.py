@@ -106,5 +106,9 @@ def found_once(path: Path, what: str, look: Callable[[], bool]) -> bool:
 
 def mapped(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The file's tensors, memory-mapped, and its metadata."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    content.opened(path).close()  # a pipe would be waited for
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:  # torch can't have such ones
+        raise SafetensorError(f"it holds tensors that can't be ({error})") from None

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fedclip_flwr import content
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import UserError, shown
 
 SEPARATOR = "|"
 """Between the templates of an ensemble."""
+MOST_BYTES = 2**24
+"""Of a file of class names."""
 
 
 class Vocabulary(NamedTuple):
@@ -48,14 +51,15 @@ def read_names(setting: str) -> tuple[str, ...]:
         raise UserError(f"class-names = {setting!r}: there is no such file, and a list would have commas")
     if setting.startswith("/"):
         try:
-            text = Path(setting).read_text(encoding="utf-8")
+            text = content.read_bytes(Path(setting), MOST_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"class-names = {setting!r}: the file can't be read ({error})") from None
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(f"class-names: {', '.join(twice)} more than once; expected each name once")
     if len(names) < 2:
         raise UserError(f"class-names = {setting!r}: expected at least two names")
+    check_plain("class-names: a class", names)
     return names
 
 
@@ -76,6 +80,13 @@ def renamed(own: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...],
         f"class-names has {len(wanted)} names and lacks {missing}; give all of the data's {len(own)} classes, and more "
         f"if you like, or as many words for them that are all other ones, in this order: {', '.join(own)}"
     )
+
+
+def check_plain(what: str, names: Iterable[str]) -> None:
+    """Raises if one of the names can't be shown as it is, or written into a prompt: they come from files."""
+    for name in names:
+        if shown(name) != name or not name.strip():
+            raise UserError(f"{what} is called {name!a}: give it a name of plain characters, in UTF-8")
 
 
 def check_apart(names: Sequence[str]) -> None:

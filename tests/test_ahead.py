@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from PIL.Image import Image
 
 from fedclip_flwr import ahead, clip
 from fedclip_flwr.data import Source
@@ -180,3 +183,22 @@ def test_workers_are_started_where_they_pay() -> None:
 
 def test_a_range_without_images_has_no_batch(tree: Path) -> None:
     assert list(ahead.batches(ahead.Work(ImageFolder(tree), "photo", PREPARER, 4), 12, 12)) == []
+
+
+def test_a_batch_of_large_images_is_prepared_in_parts(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is the same: so many images of the largest size would not fit into memory at once."""
+    work = ahead.Work(ImageFolder(broken), "photo", PREPARER, 7)
+    whole = work.batch(0)
+    held: list[int] = []
+
+    def prepare(images: Sequence[Image]) -> clip.Inputs:
+        held.append(len(images))
+        return PREPARER(images)
+
+    own: Any = prepare
+    for pixels, most in ((1, 1), (2 * 64 * 64, 3)):
+        monkeypatch.setattr(ahead, "PIXELS", pixels)
+        parts = dataclasses.replace(work, prepare=own).batch(0)
+        assert max(held) == most
+        assert torch.equal(parts.inputs["pixel_values"], whole.inputs["pixel_values"])
+        assert (parts.labels, parts.broken) == (whole.labels, whole.broken)

@@ -318,8 +318,19 @@ def test_other_class_names_number_the_stored_labels_anew(tree: Path, no_encoding
         ({"class_names": None}, "lacks 'class_names'"),
         ({"embedding_dim": "many"}, "damaged"),
         ({"class_names": ["cat"]}, "two classes"),
-        ({"logit_scale": float("nan")}, "finite scale"),
+        ({"logit_scale": float("nan")}, "the logit_scale nan"),
         ({"domains": ["../a"]}, "no plain file name"),
+        ({"domains": [""]}, "a domain is called ''"),
+        ({"domains": ["a\0b"]}, "a domain is called"),
+        ({"domains": "ab"}, "damaged .domains is no list"),
+        ({"class_names": "cat"}, "damaged .class_names is no list"),
+        ({"class_names": ["cat", "cat"]}, "names a class twice"),
+        ({"class_names": ["cat", "\x1b[2J"]}, "a class is called"),
+        ({"class_names": ["cat", "\ud800"]}, "a class is called"),
+        ({"logit_scale": 10**400}, "damaged"),
+        ({"logit_scale": 1e300}, "the logit_scale 1e.300"),
+        ({"logit_scale": 0.0}, "expected a scale above 0"),
+        ({"embedding_dim": float("inf")}, "damaged"),
     ],
 )
 def test_a_damaged_feature_folder_is_told(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
@@ -336,7 +347,7 @@ def test_a_feature_folder_that_names_a_domain_twice_is_refused(tmp_path: Path) -
 def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read"):
         FeatureFolder(tmp_path)
-    for text in ("{", "[]", "\udcff"):
+    for text in ("{", "[]", "\udcff", "[" * 10**5):
         (tmp_path / "features.json").write_bytes(os.fsencode(text))
         with pytest.raises(UserError, match="damaged"):
             FeatureFolder(tmp_path)
@@ -350,6 +361,9 @@ def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
         ({"image_features": torch.full((4, 3), float("nan"))}, "finite numbers"),
         ({"image_features": torch.ones(4, 3), "labels": torch.zeros(3, dtype=torch.int64)}, "shape"),
         ({"image_features": torch.ones(4, 3), "labels": torch.zeros(4)}, "whole numbers"),
+        ({"image_features": torch.ones(4, 3), "labels": torch.zeros(4, dtype=torch.uint16)}, "whole numbers"),
+        ({"image_features": torch.ones(4, 3), "labels": torch.zeros(4, dtype=torch.bool)}, "whole numbers"),
+        ({"image_features": torch.ones(4, 3).to(torch.float8_e5m2)}, "finite numbers"),
         ({"image_features": torch.ones(4, 3), "labels": torch.tensor([0, 1, 2, 0])}, "labels must lie in 0…1"),
         (None, "can't be read"),
     ],
@@ -364,6 +378,20 @@ def test_bad_tensors_of_a_feature_folder_are_told(
         save_file(tensors, path)
     with pytest.raises(UserError, match=told):
         FeatureFolder(tmp_path).examples("a")
+
+
+@pytest.mark.parametrize("name", ["features.json", "classes.safetensors", "a.safetensors"])
+def test_a_pipe_in_a_feature_folder_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    (write_folder(tmp_path) / name).unlink()
+    os.mkfifo(tmp_path / name)
+
+    def opened_whole() -> None:
+        folder = FeatureFolder(tmp_path)
+        assert folder.classes.dim == 3
+        folder.examples("a")
+
+    with pytest.raises(UserError, match=f"{name} can't be read"):
+        opened_whole()
 
 
 def test_pixels_are_stored_once_in_the_order_of_the_features(tree: Path, no_encoding: Callable[[], None]) -> None:

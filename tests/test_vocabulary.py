@@ -62,3 +62,16 @@ def test_a_site_may_know_fewer_classes_but_no_others() -> None:
     assert numbering(("dog", "cat"), ("cat", "emu", "dog")) == [2, 0]
     with pytest.raises(UserError, match="does not know: cow, emu"):
         numbering(("emu", "dog", "cow"), ("cat", "dog"))
+
+
+@pytest.mark.parametrize("content", ["cat\n\x1b[2Jdog\n", "cat\n\u202egod\n"])
+def test_names_that_steer_a_terminal_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "names").write_text(content)
+    with pytest.raises(UserError, match="plain characters") as error:
+        read_names(str(tmp_path / "names"))
+    assert str(error.value).isprintable()
+
+
+def test_a_file_of_names_that_never_ends_is_not_read() -> None:
+    with pytest.raises(UserError, match="it is no file"):
+        read_names("/dev/zero")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from fedclip_flwr import content
 from fedclip_flwr.data.presets import PRESETS, Canonical, Preset, fitting, loose
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.vocabulary import check_plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +88,8 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
         source = _preset(data, columns)
     else:
         source = _of_hub(data, columns)
+    check_plain(f"data = {data!r}: a domain", source.domains)
+    check_plain(f"data = {data!r}: a class", source.class_names)
     preset = fitting(source.domains, source.class_names)
     if data in PRESETS and preset is not PRESETS[data]:
         raise UserError(
@@ -114,6 +117,8 @@ def _local(root: Path, data: str, columns: Columns) -> Source:
             f"data = {data!r}: this user may not look into {root} and all below ({error.strerror}: {error.filename}): "
             "let it read the files and enter the folders"
         ) from None
+    except OSError as error:
+        raise UserError(f"data = {data!r}: {root} can't be looked into ({error.strerror}: {error.filename})") from None
 
 
 def _of_hub(data: str, columns: Columns) -> Source:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fedclip_flwr import content, hub
 from fedclip_flwr.data import FIND, Columns, Picture
-from fedclip_flwr.data.images import content_of, decoded
+from fedclip_flwr.data.images import content_of, decoded, read
 from fedclip_flwr.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -167,10 +167,7 @@ class _Table:
         stored = self._images[row][self._image] or {"bytes": b""}
         if stored["bytes"] is not None:
             return bytes(stored["bytes"])
-        try:
-            return Path(stored["path"]).read_bytes()
-        except (OSError, TypeError):
-            return b""
+        return read(Path(stored["path"])) if stored["path"] else b""
 
 
 def _texts(table: Any, column: str) -> list[str | None]:

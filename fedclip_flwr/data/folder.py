@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from fedclip_flwr import content
 from fedclip_flwr.data import Picture
-from fedclip_flwr.data.images import content_of, decoded
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.data.images import content_of, decoded, mark, read
+from fedclip_flwr.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -56,7 +56,7 @@ class ImageFolder:
         names, numbers = zip(*((name, str(self._numbers[label])) for name, label in self._files[domain]), strict=True)
         return content.remembered(
             content.state_of(self._root, names, *numbers),
-            lambda: content_of((label, mark) for label, mark, _ in self._rows(domain)),
+            lambda: content_of((label, hashed) for label, hashed, _ in self._rows(domain)),
             content.memory(),
         )
 
@@ -65,27 +65,32 @@ class ImageFolder:
 
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
         for label, _, name in self._rows(domain)[start:stop]:
-            try:
-                image = decoded((self._root / name).read_bytes())
-            except OSError:
-                image = None
-            yield Picture(name, label, image)
+            yield Picture(name, label, decoded(read(self._root / name)))
 
     def _rows(self, domain: str) -> list[tuple[int, str, str]]:
         """The images' class numbers, hashes and names, in that order; the files are read for it once."""
         if domain not in self._sorted:
             self._sorted[domain] = sorted(
-                (self._numbers[label], content.of_file(self._root / name), name) for name, label in self._files[domain]
+                (self._numbers[label], mark(self._root / name), name) for name, label in self._files[domain]
             )
         return self._sorted[domain]
 
 
-def _files(root: Path, depth: int) -> Iterator[PurePosixPath]:
-    """The files below the folder, as deep as that, in sorted order; what is hidden is left out."""
-    for folder, below, files in os.walk(root, onerror=_raise, followlinks=True):
+def _files(root: Path, depth: int, links: bool = True) -> Iterator[PurePosixPath]:
+    """The files below the folder, as deep as that, in sorted order; what is hidden is left out.
+
+    Links to folders count as those, unless they lead back to one that they lie in.
+    """
+    for folder, below, files in os.walk(root, onerror=_raise, followlinks=links):
         here = PurePosixPath(os.path.relpath(folder, root))
-        below[:] = sorted(filterfalse(_hidden, below)) if len(here.parts) < depth - 1 else []
+        deeper = len(here.parts) < depth - 1
+        below[:] = sorted(n for n in below if deeper and not _hidden(n) and not _leads_back(folder, n))
         yield from (here / name for name in sorted(filterfalse(_hidden, files)))
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/")
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -106,13 +111,13 @@ def _hidden(name: str) -> bool:
 def _tell_of_others(root: Path, endings: tuple[str, ...]) -> None:
     """Says, once in a process, how many files are not taken for images."""
     if endings:
-        kinds = ", ".join(ending or "none" for ending in sorted(set(endings))[:8])
+        kinds = ", ".join(shown(ending)[:20] or "none" for ending in sorted(set(endings))[:8])
         log.warning("%s: %s files are not taken for images, by their endings: %s", root, f"{len(endings):,}", kinds)
 
 
 def _elsewhere(root: Path) -> str:
     """Where the images are instead."""
-    path = next(filter(_is_image, _files(root, 6)), None)
+    path = next(filter(_is_image, _files(root, 6, links=False)), None)  # for links may be many, and lead to each other
     if path is None:
         return f"no images ({', '.join(ENDINGS)}) there"
     if len(path.parts) == 1:

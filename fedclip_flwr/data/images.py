@@ -1,29 +1,72 @@
-"""One image: from its bytes to RGB as a model takes it."""
+"""One image: from its file to RGB as a model takes it.
+
+Whoever made the file may wish us ill: a few bytes can claim to be more pixels than memory holds.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from fedclip_flwr import content
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What Pillow may take it for: others start programs (EPS), or are nothing that images of data sets are kept in."""
+MOST_BYTES = 2**29
+"""A larger file is no image."""
+MOST_PIXELS = 89_478_485
+"""From there on Pillow takes an image for a bomb, but goes on up to twice as many."""
+LONGEST = 100
+"""So many times as long as wide: a model's processor would make the short side fit first."""
+SCANNED = 2**31
+"""Pixels of a JPEG, times its scans: each is drawn over all of it, also if there is nothing in it. Usual are 10."""
+
+
+def read(path: Path) -> bytes:
+    """The image's file; nothing if it can't be read."""
+    try:
+        return content.read_bytes(path, MOST_BYTES)
+    except OSError:
+        return b""
+
+
+def mark(path: Path) -> str:
+    """The hash of the image's file; the same word for all that `read` does not read."""
+    try:
+        if path.stat().st_size <= MOST_BYTES:
+            return content.of_file(path)
+    except OSError:
+        pass
+    return "unreadable"
+
 
 def decoded(data: bytes) -> Image.Image | None:
     """The image upright and in RGB, what is transparent on white; None if it can't be read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if not _reasonable(image, data):
+                return None
             return _rgb(ImageOps.exif_transpose(image))
     except Exception:  # decoders raise whatever they like on damaged files
         return None
 
 
+def _reasonable(image: Image.Image, data: bytes) -> bool:
+    """Whether memory and time would do for the image, and for what is done with it."""
+    short, long = sorted(image.size)
+    if long * short > MOST_PIXELS or long > LONGEST * short:
+        return False
+    return image.format not in ("JPEG", "MPO") or data.count(b"\xff\xda") * max(long * short, 2**20) <= SCANNED
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel, also where Pillow keeps them in 32: scaled, not cut off
-        pixels = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
-        image = Image.fromarray(pixels.astype(np.uint8))
+        pixels = np.asarray(image).clip(0, 0xFFFF)
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.has_transparency_data:
         whole = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), whole)

@@ -71,6 +71,58 @@ def test_broken_images_are_left_out_and_counted(tree: Path, caplog: pytest.LogCa
     assert "photo: 3 of 13 images can't be read and are left out: photo/cat/0.png, photo/fish/1.png, " in caplog.text
 
 
+def test_what_only_has_the_name_of_an_image_is_left_out_and_told_in_one_line(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tree / "photo" / "cat"
+    os.mkfifo(place / "pipe.png")
+    (place / "zeros.png").symlink_to("/dev/zero")
+    (place / "loop.png").symlink_to("loop.png")
+    with (place / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
+    (place / "a\nb\x1b[2J.png").write_bytes(b"")
+    Path(os.fsdecode(os.fsencode(place) + b"/\xff.png")).write_bytes(b"")
+    shutil.copy(place / "0.png", Path(os.fsdecode(os.fsencode(place) + b"/\xfe\n.png")))
+    examples = open_features(Settings(data=f"folder:{tree}"), root=tree / "store", progress=False).examples("photo")
+    assert len(examples.labels) == 13
+    (told,) = [record.getMessage() for record in caplog.records if "can't be read" in record.getMessage()]
+    assert told.startswith("photo: 6 of 19 images can't be read and are left out: ")
+    assert told.isprintable()
+    assert "photo/cat/a�b�[2J.png" in told
+
+
+def test_links_that_lead_back_are_no_images_and_no_endless_way(tree: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        (tree / f"back-{number}").symlink_to("." if number % 2 else tree)
+        (tree / "photo" / f"back-{number}").symlink_to("..")
+    (tree / "photo" / "cat" / "back").symlink_to(".")
+    assert (ImageFolder(tree).domains, ImageFolder(tree).class_names) == (("cartoon", "photo"), ("car", "cat", "fish"))
+    flat = ImageFolder(tree / "photo")
+    assert flat.count("photo") == 12
+    empty = tmp_path / "empty"
+    for one in range(12):
+        (empty / str(one)).mkdir(parents=True)
+        for other in range(12):
+            (empty / str(one) / f"to-{other}").symlink_to(empty / str(other))
+    with pytest.raises(UserError, match="no images"):
+        ImageFolder(empty)
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"a\nb", b"\x1b[2J", b" ", b"x\xe2\x80\xaey"])
+@pytest.mark.parametrize("place", ["", "photo"])
+def test_a_folder_whose_name_cannot_be_shown_is_refused(tree: Path, place: str, name: bytes) -> None:
+    whole = tree / "photo" / "cat" if place else tree / "photo"
+    shutil.copytree(whole, tree / place / os.fsdecode(name))
+    with pytest.raises(UserError, match=f"a {'class' if place else 'domain'} is called .*plain characters") as error:
+        open_source(f"folder:{tree}")
+    assert str(error.value).isprintable()
+
+
+def test_a_path_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="File name too long"):
+        open_source(f"folder:{tmp_path / ('x' * 300)}")
+
+
 def test_a_domain_of_broken_images_only_has_none(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in (tree / "photo").rglob("*.png"):
         path.write_bytes(b"nothing")

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from fedclip_flwr.data.images import content_of, decoded
+from fedclip_flwr.data.images import content_of, decoded, mark, read
 
 
 def stored(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -68,6 +72,56 @@ def test_images_come_upright(kind: str) -> None:
 @pytest.mark.parametrize("data", [b"", b"no picture", stored(Image.new("RGB", (64, 64), "red"), "PNG")[:60]])
 def test_what_cannot_be_read_is_none(data: bytes) -> None:
     assert decoded(data) is None
+
+
+def png(width: int, height: int) -> bytes:
+    """All black, in a thousandth of its size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    rows = zlib.compress(bytes(height * (1 + -(-width // 8))))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("size", "read"), [((300, 3), True), ((20_000, 20_000), False), ((9_500, 9_500), False)])
+def test_an_image_of_more_pixels_than_memory_holds_is_left_out(size: tuple[int, int], read: bool) -> None:
+    data = png(*size)
+    assert len(data) < 2**16
+    assert (decoded(data) is not None) == read
+
+
+@pytest.mark.parametrize("size", [(1, 101), (2_020, 20), (1, 60_000)])
+def test_an_image_that_would_be_huge_once_its_short_side_fits_is_left_out(size: tuple[int, int]) -> None:
+    assert decoded(png(*size)) is None
+    assert decoded(png(min(size), 100 * min(size))) is not None
+
+
+def test_an_image_that_is_drawn_over_without_end_is_left_out() -> None:
+    whole = stored(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    assert decoded(whole[:-2] + scan * 100 + whole[-2:]) is not None
+    assert decoded(whole[:-2] + scan * 3000 + whole[-2:]) is None
+
+
+def test_no_program_is_started_for_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr("shutil.which", lambda _: "/bin/true")  # as if there were a Ghostscript
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "/bin/true")
+    postscript = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(postscript, "EPS")
+    assert decoded(postscript.getvalue()) is None
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zeros.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
+    for path in tmp_path.iterdir():
+        assert (read(path), mark(path)) == (b"", "unreadable")
 
 
 def test_the_content_does_not_depend_on_the_order() -> None:
