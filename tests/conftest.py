@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 from xdist.scheduler import LoadScopeScheduling
 
 from fedclip_flwr.config import Settings
@@ -20,6 +22,13 @@ HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUGGING_FACE, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # for a plain `flwr run`, too: see simulation.superlink
 atexit.register(shutil.rmtree, HUGGING_FACE, ignore_errors=True)
+
+set_hypothesis_home_dir(f"{HUGGING_FACE}/hypothesis")  # nothing is left in the tree
+settings.register_profile("patient", deadline=None, database=None, suppress_health_check=list(HealthCheck))
+PATIENT = settings.get_profile("patient")
+settings.register_profile("quick", PATIENT, max_examples=60, derandomize=True)
+settings.register_profile("soak", PATIENT, max_examples=10_000, print_blob=True)
+settings.load_profile("quick")  # another one: --hypothesis-profile=soak
 
 
 TOGETHER = ("doctor/", "test_deploy", "test_traffic", "test_hub", "test_pinned", "data/test_drawn")
