@@ -131,10 +131,9 @@ def opened(path: Path) -> BufferedReader:
 def read_bytes(path: Path, most: int) -> bytes:
     """What the file holds; `OSError` if that is more than so many bytes, or if it is no file."""
     with opened(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
-    return data
+        if os.fstat(file.fileno()).st_size <= most and len(data := file.read(most + 1)) <= most:
+            return data
+    raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
 
 
 def read_json(path: Path, most: int = 2**24) -> Any:
