@@ -253,14 +253,16 @@ def trees(draw: st.DrawFn, root: bytes) -> bytes:
         names = st.sampled_from(FOLDERS * 3 + ODD_FOLDERS) if draw(st.integers(0, 3)) == 0 else st.sampled_from(FOLDERS)
         parts = [draw(names) for _ in range(2 if deep else 1)]
         place = os.path.join(root, *parts)
-        os.makedirs(place, exist_ok=True)
         path = os.path.join(place, draw(st.sampled_from(NAMES)))
-        if not os.path.lexists(path):
-            put(path, draw(st.sampled_from(KINDS)), draw(st.sampled_from(WHOLE) | FILES))
-        if draw(st.integers(0, 5)) == 0:
-            link = os.path.join(root, *parts[: draw(st.integers(0, 2))], draw(st.sampled_from(FOLDERS)))
-            if not os.path.lexists(link):
-                os.symlink(draw(st.sampled_from([root, place, os.path.dirname(place), b".", b"..", link])), link)
+        kind, data = draw(st.sampled_from(KINDS)), draw(st.sampled_from(WHOLE) | FILES)
+        to = draw(st.sampled_from([root, place, os.path.dirname(place), b".", b"..", b"nowhere"]))
+        link = os.path.join(root, *parts[: draw(st.integers(0, 2))], draw(st.sampled_from(FOLDERS)))
+        with contextlib.suppress(OSError):  # there may be something else by now
+            os.makedirs(place, exist_ok=True)
+            if not os.path.lexists(path):
+                put(path, kind, data)
+            if draw(st.integers(0, 5)) == 0:
+                os.symlink(to, link)
     return root
 
 
