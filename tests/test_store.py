@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from fedclip_flwr import store, tensorfile
+from tests.crowd import WAYS
 
 
 @pytest.fixture
@@ -90,3 +93,27 @@ def test_entries_larger_than_memory_are_written_checked_and_read(tmp_path: Path)
         grown, size = map(int, told.split())
         assert size >= 256
         assert grown < 64
+
+
+def crowded(folder: Path, way: str, rounds: int) -> int:
+    """How many were killed while eight wanted the same entries: what must hold is looked at there."""
+    command = [sys.executable, "-m", "tests.crowd", str(folder), way, str(rounds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        killed, _ = process.communicate(timeout=60 + 30 * rounds)  # of which none is needed: it is for what hangs
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0
+    return int(killed)
+
+
+@pytest.mark.parametrize("way", WAYS[:-1])
+def test_eight_at_once_get_the_same_however_some_of_them_are_killed(tmp_path: Path, way: str) -> None:
+    assert crowded(tmp_path, way, 1) >= 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", WAYS)
+def test_eight_at_once_get_the_same_round_after_round(tmp_path: Path, way: str) -> None:
+    assert crowded(tmp_path, way, 100) >= 1
