@@ -34,6 +34,7 @@ class SuperLink:
     control: int
     apps: int
     keys: Path | None
+    process: subprocess.Popen[bytes]
 
     def register(self, *sites: str) -> None:
         """Lets SuperNodes with the keys of these sites in."""
@@ -83,11 +84,19 @@ class SuperNode:
 
 @contextmanager
 def superlink(
-    folder: Path, keys: Path | None = None, *, database: str = "superlink.db", **env: str
+    folder: Path,
+    keys: Path | None = None,
+    *,
+    database: str = "superlink.db",
+    ports: Sequence[int] | None = None,
+    **env: str,
 ) -> Iterator[SuperLink]:
-    """A SuperLink that runs meanwhile; what it keeps and says is in the folder, unless the `database` is elsewhere."""
+    """A SuperLink that runs meanwhile; what it keeps and says is in the folder, unless the `database` is elsewhere.
+
+    One that is started again needs the `ports` of before: those for apps, sites and users.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    apps, fleet, control = simulation.free_ports(3)
+    apps, fleet, control = ports or simulation.free_ports(3)
     if keys:
         own = keys / "server"
         trust = f'root-certificates = "{own / "ca.crt"}"'
@@ -105,12 +114,18 @@ def superlink(
     with simulation.started(["flower-superlink", *options], whole, log) as process:
         for port in (control, fleet):
             simulation.wait_for(port, process, log)
-        yield SuperLink(folder, whole, fleet, control, apps, keys)
+        yield SuperLink(folder, whole, fleet, control, apps, keys, process)
 
 
 @contextmanager
 def supernode(
-    link: SuperLink, site: str, config: str, *, port: int | None = None, options: Sequence[str] | None = None
+    link: SuperLink,
+    site: str,
+    config: str,
+    *,
+    port: int | None = None,
+    options: Sequence[str] | None = None,
+    **env: str,
 ) -> Iterator[SuperNode]:
     """A SuperNode that runs meanwhile, with that node config; it connects to another port if one is given.
 
@@ -122,7 +137,7 @@ def supernode(
     command += ["--clientappio-api-address", f"127.0.0.1:{own}"]
     command += credentials(link.keys, site) if options is None else options
     log = link.folder / f"{site}.log"
-    with simulation.started(command, link.env, log) as process:
+    with simulation.started(command, {**link.env, **env}, log) as process:
         yield SuperNode(site, process, log)
 
 

@@ -19,7 +19,7 @@ class Streams(NamedTuple):
 
 class Relay(socketserver.ThreadingTCPServer):
     """Passes connections on to a port of this machine and counts the bytes, in both directions; and keeps them, if so
-    asked."""
+    asked. Once it is cut nothing passes, and nobody is told, until it is mended."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -29,6 +29,14 @@ class Relay(socketserver.ThreadingTCPServer):
         self.to, self.bytes, self.lock = port, 0, threading.Lock()
         self.keep = keep
         self.kept: list[Streams] = []
+        self.whole = threading.Event()
+        self.whole.set()
+
+    def cut(self) -> None:
+        self.whole.clear()
+
+    def mend(self) -> None:
+        self.whole.set()
 
     @property
     def port(self) -> int:
@@ -41,7 +49,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         streams = Streams(bytearray(), bytearray())
         self.server.kept.append(streams)
-        with socket.create_connection(("127.0.0.1", self.server.to)) as other:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.server.to)) as other:
             back = threading.Thread(target=self._pass_on, args=(other, self.request, streams.answered), daemon=True)
             back.start()
             self._pass_on(self.request, other, streams.sent)
@@ -54,6 +62,7 @@ class _Connection(socketserver.BaseRequestHandler):
                     self.server.bytes += len(data)
                 if self.server.keep:
                     stream += data
+                self.server.whole.wait()
                 go.sendall(data)
         with suppress(OSError):
             go.shutdown(socket.SHUT_WR)

@@ -82,7 +82,8 @@ def test_what_the_units_start_finds_each_other(tmp_path: Path) -> None:
 
     with simulation.started(*here("superlink", FLEET_ADDRESS=f"127.0.0.1:{fleet}")) as process:
         simulation.wait_for(fleet, process, tmp_path / "superlink.log")
-        link = SuperLink(tmp_path, simulation.environment(tmp_path / "flower"), fleet, control, apps, tmp_path / "keys")
+        env = simulation.environment(tmp_path / "flower")
+        link = SuperLink(tmp_path, env, fleet, control, apps, tmp_path / "keys", process)
         link.register("north")
         site = here("supernode", SUPERLINK=f"localhost:{fleet}", MORE=f"--clientappio-api-address 127.0.0.1:{own}")
         with simulation.started(*site) as node:
