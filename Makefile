@@ -21,8 +21,9 @@ test: .venv/ready  ## set up, then check style and types and run the tests, but 
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4
 
-soak: .venv/ready  ## set up, then run the tests that take long, which `test` leaves out
-	$(BIN)/pytest -m soak $(ARGS)
+soak: .venv/ready  ## set up, then the tests that `test` leaves out, and faults in real federations: docs/reliability.md
+	$(BIN)/pytest -m soak
+	$(BIN)/python -m reliability $(ARGS)
 
 bench: .venv/ready  ## set up, then measure times, bytes and memory, and write docs/benchmarks.md: a quarter of an hour
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -135,7 +135,7 @@ class RunFolder:
         """Records that the run was ended from outside; from then on nothing more is written."""
         with self._writing:
             if self._going:
-                self._end("stopped", "it was ended from outside")
+                self._end("stopped", f"it was ended from outside. {self.how_to_go_on}".strip())
             self._stopped = True
 
     def __enter__(self) -> RunFolder:

@@ -95,7 +95,10 @@ def submit(connection: str, settings: Mapping[str, Any], env: Mapping[str, str],
     number = _show(["flwr", "run", str(app), connection, "--run-config", str(overrides), "--stream", *options], env)
     status = status_of(number, env, connection) if number else "not started"
     if status != "finished:completed":
-        print(f"The run did not complete: {status}.", file=sys.stderr)
+        print(
+            f"The run did not complete: {status}. If it came to a round, resume=latest goes on with it.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
