@@ -2,28 +2,31 @@
 
     python -m reliability [NAME…] [--seed N]
 
-NAME is a journey of faults.py, or kills, soak or fuzz; with names only these are done, and the page is left as it is.
-The exit status is 1 if anything that was promised did not hold; the page then says so, too. It takes half an hour on
-two cores, as root (or behind `unshare --map-root-user --mount`) for the small disks, and with a C compiler for the
-clocks.
+NAME is a journey of faults.py, or kills, soak or fuzz; without names all of it is done, which takes an hour on two
+cores. What was found is kept in docs/reliability.json part by part, so that single ones can be done again; the page is
+made of it. The exit status is 1 if anything that was promised did not hold; the page then says so, too. For the small
+disks it has to be root (or behind `unshare --map-root-user --mount`), for the clocks a C compiler has to be there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from filelock import FileLock
+
 from benchmarks.common import OURS, machine, table
-from fedclip_flwr import simulation
+from fedclip_flwr import content, simulation
 from fedclip_flwr.errors import UserError
 from reliability import faults, kills
 from reliability.faults import Outcome
@@ -31,22 +34,27 @@ from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, fed
 from reliability.soak import GROWTH, HANDLES, LAST, Soak, flat, grown, named, soak
 
 PAGE = OURS / "docs" / "reliability.md"
+FOUND = PAGE.with_suffix(".json")
 FUZZ = OURS / "tests" / "fuzz"
 JOURNEYS = {journey.name: journey for journey in faults.JOURNEYS}
 ALONE = {journey.name: journey for journey in faults.ALONE}
 """Those for which each machine must have a clock of its own."""
+NAMES = [*JOURNEYS, *ALONE, "kills", "soak", "fuzz"]
 
 
 class Part(NamedTuple):
-    """A part of the page, and how many of its promises did not hold."""
+    """What was found: a table's rows or a text, how many promises did not hold, with what package, in how long."""
 
+    rows: Sequence[Sequence[str]]
     text: str
     broken: int
+    package: str = ""
+    seconds: float = 0.0
 
 
-def outcomes_table(head: str, outcomes: Sequence[Outcome]) -> Part:
+def of_outcomes(outcomes: Sequence[Outcome]) -> Part:
     rows = [[one.fault, one.told if one.good else f"**FAILED**: {one.told}"] for one in outcomes]
-    return Part(table([head, "outcome"], rows), sum(not one.good for one in outcomes))
+    return Part(rows, "", sum(not one.good for one in outcomes))
 
 
 def clocks(place: Path) -> str:
@@ -60,28 +68,27 @@ def clocks(place: Path) -> str:
     return str(library)
 
 
-def disturbed(names: Sequence[str], seed: int, say: Callable[[str], None]) -> tuple[list[Outcome], list[Outcome]]:
-    """The outcomes of the chosen faults, and those of the kills."""
-    found: list[Outcome] = []
-    killed: list[Outcome] = []
+def journeys(names: Sequence[str], seed: int, say: Callable[[str], None]) -> Iterator[tuple[str, Part]]:
+    """The chosen faults and kills, each with its outcomes as soon as they are known."""
     known: dict[str, Result] = {}
     common = [journey for name, journey in JOURNEYS.items() if name in names]
     if common or "kills" in names:
         with TemporaryDirectory() as place, federation(Path(place)) as one:
             one.results = known
             for journey in common:
-                found += told(faults.go(one, journey, say), say)
+                yield journey.name, of_outcomes(told(faults.go(one, journey, say), say))
             if "kills" in names:
-                killed = told(kills.go(one, kills.drawn(seed), say), say)
+                found = of_outcomes(told(kills.go(one, kills.drawn(seed), say), say))
+                yield "kills", found._replace(text=f"Seed {seed}: `python -m reliability kills --seed {seed}`.")
     if alone := [journey for name, journey in ALONE.items() if name in names]:
         try:
             with TemporaryDirectory() as place, federation(Path(place), clocks(Path(place))) as one:
                 one.results = known
                 for journey in alone:
-                    found += told(faults.go(one, journey, say), say)
+                    yield journey.name, of_outcomes(told(faults.go(one, journey, say), say))
         except (BrokenError, UserError) as error:
-            found += told([Outcome(fault.name, str(error), False) for one in alone for fault in one.faults], say)
-    return found, killed
+            for journey in alone:
+                yield journey.name, of_outcomes([Outcome(fault.name, str(error), False) for fault in journey.faults])
 
 
 def told(outcomes: list[Outcome], say: Callable[[str], None]) -> list[Outcome]:
@@ -98,7 +105,7 @@ def soaked(seed: int, say: Callable[[str], None]) -> Part:
         try:
             summary = soak(of, say)
         except (BrokenError, UserError) as error:
-            return Part(f"**FAILED**: {error}", 1)
+            return Part([], f"**FAILED**: {error}", 1)
     checks: list[tuple[str, str, bool]] = []
     rows = []
     for name, samples in of.samples.items():
@@ -124,7 +131,7 @@ def soaked(seed: int, say: Callable[[str], None]) -> Part:
         f"{100 * GROWTH:.0f} % and {HANDLES} file handles.",
         table(["check", "found"], [[what, found if good else f"**FAILED**: {found}"] for what, found, good in checks]),
     ]
-    return Part("\n\n".join(text), sum(not good for *_, good in checks))
+    return Part([], "\n\n".join(text), sum(not good for *_, good in checks))
 
 
 def fuzzed(say: Callable[[str], None]) -> Part:
@@ -142,7 +149,7 @@ def fuzzed(say: Callable[[str], None]) -> Part:
         name = str(case.get("name")).removeprefix("test_").replace("_", " ")
         rows.append([name, f"{inputs:,}", "**FAILED**" if bad else "held"])
         broken += bad
-    return Part(table(["what must hold", "inputs", "outcome"], rows), broken + (not rows))
+    return Part(rows, "", broken + (not rows))
 
 
 PROMISES = """\
@@ -154,11 +161,6 @@ the run goes on after its last complete round and ends with the very adapter tha
 site that fails, hangs or sends what can't be used is left out of its round, and named with its reason in
 `summary.json`; where fewer than `min-sites` are left, the round is repeated. A run that can't go on says why, and how
 it is resumed. Two runs can't go on in one folder."""
-
-
-def page(parts: Sequence[tuple[str, str, str]], seconds: float) -> str:
-    head = f"# Reliability\n\n{PROMISES}\n\n```\n{machine()}\nall of it: {seconds:.0f} s\n```"
-    return "\n\n".join([head, *(f"## {title}\n\n{words}\n\n{text}" for title, words, text in parts)]) + "\n"
 
 
 FAULTS = f"""\
@@ -175,38 +177,62 @@ FUZZED = """\
 Messages, files and settings that were made up at random, by `pytest tests/fuzz`."""
 
 
+def page(found: Mapping[str, Part]) -> str:
+    """The whole of it; of what has not been done that is told."""
+    parts = {name: found.get(name, Part([], f"**Not done: {name}.**", 1)) for name in NAMES}
+    packages = sorted({part.package[:12] for part in found.values() if part.package})
+    head = f"{machine()}\nall of it: {sum(part.seconds for part in found.values()):.0f} s"
+    faulty = [parts[name] for name in (*JOURNEYS, *ALONE)]
+    rows = [row for part in faulty for row in part.rows]
+    undone = " ".join(part.text for part in faulty if part.text)
+    chunks = [
+        f"# Reliability\n\n{PROMISES}\n\n```\n{head}\ncontent of the package: {', '.join(packages)}\n```",
+        f"## Faults\n\n{FAULTS}\n\n{table(['fault', 'outcome'], rows)}\n\n{undone}".rstrip(),
+        f"## Killed at random moments\n\n{KILLS} {parts['kills'].text}\n\n"
+        + table(["run, and what is killed", "outcome"], parts["kills"].rows),
+        f"## Soak\n\n{SOAKED}\n\n{parts['soak'].text}",
+        f"## Fuzzing\n\n{FUZZED} {parts['fuzz'].text}\n\n"
+        + table(["what must hold", "inputs", "outcome"], parts["fuzz"].rows),
+    ]
+    return "\n\n".join(chunks) + "\n"
+
+
+def keep(name: str, part: Part) -> None:
+    """What was found takes the place of what was found before; the page follows."""
+    with FileLock(Path(gettempdir()) / "fedclip-reliability.lock"):  # parts may be done side by side
+        known = json.loads(FOUND.read_text()) if FOUND.exists() else {}
+        known[name] = part._asdict()
+        FOUND.write_text(json.dumps({name: known[name] for name in NAMES if name in known}, indent=1) + "\n")
+        PAGE.write_text(page({name: Part(**facts) for name, facts in known.items()}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reliability", description=__doc__.splitlines()[0])
-    names = [*JOURNEYS, *ALONE, "kills", "soak", *(["fuzz"] if FUZZ.is_dir() else [])]
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of what is random; told, to be repeated")
     given = parser.parse_args()
-    if strange := [name for name in given.names if name not in names]:
-        parser.error(f"{', '.join(strange)}: expected {', '.join(names)}")
-    simulation.stop_in_order("Stopped: the page is as it was.")
-    chosen, begun = given.names or names, time.monotonic()
+    if strange := [name for name in given.names if name not in NAMES]:
+        parser.error(f"{', '.join(strange)}: expected {', '.join(NAMES)}")
+    simulation.stop_in_order("Stopped: what was found so far is kept.")
+    chosen, begun = given.names or NAMES, time.monotonic()
+    package, since, broken = content.of_package(content.memory()), begun, 0
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - begun:6.0f} s  {text}", flush=True)
 
+    def parts() -> Iterator[tuple[str, Part]]:
+        yield from journeys(chosen, given.seed, say)
+        if "soak" in chosen:
+            yield "soak", soaked(given.seed, say)
+        if "fuzz" in chosen:
+            yield "fuzz", fuzzed(say)
+
     say(f"seed {given.seed}")
-    found, killed = disturbed(chosen, given.seed, say)
-    parts: list[tuple[str, str, Part]] = []
-    if found:
-        parts.append(("Faults", FAULTS, outcomes_table("fault", found)))
-    if killed:
-        words = f"{KILLS} Seed {given.seed}: `python -m reliability kills --seed {given.seed}` draws the same."
-        parts.append(("Killed at random moments", words, outcomes_table("run, and what is killed", killed)))
-    if "soak" in chosen:
-        parts.append(("Soak", SOAKED, soaked(given.seed, say)))
-    if "fuzz" in chosen:
-        parts.append(("Fuzzing", FUZZED, fuzzed(say)))
-    text = page([(title, words, part.text) for title, words, part in parts], time.monotonic() - begun)
-    print(f"\n{text}")
-    if not given.names:
-        PAGE.write_text(text)
-        print(f"Written: {PAGE}")
-    if broken := sum(part.broken for *_, part in parts):
+    for name, part in parts():
+        keep(name, part._replace(package=package, seconds=time.monotonic() - since))
+        since, broken = time.monotonic(), broken + part.broken
+    print(f"\n{PAGE.read_text()}\nWritten: {PAGE}")
+    if broken:
         raise SystemExit(f"{broken} promises did not hold: see FAILED above")
 
 

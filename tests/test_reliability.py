@@ -143,10 +143,29 @@ def test_who_spoilt_an_answer_must_be_named_and_nobody_else(tmp_path: Path) -> N
 
 
 def test_a_promise_that_did_not_hold_stands_on_the_page() -> None:
-    part = page.outcomes_table("fault", [Outcome("a", "held", True), Outcome("b", "it did not", False)])
+    part = page.of_outcomes([Outcome("a", "held", True), Outcome("b", "it did not", False)])
     assert part.broken == 1
-    assert "| a | held |\n| b | **FAILED**: it did not |" in part.text
-    assert "## Faults\n\nwords\n\n| fault |" in page.page([("Faults", "words", part.text)], 1.0)
+    text = page.page(
+        {"disk": part._replace(package="0123456789abcdef"), "kills": page.Part([["k", "held"]], "Seed 5.", 0)}
+    )
+    assert "| a | held |\n| b | **FAILED**: it did not |" in text
+    assert "Seed 5.\n\n| run, and what is killed | outcome |" in text
+    assert "content of the package: 0123456789ab\n" in text
+    assert all((f"**Not done: {name}.**" in text) == (name not in ("disk", "kills")) for name in page.NAMES)
+
+
+def test_what_is_done_again_takes_the_place_of_what_was_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "FOUND", tmp_path / "found.json")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    for told in ("it did not", "held at last"):
+        page.keep("soak", page.Part([], told, 0, "p", 1.5))
+        page.keep("disk", page.of_outcomes([Outcome("a", "held", True)]))
+    written = (tmp_path / "page.md").read_text()
+    assert "held at last" in written
+    assert "it did not" not in written
+    assert "| a | held |" in written
 
 
 def test_nothing_passes_a_relay_that_is_cut_until_it_is_mended() -> None:
