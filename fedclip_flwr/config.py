@@ -154,7 +154,7 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     if value == field.metadata.get("word", math.nan):
         return value
     if type(value) is int and abs(value) >= 2**63:
-        raise ValueError("expected a number of at most 63 bits")
+        raise ValueError("expected at most 63 bits")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

@@ -32,7 +32,9 @@ def broken(tree: Path) -> Path:
 
 
 def children() -> list[int]:
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    """Those of this process; what `multiprocessing` keeps for other tests is none."""
+    pids = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    return [pid for pid in pids if b"multiprocessing" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def has_ended(pid: int) -> bool:

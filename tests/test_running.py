@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -309,29 +308,29 @@ def test_fedclip_run_stopped_in_the_middle_leaves_nothing_behind(how: signal.Sig
 
 
 def cut_off(after: int, results: Path, *settings: str) -> Path:
-    """The folder of a run of two sites whose processes are killed from outside once that round's line is shown."""
+    """The folder of a run of two sites whose process is killed from outside some time after that round."""
     mark = f"results-dir={results}"
     command = [str(BIN / "fedclip"), "run", "--nodes", "2", mark, *settings]
-    env = {**os.environ, "MARK": mark}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if re.match(rf" +{after}  ", line) and "sites" not in line:
+    with subprocess.Popen(command, env={**os.environ, "MARK": mark}, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            if (results / "latest").exists() and read(run_folder(results), "summary.json").get("round", 0) >= after:
                 assert kill(f"MARK={mark}", "flwr-simulation") == 1
+                break
+        process.wait()
     assert process.returncode == 1
     until_gone(f"MARK={mark}")
     return run_folder(results)
 
 
 def test_a_simulation_that_was_killed_goes_on_to_the_very_adapter_that_it_would_have_come_to(tmp_path: Path) -> None:
-    given = ["num-server-rounds=6", "codec=int8", "strategy=fedadam", "fraction-train=0.5", "adapter=gate"]
+    given = ["num-server-rounds=40", "codec=int8", "strategy=fedadam", "fraction-train=0.5", "adapter=gate"]
     done = fedclip("run", "--nodes", "2", f"results-dir={tmp_path / 'whole'}", *given)
     assert done.returncode == 0, done.stdout + done.stderr
     whole = run_folder(tmp_path / "whole")
     folder = cut_off(3, tmp_path / "cut", *given)
     told = read(folder, "summary.json")
     assert told["status"] == "running"
-    assert told["round"] in (3, 4, 5, 6)
+    assert 3 <= told["round"] <= 40
     refused = fedclip("run", f"results-dir={tmp_path / 'cut'}", "resume=latest", "adapter=scale")
     assert 'that run has other settings; give them again: adapter="gate"' in refused.stdout
     assert read(folder, "summary.json") == told
