@@ -111,6 +111,7 @@ def test_a_site_runs_no_other_code_than_its_owners(seen: Seen, tmp_path: Path) -
     assert not any("what else is on this disk" in log.read_text() for log in seen.link.folder.glob("*.log"))
 
 
+@pytest.mark.soak
 def test_a_site_that_is_turned_away_while_it_answers_ends(seen: Seen, tmp_path: Path) -> None:
     """So that whoever starts it again does so: Flower's own SuperNode stays, and does nothing."""
     link = seen.link

@@ -86,6 +86,7 @@ def test_after_a_kill_one_batch_at_most_is_encoded_twice(
     assert found == expected
 
 
+@pytest.mark.soak
 def test_workers_change_nothing_also_after_a_kill(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip, "PART", 2)
     (tree / "photo" / "cat" / "1.png").write_bytes(b"no picture")

@@ -125,6 +125,7 @@ def test_results_are_kept_and_taken_over_until_the_data_or_the_settings_change(
     assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"))
 
 
+@pytest.mark.soak
 def test_one_process_or_two_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, tables = f"features:{folder(tmp_path / 'f')}", []
     for jobs in (1, 2):
@@ -136,6 +137,7 @@ def test_one_process_or_two_make_no_difference(tmp_path: Path, monkeypatch: pyte
     assert all(METHODS[name].label in tables[0][0] for name in METHODS if not METHODS[name].whole_model)
 
 
+@pytest.mark.soak
 def test_images_are_swept_with_the_whole_model_beside(tree: Path, tmp_path: Path) -> None:
     given = wishes(
         f"folder:{tree}", methods="fedavg,fedprox,scale", holdouts="photo", jobs=2, out=str(tmp_path / "out")

@@ -42,6 +42,7 @@ def made(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_the_script_makes_what_the_package_ships(tmp_path: Path) -> None:
     one = made(tmp_path / "one")
     assert {f.name for f in one.iterdir()} == {f.name for f in clip.BUNDLED.iterdir()}
