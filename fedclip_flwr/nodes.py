@@ -49,11 +49,6 @@ def simulated(grid: Grid) -> bool:
     return isinstance(grid, InMemoryGrid)
 
 
-def _holdings(hello: Hello) -> list[int]:
-    """How many images the site has of each split."""
-    return [hello.train, hello.validation, hello.test]
-
-
 class Traffic:
     """Bytes of all messages, as Flower serialises them."""
 
@@ -116,10 +111,9 @@ class Nodes:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run needs to know of the sites to go on another time."""
+        """What a run needs to know of the sites that are there to go on another time."""
         return {
-            "simulated": simulated(self._grid),
-            "sites": {name: _holdings(hello) for name, hello in sorted(self.hellos.items())},
+            "sites": self._holdings,
             "failures": list(map(list, self.failures)),
             "last_failed": sorted(self._last_failed),
             "down": self.traffic.down,
@@ -132,7 +126,7 @@ class Nodes:
         Simulated sites must be the same; real ones that are gone or hold something else are told.
         """
         self.wait_for(count, expected=record["sites"])
-        known = {name: _holdings(hello) for name, hello in sorted(self.hellos.items())}
+        known = self._holdings
         others = [name for name, holds in record["sites"].items() if known.get(name) != holds]
         if simulated(self._grid) and (others or known.keys() != record["sites"].keys()):
             raise UserError(f"its sites were others: simulate {len(record['sites'])} of them, of the same images")
@@ -223,6 +217,12 @@ class Nodes:
             for node in [node for node, when in self._refused.items() if now - when >= AGAIN]:
                 del self._refused[node]
                 self._greeted.discard(node)
+
+    @property
+    def _holdings(self) -> dict[str, list[int]]:
+        """How many images of each split the connected sites have."""
+        hellos = (self.hellos[name] for name in sorted(self._connected()))
+        return {hello.site: [hello.train, hello.validation, hello.test] for hello in hellos}
 
     @property
     def _present(self) -> set[str]:

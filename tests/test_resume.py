@@ -169,6 +169,22 @@ def test_real_sites_that_are_gone_or_hold_something_else_are_told_and_the_run_go
     ]
 
 
+def test_a_site_that_was_gone_before_is_not_waited_for(tmp_path: Path) -> None:
+    def federation() -> Running:
+        running = Running({1: Site("north"), 2: Site("south")})
+
+        def leaves(message: Message) -> Message | None:
+            if message.metadata.message_type == MessageType.TRAIN:
+                running.grid.nodes.pop(2, None)
+            return Site("north")(message)
+
+        running.grid.nodes[1] = leaves
+        return running
+
+    again, _ = interrupted(federation, tmp_path / "c", 1)
+    assert not [line for line in again.said if line.startswith("going on")]
+
+
 def test_simulated_sites_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fewer(running: Running) -> None:
         monkeypatch.setattr(nodes, "simulated", lambda grid: True)
