@@ -49,7 +49,7 @@ from fedclip_flwr import exchange, simulation
 from reliability.federation import BrokenError, Run, handed_over, kill, until
 
 SITES, ROUNDS, ROWS = 20, 300, 40
-PAUSE = 0.25
+PAUSE = 1.0
 """Seconds after which a site asks again: a SuperNode waits for 3."""
 TIMEOUT = 20.0
 SPOILT = {"error": 6, "not finite": 6, "another shape": 6, "twice": 8, "late": 0.4, "silent": 0.4, "gone": 0.4}
