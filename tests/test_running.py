@@ -387,6 +387,7 @@ def spoiled(tmp_path: Path, spoil: str) -> tuple[Path, list[dict[str, Any]]]:
     return folder, [json.loads(file.read_text()) for file in sent.iterdir()]
 
 
+@pytest.mark.soak  # on a grid in memory: tests/test_federation.py, tests/test_strategy.py
 def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
     without, _ = spoiled(tmp_path, "away")
     folder, sent = spoiled(tmp_path, "spoil")
