@@ -556,6 +556,21 @@ SUPERLINK_FULL = Journey(
 )
 
 
+def stopped(trial: Trial) -> None:
+    trial.begin()
+    trial.passes("server has put checkpoint adapter.safetensors in place")
+    link = trial.federation.link
+    (number,) = (str(run["run-id"]) for run in link.ask("list")["runs"] if run["status"].startswith("running"))
+    link.ask("stop", number)
+    until(lambda: trial.run.summary()["status"] == "stopped", "a summary that tells of the end")
+    trial.notes.append(trial.run.summary()["why"].replace(trial.name, "NAME"))
+    trial.ended()
+    trial.begin()
+
+
+STOPPED = Journey("stop", [Fault("the run is ended by `flwr stop`", stopped)])
+
+
 def second_run_on_the_same_folder(trial: Trial) -> None:
     trial.begin()
     trial.passes("server has put checkpoint adapter.safetensors in place")
@@ -647,6 +662,7 @@ JOURNEYS = (
     RESULTS_FULL,
     SITE_FULL,
     SUPERLINK_FULL,
+    STOPPED,
     SECOND,
     TWO,
     MACHINE,
