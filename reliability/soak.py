@@ -16,7 +16,7 @@ import random
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +30,11 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -40,7 +42,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
 
 from benchmarks import fleet
 from benchmarks.common import OURS, memory, processes, write_features
@@ -52,6 +54,8 @@ SITES, ROUNDS, ROWS = 20, 300, 40
 PAUSE = 1.0
 """Seconds after which a site asks again: a SuperNode waits for 3."""
 TIMEOUT = 20.0
+PATIENCE = 5
+"""So often a part of a message is asked for that is not there yet. (A SuperNode asks until its run is over.)"""
 SPOILT = {"error": 6, "not finite": 6, "another shape": 6, "twice": 8, "late": 0.4, "silent": 0.4, "gone": 0.4}
 """How often in a thousand answers this is done to one."""
 HARMLESS = "twice"
@@ -100,12 +104,9 @@ class Site(fleet.Site):
             yield PAUSE
             return
         run, tree = came.messages_list[0].metadata.run_id, came.message_object_trees[0]
-        question = pull_and_inflate_object_from_tree(
-            tree,
-            make_pull_object_fn_protobuf(self._stub.PullObject, self._node, run),
-            make_confirm_message_received_fn_protobuf(self._stub.ConfirmMessageReceived, self._node, run),
-            return_type=Message,
-        )
+        question = yield from self._question(run, tree)
+        if question is None:
+            return
         question.metadata.__dict__["_message_id"] = tree.object_id
         what = self._soak.chance(self._name, question)
         if what == "gone":
@@ -124,6 +125,25 @@ class Site(fleet.Site):
         if what == "twice":
             with suppress(grpc.RpcError):
                 self._send_whole(reply)
+
+    def _question(self, run: int, tree: ObjectTree) -> Generator[float, None, Message | None]:
+        """The message; none if the ServerApp was killed while it sent it."""
+        pull = make_pull_object_fn_protobuf(self._stub.PullObject, self._node, run)
+        contents: dict[str, bytes] = {}
+        ids, patience = [part.object_id for part in iterate_object_tree(tree)], PATIENCE
+        while ids and patience:
+            try:
+                contents[ids[0]] = pull(ids[0])
+                ids.pop(0)
+            except ObjectUnavailableError:
+                patience -= 1
+                yield PAUSE
+        if ids:
+            return None
+        make_confirm_message_received_fn_protobuf(self._stub.ConfirmMessageReceived, self._node, run)(tree.object_id)
+        message = inflate_object_from_contents(tree.object_id, contents)
+        assert isinstance(message, Message)
+        return message
 
     def _send_whole(self, reply: Message) -> None:
         """An error has no content."""
