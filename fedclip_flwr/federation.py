@@ -27,7 +27,7 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report
 from fedclip_flwr.learning import BLENDS, RECIPES, best_blend
-from fedclip_flwr.metrics import Quality, mean_accuracy
+from fedclip_flwr.metrics import Quality, mean_accuracy, mean_of
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
@@ -69,8 +69,7 @@ class Line:
     def loss(self) -> float | None:
         """Mean validation loss over the sites."""
         scores = [report.validation for report in self.reports.values()]
-        known = [score.loss / score.examples for score in scores if score.examples]
-        return sum(known) / len(known) if known else None
+        return mean_of(score.loss / score.examples for score in scores if score.examples)
 
 
 def better(later: Line, best: Line) -> bool:

@@ -7,6 +7,7 @@ is the mean over the classes that have examples or predictions. The expected cal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -111,9 +112,9 @@ def mean_accuracy(scores: Iterable[Score | Quality]) -> float | None:
 def mean_figures(qualities: Iterable[Quality]) -> dict[str, float]:
     """Each figure's mean over those sites that have examples."""
     known = [figures for quality in qualities if (figures := quality.figures())]
-    return {name: sum(f[name] for f in known) / len(known) for name in (known[0] if known else ())}
+    return {name: math.fsum(f[name] for f in known) / len(known) for name in (known[0] if known else ())}
 
 
 def mean_of(values: Iterable[float]) -> float | None:
     known = list(values)
-    return sum(known) / len(known) if known else None
+    return math.fsum(known) / len(known) if known else None  # in whatever order they come

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -308,6 +309,17 @@ def test_rounds_are_compared_at_the_sites_that_tried_both() -> None:
     assert [line.validation for line in running.told.lines] == [0.75, 0.6, 0.7, 0.6]
     assert outcome.adapted.round == 2
     assert running.told.best == [0, 1, 2]
+
+
+def test_rounds_that_do_the_same_stay_the_same_in_whatever_order_sites_are_added_up() -> None:
+    """Python walks through sets of names in another order in each process; 0.1 + 0.7 + 0.9 is not 0.9 + 0.7 + 0.1."""
+    names = [f"site-{n}" for n in range(3)]
+    for order in itertools.permutations((1, 7, 9)):
+        one, other = (
+            {name: Report(6, Score(10, right, 5.0), quality(5)) for name, right in zip(names, rights, strict=True)}
+            for rights in ((1, 7, 9), order)
+        )
+        assert not better(Line(2, other, None, 0, 0.0), Line(1, one, None, 0, 0.0))
 
 
 def test_where_no_site_tried_both_the_present_ones_count() -> None:

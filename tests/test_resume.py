@@ -171,14 +171,16 @@ def test_real_sites_that_are_gone_or_hold_something_else_are_told_and_the_run_go
 
 def test_a_site_that_was_gone_before_is_not_waited_for(tmp_path: Path) -> None:
     def federation() -> Running:
-        running = Running({1: Site("north"), 2: Site("south")})
+        south = Site("south")
+        running = Running({1: Site("north"), 2: south})
 
         def leaves(message: Message) -> Message | None:
+            reply = south(message)
             if message.metadata.message_type == MessageType.TRAIN:
-                running.grid.nodes.pop(2, None)
-            return Site("north")(message)
+                del running.grid.nodes[2]
+            return reply
 
-        running.grid.nodes[1] = leaves
+        running.grid.nodes[2] = leaves
         return running
 
     again, _ = interrupted(federation, tmp_path / "c", 1)
