@@ -84,6 +84,7 @@ def test_four_of_the_thousand_sites_are_measured_beside_flower_alone() -> None:
     assert all(float(row[1].removesuffix(" ms")) > 0 for row in rows[2:])
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_sites_that_are_only_what_they_say_take_part_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))

@@ -452,6 +452,12 @@ def test_too_few_sites_end_the_run_in_words() -> None:
         Running({5: Site("north")}, min_sites=2).run()
 
 
+def test_simulated_sites_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "simulated", lambda grid: True)
+    with pytest.raises(UserError, match=r"after 0 s: 1, min-sites = 2 are needed: simulate more"):
+        Running({5: Site("north")}, min_sites=2, round_timeout=600.0).run()
+
+
 def test_a_round_with_too_few_answers_is_repeated_then_the_run_ends_in_words() -> None:
     north = Site("north")
 
