@@ -170,7 +170,7 @@ def read_settings(given: Sequence[str], here: bool = True) -> tuple[dict[str, An
             settings[key] = _value(value, kind)
         except ValueError:
             settings[key] = value  # the settings' own check says what was expected
-        if kind is str and here:
+        if kind is str and here and "\0" not in value:  # which no path has: the settings' own check says it
             settings[key] = _absolute(key, value)
     return settings, problems
 
