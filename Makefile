@@ -19,7 +19,7 @@ test: .venv/ready  ## set up, then check style and types and run the tests, but 
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 $(ARGS)
 
 soak: .venv/ready  ## set up, then the tests that `test` leaves out, and faults in real federations: docs/reliability.md
 	$(BIN)/pytest -m soak

@@ -14,9 +14,14 @@ from fedclip_flwr.clip import Preparer
 class Pixels:
     """A few pixels of each image, as they are."""
 
+    def __init__(self, side: int) -> None:
+        self._side = side
+
     def __call__(self, images: Sequence[Image], return_tensors: str) -> dict[str, Tensor]:
-        few = [image.convert("RGB").resize((4, 4)) for image in images]
+        few = [image.convert("RGB").resize((self._side, self._side)) for image in images]
         return {"pixel_values": torch.tensor([list(image.tobytes()) for image in few])}
 
 
-PREPARER = Preparer(Pixels(), "clip", torch.float32)
+PREPARER = Preparer(Pixels(4), "clip", torch.float32)
+LARGE = Preparer(Pixels(128), "clip", torch.float32)
+"""Of which no socket holds four images: a process that prepares them waits until they are asked for."""

@@ -21,7 +21,7 @@ from fedclip_flwr.data.dataset import DataSet
 from fedclip_flwr.data.drawn import Drawn
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.data.presets import Canonical, Preset
-from tests.pixels import PREPARER
+from tests.pixels import LARGE, PREPARER
 
 
 @pytest.fixture
@@ -115,9 +115,9 @@ def test_what_a_killed_worker_owes_is_done_without_it(
     assert caplog.text.count("its part is done without it") <= 1
 
 
-def test_workers_end_with_whoever_stops_asking(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_end_with_whoever_stops_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
-    batches = ahead.batches(ahead.Work(ImageFolder(tree), "photo", PREPARER, 1), 0, 12)
+    batches = ahead.batches(ahead.Work(Drawn(), "photo", LARGE, 4), 0, 400)
     next(batches)
     next(batches)
     pids = children()
@@ -127,14 +127,16 @@ def test_workers_end_with_whoever_stops_asking(tree: Path, monkeypatch: pytest.M
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 print("begun", flush=True)
 from fedclip_flwr import ahead
 from fedclip_flwr.data.drawn import Drawn
-from tests.pixels import PREPARER
+from tests.pixels import LARGE
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
 ahead.workers = lambda *_: 2
-work = ahead.Work(Drawn(), "photo", PREPARER, 4)
+work = ahead.Work(Drawn(), "photo", LARGE, 4)
 for number, batch in enumerate(ahead.batches(work, 0, 400)):
     if number == 3:
         tasks = Path("/proc/self/task").iterdir()
