@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -470,29 +470,50 @@ def small_disk(place: Path, megabytes: int = 24) -> Iterator[Callable[[], Path]]
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def results_full(trial: Trial) -> None:
-    with small_disk(trial.results) as fill:
-        trial.points.hold("server has put checkpoint adapter.safetensors in place", 2)
-        trial.begin()
-        trial.stands("server has put checkpoint adapter.safetensors in place")
-        filling = fill()
-        trial.points.let_go()
-        said = trial.ended()
-        if "No space left on device" not in said:
-            raise BrokenError(f"what is wrong with the disk is not told: {last_line(said)}")
-        trial.notes.append(last_line(said).replace(str(trial.results), "DIR"))
-        filling.unlink()
-        trial.begin()
-        if trial.run.wait():
-            raise BrokenError(f"with room again, the run failed: {last_line(trial.run.said)}")
-        kept = trial.results.with_name("kept")
-        shutil.copytree(trial.results, kept, symlinks=True)
-    shutil.copytree(kept, trial.results, symlinks=True, dirs_exist_ok=True)
+@contextmanager
+def full(disk: Path, fill: Callable[[], Path]) -> Iterator[None]:
+    """Meanwhile the small disk has no room."""
+    filling = fill()
+    yield
+    filling.unlink()
 
 
-RESULTS_FULL = Journey(
-    "disk", [Fault("the disk of `results-dir` is full in the middle of a run (a tmpfs)", results_full)]
-)
+@contextmanager
+def read_only(disk: Path, fill: Callable[[], Path]) -> Iterator[None]:
+    """Meanwhile nothing can be written to the small disk, as after an error of a real one."""
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    yield
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+
+
+def results_fail(
+    when: str, failing: Callable[[Path, Callable[[], Path]], AbstractContextManager[None]], word: str
+) -> Fault:
+    """From the middle of a run on its folder can't be written to; once it can, the run is resumed."""
+
+    def cause(trial: Trial) -> None:
+        with small_disk(trial.results) as fill:
+            trial.points.hold("server has put checkpoint adapter.safetensors in place", 2)
+            trial.begin()
+            trial.stands("server has put checkpoint adapter.safetensors in place")
+            with failing(trial.results, fill):
+                trial.points.let_go()
+                said = trial.ended()
+            if word not in said:
+                raise BrokenError(f"what is wrong with the disk is not told: {last_line(said)}")
+            trial.notes.append(last_line(said).replace(str(trial.results), "DIR"))
+            trial.begin()
+            if trial.run.wait():
+                raise BrokenError(f"once it could be written to, the run failed: {last_line(trial.run.said)}")
+            kept = trial.results.with_name(f"{trial.results.name}-kept")
+            shutil.copytree(trial.results, kept, symlinks=True)
+        shutil.copytree(kept, trial.results, symlinks=True, dirs_exist_ok=True)
+
+    return Fault(f"the disk of `results-dir` {when} in the middle of a run (a tmpfs)", cause)
+
+
+RESULTS_FULL = Journey("disk", [results_fail("is full", full, "No space left on device")])
+RESULTS_READ_ONLY = Journey("read-only", [results_fail("becomes read-only", read_only, "Read-only file system")])
 
 
 def site_disk_full(trial: Trial) -> None:
@@ -660,6 +681,7 @@ JOURNEYS = (
     PAUSES,
     LEFT_BEHIND,
     RESULTS_FULL,
+    RESULTS_READ_ONLY,
     SITE_FULL,
     SUPERLINK_FULL,
     STOPPED,
