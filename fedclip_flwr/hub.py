@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedclip_flwr.errors import UserError
+
+REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*")
+"""As git allows them, but for signs that nobody uses; the hub's library makes a path of it."""
 
 
 class IncompleteError(UserError):
@@ -31,6 +35,8 @@ def snapshot(
         RevisionNotFoundError,
     )
 
+    if revision and not REVISION.fullmatch(revision):
+        raise UserError(f"{told}: {revision!r} can't be a revision; expected a commit, a branch or a tag")
     where: dict[str, Any] = {"repo_type": kind, "revision": revision or None, **patterns}
     try:
         folder = Path(snapshot_download(name, local_files_only=True, **where))
@@ -40,6 +46,9 @@ def snapshot(
         raise UserError(f"{told}: neither a folder here nor a name that the Hugging Face hub could have") from None
     except LocalEntryNotFoundError:
         pass
+    except OSError as error:
+        line = f"{error.strerror or error}: {error.filename or constants.HF_HUB_CACHE}"
+        raise UserError(f"{told}: the Hugging Face cache can't be read ({line})") from None
     command = f"hf download{' --repo-type dataset' * (kind == 'dataset')} {name}"
     command += f" --revision {revision}" * bool(revision)
     copy = f"check the network, or run `{command}` where there is one and copy its cache"

@@ -182,6 +182,13 @@ def test_a_revision_is_the_one_that_is_taken(hub: Hub, tmp_path: Path) -> None:
     assert find(tmp_path, "some/clip", "refs/pr/7").startswith(CONVERTED)
     assert "the hub has no revision v9 of it" in find(tmp_path, "some/clip", "v9", hub=hub)
     assert "hf download some/clip --revision v9" in find(tmp_path, "some/clip", "v9")
+    for path in ("/", "../main", "refs/../../x", "v9/", "v 9"):
+        told = f"model = 'some/clip': {path!r} can't be a revision; expected a commit, a branch or a tag"
+        assert find(tmp_path, "some/clip", path) == told
+    broken = tmp_path / "cache" / "hub" / "models--some--clip" / "refs" / "v9"
+    broken.mkdir()
+    told = f"model = 'some/clip': the Hugging Face cache can't be read (Is a directory: {broken})"
+    assert find(tmp_path, "some/clip", "v9") == told
 
 
 def test_what_the_hub_refuses_is_told_with_the_remedy(hub: Hub, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ OPENED = [
 @given(given=st.dictionaries(st.sampled_from(OPENED), TEXTS, max_size=4))
 @example(given={"data": "~\0"})
 @example(given={"model": "~\0"})
+@example(given={"model": "auto", "model-revision": "/"})
 def test_what_settings_open(tmp_path: Path, tried: Tried, given: dict[str, str]) -> None:
     """All but what would be asked of a network, or look through this machine's own folders."""
     if given.get("data") in ("folder:/", "/") or str(given.get("results-dir", "")).startswith("/"):
