@@ -154,6 +154,33 @@ def test_a_promise_that_did_not_hold_stands_on_the_page() -> None:
     assert all((f"**Not done: {name}.**" in text) == (name not in ("disk", "kills")) for name in page.NAMES)
 
 
+REPORT = """
+<testsuites><testsuite>
+<testcase classname="tests.fuzz.test_images" name="test_files">
+<properties><property name="inputs" value="10000"/><property name="refused" value="7993"/></properties></testcase>
+<testcase classname="tests.fuzz.test_images" name="test_whole_ones_are_read[PNG]"/>
+<testcase classname="tests.fuzz.test_settings" name="test_what_settings_open"><failure message="a crash"/>
+<properties><property name="inputs" value="3609"/><property name="refused" value="3377"/></properties></testcase>
+<testcase classname="tests.fuzz.test_settings" name="test_a_default"><error message="no fixture"/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_of_the_fuzz_tests_those_are_told_that_count_or_fail(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    assert page.of_report(report).broken == 1  # pytest itself crashed
+    report.write_text(REPORT)
+    part = page.of_report(report)
+    assert part.broken == 2
+    assert part.rows == [
+        ["images: files", "10,000", "7,993", "held"],
+        ["settings: what settings open", "3,609", "3,377", "**FAILED**"],
+        ["settings: a default", "0", "0", "**FAILED**"],
+    ]
+    report.write_text("<testsuites/>")
+    assert page.of_report(report).broken == 1
+
+
 def test_what_is_done_again_takes_the_place_of_what_was_found_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
