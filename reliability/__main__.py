@@ -172,10 +172,10 @@ it is resumed. Two runs can't go on in one folder."""
 
 
 FAULTS = f"""\
-Each fault is caused from outside (SIGKILL, SIGSTOP, a relay that lets nothing through, a tmpfs that is full or read-only,
-another clock) while the process that it falls on stands still at the point that is named. Then what was killed is
-started again, as systemd does it, and a run that ended is resumed, as its owner would. In brackets is who was named
-meanwhile. To save time, signs of life come every {HEARTBEAT} s, where Flower has 30."""
+Each fault is caused from outside (SIGKILL, SIGSTOP, a relay that lets nothing through, a tmpfs that is full or
+read-only, another clock) while the process that it falls on stands still at the point that is named. Then what was
+killed is started again, as systemd does it, and a run that ended is resumed, as its owner would. In brackets is who was
+named meanwhile. To save time, signs of life come every {HEARTBEAT} s, where Flower has 30."""
 KILLS = """\
 `kill -9` at moments drawn at random from the whole run, not at chosen points; then the run is resumed."""
 SOAKED = """\

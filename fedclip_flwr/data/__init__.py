@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -77,8 +78,8 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
     if kind == "drawn":
         from fedclip_flwr.data.drawn import Drawn
 
-        if rest and not (rest.isascii() and rest.isdecimal()):
-            raise UserError(f"data = {data!r}: expected a whole number after drawn:")
+        if not re.fullmatch(r"[0-9]{0,18}", rest):
+            raise UserError(f"data = {data!r}: expected a whole number of at most 18 digits after drawn:")
         return Drawn(int(rest or 0)), None
     if data == "none":
         return NoImages(), None

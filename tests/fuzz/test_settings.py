@@ -78,6 +78,7 @@ OPENED = [
 @example(given={"data": "~\0"})
 @example(given={"model": "~\0"})
 @example(given={"model": "auto", "model-revision": "/"})
+@example(given={"data": "drawn:" + "9" * 5000})
 def test_what_settings_open(tmp_path: Path, tried: Tried, given: dict[str, str]) -> None:
     """All but what would be asked of a network, or look through this machine's own folders."""
     if given.get("data") in ("folder:/", "/") or str(given.get("results-dir", "")).startswith("/"):
