@@ -345,9 +345,12 @@ def _show(command: list[str], env: Mapping[str, str]) -> str | None:
 
 
 def status_of(number: str, env: Mapping[str, str], connection: str = CONNECTION) -> str:
-    """The run's status as the SuperLink tells it."""
+    """The run's status as the SuperLink tells it; with the reason, unless the app has told that itself."""
     command = ["flwr", "list", connection, "--run-id", number, "--format", "json"]
     answer = subprocess.run(command, env=env, capture_output=True, text=True)
     with contextlib.suppress(json.JSONDecodeError, LookupError, TypeError):
-        return str(json.loads(answer.stdout)["runs"][0]["status"])
+        run = json.loads(answer.stdout)["runs"][0]
+        why = run["status-details"]
+        told = why in ("", "N/A") or " failed with exception: " in why
+        return f"{run['status']}" if told else f"{run['status']} ({why})"
     return f"unknown ({answer.stdout.strip() or answer.stderr.strip()})"

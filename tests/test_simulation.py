@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -104,3 +105,24 @@ def test_what_flower_says_is_not_held_back_until_the_end(capfd: pytest.CaptureFi
     assert simulation._show([sys.executable, "-c", told], without) == "7"
 
     assert capfd.readouterr().out == "at once: True\n"
+
+
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [
+        ("", "finished:failed"),
+        ("N/A", "finished:failed"),
+        ("No heartbeat received from the task", "finished:failed (No heartbeat received from the task)"),
+        ("ServerApp failed with exception: no such folder", "finished:failed"),  # the app's own words were shown
+        ("Simulation failed with exception: no such folder", "finished:failed"),
+    ],
+)
+def test_a_runs_status_tells_why_where_the_app_could_not(details: str, told: str, tmp_path: Path) -> None:
+    """In Flower's own words, from a command that prints them as Flower's does."""
+    answer = json.dumps(
+        {"success": True, "runs": [{"run-id": "7", "status": "finished:failed", "status-details": details}]}
+    )
+    command = tmp_path / "flwr"
+    command.write_text(f"#!{sys.executable}\nprint({answer!r})\n")
+    command.chmod(0o755)
+    assert simulation.status_of("7", {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}) == told
