@@ -21,6 +21,7 @@ from flwr.common.constant import HEARTBEAT_MAX_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
+    DeactivateNodeRequest,
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
@@ -72,6 +73,10 @@ class Site:
         self._stub.SendNodeHeartbeat(
             SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MAX_INTERVAL)
         )
+
+    def leave(self) -> None:
+        """As a SuperNode that ends does."""
+        self._stub.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
 
     def poll(self) -> PullMessagesResponse:
         """Asks for a message."""

@@ -56,7 +56,7 @@ PAUSE = 1.0
 TIMEOUT = 20.0
 PATIENCE = 5
 """So often a part of a message is asked for that is not there yet. (A SuperNode asks until its run is over.)"""
-SPOILT = {"error": 6, "not finite": 6, "another shape": 6, "twice": 8, "late": 0.4, "silent": 0.4, "gone": 0.4}
+SPOILT = {"error": 6, "not finite": 6, "another shape": 6, "twice": 8, "late": 0.4, "silent": 0.4, "gone": 1}
 """How often in a thousand answers this is done to one."""
 HARMLESS = "twice"
 """With this nothing is lost."""
@@ -110,6 +110,7 @@ class Site(fleet.Site):
         question.metadata.__dict__["_message_id"] = tree.object_id
         what = self._soak.chance(self._name, question)
         if what == "gone":
+            self.leave()
             self.over = True
             self._soak.move(self._name)
             return
