@@ -53,7 +53,9 @@ from reliability.federation import BrokenError, Run, handed_over, kill, until
 SITES, ROUNDS, ROWS = 20, 300, 40
 PAUSE = 1.0
 """Seconds after which a site asks again: a SuperNode waits for 3."""
-TIMEOUT = 20.0
+TIMEOUT = 30.0
+CONNECTION = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 2000)]
+"""A SuperLink that is there again is found in seconds, not after as long as it was gone."""
 PATIENCE = 5
 """So often a part of a message is asked for that is not there yet. (A SuperNode asks until its run is over.)"""
 SPOILT = {"error": 6, "not finite": 6, "another shape": 6, "twice": 8, "late": 0.4, "silent": 0.4, "gone": 1}
@@ -88,11 +90,11 @@ class Site(fleet.Site):
 
     def __init__(self, name: str, channel: grpc.Channel, soak: Soak) -> None:
         super().__init__(name, channel, lambda *_: RecordDict())
-        self._soak, self._channel, self.over = soak, channel, False
+        self._soak, self._gone = soak, False
         self._context = Context(0, self._node.node_id, soak.node_config(name), RecordDict(), dict(soak.run_config))
 
     def live(self) -> Iterator[float]:
-        while not self.over:
+        while not self._gone:
             try:
                 yield from self._turn()
             except grpc.RpcError:  # the SuperLink is not there, or its run is over
@@ -111,8 +113,7 @@ class Site(fleet.Site):
         what = self._soak.chance(self._name, question)
         if what == "gone":
             self.leave()
-            self.over = True
-            self._soak.move(self._name)
+            self._gone = True
             return
         reply = self._soak.answered(question, self._context)
         spoil(reply, what)
@@ -194,7 +195,6 @@ class Soak:
 
         self._app, self._lock = client_app.app, threading.Lock()
         self._chance = random.Random(self.seed)
-        self._moved: list[str] = []
         names = [f"site-{number}" for number in range(self.count)]
         self.names = names
         self._features = write_features(self.place / "features", dict.fromkeys((*names, "unseen"), ROWS))
@@ -232,32 +232,25 @@ class Soak:
                 point -= often
         return ""
 
-    def move(self, site: str) -> None:
-        """The site will be back as another node."""
-        with self._lock:
-            self._moved.append(site)
-
     def live(self, port: int, over: threading.Event) -> None:
         """All sites ask and answer, in this thread."""
+        sites: dict[str, Iterator[float]] = {}
+        due = dict.fromkeys(self.names, 0.0)
         with ExitStack() as stack:
-            sites: dict[str, Iterator[float]] = {}
-            due: dict[str, float] = {}
-
-            def settle(name: str) -> None:
-                channel = grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
-                stack.callback(channel.close)
-                sites[name], due[name] = Site(name, channel, self).live(), 0.0
-
-            for name in self.names:
-                settle(name)
+            channels = {name: stack.enter_context(ExitStack()) for name in self.names}
             while not over.is_set():
                 name = min(due, key=due.__getitem__)
                 over.wait(max(0.0, due[name] - time.monotonic()))
                 try:
-                    due[name] = time.monotonic() + next(sites[name])
-                except StopIteration:
+                    pause = next(sites[name])
+                except (KeyError, StopIteration):  # it is new, or comes back as another node
+                    pause = PAUSE
+                    channels[name].close()
+                    channel = grpc.insecure_channel(f"127.0.0.1:{port}", CONNECTION)
+                    channels[name].callback(channel.close)
                     with suppress(grpc.RpcError):
-                        settle(name)
+                        sites[name] = Site(name, channel, self).live()
+                due[name] = time.monotonic() + pause
 
     def sample(self, name: str, process: int, number: int) -> None:
         with suppress(OSError):
