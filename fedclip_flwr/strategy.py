@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -50,7 +51,11 @@ class Optimizer:
     @property
     def memory(self) -> State:
         kept = {moment: getattr(self._flowers, moment) or {} for moment in MOMENTS}
-        return {f"{m}/{name}": torch.from_numpy(array) for m, arrays in kept.items() for name, array in arrays.items()}
+        return {  # of a single number, numpy makes no array
+            f"{m}/{name}": torch.from_numpy(np.asarray(array))
+            for m, arrays in kept.items()
+            for name, array in arrays.items()
+        }
 
     @memory.setter
     def memory(self, memory: State) -> None:
@@ -77,6 +82,7 @@ class AdapterFedAvg(FedAvg):
         super().__init__(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
         self.like, self.names, self.weight = like, names, weight
         self._optimizer, self._sent = optimizer, ArrayRecord()
+        self._asked: list[int] = []
         self.reports: dict[str, Report] = {}
         self.dropped: dict[str, str] = {}
 
@@ -93,14 +99,15 @@ class AdapterFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        self._sent = arrays
-        return super().configure_train(server_round, arrays, config, grid)
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._sent, self._asked = arrays, [message.metadata.dst_node_id for message in messages]
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The mean of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
-        mean = Mean(self.like, sum(map(self.weight, self.names.values())))
+        mean = Mean(self.like, sum(self.weight(self.names[node]) for node in self._asked or self.names))
 
         def take(site: str, report: Report, state: State) -> None:
             if report.examples:

@@ -191,6 +191,37 @@ def test_a_server_that_remembers_goes_on_as_if_nothing_had_been() -> None:
     assert Optimizer("fedadam", 0.1).memory == {}
 
 
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
+def test_a_server_remembers_single_numbers_as_those_of_a_whole_model(name: str) -> None:
+    made, sent = Optimizer(name, 0.1), {"w": torch.tensor([0.5, -0.5]), "scale": torch.tensor(2.0)}
+    stepped = made.step(1, sent, {"w": torch.tensor([0.6, -0.5]), "scale": torch.tensor(2.1)})
+    again = Optimizer(name, 0.1)
+    again.memory = {part: torch.from_numpy(tensor.numpy().copy()) for part, tensor in made.memory.items()}
+    mean = {part: tensor + 0.1 for part, tensor in stepped.items()}
+    one, other = made.step(2, stepped, mean), again.step(2, stepped, mean)
+    assert one["scale"].shape == ()
+    assert all(torch.equal(one[part], other[part]) for part in sent)
+    assert one["scale"] > stepped["scale"] > 2.0
+
+
+def test_the_mean_does_not_depend_on_sites_that_are_not_asked() -> None:
+    """A run that goes on does not know those that had left before: their examples may not change how sums are made."""
+    chance = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(1000, generator=chance) for _ in range(2))
+    found = []
+    for names in ({1: "a", 2: "b"}, {1: "a", 2: "b", 3: "gone"}):
+        like = {"w": torch.zeros(1000)}
+        made = AdapterFedAvg(like, names, {"a": 1001.0, "b": 1999.0, "gone": 2.0**50}.__getitem__)
+        grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [1, 2]))
+        list(made.configure_train(1, write_adapter(like), ConfigRecord(), grid))
+        replies = [reply(node, state) for node, state in ((1, first.tolist()), (2, second.tolist()))]
+        arrays, _ = made.aggregate_train(1, replies)
+        assert arrays is not None
+        found.append(arrays["w"].numpy())
+    assert np.array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], (1001 * first.double() + 1999 * second.double()) / 3000, rtol=1e-6)
+
+
 def test_the_servers_step_takes_the_place_of_the_mean() -> None:
     made = strategy(optimizer=optimizer_of(Settings(strategy="fedadam", server_learning_rate=0.1)))
     grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [1, 2]))
