@@ -1,8 +1,8 @@
 """What a run needs to go on after its last complete round, in one file that is replaced as a whole or not at all.
 
 The latest adapter's tensors have their own names. Beside them are those of the best round so far (`best/`), what
-rounding left over (`left/`) and what the strategy remembers (`strategy/`). All else is JSON in the header; a checksum
-is over everything.
+rounding left over (`left/`) and what the strategy remembers (`strategy/`). All else is JSON, in the bytes of one more
+(`facts/json`), for a header may not be as long as that of many sites; a checksum is over everything.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from flwr.app import MetricRecord, RecordDict
 from safetensors import SafetensorError
 
@@ -53,7 +54,8 @@ def write(path: Path, of: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
         "standing": {**numbers, "zero": _of_line(at.zero), "best": _of_line(at.best)},
         **{key: value for key, value in of._asdict().items() if key not in ("standing", *PARTS)},
     }
-    told = {"facts": json.dumps(facts), "round": str(at.round)}
+    tensors["facts/json"] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    told = {"round": str(at.round)}
     sums = {name: (tensorfile.kind_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
     told["checksum"] = tensorfile.checksum(told, sums)
     content.write_whole(path, lambda part: tensorfile.save(tensors, part, told), setting)
@@ -66,7 +68,8 @@ def read(path: Path) -> Checkpoint | None:
         claimed = told.pop("checksum", "")
         if tensorfile.checksum_of_file(path, told) != claimed:
             raise SafetensorError("its checksum is another one")
-        return _made(tensors, json.loads(told["facts"]))
+        facts = tensors.pop("facts/json")
+        return _made(tensors, json.loads(tensorfile.bytes_of(facts).tobytes()))
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError) as error:

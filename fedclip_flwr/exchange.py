@@ -326,6 +326,8 @@ def _progress(content: RecordDict) -> Progress:
         raise ExchangeError("its progress can't be understood: is its version of this package another one?")
     facts: dict[str, Any] = dict(record)
     _check_name_and_counts(facts["site"], facts["encoded"], facts["images"])
+    if facts["encoded"] > facts["images"]:
+        raise ExchangeError(f"its progress can't be: {facts['encoded']:,} of {facts['images']:,} images")
     return Progress(**facts)
 
 

@@ -146,6 +146,8 @@ def federate(
     """
     at = standing or Standing(0, start, start)
     share = settings.trained_blend
+    if at.best:  # what was selected after that round, which was not completed, may be in its place
+        watcher.selected(at.best.round, at.best_state, share)
     first_choice = RECIPES[settings.recipe].first_choice
 
     def messages_of(

@@ -136,6 +136,7 @@ class Told:
 
     def selected(self, number: int, state: State, blend: float) -> None:
         self.best.append(number)
+        self.adapter = state
         self.blend = blend
 
     def complete(self, standing: Standing) -> None:
@@ -391,6 +392,7 @@ def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> 
         (Site("south", role="chief"), "a role that can't be: chief"),
         (Site("south", role="holdout"), "a role that can't be: holdout"),  # with images to train on
         (lambda m: Message(exchange.write_progress(Progress("south", -1, 5)), reply_to=m), "counts that are no counts"),
+        (lambda m: Message(exchange.write_progress(Progress("south", 6, 5)), reply_to=m), "can't be: 6 of 5 images"),
         (lambda m: Message(RecordDict({"progress": ConfigRecord()}), reply_to=m), "progress can't be understood"),
     ],
 )

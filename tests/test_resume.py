@@ -138,6 +138,18 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.read(tmp_path / "none") is None
 
 
+def test_what_is_known_of_many_sites_makes_no_header_that_is_too_long_to_be_read(tmp_path: Path) -> None:
+    made = full()
+    assert made.standing.zero is not None
+    report = made.standing.zero.reports["north"]
+    made.standing.zero = replace(made.standing.zero, reports={f"site-{n}": report for n in range(3000)})
+    checkpoint.write(tmp_path / "c", made)
+    assert int.from_bytes((tmp_path / "c").read_bytes()[:8], "little") < 2000
+    back = checkpoint.read(tmp_path / "c")
+    assert back is not None
+    assert back.standing.zero == made.standing.zero
+
+
 def test_a_damaged_checkpoint_is_told_wherever_the_damage_is(tmp_path: Path) -> None:
     path = tmp_path / "c"
     checkpoint.write(path, full())
@@ -167,6 +179,20 @@ def test_real_sites_that_are_gone_or_hold_something_else_are_told_and_the_run_go
         "going on, but not with all as before: south: it holds other images than before",
         "going on, but not with all as before: west: it is not there",
     ]
+
+
+def test_what_was_selected_after_the_last_complete_round_gives_way_to_what_was_selected_before(tmp_path: Path) -> None:
+    """A run that goes on with other sites may not select it again."""
+
+    def federation() -> Running:
+        return Running({1: Site("north", 1.0, {1.0: 6})})
+
+    def selects_round_2(running: Running) -> None:
+        running.told.selected(2, {}, 1.0)
+
+    again, outcome = interrupted(federation, tmp_path / "c", 2, selects_round_2)
+    assert again.told.best == [2, 1]
+    assert again.told.adapter["w"] == outcome.state["w"] == 1.0
 
 
 def test_a_site_that_was_gone_before_is_not_waited_for(tmp_path: Path) -> None:
