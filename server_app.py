@@ -68,7 +68,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         start = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()}
         learner.to(device)
 
-        session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.path.name)
+        session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
         link = Downlink(start, settings.codec, settings.seed)
         nodes = Nodes(grid, link, session=session, package=package, timeout=settings.round_timeout, say=console.say)
         add_exit_handler(nodes.end)
@@ -86,7 +86,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         folder.go_on(nodes.failures, len(list(grid.get_node_ids())))
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
         if before:
-            console.say(f"going on after round {before.standing.round}\n")
+            other = ", with another version of this package" if folder.with_other_package else ""
+            console.say(f"going on after round {before.standing.round}{other}\n")
         console.say(console.heading())
 
         resumed = [*before.resumed, before.standing.round] if before else []
@@ -112,11 +113,11 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         standing = before.standing if before else None
         try:
             outcome = federate(nodes, strategy, settings, start, quality_unseen, watch, standing)
+            summary = summary_of(outcome, nodes, holdout, features, seconds(), resumed)
+            folder.finish(summary)
         except UserError as error:
             console.say("\n".join(console.left_out(nodes.failures)))
             raise UserError(f"{error}. {folder.how_to_go_on}") from error
-        summary = summary_of(outcome, nodes, holdout, features, seconds(), resumed)
-        folder.finish(summary)
         if simulated(grid):
             forget(session.key)
         validated = outcome.adapted.validation is not None

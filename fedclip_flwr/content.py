@@ -201,6 +201,14 @@ def write_whole(
             part.unlink(missing_ok=True)
 
 
+def tidy(folder: Path, setting: str = "FEDCLIP_HOME") -> None:
+    """Removes what `write_whole` has left there in processes that were killed; nobody may be writing there now."""
+    with writing_to(folder.parent, setting):
+        for part in folder.glob(".*"):
+            if re.fullmatch(r"\..+\.[0-9a-f]{16}", part.name) and part.is_file():
+                part.unlink()
+
+
 def _to_disk(path: Path) -> None:
     """So that it is still there after a power cut: the bytes of a file, or the names in a folder."""
     opened = os.open(path, os.O_RDONLY)

@@ -79,7 +79,7 @@ class Growing:
         whole = 0
         self._features.seek(self._start)
         first = self._lines.readline()
-        with contextlib.suppress(ValueError, TypeError, KeyError, StopIteration):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, StopIteration):
             about = json.loads(first)
             kind = Kind(about.pop("dtype"), tuple(about.pop("shape")))
             if about == self._about and kind.size >= 0:

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ class RunFolder:
         root, self._setting = results(settings)
         self._settings, self._lines = settings, list[str]()
         self._facts = {**settings.as_run_config(), "resume": "", "versions": _versions(), "package": package}
+        self.with_other_package = False
         self._round, self._failures = 0, list[Failure]()
         self._writing = threading.RLock()
         self._going, self._stopped = False, False
@@ -67,11 +69,19 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             held.enter_context(_locked(self.path))
             if settings.resume:
-                _check_settings(self.path, self._facts)
+                begun = _check_settings(self.path, self._facts)
+                self._facts["run"] = begun.get("run", self.path.name)
+                self.with_other_package = begun.get("package", package) != package
                 self.before = checkpoint.read(self._checkpoint)
             else:
+                self._facts["run"] = f"{self.path.name}-{secrets.token_hex(4)}"
                 self.go_on([])
             self._held = held.pop_all()
+
+    @property
+    def run(self) -> str:
+        """What nobody else calls a run, whatever folder it is in: sites keep what belongs to it under this name."""
+        return str(self._facts["run"])
 
     @property
     def _checkpoint(self) -> Path:
@@ -80,6 +90,8 @@ class RunFolder:
     def go_on(self, failures: list[Failure], sites: int | None = None) -> None:
         """From now on the run is under way, with so many sites; the failures are those so far, and may become more."""
         self._going, self._failures, self._facts["sites"] = True, failures, sites
+        for folder in (self.path, self._checkpoint.parent, self.path / "model"):
+            content.tidy(folder, self._setting)
         if self.before:
             self._round = self.before.standing.round
             self._lines = [json.dumps(line) + "\n" for line in self.before.metrics]
@@ -206,8 +218,8 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _check_settings(path: Path, wanted: dict[str, Any]) -> None:
-    """Whether the run was begun with the same settings, but for those that are free."""
+def _check_settings(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the run was begun with: the same settings, but for those that are free."""
     begun = _settings_of(path)
     others = {key: begun[key] for key in Settings.keys() if key not in FREE and begun.get(key) != wanted[key]}  # noqa: SIM118
     if others:
@@ -215,12 +227,15 @@ def _check_settings(path: Path, wanted: dict[str, Any]) -> None:
             f"resume = {path.name!r}: that run has other settings; give them again: "
             + " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in others.items())
         )
+    return begun
 
 
 def begun_with(settings: Settings) -> tuple[dict[str, Any], int | None]:
     """The settings of the run that is to go on, and how many sites it had, if it has met them."""
     facts = _settings_of(_found(results(settings)[0], settings.resume))
-    return {key: facts[key] for key in Settings.keys() if key not in ("resume", "results-dir")}, facts.get("sites")  # noqa: SIM118
+    sites = facts.get("sites")
+    begun = {key: facts[key] for key in Settings.keys() if key not in ("resume", "results-dir")}  # noqa: SIM118
+    return begun, sites if isinstance(sites, int) else None
 
 
 def _settings_of(path: Path) -> dict[str, Any]:
@@ -247,6 +262,7 @@ def _link(link: Path, name: str) -> None:
     """Lets the link point to the run, where the file system has links."""
     part = link.with_name(f".{link.name}.{name}")
     with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)  # of a process that was killed
         part.symlink_to(name)
         part.replace(link)
 

@@ -63,6 +63,10 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
     if settings.get("resume") and not {"resume", "results-dir"} & problems.keys():
         begun, sites = begun_with(Settings(resume=settings["resume"], results_dir=settings.get("results-dir", "")))
         settings, nodes = begun | settings, nodes or sites
+        if nodes is None:
+            problems["nodes"] = (
+                f"resume = {settings['resume']!r}: it was stopped before it met its sites: say how many with --nodes"
+            )
     nodes = 10 if nodes is None else nodes
     if nodes < 1:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"

@@ -21,6 +21,7 @@ VARIANTS: Mapping[str, Mapping[str, str | int | float]] = {
     "`strategy=fedadam`": {"strategy": "fedadam"},
     "`codec=int8`": {"codec": "int8"},
     "`fraction-train=0.6`": {"fraction-train": 0.6},
+    "`early-stop=1`": {"early-stop": 1},
 }
 TARGETS = ("the ServerApp", "the SuperLink", "all processes at once")
 COUNT = 10

@@ -105,6 +105,7 @@ def flip(end: str, where: int) -> Callable[[Path], None]:
         (lambda path: path.with_name(f".{path.name}.part").unlink(), 0),
         (lambda path: path.with_name(f".{path.name}.journal").write_text('{"format": 0}\n{}\n'), 0),
         (lambda path: path.with_name(f".{path.name}.journal").write_text("[]\n"), 0),
+        (lambda path: path.with_name(f".{path.name}.journal").write_text("5\n"), 0),
     ],
 )
 def test_what_is_damaged_is_made_again(path: Path, spoil: Callable[[Path], None], kept: int, tmp_path: Path) -> None:

@@ -130,8 +130,9 @@ def test_a_data_set_with_siglip_several_prompts_and_adapters_of_the_sites_own(
     sites, _ = make_sites(features, "", 2)
     classes = features.classes.ready()
     shared, _ = load_adapter(folder)
+    run = read(folder, "settings.json")["run"]
     for site in sites:
-        own, _ = load_adapter(fedclip_home / "personal" / folder.name / site.name)
+        own, _ = load_adapter(fedclip_home / "personal" / run / site.name)
         assert evaluate(own, site.test, classes).accuracy == summary["adapted"]["personal"][site.name]
         assert evaluate(own, site.validation, classes).loss <= evaluate(shared, site.validation, classes).loss + 1e-6
 

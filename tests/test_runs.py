@@ -98,6 +98,39 @@ def test_a_damaged_adapter_is_told(tmp_path: Path, drawn: Features) -> None:
         load_adapter(run.path)
 
 
+def test_runs_of_the_same_second_in_other_folders_have_names_of_their_own_that_stay(tmp_path: Path) -> None:
+    with started(tmp_path / "a") as one, started(tmp_path / "b") as other:
+        assert one.run != other.run
+        assert one.run.startswith(one.path.name)
+    with again(one.path) as later:
+        assert later.run == one.run
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    with started(tmp_path) as run:
+        run.go_on([])
+        run.checkpoint(complete(1))
+    for folder in (run.path, run.path / "checkpoint"):
+        (folder / ".adapter.safetensors.0123456789abcdef").write_bytes(b"half")
+    (run.path / ".notes").write_text("somebody's")
+    (tmp_path / f".latest.{run.path.name}").symlink_to(run.path.name)
+    started(tmp_path)  # a later one
+    with again(run.path) as later:
+        assert len([*run.path.rglob(".*")]) == 3  # so far nothing was written
+        later.go_on([])
+    assert [path.name for path in run.path.rglob(".*")] == [".notes"]
+    assert (tmp_path / "latest").resolve() == run.path
+
+
+def test_another_version_of_the_package_is_told(tmp_path: Path) -> None:
+    with started(tmp_path) as run:
+        assert not run.with_other_package
+    with again(run.path) as later:
+        assert not later.with_other_package
+    with RunFolder(Settings(results_dir=str(tmp_path), resume=run.path.name), "4567") as later:
+        assert later.with_other_package
+
+
 def test_runs_of_the_same_second_get_folders_of_their_own_and_latest_is_the_last(tmp_path: Path) -> None:
     made = [started(tmp_path).path for _ in range(5)]
     assert len(set(made)) == 5
@@ -204,6 +237,9 @@ def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_roun
         assert run.path == first.path
     given, sites = begun_with(Settings(results_dir=str(tmp_path), resume="latest"))
     assert (given["adapter"], given["num-server-rounds"], given["early-stop"], sites) == ("gate", 7, 3, 2)
+    facts = json.loads((first.path / "settings.json").read_text())
+    (first.path / "settings.json").write_text(json.dumps(facts | {"sites": "3"}))
+    assert begun_with(Settings(results_dir=str(tmp_path), resume=first.path.name))[1] is None
     assert given.keys() == Settings.keys().keys() - {"resume", "results-dir"}
 
 

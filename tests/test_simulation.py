@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedclip_flwr import simulation
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.runs import RunFolder
 from tests.processes import until_gone
 
 
@@ -56,6 +58,18 @@ def test_a_machine_of_a_real_site_cannot_simulate_and_says_what_it_lacks(monkeyp
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="extra `simulation`, or give --on NAME"):
         simulation.prepared(3, [])
+
+
+def test_a_run_that_was_stopped_before_it_met_its_sites_asks_how_many_there_are(tmp_path: Path) -> None:
+    results = f"results-dir={tmp_path}"
+    with RunFolder(Settings(results_dir=str(tmp_path)), "0123") as run:
+        assert json.loads((run.path / "settings.json").read_text())["sites"] is None
+    with pytest.raises(UserError, match="it was stopped before it met its sites: say how many with --nodes"):
+        simulation.prepared(None, ["resume=latest", results])
+    assert simulation.prepared(3, ["resume=latest", results])[2] == 3
+    with RunFolder(Settings(results_dir=str(tmp_path), resume=run.path.name), "0123") as run:
+        run.go_on([], 4)
+    assert simulation.prepared(None, ["resume=latest", results])[2] == 4
 
 
 def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
