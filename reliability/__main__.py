@@ -184,7 +184,8 @@ in which nothing may grow. Sites answer with the real ClientApp, all in one proc
 FUZZED = """\
 Files, messages and settings that strangers might make, most of them whole ones that were changed at random:
 `pytest tests/fuzz -m "" --hypothesis-profile soak`. Each is taken, left out and counted, or refused in one plain line;
-none may crash, take longer than a minute or make memory grow by half a gigabyte."""
+none may crash, take longer than a minute or make memory grow by half a gigabyte (a gigabyte and a half for images, of
+which the largest that is read has 89 million pixels)."""
 
 
 def page(found: Mapping[str, Part]) -> str:

@@ -22,6 +22,8 @@ MOST_PIXELS = 89_478_485
 """From there on Pillow takes an image for a bomb, but goes on up to twice as many."""
 LONGEST = 100
 """So many times as long as wide: a model's processor would make the short side fit first."""
+STRIP = 2**22
+"""So many pixels at once are put on white."""
 SCANNED = 2**31
 """Pixels of a JPEG, times its scans: each is drawn over all of it, also if there is nothing in it. Usual are 10."""
 
@@ -50,7 +52,9 @@ def decoded(data: bytes) -> Image.Image | None:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if not _reasonable(image, data):
                 return None
-            return _rgb(ImageOps.exif_transpose(image))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
     except Exception:  # decoders raise whatever they like on damaged files
         return None
 
@@ -68,9 +72,19 @@ def _rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image).clip(0, 0xFFFF)
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        whole = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), whole)
-    return image.convert("RGB")
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """What is transparent as white; strip by strip, for a large image is in memory twice as it is."""
+    whole = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return whole
 
 
 def content_of(rows: Iterable[tuple[int, str]]) -> str:

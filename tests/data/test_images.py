@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
+from fedclip_flwr.data import images
 from fedclip_flwr.data.images import content_of, decoded, mark, read
 
 
@@ -58,6 +60,43 @@ def test_what_is_transparent_lies_on_white(
     mode: str, colour: Any, kind: str, options: dict[str, Any], expected: tuple[int, int, int]
 ) -> None:
     assert pixels(stored(Image.new(mode, (2, 2), colour), kind, **options)) == [[list(expected)] * 2] * 2
+
+
+@pytest.mark.parametrize(("mode", "options"), [("RGBA", {}), ("LA", {}), ("P", {"transparency": 3})])
+def test_strips_make_no_difference(mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).bytes(9 * 7 * len(mode.replace("P", "x")))
+    image = Image.frombytes(mode, (9, 7), noise)
+    if mode == "P":
+        image.putpalette(list(range(256)) * 3)
+    data = stored(image, "PNG", **options)
+    whole = Image.open(io.BytesIO(data)).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", (9, 7), "white"), whole).convert("RGB")
+    for pixels_at_once in (1, 20, 2**22):
+        monkeypatch.setattr(images, "STRIP", pixels_at_once)
+        assert pixels(data) == np.asarray(expected).tolist()
+
+
+PEAK = """
+import io, re, sys
+from pathlib import Path
+from PIL import Image
+from fedclip_flwr.data.images import decoded
+def memory(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+file = io.BytesIO()
+Image.new(sys.argv[1], (5000, 6000)).save(file, "PNG", compress_level=1)
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+assert decoded(file.getvalue()).size == (5000, 6000)
+print((memory("VmHWM") - before) / 3e7)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("mode", "most"), [("RGB", 5), ("RGBA", 12)])
+def test_a_large_image_is_in_memory_once_and_a_transparent_one_twice(mode: str, most: float) -> None:
+    """Pillow has four bytes for a pixel, and strips take some more."""
+    assert float(subprocess.check_output([sys.executable, "-c", PEAK, mode])) < most
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "TIFF"])

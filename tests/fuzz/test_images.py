@@ -27,6 +27,8 @@ from fedclip_flwr.clip import Inputs
 from fedclip_flwr.data import Source, images, open_source
 from tests.fuzz.hostile import Tried, assert_plain, mangled
 
+GROWTH = 3 * 2**29
+"""The largest image that is read takes 1.4 GiB while it is decoded, if it is a WEBP."""
 MODES = {
     "PNG": ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"],
     "JPEG": ["L", "RGB", "CMYK"],
