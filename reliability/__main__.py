@@ -2,10 +2,10 @@
 
     python -m reliability [NAME…] [--seed N]
 
-NAME is a journey of faults.py, or kills, soak or fuzz; without names all of it is done, which takes an hour on two
-cores. What was found is kept in docs/reliability.json part by part, so that single ones can be done again; the page is
-made of it. The exit status is 1 if anything that was promised did not hold; the page then says so, too. For the small
-disks it has to be root (or behind `unshare --map-root-user --mount`), for the clocks a C compiler has to be there.
+NAME is a journey of faults.py, or kills, soak or fuzz; without names all of it is done, which takes an hour and a half
+on two cores. What was found is kept in docs/reliability.json part by part, so that single ones can be done again; the
+page is made of it. The exit status is 1 if anything that was promised did not hold; the page then says so, too. The
+small disks need root (or `unshare --map-root-user --mount` before the command), the clocks a C compiler.
 """
 
 from __future__ import annotations
