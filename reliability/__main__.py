@@ -28,8 +28,7 @@ from filelock import FileLock
 from benchmarks.common import OURS, machine, table
 from fedclip_flwr import content, simulation
 from fedclip_flwr.errors import UserError
-from reliability import faults, kills
-from reliability.faults import Outcome
+from reliability import faults, kills, trials
 from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, federation
 from reliability.soak import GROWTH, HANDLES, LAST, Soak, flat, grown, named, soak
 
@@ -52,7 +51,7 @@ class Part(NamedTuple):
     seconds: float = 0.0
 
 
-def of_outcomes(outcomes: Sequence[Outcome]) -> Part:
+def of_outcomes(outcomes: Sequence[trials.Outcome]) -> Part:
     rows = [[one.fault, one.told if one.good else f"**FAILED**: {one.told}"] for one in outcomes]
     return Part(rows, "", sum(not one.good for one in outcomes))
 
@@ -76,7 +75,7 @@ def journeys(names: Sequence[str], seed: int, say: Callable[[str], None]) -> Ite
         with TemporaryDirectory() as place, federation(Path(place)) as one:
             one.results = known
             for journey in common:
-                yield journey.name, of_outcomes(told(faults.go(one, journey, say), say))
+                yield journey.name, of_outcomes(told(trials.go(one, journey, say), say))
             if "kills" in names:
                 found = of_outcomes(told(kills.go(one, kills.drawn(seed), say), say))
                 yield "kills", found._replace(text=f"Seed {seed}: `python -m reliability kills --seed {seed}`.")
@@ -85,13 +84,16 @@ def journeys(names: Sequence[str], seed: int, say: Callable[[str], None]) -> Ite
             with TemporaryDirectory() as place, federation(Path(place), clocks(Path(place))) as one:
                 one.results = known
                 for journey in alone:
-                    yield journey.name, of_outcomes(told(faults.go(one, journey, say), say))
+                    yield journey.name, of_outcomes(told(trials.go(one, journey, say), say))
         except (BrokenError, UserError) as error:
             for journey in alone:
-                yield journey.name, of_outcomes([Outcome(fault.name, str(error), False) for fault in journey.faults])
+                yield (
+                    journey.name,
+                    of_outcomes([trials.Outcome(fault.name, str(error), False) for fault in journey.faults]),
+                )
 
 
-def told(outcomes: list[Outcome], say: Callable[[str], None]) -> list[Outcome]:
+def told(outcomes: list[trials.Outcome], say: Callable[[str], None]) -> list[trials.Outcome]:
     for one in outcomes:
         say(f"  {'' if one.good else 'FAILED '}{one.fault}: {one.told}")
     return outcomes

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from fedclip_flwr.errors import UserError
-from reliability.faults import SAME, Outcome, Trial
 from reliability.federation import BrokenError, Federation, difference, kill, result
+from reliability.trials import SAME, Outcome, Trial
 
 VARIANTS: Mapping[str, Mapping[str, str | int | float]] = {
     "float32": {},

@@ -15,11 +15,11 @@ import pytest
 
 from deploy.relay import relayed
 from reliability import __main__ as page
-from reliability import faults, kills
-from reliability.faults import Fault, Journey, Outcome, Trial
+from reliability import faults, kills, trials
 from reliability.federation import BrokenError, Federation, Result, difference, federation, until
 from reliability.kills import Kill
 from reliability.soak import Sample, Soak, Spoilt, flat, grown, named
+from reliability.trials import Fault, Journey, Outcome, Trial
 
 SETTINGS: dict[str, str | int | float] = {"num-server-rounds": 2}
 WHILE_WRITING = "server puts checkpoint adapter.safetensors in place"
@@ -34,8 +34,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 def test_a_server_app_killed_while_it_writes_the_checkpoint_goes_on_to_the_same_result(real: Federation) -> None:
     said: list[str] = []
     killed = faults.server_app_killed("while it writes", WHILE_WRITING, 2)
-    (outcome,) = faults.go(real, Journey("one", [killed], SETTINGS), said.append)
-    assert outcome == Outcome("the ServerApp is killed while it writes", faults.SAME, True)
+    (outcome,) = trials.go(real, Journey("one", [killed], SETTINGS), said.append)
+    assert outcome == Outcome("the ServerApp is killed while it writes", trials.SAME, True)
     assert said == ["one: the ServerApp is killed while it writes"]
     (folder,) = {path.resolve() for path in (real.place / "results" / "one").glob("*/settings.json")}
     starts = [line for line in real.points.passed() if line["point"] == "server has sent query"]
@@ -61,7 +61,7 @@ def test_what_comes_to_no_end_is_told_of_each_fault() -> None:
 
     journey = Journey("two", [Fault("first", lambda trial: None), Fault("second", fails), Fault("third", fails)])
     nothing: Any = Nothing()
-    assert faults.go(nothing, journey, lambda _: None) == [
+    assert trials.go(nothing, journey, lambda _: None) == [
         Outcome("first", "its run came to no end", False),
         Outcome("second", "it burns", False),
         Outcome("third", "not reached: it burns", False),
