@@ -27,7 +27,7 @@ from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
 from fedclip_flwr.session import Session
 from fedclip_flwr.sites import new_learner, starts_as_zero_shot
-from fedclip_flwr.strategy import AdapterFedAvg, optimizer_of
+from fedclip_flwr.strategy import AdapterFedAvg
 
 app = ServerApp()
 
@@ -72,8 +72,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         link = Downlink(start, settings.codec, settings.seed)
         nodes = Nodes(grid, link, session=session, package=package, timeout=settings.round_timeout, say=console.say)
         add_exit_handler(nodes.end)
-        weights = {"weight": nodes.examples} if settings.site_weights == "examples" else {}
-        strategy = AdapterFedAvg(start, nodes.names, optimizer=optimizer_of(settings), **weights)
+        strategy = AdapterFedAvg(start, nodes.names, settings, nodes.examples, len(session.vocabulary.class_names))
         if before:
             if before.session != session.key:
                 raise UserError(f"resume = {settings.resume!r}: that run's model or classes were others")

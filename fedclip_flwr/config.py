@@ -27,6 +27,10 @@ def _setting(default: Any, meaning: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
 
+OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
+"""The strategies in which the server makes a step of its own of the sites' mean."""
+ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
+"""Those that compare the sites' updates with each other."""
 _PATH_DATA = ("folder:", "features:")
 _DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
 _NAME = {"pattern": r"(?!\.)[\w.-]*", "expected": "the name of a run, without slashes"}
@@ -68,11 +72,25 @@ class Settings:
     strategy: str = _setting(
         "fedavg",
         "how the sites' work comes together",
-        choices=("fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad"),
+        choices=("fedavg", "fedprox", *OPTIMIZED, *ROBUST),
     )
     server_learning_rate: float = _setting(0.0, "of fedadam and its like; 0 is the strategy's own", least=0.0)
     proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
+    max_update_norm: float = _setting(
+        3.0,
+        "longer updates than so many times the sites' median are scaled down to it, ten times longer ones left out; "
+        "0 for no limit; for adapters",
+        least=0.0,
+    )
+    hostile_share: float = _setting(
+        0.2, "share of the sites that fedtrimmedavg, krum, multikrum and bulyan take to be hostile", least=0.0, most=0.5
+    )
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
+    max_site_weight: float = _setting(
+        10.0,
+        "with site-weights = examples, a site counts for at most so many times the median; 0 for no limit",
+        least=0.0,
+    )
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     early_stop: int = _setting(0, "rounds without a gain after which the run ends; 0 for never", least=0)
@@ -107,6 +125,10 @@ class Settings:
         settings = cls(**values)
         if settings.recipe == "paper" and settings.batch_size < 2:
             problems["batch-size"] = "batch-size = 1: the paper's recipe skips a batch of one; expected at least 2"
+        if settings.strategy in ROBUST and values.get("site-weights") == "examples":
+            problems["site-weights"] = (
+                f"site-weights = 'examples': with strategy = {settings.strategy!r} sites count the same"
+            )
         if settings.method == "full-model":
             for key, plain in {"blend": 1.0, "personalize": False}.items():
                 if key in values and values[key] != plain:

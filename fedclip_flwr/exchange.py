@@ -85,6 +85,8 @@ class Answer(NamedTuple):
     state: State
 
 
+MOST_IMAGES = 10**9
+"""More are no site's."""
 HELLO = frozenset(field.name for field in dataclasses.fields(Hello))
 PROGRESS = frozenset(Progress._fields)
 FIGURES = frozenset({"num-examples", "validation", "test"})
@@ -311,8 +313,11 @@ def read_hello(content: RecordDict) -> Hello | Progress:
         raise ExchangeError("its hello can't be understood: is its version of this package another one?")
     facts: dict[str, Any] = dict(record)
     _check_name_and_counts(facts["site"], facts["train"], facts["validation"], facts["test"])
-    if not isinstance(facts["classes"], list) or any(type(number) is not int for number in facts["classes"]):
+    numbers = facts["classes"]
+    if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
         raise ExchangeError("its hello has classes that are no numbers")
+    if len(set(numbers)) != len(numbers):
+        raise ExchangeError("its hello has a class more than once")
     if any(not isinstance(facts[key], str) for key in ("role", "domain", "package")):
         raise ExchangeError("its hello has a role, domain or package that is no text")
     if facts["role"] not in ROLES or (facts["role"] == HOLDOUT and facts["train"] + facts["validation"]):
@@ -334,8 +339,8 @@ def _progress(content: RecordDict) -> Progress:
 def _check_name_and_counts(name: object, *counts: object) -> None:
     if not isinstance(name, str) or not name or name != one_line(name, 64):
         raise ExchangeError("its hello has a name that can't be used: expected up to 64 characters on one line")
-    if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
-        raise ExchangeError("its hello has counts that are no counts")
+    if any(type(count) is not int or not 0 <= count <= MOST_IMAGES for count in counts):
+        raise ExchangeError(f"its hello has counts that can't be: expected whole numbers from 0 to {MOST_IMAGES:,}")
 
 
 def write_answer(report: Report, state: Mapping[str, Tensor] | None = None) -> RecordDict:
@@ -355,13 +360,15 @@ def write_answer(report: Report, state: Mapping[str, Tensor] | None = None) -> R
     return content
 
 
-def read_answer(content: RecordDict, like: Mapping[str, Tensor] | None = None) -> Answer:
-    """The answer; `like` is the adapter that must come with it, where one must."""
+def read_answer(content: RecordDict, like: Mapping[str, Tensor] | None = None, classes: int | None = None) -> Answer:
+    """The answer; `like` is the adapter that must come with it, where one must; `classes` how many there are."""
     if extra := set(content) - {"metrics", "arrays"}:
         raise ExchangeError(f"the answer has more than it should: {_names(extra)}")
     if like is None and "arrays" in content:
         raise ExchangeError("the answer has an adapter that was not asked for")
     report = _report(content.metric_records.get("metrics", MetricRecord()))
+    if classes and report.test.classes and len(report.test.classes.examples) != classes:
+        raise ExchangeError(f"test: counts of {len(report.test.classes.examples):,} classes, expected {classes:,}")
     return Answer(report, read_adapter(content.array_records.get("arrays", ArrayRecord()), like) if like else {})
 
 

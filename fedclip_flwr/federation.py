@@ -26,8 +26,8 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report
-from fedclip_flwr.learning import BLENDS, RECIPES, best_blend
-from fedclip_flwr.metrics import Quality, mean_accuracy, mean_of
+from fedclip_flwr.learning import BLENDS, RECIPES, better
+from fedclip_flwr.metrics import Quality, Score, mean_accuracy, mean_of
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
@@ -66,19 +66,14 @@ class Line:
         return mean_accuracy(report.validation for report in self.reports.values())
 
     @property
+    def validations(self) -> dict[str, Score]:
+        return {site: report.validation for site, report in self.reports.items()}
+
+    @property
     def loss(self) -> float | None:
         """Mean validation loss over the sites."""
         scores = [report.validation for report in self.reports.values()]
         return mean_of(score.loss / score.examples for score in scores if score.examples)
-
-
-def better(later: Line, best: Line) -> bool:
-    """Whether the later adapter does better by validation, at the sites that tried both: sites come and go."""
-    both = later.reports.keys() & best.reports.keys()
-    new, old = (mean_accuracy(line.reports[site].validation for site in both) for line in (later, best))
-    if new is None or old is None:  # there is no telling: what the present sites have tried, if they could
-        return later.validation is not None or best.validation is None
-    return new > old
 
 
 class Watcher(Protocol):
@@ -148,7 +143,7 @@ def federate(
     share = settings.trained_blend
     if at.best:  # what was selected after that round, which was not completed, may be in its place
         watcher.selected(at.best.round, at.best_state, share)
-    first_choice = RECIPES[settings.recipe].first_choice
+    recipe = RECIPES[settings.recipe]
 
     def messages_of(
         configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
@@ -168,7 +163,11 @@ def federate(
         line = with_reports(Line(at.round, {}, unseen(at.state, share), at.bytes, at.seconds), reports)
         watcher.line(line)
         at.zero = at.zero or line
-        if at.best is None or at.best.round < first_choice or better(line, at.best):
+        if (
+            at.best is None
+            or at.best.round < recipe.first_choice
+            or better(line.validations, at.best.validations, recipe)
+        ):
             at.best, at.best_state = line, at.state
             watcher.selected(line.round, at.state, share)
         return at.zero, at.best
@@ -236,9 +235,11 @@ def federate(
     zero_shot = whole(zero, start) if starts_as_zero_shot(settings) else blended(zero, start, 0.0)
     adapted = whole(best, at.best_state)
     if settings.blend == "auto":
-        tries = {blend: blended(adapted, at.best_state, blend) for blend in BLENDS if blend < 1} | {share: adapted}
-        share = best_blend({blend: line.validation for blend, line in tries.items()})
-        adapted = tries[share]
+        plain = adapted
+        for blend in sorted((b for b in BLENDS if b < 1), reverse=True):  # of several that do as well, the smallest
+            found = blended(plain, at.best_state, blend)
+            if not better(adapted.validations, found.validations, recipe):
+                share, adapted = blend, found
         watcher.selected(adapted.round, at.best_state, share)
     told = share if share != settings.trained_blend else None
     alone = nodes.good(without=nodes.by_role.holdouts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.averaging import bounded, gather_of
 from fedclip_flwr.codecs import CODECS, State, wrap
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import OPTIMIZED, Settings
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
@@ -23,13 +24,11 @@ from fedclip_flwr.learning import (
     Classes,
     Examples,
     Learner,
-    Mean,
-    best_blend,
-    best_round,
+    better,
     evaluate,
     seed_of,
 )
-from fedclip_flwr.metrics import mean_accuracy
+from fedclip_flwr.metrics import Score, mean_accuracy
 from fedclip_flwr.sites import Site, drawn_by_lot, learn, new_adapter, simulated_site
 
 
@@ -100,16 +99,19 @@ def federate(
     def mean(parts: list[Examples]) -> float | None:
         return mean_accuracy(evaluate(shared, part, classes) for part in parts)
 
-    def line(number: int) -> Line:
+    def validate() -> dict[str, Score]:
+        return {site.name: evaluate(shared, site.validation, classes) for site in sites}
+
+    def line(number: int, validated: Mapping[str, Score]) -> Line:
         return Line(
             number,
             seen=mean([s.test for s in sites]),
-            validation=mean([s.validation for s in sites]),
+            validation=mean_accuracy(validated.values()),
             unseen=evaluate(shared, unseen, classes).accuracy if unseen else None,
         )
 
     optimizer = None
-    if settings.strategy not in ("fedavg", "fedprox"):
+    if settings.strategy in OPTIMIZED:
         from fedclip_flwr.strategy import optimizer_of  # not for all: it brings Flower
 
         logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -127,32 +129,37 @@ def federate(
     def weight(site: Site) -> float:
         return float(len(site.train.labels)) if settings.site_weights == "examples" else 1.0
 
+    gather, recipe = gather_of(settings), RECIPES[settings.recipe]
     lines: list[Line] = []
-    validation: list[float | None] = []
+    selected, best, best_validated = 0, copy.deepcopy(shared.state_dict()), dict[str, Score]()
     for number in range(settings.num_server_rounds + 1):
-        if tested := all_lines or number == 0:
-            lines.append(line(number))
-        validation.append(lines[-1].validation if tested else mean([s.validation for s in sites]))
-        selected = best_round(validation, RECIPES[settings.recipe].first_choice)
-        if selected == number:
-            best = copy.deepcopy(shared.state_dict())
+        validated = validate()
+        if all_lines or number == 0:
+            lines.append(line(number, validated))
+        if selected < recipe.first_choice or better(validated, best_validated, recipe):
+            selected, best, best_validated = number, copy.deepcopy(shared.state_dict()), validated
         if number == settings.num_server_rounds:
             break
         before = copy.deepcopy(shared.state_dict())
-        weights = {name: weight(site) for name, site in able.items()}
-        average = Mean(before, sum(weights.values()))
-        for name in drawn_by_lot(able, settings.fraction_train, settings.seed, number + 1):
+        drawn = drawn_by_lot(able, settings.fraction_train, settings.seed, number + 1)
+        weights = bounded({name: weight(able[name]) for name in drawn}, settings.max_site_weight)
+        gathering = gather(before, sum(weights.values()))
+        for name in drawn:
             own = copy.deepcopy(shared)
             learn(own, able[name], classes, settings, number + 1)
-            average.add(carried(own.state_dict(), before, number + 1, "up", name), weights[name])
-        averaged = optimizer.step(number + 1, before, average.value) if optimizer else average.value
+            gathering.add(name, carried(own.state_dict(), before, number + 1, "up", name), weights[name])
+        averaged = gathering.close().state
+        assert averaged is not None  # there is someone who learns
+        averaged = optimizer.step(number + 1, before, averaged) if optimizer else averaged
         shared.load_state_dict(carried(averaged, before, number + 1, "down"))
         each_round()
     shared.load_state_dict(best)
     if isinstance(shared, Adapter) and settings.blend == "auto":
-        by_blend: dict[float, Line] = {}
-        for shared.blend in BLENDS:
-            by_blend[shared.blend] = line(selected)
-        blend = best_blend({share: tried.validation for share, tried in by_blend.items()})
-        return Result(lines, by_blend[blend], blend, best)
-    return Result(lines, lines[selected] if all_lines else line(selected), settings.trained_blend, best)
+        blend, shared.blend = 1.0, 1.0
+        for shared.blend in sorted(BLENDS, reverse=True):  # of several that do as well, the smallest
+            if not better(best_validated, validated := validate(), recipe):
+                blend, best_validated = shared.blend, validated
+        shared.blend = blend
+        return Result(lines, line(selected, best_validated), blend, best)
+    chosen = lines[selected] if all_lines else line(selected, best_validated)
+    return Result(lines, chosen, settings.trained_blend, best)

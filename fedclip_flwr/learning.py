@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam  # the function: torch.optim.Adam imports the compiler, which takes over a second
 
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.metrics import Quality, Score, quality_of, score_of
+from fedclip_flwr.metrics import Quality, Score, gain, quality_of, score_of
 
 
 class Examples(NamedTuple):
@@ -95,6 +93,7 @@ class Recipe:
     identity: bool  # whether adapters start as the exact identity
     prompt: str
     first_choice: int = 0  # the first round that may be selected
+    outliers: bool = False  # whether selection by validation hears those sites that differ most from the others
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -131,6 +130,7 @@ RECIPES = {
         identity=False,
         prompt="a picture of a {}",
         first_choice=1,
+        outliers=True,
         smallest_batch=2,
     ),
 }
@@ -254,56 +254,13 @@ def personalize(
     return best
 
 
-class Mean:
-    """The weighted mean of adapters' tensors, each added as it comes and let go of.
-
-    The sum is made of whole multiples of 2⁻³⁶ in 64 bits, of 2¹² times as much where the weights that can come together
-    (`most`) are more than 2¹², and so on. So the order in which they come changes no bit, and float32's precision is
-    kept.
-    """
-
-    LARGEST = 2.0**14
-    """Of a tensor's numbers: so large a one would not fit."""
-
-    def __init__(self, like: Mapping[str, Tensor], most: float) -> None:
-        self._like, self._unit = like, 2.0 ** (62 - 14 - 12 * math.ceil(math.log2(max(most, 2.0)) / 12))
-        self._sums = {name: torch.zeros_like(tensor, dtype=torch.int64) for name, tensor in like.items()}
-        self._parts = {name: torch.empty_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
-        self._whole = {name: torch.empty_like(total) for name, total in self._sums.items()}
-        self.weight = 0.0
-
-    def add(self, state: Mapping[str, Tensor], weight: float = 1.0) -> None:
-        for name in self._like:
-            least, most = state[name].aminmax()
-            if not (least > -self.LARGEST and most < self.LARGEST):  # also where one is not a number
-                raise UserError(f"{name}: numbers of {self.LARGEST:,.0f} and more can't be averaged")
-        for name, total in self._sums.items():  # in memory that is used again: to get new one takes longer than to add
-            part = self._parts[name].copy_(state[name]).mul_(weight * self._unit).round_()
-            total += self._whole[name].copy_(part)
-        self.weight += weight
-
-    @property
-    def value(self) -> dict[str, Tensor]:
-        whole = self.weight * self._unit
-        return {name: (total.double() / whole).to(self._like[name].dtype) for name, total in self._sums.items()}
-
-
-def best_round(validation: Sequence[float | None], first: int = 0) -> int:
-    """The round with the best validation accuracy, the earliest of several; without validation data the last.
-
-    Rounds before the `first` do not count where there are others.
-    """
-    known = [
-        (accuracy, -number) for number, accuracy in enumerate(validation) if accuracy is not None and number >= first
-    ]
-    return -max(known)[1] if known else len(validation) - 1
+def better(later: Mapping[str, Score], best: Mapping[str, Score], recipe: Recipe) -> bool:
+    """Whether what did so at validation later is to be preferred, at the sites that tried both: sites come and go."""
+    if (found := gain(later, best, recipe.outliers)) is not None:
+        return found > 1e-12  # less comes of rounding
+    known = [any(score.examples for score in scores.values()) for scores in (later, best)]
+    return known[0] or not known[1]  # there is no telling: what the present sites have tried, if they could
 
 
 BLENDS = (0.25, 0.5, 0.75, 1.0)
 """The shares of the adapted feature that are tried where one is to be chosen."""
-
-
-def best_blend(validation: Mapping[float, float | None]) -> float:
-    """The share with the best validation accuracy, the smallest of several; without validation data the whole."""
-    known = [(accuracy, -share) for share, accuracy in validation.items() if accuracy is not None]
-    return -max(known)[1] if known else 1.0

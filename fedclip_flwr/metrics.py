@@ -8,7 +8,7 @@ is the mean over the classes that have examples or predictions. The expected cal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,3 +118,18 @@ def mean_figures(qualities: Iterable[Quality]) -> dict[str, float]:
 def mean_of(values: Iterable[float]) -> float | None:
     known = list(values)
     return math.fsum(known) / len(known) if known else None  # in whatever order they come
+
+
+def gain(later: Mapping[str, Score], before: Mapping[str, Score], outliers: bool = False) -> float | None:
+    """By how much accuracy is better later, as the mean over the sites that have examples both times.
+
+    Unless `outliers` count, the fifth of the sites with the least gain and the fifth with the most are not heard (of
+    three sites, one each): what single ones claim then decides nothing.
+    """
+    gains = sorted(
+        new - old
+        for site in later.keys() & before.keys()
+        if (new := later[site].accuracy) is not None and (old := before[site].accuracy) is not None
+    )
+    cut = 0 if outliers else min(-(-len(gains) // 5), max(len(gains) - 1, 0) // 2)
+    return mean_of(gains[cut : len(gains) - cut])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from fedclip_flwr import exchange
 from fedclip_flwr.codecs import State
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Progress, Report
+from fedclip_flwr.inbox import Inbox
 from fedclip_flwr.link import Downlink
 from fedclip_flwr.session import HOLDOUT, Session
 from fedclip_flwr.sites import drawn_by_lot
@@ -91,8 +93,10 @@ class Nodes:
         self.hellos: dict[str, Hello] = {}
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
+        self.scaled: Counter[str] = Counter()
         self.traffic = Traffic()
-        self._grid, self._package = grid, package
+        self._grid, self._package, self._inbox = grid, package, Inbox(grid)
+        self._most = 2**20 + 2 * sum(tensor.nbytes for tensor in link.state.values())
         self.link = link
         self._room = SIMULATED_AT_ONCE if simulated(grid) else sys.maxsize
         self._timeout, self.say = timeout, say
@@ -100,7 +104,8 @@ class Nodes:
         self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
         self._encoding: dict[int, Progress] = {}
-        self._steps = 0  # by which sites have come further with encoding
+        self._furthest: dict[int, int] = {}  # how far each has come with encoding, in hundredths
+        self._steps = 0  # by which they have come further
         self._refused: dict[int, float] = {}
         self._last_failed: set[str] = set()
         self._ended = False
@@ -116,6 +121,7 @@ class Nodes:
             "sites": self._holdings,
             "failures": list(map(list, self.failures)),
             "last_failed": sorted(self._last_failed),
+            "scaled": dict(self.scaled),
             "down": self.traffic.down,
             "up": self.traffic.up,
         }
@@ -135,14 +141,15 @@ class Nodes:
             self.say(f"going on, but not with all as before: {name}: {what}")
         self.failures[:0] = [Failure(*facts) for facts in record["failures"]]
         self._last_failed |= {*record["last_failed"]}
+        self.scaled.update(record["scaled"])
         self.traffic.down += record["down"]
         self.traffic.up += record["up"]
 
     def wait_for(self, count: int, number: int = 0, expected: Collection[str] = ()) -> None:
         """Meets whoever is there, until so many sites take part, with the `expected`, and every hello is answered.
 
-        The time that it may take begins anew whenever a site has come further with encoding. The expected may be
-        missing at the end of it.
+        The time that it may take begins anew whenever a site has encoded another hundredth of its images: by what it
+        says itself, but nobody is waited for without end. The expected may be missing at the end of it.
         """
         wait, steps = _Wait(self._timeout), 0
         while (
@@ -190,8 +197,9 @@ class Nodes:
                 self._refuse(number, node, f"node {node}", str(error))
                 continue
             if isinstance(hello, Progress):
-                before = self._encoding.get(node)
-                self._steps += before is None or hello.encoded > before.encoded
+                done = 100 * hello.encoded // max(hello.images, 1)
+                self._steps += done > self._furthest.get(node, -1)
+                self._furthest[node] = max(done, self._furthest.get(node, -1))
                 self._encoding[node] = hello
                 self._greeted.discard(node)  # to be asked again
                 continue
@@ -341,6 +349,12 @@ class Nodes:
         """What the strategy took from a round's replies; the sites whose replies it dropped fail."""
         for site, why in sorted(strategy.dropped.items()):
             self._fail(number, site, why)
+        for site in strategy.scaled:
+            if site not in self.scaled:
+                self.say(
+                    f"round {number}: {site}'s update is much longer than the others': it counts as one that is not"
+                )
+        self.scaled.update(strategy.scaled)
         self._last_failed -= strategy.reports.keys()
         return strategy.reports
 
@@ -368,7 +382,7 @@ class Nodes:
         if not under_way:
             return []
         pairs = []
-        for reply in self._grid.pull_messages(list(under_way)):
+        for reply in self._inbox.take(list(under_way), self._most):
             node = under_way.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
                 self.traffic.up += exchange.size(reply)

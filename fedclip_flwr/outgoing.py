@@ -153,7 +153,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         if nodes.hellos:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0)  # asked once
             with suppress(UserError):  # no site has trained: this one only evaluates, or has answered with an error
-                federate(nodes, AdapterFedAvg(start, nodes.names), once, start, lambda *_: None, _Nobody())
+                federate(nodes, AdapterFedAvg(start, nodes.names, once), once, start, lambda *_: None, _Nobody())
     return [
         message for message, later in zip(wire.sent, [*wire.sent[1:], None], strict=True) if not _again(message, later)
     ]

@@ -308,6 +308,7 @@ def summary_of(
         "rounds": outcome.rounds,
         "resumed": resumed,
         "failures": [failure._asdict() for failure in nodes.failures],
+        "scaled": dict(sorted(nodes.scaled.items())),
     }
 
 

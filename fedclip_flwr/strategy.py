@@ -2,16 +2,15 @@
 
 FedAvg (arXiv 1602.05629) over the tensors of the adapter. Deviations from Flower's `FedAvg`: each reply is looked at
 before anything is made of it, and a bad one is dropped and named while the round goes on with the others; sites count
-the same (as in FedCLIP) or by their examples; and each is added to the sum as it comes and let go of, so that memory
-does not grow with the number of sites. The sum is made of whole numbers, so that the order of arrival changes no bit.
+the same (as in FedCLIP) or by their examples; what comes of the replies is `averaging.py`'s business.
 
-What the mean is used for may be another of Flower's strategies: those that take the sites' mean step as a gradient, and
+What that is used for may be another of Flower's strategies: those that take the sites' mean step as a gradient, and
 the server makes a step of its own of it (adaptive federated optimization, arXiv 2003.00295).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,13 +19,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from torch import Tensor
 
+from fedclip_flwr.averaging import Gather, bounded, gather_of
 from fedclip_flwr.codecs import State
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import OPTIMIZED, Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Report, read_adapter, read_answer, reason, write_adapter
-from fedclip_flwr.learning import Mean
 
-OPTIMIZERS = {"fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}
+OPTIMIZERS = dict(zip(OPTIMIZED, (FedAdam, FedYogi, FedAdagrad), strict=True))
 RATES = {"attention": 3e-3, "gate": 3e-2, "scale": 3e-2}
 """The server's own learning rates: the best of six by validation on the drawn pictures, see docs/methods.md."""
 RATE_OF_MODEL = 3e-4
@@ -65,26 +64,32 @@ class Optimizer:
 
 
 class AdapterFedAvg(FedAvg):
-    """Averages adapters that have the names, shapes and types of `like`.
+    """Averages adapters that have the names, shapes and types of `like`, the one that a run begins with.
 
-    `names` tells the sites' names by node id, and may grow during the run; `weight` how much a site counts, the same
-    unless given. The `optimizer`, if there is one, makes the adapter of the mean. After each round `reports` holds what
-    the good replies reported and `dropped` why the others were left out, both by site.
+    `names` tells the sites' names by node id, and may grow during the run; `claims` how much a site says that it has,
+    if that is to be its weight. The settings say how what the sites send comes together. After each round `reports`
+    holds what the good replies reported, `dropped` why the others were left out, both by site, and `scaled` whose
+    updates were too long to count whole.
     """
 
     def __init__(
         self,
-        like: Mapping[str, Tensor],
+        like: State,
         names: Mapping[int, str],
-        weight: Callable[[str], float] = lambda site: 1.0,
-        optimizer: Optimizer | None = None,
+        settings: Settings,
+        claims: Callable[[str], float] = lambda site: 1.0,
+        classes: int | None = None,
     ) -> None:
         super().__init__(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
-        self.like, self.names, self.weight = like, names, weight
-        self._optimizer, self._sent = optimizer, ArrayRecord()
+        self.like, self.names = like, names
+        self._gather: Gather = gather_of(settings)
+        self._claims = claims if settings.site_weights == "examples" else lambda site: 1.0
+        self._most, self._classes = settings.max_site_weight, classes
+        self._optimizer, self._sent = optimizer_of(settings), like
         self._asked: list[int] = []
         self.reports: dict[str, Report] = {}
         self.dropped: dict[str, str] = {}
+        self.scaled: Sequence[str] = ()
 
     @property
     def memory(self) -> State:
@@ -100,29 +105,37 @@ class AdapterFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._sent, self._asked = arrays, [message.metadata.dst_node_id for message in messages]
+        self._sent, self._asked = (
+            read_adapter(arrays, self.like),
+            [message.metadata.dst_node_id for message in messages],
+        )
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The mean of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
-        mean = Mean(self.like, sum(self.weight(self.names[node]) for node in self._asked or self.names))
+        """What comes of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
+        asked = [self.names[node] for node in self._asked or self.names]
+        weights = bounded({site: self._claims(site) for site in asked}, self._most)
+        gathering = self._gather(self._sent, sum(weights.values()))
 
         def take(site: str, report: Report, state: State) -> None:
+            if site not in weights:
+                raise ExchangeError("it was not asked")
             if report.examples:
-                mean.add(state, self.weight(site))
+                gathering.add(site, state, weights[site])
 
         self._screen(replies, self.like, take)
-        if not mean.weight:
+        made, left_out, self.scaled = gathering.close()
+        self.dropped |= left_out
+        self.reports = {site: report for site, report in self.reports.items() if site not in left_out}
+        if made is None:
             return None, None
-        averaged = mean.value
-        if self._optimizer:
-            averaged = self._optimizer.step(server_round, read_adapter(self._sent, averaged), averaged)
-        return write_adapter(averaged), None
+        return write_adapter(self._optimizer.step(server_round, self._sent, made) if self._optimizer else made), None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Only sorts the replies: see `reports`."""
+        self.scaled = ()
         self._screen(replies, None, lambda *_: None)
         return None
 
@@ -144,7 +157,7 @@ class AdapterFedAvg(FedAvg):
                     raise ExchangeError("nobody knows this node")
                 if site in self.reports:
                     raise ExchangeError("it answered twice")
-                report, state = read_answer(reply.content, like)
+                report, state = read_answer(reply.content, like, self._classes)
                 take(site, report, state)
                 self.reports[site] = report
             except (ExchangeError, UserError) as error:

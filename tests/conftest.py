@@ -31,7 +31,16 @@ settings.register_profile("soak", PATIENT, max_examples=10_000, print_blob=True)
 settings.load_profile("quick")  # another one: --hypothesis-profile=soak
 
 
-TOGETHER = ("test_reliability", "doctor/", "test_deploy", "test_traffic", "test_hub", "test_pinned", "data/test_drawn")
+TOGETHER = (
+    "test_reliability",
+    "test_hostile",
+    "doctor/",
+    "test_deploy",
+    "test_traffic",
+    "test_hub",
+    "test_pinned",
+    "data/test_drawn",
+)
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
 FIRST = (*TOGETHER, "test_running", "test_sweep", "test_benchmarks", "test_encoding", "test_ahead", "test_features")
 """What takes long is begun first there, so that at the end no process is alone with it."""

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import copy
-import fractions
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,14 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.adapters import make_adapter
-from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import (
     RECIPES,
     Classes,
     Examples,
-    Mean,
-    best_blend,
-    best_round,
+    better,
     class_loss,
     contrastive_loss,
     evaluate,
@@ -28,6 +23,7 @@ from fedclip_flwr.learning import (
     split,
     train,
 )
+from fedclip_flwr.metrics import Score
 
 DIM = 8
 
@@ -213,68 +209,28 @@ def test_personalising_without_validation_or_gain_keeps_the_adapter_as_it_came()
         assert torch.equal(own.state_dict()["log_scale"], torch.zeros(DIM))
 
 
-def mean(states: Sequence[Tensor], weights: Sequence[float] = (), most: float = 0.0) -> Tensor:
-    shares = weights or [1.0] * len(states)
-    made = Mean({"a": states[0]}, most or sum(shares))
-    for state, weight in zip(states, shares, strict=True):
-        made.add({"a": state}, weight)
-    return made.value["a"]
+def scores(*right: int | None) -> dict[str, Score]:
+    """Of sites with ten examples each, or none."""
+    return {f"site {n}": Score(10 * (r is not None), r or 0, 1.0) for n, r in enumerate(right)}
 
 
-def test_means_by_hand() -> None:
-    states = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])]
-    assert mean(states).tolist() == [2.5, 5.0]
-    assert mean(states, [10, 20]).tolist() == [3.0, 6.0]
-    assert mean(states, [10, 20], most=1e4).tolist() == [3.0, 6.0]  # most of the sites did not answer
-    assert mean(states).dtype == torch.float32
+def test_what_does_as_well_is_not_better_and_what_a_few_sites_say_does_not_decide() -> None:
+    default, paper = RECIPES["default"], RECIPES["paper"]
+    assert better(scores(6, 7), scores(5, 7), default)
+    assert not better(scores(5, 7), scores(5, 7), default)
+    assert not better(scores(7, 5), scores(5, 7), default)  # in floating point, the mean of these gains is not 0
+    liar = scores(10, 4, 4, 4, 4), scores(0, 5, 5, 5, 5)
+    assert not better(*liar, default)
+    assert better(*liar, paper)  # as in the released code: the plain mean
+    assert not better(scores(10, 10, *[4] * 8), scores(0, 0, *[5] * 8), default)
 
 
-def test_in_a_mean_the_order_changes_no_bit_and_no_precision_is_lost() -> None:
-    """In float32, or in float64 one after the other, these sums would differ by their order."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(2000, 50, generator=generator) * torch.logspace(-4, 3, 2000)[:, None]
-    weights = torch.randint(1, 10_000, (2000,), generator=generator).tolist()
-    there, back = mean([*states], weights), mean([*states.flip(0)], weights[::-1])
-    assert torch.equal(there, back)
-    exact = [[fractions.Fraction(x) for x in row] for row in states.tolist()]
-    for column in range(50):
-        true = sum(row[column] * w for row, w in zip(exact, weights, strict=True)) / sum(weights)
-        assert there[column].item() == pytest.approx(float(true), rel=1e-7)
-
-
-def test_numbers_that_would_overflow_a_mean_are_refused_and_change_nothing() -> None:
-    made = Mean({"a": torch.zeros(2)}, 2)
-    made.add({"a": torch.tensor([1.0, Mean.LARGEST - 1])})
-    for bad in (Mean.LARGEST, -1e30, float("nan")):
-        with pytest.raises(UserError, match="a: numbers of 16,384 and more"):
-            made.add({"a": torch.tensor([0.0, bad])})
-    assert made.value["a"].tolist() == [1.0, Mean.LARGEST - 1]
-
-
-def test_sites_that_do_not_answer_change_no_bit_of_a_mean() -> None:
-    states = [*torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(mean(states), mean(states, most=8))
-    assert torch.equal(mean(states, [300, 5, 41]), mean(states, [300, 5, 41], most=4000))
-
-
-def test_the_best_round_is_the_earliest_of_the_best() -> None:
-    assert best_round([0.5, 0.8, 0.8, 0.7]) == 1
-
-
-def test_rounds_without_validation_do_not_count_and_without_any_the_last_is_taken() -> None:
-    assert best_round([0.5, None, 0.4]) == 0
-    assert best_round([None, 0.1, None]) == 1
-    assert best_round([None, None, None]) == 2
-
-
-def test_rounds_before_the_first_that_may_be_chosen_count_only_alone() -> None:
-    assert best_round([0.9, 0.5, 0.6], first=1) == 2
-    assert best_round([0.9], first=1) == 0
-
-
-def test_the_best_blend_is_the_smallest_of_the_best() -> None:
-    assert best_blend({0.25: 0.5, 0.5: 0.8, 0.75: 0.8, 1.0: 0.7}) == 0.5
-    assert best_blend({0.25: None, 1.0: None}) == 1.0
+def test_rounds_that_no_site_can_validate_are_taken_as_they_come() -> None:
+    default = RECIPES["default"]
+    assert better(scores(None), scores(None), default)
+    assert better(scores(3), scores(None), default)
+    assert not better(scores(None), scores(3), default)
+    assert better(scores(None, 1), {"site 0": Score(10, 9, 1.0)}, default)  # nobody tried both
 
 
 def test_a_wider_attention_takes_smaller_steps_but_the_paper_keeps_its_own() -> None:

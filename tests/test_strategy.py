@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,8 +34,10 @@ def failed(node: int, why: str) -> Message:
     return Message(Error(2, why), reply_to=Message(RecordDict(), node, MessageType.TRAIN))
 
 
-def strategy(**options: Any) -> AdapterFedAvg:
-    return AdapterFedAvg(LIKE, NAMES, **options)
+def strategy(claims: Callable[[str], float] | None = None, **settings: Any) -> AdapterFedAvg:
+    if claims:
+        return AdapterFedAvg(LIKE, NAMES, Settings(site_weights="examples", **settings), claims, classes=7)
+    return AdapterFedAvg(LIKE, NAMES, Settings(**settings), classes=7)
 
 
 def mean(replies: list[Message], **options: Any) -> list[float]:
@@ -47,19 +49,19 @@ def mean(replies: list[Message], **options: Any) -> list[float]:
 def test_sites_count_the_same_or_by_their_examples() -> None:
     replies = [reply(1, [1.0, 0.0]), reply(2, [5.0, 4.0])]
     assert mean(replies) == [3.0, 2.0]
-    assert mean(replies, weight=EXAMPLES.__getitem__) == [2.0, 1.0]  # (30·1 + 10·5) / 40, (30·0 + 10·4) / 40
+    assert mean(replies, claims=EXAMPLES.__getitem__) == [2.0, 1.0]  # (30·1 + 10·5) / 40, (30·0 + 10·4) / 40
 
 
 def test_what_a_site_claims_later_changes_nothing_of_its_weight() -> None:
     replies = [reply(1, [1.0, 0.0]), reply(2, [5.0, 4.0], examples=10**9)]
-    assert mean(replies, weight=EXAMPLES.__getitem__) == [2.0, 1.0]
+    assert mean(replies, claims=EXAMPLES.__getitem__) == [2.0, 1.0]
 
 
 def test_the_order_of_arrival_changes_no_bit() -> None:
     generator = np.random.default_rng(0)
     replies = [reply(node, generator.normal(size=2).tolist()) for node in NAMES]
-    weight = EXAMPLES.__getitem__
-    assert mean(replies, weight=weight) == mean(replies[::-1], weight=weight)
+    claims = EXAMPLES.__getitem__
+    assert mean(replies, claims=claims) == mean(replies[::-1], claims=claims)
 
 
 def test_sums_are_made_in_double_precision() -> None:
@@ -80,7 +82,7 @@ def test_replies_are_let_go_of_as_they_come() -> None:
             most = max(most, len(there))
             yield one
 
-    arrays, _ = AdapterFedAvg(LIKE, {n: f"site {n}" for n in range(100)}).aggregate_train(1, replies())
+    arrays, _ = AdapterFedAvg(LIKE, {n: f"site {n}" for n in range(100)}, Settings()).aggregate_train(1, replies())
     assert arrays is not None
     assert arrays["w"].numpy().tolist() == [1.0, 49.5]
     assert most <= 2  # the one that comes, and the one that was looked at last
@@ -204,6 +206,9 @@ def test_a_server_remembers_single_numbers_as_those_of_a_whole_model(name: str) 
     assert one["scale"] > stepped["scale"] > 2.0
 
 
+CLAIMS = {"a": 1001.0, "b": 1999.0, "gone": 2.0**50}
+
+
 def test_the_mean_does_not_depend_on_sites_that_are_not_asked() -> None:
     """A run that goes on does not know those that had left before: their examples may not change how sums are made."""
     chance = torch.Generator().manual_seed(0)
@@ -211,7 +216,7 @@ def test_the_mean_does_not_depend_on_sites_that_are_not_asked() -> None:
     found = []
     for names in ({1: "a", 2: "b"}, {1: "a", 2: "b", 3: "gone"}):
         like = {"w": torch.zeros(1000)}
-        made = AdapterFedAvg(like, names, {"a": 1001.0, "b": 1999.0, "gone": 2.0**50}.__getitem__)
+        made = AdapterFedAvg(like, names, Settings(site_weights="examples"), CLAIMS.__getitem__)
         grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [1, 2]))
         list(made.configure_train(1, write_adapter(like), ConfigRecord(), grid))
         replies = [reply(node, state) for node, state in ((1, first.tolist()), (2, second.tolist()))]
@@ -223,7 +228,7 @@ def test_the_mean_does_not_depend_on_sites_that_are_not_asked() -> None:
 
 
 def test_the_servers_step_takes_the_place_of_the_mean() -> None:
-    made = strategy(optimizer=optimizer_of(Settings(strategy="fedadam", server_learning_rate=0.1)))
+    made = strategy(strategy="fedadam", server_learning_rate=0.1)
     grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [1, 2]))
     list(made.configure_train(1, write_adapter({"w": torch.tensor([0.5, -0.5])}), ConfigRecord(), grid))
     arrays, _ = made.aggregate_train(1, [reply(1, [0.5, -0.54]), reply(2, [0.52, -0.5])])

@@ -75,22 +75,19 @@ def grid(module: ModuleType) -> None:
             reached(f"server has sent {kind}")
         return result
 
+    module.GrpcGrid.push_messages = pushed
+
+
+def inbox(module: ModuleType) -> None:
     def pulled(replies: Iterable[Any], *_: Any) -> None:
         if any(reply.metadata.message_type == "train" for reply in replies):
             reached("server has an answer")
 
-    module.GrpcGrid.push_messages = pushed
-    around(module.GrpcGrid, "pull_messages", after=pulled)
+    around(module.Inbox, "take", after=pulled)
 
 
-def learning(module: ModuleType) -> None:
-    mean = module.Mean.value.fget
-
-    def value(self: Any) -> Any:
-        reached("server averages")
-        return mean(self)
-
-    module.Mean.value = property(value)
+def averaging(module: ModuleType) -> None:
+    around(module.Sums, "close", before=lambda *_: reached("server averages"))
 
 
 def content(module: ModuleType) -> None:
@@ -142,7 +139,8 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "flwr.supernode.start_client_internal": supernode,
     "flwr.supernode.runtime.run_clientapp": clientapp,
     "fedclip_flwr.content": content,
-    "fedclip_flwr.learning": learning,
+    "fedclip_flwr.averaging": averaging,
+    "fedclip_flwr.inbox": inbox,
     "fedclip_flwr.sites": sites,
 }
 

@@ -1,0 +1,218 @@
+"""What comes of the adapters that sites send in a round: their mean, in which no single one can do much harm.
+
+An update is what a site has made of the adapter that it was sent: the difference of the two. Updates much longer than
+the others' median are scaled down (norm bounding, arXiv 1911.07963, with a bound that follows from the round itself),
+and those beyond all measure are left out. Each is added to a sum as it comes and let go of, so that memory does not
+grow with the number of sites. As the median is known only at the end, there is a sum for each length, in steps of 19 %:
+the bound is the next step, and what is longer comes out between that and the step below.
+
+`Held` keeps the updates instead, for those of Flower's strategies that compare them with each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fedclip_flwr.codecs import State
+from fedclip_flwr.config import ROBUST, Settings
+from fedclip_flwr.errors import UserError
+
+STEPS = 4
+"""Lengths that are told apart within a doubling."""
+BEYOND = 10.0
+"""So many times as long as what is scaled down: left out."""
+
+
+class Mean:
+    """The weighted mean of adapters' tensors, each added as it comes and let go of.
+
+    The sum is made of whole multiples of 2⁻³⁶ in 64 bits, of 2¹² times as much where the weights that can come together
+    (`most`) are more than 2¹², and so on. So the order in which they come changes no bit, and float32's precision is
+    kept. Each may belong to a group, whose part of the mean can be scaled in the end.
+    """
+
+    LARGEST = 2.0**14
+    """Of a tensor's numbers: so large a one would not fit. Who adds them looks."""
+
+    def __init__(self, like: Mapping[str, Tensor], most: float) -> None:
+        self._like, self._unit = like, 2.0 ** (62 - 14 - 12 * math.ceil(math.log2(max(most, 2.0)) / 12))
+        self._sums: dict[int, State] = {}
+        self._weights: dict[int, float] = {}
+        self._parts = {name: torch.empty_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
+        self._whole = {name: torch.empty_like(tensor, dtype=torch.int64) for name, tensor in like.items()}
+
+    def add(self, state: Mapping[str, Tensor], weight: float = 1.0, group: int = 0) -> None:
+        if group not in self._sums:
+            self._sums[group] = {name: torch.zeros_like(whole) for name, whole in self._whole.items()}
+        for name, total in self._sums[group].items():  # in memory that is used again: to get new one takes longer
+            part = self._parts[name].copy_(state[name]).mul_(weight * self._unit).round_()
+            total += self._whole[name].copy_(part)
+        self._weights[group] = self._weights.get(group, 0.0) + weight
+
+    @property
+    def weight(self) -> float:
+        return math.fsum(self._weights.values())
+
+    @property
+    def value(self) -> State:
+        return self.scaled({}, {})
+
+    def scaled(self, shares: Mapping[int, float], base: Mapping[str, Tensor]) -> State:
+        """The mean in which of some groups only such a share counts, the rest being the `base`; with 0 they are out."""
+        kept = {group: shares.get(group, 1.0) for group in self._sums if shares.get(group, 1.0)}
+        whole = math.fsum(self._weights[group] for group in kept) * self._unit
+        mean = {}
+        for name, like in self._like.items():
+            total = sum((self._sums[g][name] for g in kept if kept[g] == 1), self._whole[name].zero_()).double()
+            for group in sorted(group for group in kept if kept[group] != 1):
+                total += kept[group] * self._sums[group][name].double()
+                total += (1 - kept[group]) * self._weights[group] * self._unit * base[name].double()
+            mean[name] = (total / whole).to(like.dtype)
+        return mean
+
+
+class Gathered(NamedTuple):
+    """What came of a round's updates (none if there was none), and why those of some sites were left out."""
+
+    state: State | None
+    left_out: Mapping[str, str]
+    scaled: Sequence[str] = ()
+
+
+class Gathering(Protocol):
+    """The updates of a round as they come."""
+
+    def add(self, site: str, state: State, weight: float) -> None:
+        """Takes in what the site has made; a `UserError` if that can't be used."""
+
+    def close(self) -> Gathered:
+        """What comes of all."""
+
+
+Gather = Callable[[State, float], Gathering]
+"""Begins a gathering, with what the sites were sent and how much they can weigh together."""
+
+
+def length_of(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
+    """How long the update is that leads from the base to the state."""
+    norms = (torch.linalg.vector_norm(state[name] - base[name], dtype=torch.float64) for name in base)
+    return math.hypot(*map(float, norms))
+
+
+def step_of(length: float) -> int:
+    """Number n for the lengths from 2^((n - 1) / STEPS), exclusive, to 2^(n / STEPS)."""
+    return math.ceil(math.log2(length) * STEPS)
+
+
+class Lengths:
+    """How long the updates of a round are, and what that means for each. `limit` is in times of their median; or 0."""
+
+    UNMEASURED = -(2**15)
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._lengths: dict[str, float] = {}
+
+    def measure(self, site: str, state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> int:
+        """Takes note of the site's update; the number of the sum that it goes to."""
+        for name in base:
+            least, most = state[name].aminmax()
+            if not (least > -Mean.LARGEST and most < Mean.LARGEST):  # also where one is not a number
+                raise UserError(f"{name}: numbers of {Mean.LARGEST:,.0f} and more can't be averaged")
+        length = length_of(state, base) if self._limit else 0.0
+        if not length:  # who moves nowhere says nothing of how far one goes
+            return self.UNMEASURED
+        self._lengths[site] = length
+        return step_of(length)
+
+    def verdict(self) -> Verdict:
+        if not self._lengths:
+            return Verdict({}, {}, [])
+        usual = median(self._lengths.values())
+        longest = step_of(self._limit * usual)
+        steps = {site: step_of(length) for site, length in self._lengths.items()}
+        shares = {step: 2 ** ((longest - step) / STEPS) for step in {*steps.values()} if step > longest}
+        shares |= {step: 0.0 for step, share in shares.items() if share < 1 / BEYOND}
+        why = "its update is {:,.0f} times as long as the sites' median, max-update-norm = {:g}"
+        return Verdict(
+            shares,
+            {s: why.format(self._lengths[s] / usual, self._limit) for s, n in steps.items() if shares.get(n) == 0},
+            sorted(site for site, step in steps.items() if 0 < shares.get(step, 1.0) < 1),
+        )
+
+
+class Verdict(NamedTuple):
+    """How much of the updates in a sum counts, where that is not the whole; who is left out, and who scaled down."""
+
+    shares: Mapping[int, float]
+    left_out: Mapping[str, str]
+    scaled: Sequence[str]
+
+
+class Sums:
+    """The mean, with a limit to how long an update may be."""
+
+    def __init__(self, sent: State, most: float, limit: float) -> None:
+        self._sent, self._mean, self._lengths = sent, Mean(sent, most), Lengths(limit)
+
+    def add(self, site: str, state: State, weight: float) -> None:
+        self._mean.add(state, weight, self._lengths.measure(site, state, self._sent))
+
+    def close(self) -> Gathered:
+        verdict = self._lengths.verdict()
+        made = self._mean.scaled(verdict.shares, self._sent) if self._mean.weight else None
+        return Gathered(made, verdict.left_out, verdict.scaled)
+
+
+Rule = Callable[[Sequence[State]], State]
+
+
+class Held:
+    """All updates, scaled down or left out in the same way, from which a rule makes one."""
+
+    def __init__(self, sent: State, most: float, limit: float, rule: Rule) -> None:
+        self._sent, self._lengths, self._rule = sent, Lengths(limit), rule
+        self._updates: dict[str, tuple[int, State]] = {}
+
+    def add(self, site: str, state: State, weight: float) -> None:
+        step = self._lengths.measure(site, state, self._sent)
+        self._updates[site] = step, {name: state[name] - tensor for name, tensor in self._sent.items()}
+
+    def close(self) -> Gathered:
+        verdict = self._lengths.verdict()
+        updates = list(_scaled(self._updates, verdict.shares))
+        if not updates:
+            return Gathered(None, {})
+        made = self._rule(updates)
+        return Gathered({n: t + made[n] for n, t in self._sent.items()}, verdict.left_out, verdict.scaled)
+
+
+def _scaled(updates: Mapping[str, tuple[int, State]], shares: Mapping[int, float]) -> Iterable[State]:
+    """In the order of the sites' names, however they came."""
+    for site in sorted(updates):
+        step, update = updates[site]
+        if share := shares.get(step, 1.0):
+            yield {name: tensor * share for name, tensor in update.items()}
+
+
+def gather_of(settings: Settings) -> Gather:
+    """How the settings have updates come together."""
+    limit = settings.max_update_norm if settings.method == "adapter" else 0.0  # a sum of whole models is large
+    if settings.strategy in ROBUST:
+        from fedclip_flwr.robust import rule_of  # not for all: it brings Flower
+
+        return partial(Held, limit=limit, rule=rule_of(settings.strategy, settings.hostile_share))
+    return partial(Sums, limit=limit)
+
+
+def bounded(claims: Mapping[str, float], most: float) -> dict[str, float]:
+    """The sites' weights, none of them more than so many times their median."""
+    largest = most * median(claims.values()) if claims and most else math.inf
+    return {site: min(claim, largest) for site, claim in claims.items()}

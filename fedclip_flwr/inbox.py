@@ -1,0 +1,128 @@
+"""Replies from the SuperLink, none of which can do the server harm before it is looked at.
+
+`GrpcGrid.pull_messages` of Flower 1.31 waits up to two hours for a reply whose parts do not come, and nothing else is
+read meanwhile; a reply that can't be put together ends the ServerApp, and with it are lost those that came with it. A
+list of a few bytes lets an array grow without end. And who sent a reply, and to what, it takes from words of the site's
+own within the reply, which nobody has compared with those that the SuperLink has checked. So here the parts are fetched
+one by one, up to a size, and put together as far as they make sense; from the SuperLink comes who sent what.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+import grpc
+from flwr.app import Array, Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde_utils import metadata_from_proto
+from flwr.proto.appio_pb2 import PullAppMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
+from flwr.superlink.grid import GrpcGrid
+
+from fedclip_flwr.errors import one_line
+
+MOST_PARTS = 10_000
+"""Of a reply: two for each tensor, and one for each 20 MB of it."""
+
+
+class _Parcel(NamedTuple):
+    """A reply that is announced; who sent it to what, and its parts, some of which are fetched."""
+
+    metadata: Metadata
+    parts: list[str]
+    contents: dict[str, bytes]
+
+
+class Inbox:
+    """What has come in on a grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._waiting: dict[str, _Parcel] = {}
+
+    def take(self, asked: Collection[str], most: int) -> list[Message]:
+        """The replies to these messages that are there whole; one of more than so many bytes is an error instead."""
+        if not isinstance(self._grid, GrpcGrid):  # sites on this machine, by this package
+            return list(self._grid.pull_messages(asked))
+        new = [key for key in asked if key not in self._waiting]  # each is announced once
+        answer = self._grid._stub.PullMessages(PullAppMessagesRequest(message_ids=new))
+        for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            metadata = metadata_from_proto(head.metadata)
+            parts = [part.object_id for part in iterate_object_tree(tree)]
+            self._waiting[metadata.reply_to_message_id] = _Parcel(metadata, parts, {})
+        return [message for key in [*self._waiting] if (message := self._message(key, set(asked), most))]
+
+    def _message(self, key: str, asked: Collection[str], most: int) -> Message | None:
+        parcel = self._waiting.pop(key)
+        if key not in asked:  # nobody waits for it any longer
+            return None
+        try:
+            self._fetch(parcel, most)
+            return make_message(metadata=parcel.metadata, **_put_together(parcel, most))
+        except ObjectUnavailableError:
+            self._waiting[key] = parcel
+            return None
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+            why = "its answer is too large to be fetched"
+        except _TooLargeError as error:
+            why = str(error)
+        except Exception as error:  # of what a site has made up, anything can come
+            why = f"its answer can't be put together ({one_line(f'{type(error).__name__}: {error}', 100)})"
+        return make_message(metadata=parcel.metadata, error=Error(ErrorCode.UNKNOWN, why))
+
+    def _fetch(self, parcel: _Parcel, most: int) -> None:
+        """Fetches the parts that are missing."""
+        grid: Any = self._grid
+        if len(parcel.parts) > MOST_PARTS:
+            raise _TooLargeError(f"its answer has {len(parcel.parts):,} parts, expected at most {MOST_PARTS:,}")
+        pull = make_pull_object_fn_protobuf(grid._stub.PullObject, grid.node, grid.run.run_id)
+        for part in parcel.parts:
+            if part not in parcel.contents:
+                parcel.contents[part] = pull(part)
+                _check_size(map(len, parcel.contents.values()), most)
+        grid._stub.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=grid.node, run_id=grid.run.run_id, message_object_id=parcel.metadata.message_id
+            )
+        )
+
+
+class _TooLargeError(ValueError):
+    pass
+
+
+def _check_size(sizes: Iterable[int], most: int) -> None:
+    if (size := sum(sizes)) > most:
+        raise _TooLargeError(f"its answer has {size:,} bytes and more, expected at most {most:,}")
+
+
+def _put_together(parcel: _Parcel, most: int) -> dict[str, Any]:
+    """The content or the error that the parts make."""
+    whole = 0
+    for content in parcel.contents.values():
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__name__:  # it names its chunks by their places, and may name one any number of times
+            places = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            whole += sum(len(parcel.contents[children[place]]) for place in places)
+    _check_size([whole], most)
+    message = inflate_object_from_contents(parcel.metadata.message_id, parcel.contents)
+    if not isinstance(message, Message):
+        raise TypeError("it is no message")
+    if message.has_error():
+        return {"error": message.error}
+    if not isinstance(message.content, RecordDict):
+        raise TypeError("its content is no record")
+    return {"content": message.content}

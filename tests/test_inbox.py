@@ -1,0 +1,173 @@
+"""What comes in from a SuperLink that is played; a real one, with sites that are hostile: test_hostile.py."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import grpc
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app.message.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.common.typing import Run
+from flwr.proto.appio_pb2 import PullAppMessagesResponse
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+)
+from flwr.superlink.grid import GrpcGrid
+
+from fedclip_flwr import inbox
+from fedclip_flwr.exchange import write_adapter
+from fedclip_flwr.inbox import Inbox
+
+MOST = 100_000
+ASKED = "a" * 64
+
+
+class Stub:
+    """A SuperLink to which one reply has come, of which some parts may still be missing."""
+
+    def __init__(self, reply: Message) -> None:
+        self.head = message_to_proto(remove_content_from_message(reply))
+        self.head.metadata.message_id = reply.object_id
+        self.tree = get_object_tree(reply)
+        self.contents = {key: part.deflate() for key, part in get_all_nested_objects(reply).items()}
+        self.missing: set[str] = set()
+        self.pulled: list[str] = []
+        self.confirmed: list[str] = []
+        self.announced = False
+
+    def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
+        if self.announced or ASKED not in request.message_ids:
+            return PullAppMessagesResponse()
+        self.announced = True
+        return PullAppMessagesResponse(messages_list=[self.head], message_object_trees=[self.tree])
+
+    def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
+        self.pulled.append(request.object_id)
+        if request.object_id in self.missing:
+            return PullObjectResponse(object_found=True, object_available=False)
+        return PullObjectResponse(
+            object_found=True, object_available=True, object_content=self.contents[request.object_id]
+        )
+
+    def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+def answer(content: RecordDict | None = None, **metadata: Any) -> Message:
+    content = content or RecordDict({"arrays": write_adapter({"w": torch.ones(3)}), "metrics": MetricRecord({"n": 1})})
+    asked = Message(RecordDict(), 7, MessageType.TRAIN)
+    asked.metadata.__dict__.update(_message_id=ASKED, _run_id=3, _src_node_id=1)
+    reply = Message(content, reply_to=asked)
+    reply.metadata.__dict__.update({f"_{key}": value for key, value in metadata.items()})
+    return reply
+
+
+def opened(stub: Any) -> Inbox:
+    grid = GrpcGrid(token="x")
+    grid.set_run(Run.create_empty(3))
+    grid._channel, grid._grpc_stub = cast(Any, object()), stub
+    return Inbox(grid)
+
+
+def test_a_reply_comes_as_it_was_sent() -> None:
+    stub = Stub(answer())
+    (reply,) = opened(stub).take([ASKED], MOST)
+    assert reply.metadata.reply_to_message_id == ASKED
+    assert reply.metadata.src_node_id == 7
+    assert reply.content.array_records["arrays"]["w"].numpy().tolist() == [1, 1, 1]
+    assert stub.confirmed == [stub.head.metadata.message_id]
+
+
+def test_a_reply_whose_parts_are_not_all_there_is_waited_for_without_holding_up_others() -> None:
+    stub = Stub(answer())
+    box, late = opened(stub), [*stub.contents][-1]
+    stub.missing = {late}
+    assert box.take([ASKED], MOST) == []
+    assert box.take([ASKED], MOST) == []
+    stub.missing.clear()
+    (reply,) = box.take([ASKED], MOST)
+    assert not reply.has_error()
+    assert all(stub.pulled.count(part) == 1 for part in stub.contents if part != late)
+    assert box.take([ASKED], MOST) == []
+
+
+def test_a_reply_that_nobody_waits_for_any_longer_is_let_go_of() -> None:
+    stub = Stub(answer())
+    box = opened(stub)
+    stub.missing = {*stub.contents}
+    assert box.take([ASKED], MOST) == []
+    assert box.take([], MOST) == []
+    stub.missing.clear()
+    assert box.take([ASKED], MOST) == []
+
+
+def test_who_sent_it_is_what_the_superlink_says() -> None:
+    stub = Stub(answer(src_node_id=99, reply_to_message_id="b" * 64))
+    stub.head.metadata.src_node_id, stub.head.metadata.reply_to_message_id = 7, ASKED
+    (reply,) = opened(stub).take([ASKED], MOST)
+    assert (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (7, ASKED)
+
+
+def test_too_much_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = Stub(answer(RecordDict({str(n): write_adapter({"w": torch.rand(5000)}) for n in range(50)})))
+    (reply,) = opened(stub).take([ASKED], MOST)
+    assert "bytes and more, expected at most 100,000" in str(reply.error.reason)
+    assert len(stub.pulled) < len(stub.contents) / 2
+    monkeypatch.setattr(inbox, "MOST_PARTS", 3)
+    stub = Stub(answer())
+    (reply,) = opened(stub).take([ASKED], MOST)
+    assert "parts, expected at most 3" in str(reply.error.reason)
+    assert not stub.pulled
+
+
+def spoilt(way: str) -> Stub:
+    """A reply that is not what it should be, with parts that have the names of their contents."""
+    reply = answer()
+    parts = get_all_nested_objects(reply)
+    kinds = {type(part).__name__: key for key, part in parts.items()}
+    stub = Stub(reply)
+    if way in kinds:
+        stub.contents[kinds[way]] = add_header_to_object_body(b"\xff\x00garbage", parts[kinds[way]])
+    elif way == "no head":
+        stub.contents[kinds["MetricRecord"]] = b"garbage"
+    elif way == "no message":
+        record = ConfigRecord({"a": 1})
+        key = get_object_id(record.deflate())
+        stub.head.metadata.message_id, stub.tree, stub.contents = key, get_object_tree(record), {key: record.deflate()}
+    elif way == "no record":
+        wrong: Any = ArrayRecord({})
+        stub.contents[reply.object_id] = stub.contents[reply.object_id].replace(
+            reply.content.object_id.encode(), wrong.object_id.encode()
+        )
+        stub.contents[wrong.object_id] = wrong.deflate()
+        stub.tree.children[0].CopyFrom(get_object_tree(wrong))
+    return stub
+
+
+@pytest.mark.parametrize(
+    "way", ["Message", "RecordDict", "ArrayRecord", "MetricRecord", "Array", "no head", "no message", "no record"]
+)
+def test_what_can_not_be_put_together_is_an_error_of_that_site(way: str) -> None:
+    (reply,) = opened(spoilt(way)).take([ASKED], MOST)
+    assert reply.has_error()
+    assert "its answer can't be put together" in str(reply.error.reason)
+    assert "\n" not in str(reply.error.reason)
+    assert reply.metadata.src_node_id == 7
+
+
+def test_a_superlink_that_is_gone_is_not_the_sites_fault() -> None:
+    class Gone(grpc.RpcError):  # type: ignore[misc]
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNAVAILABLE
+
+    stub: Any = Stub(answer())
+    stub.PullObject = lambda request: (_ for _ in ()).throw(Gone())
+    with pytest.raises(Gone):
+        opened(stub).take([ASKED], MOST)
