@@ -39,7 +39,15 @@ class Mean:
     """
 
     LARGEST = 2.0**14
-    """Of a tensor's numbers: so large a one would not fit. Who adds them looks."""
+    """Of a tensor's numbers: so large a one would not fit."""
+
+    @classmethod
+    def check(cls, state: Mapping[str, Tensor]) -> None:
+        """Raises unless the state can be added."""
+        for name, tensor in state.items():
+            least, most = tensor.aminmax()
+            if not (least > -cls.LARGEST and most < cls.LARGEST):  # also where one is not a number
+                raise UserError(f"{name}: numbers of {cls.LARGEST:,.0f} and more can't be averaged")
 
     def __init__(self, like: Mapping[str, Tensor], most: float) -> None:
         self._like, self._unit = like, 2.0 ** (62 - 14 - 12 * math.ceil(math.log2(max(most, 2.0)) / 12))
@@ -122,10 +130,7 @@ class Lengths:
 
     def measure(self, site: str, state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> int:
         """Takes note of the site's update; the number of the sum that it goes to."""
-        for name in base:
-            least, most = state[name].aminmax()
-            if not (least > -Mean.LARGEST and most < Mean.LARGEST):  # also where one is not a number
-                raise UserError(f"{name}: numbers of {Mean.LARGEST:,.0f} and more can't be averaged")
+        Mean.check(state)
         length = length_of(state, base) if self._limit else 0.0
         if not length:  # who moves nowhere says nothing of how far one goes
             return self.UNMEASURED
@@ -204,6 +209,10 @@ def _scaled(updates: Mapping[str, tuple[int, State]], shares: Mapping[int, float
 
 def gather_of(settings: Settings) -> Gather:
     """How the settings have updates come together."""
+    if settings.dp == "central":
+        from fedclip_flwr.privacy import Noised, norm_of  # which makes use of this room
+
+        return partial(Noised, norm=norm_of(settings), noise_multiplier=settings.noise_multiplier)
     limit = settings.max_update_norm if settings.method == "adapter" else 0.0  # a sum of whole models is large
     if settings.strategy in ROBUST:
         from fedclip_flwr.robust import rule_of  # not for all: it brings Flower

@@ -91,6 +91,17 @@ class Settings:
         "with site-weights = examples, a site counts for at most so many times the median; 0 for no limit",
         least=0.0,
     )
+    dp: str = _setting(
+        "off",
+        "differential privacy of sites: noise that the server adds to their mean, or each site to what it sends",
+        choices=("off", "central", "local"),
+    )
+    noise_multiplier: float = _setting(1.0, "of dp: the noise's standard deviation in clipping norms", above=0.0)
+    clipping_norm: float = _setting(
+        0.0, "of dp: the length to which updates are cut; 0 is the own of the adapter", least=0.0
+    )
+    delta: float = _setting(1e-5, "of dp: the δ for which ε is told", above=0.0, most=0.5)
+    secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     early_stop: int = _setting(0, "rounds without a gain after which the run ends; 0 for never", least=0)
@@ -129,8 +140,22 @@ class Settings:
             problems["site-weights"] = (
                 f"site-weights = 'examples': with strategy = {settings.strategy!r} sites count the same"
             )
+        if settings.dp == "central" and settings.strategy in ROBUST:
+            problems["dp"] = (
+                f"dp = 'central': its noise is for a mean, which strategy = {settings.strategy!r} does not make; "
+                "take dp = 'local', or another strategy"
+            )
+        if settings.secure_aggregation:
+            for key, why in {
+                "strategy": "the server can't compare updates that it does not see" * (settings.strategy in ROBUST),
+                "codec": "masked numbers are as large as any" * (settings.codec != "float32"),
+                "site-weights": "sites count the same" * (settings.site_weights != "equal"),
+            }.items():
+                if why:
+                    problems[key] = f"{key} = {values[key]!r} with secure-aggregation = true: {why}"
         if settings.method == "full-model":
-            for key, plain in {"blend": 1.0, "personalize": False}.items():
+            plain_ones = {"blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
+            for key, plain in plain_ones.items():
                 if key in values and values[key] != plain:
                     problems[key] = (
                         f"{key} = {values[key]!r}: it is for adapters; leave it out with method = 'full-model'"

@@ -93,7 +93,7 @@ class Recipe:
     identity: bool  # whether adapters start as the exact identity
     prompt: str
     first_choice: int = 0  # the first round that may be selected
-    outliers: bool = False  # whether selection by validation hears those sites that differ most from the others
+    most_gain: float = 0.05  # of accuracy at a site, that counts when rounds are compared
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -130,7 +130,7 @@ RECIPES = {
         identity=False,
         prompt="a picture of a {}",
         first_choice=1,
-        outliers=True,
+        most_gain=1.0,
         smallest_batch=2,
     ),
 }
@@ -256,7 +256,7 @@ def personalize(
 
 def better(later: Mapping[str, Score], best: Mapping[str, Score], recipe: Recipe) -> bool:
     """Whether what did so at validation later is to be preferred, at the sites that tried both: sites come and go."""
-    if (found := gain(later, best, recipe.outliers)) is not None:
+    if (found := gain(later, best, recipe.most_gain)) is not None:
         return found > 1e-12  # less comes of rounding
     known = [any(score.examples for score in scores.values()) for scores in (later, best)]
     return known[0] or not known[1]  # there is no telling: what the present sites have tried, if they could

@@ -120,16 +120,13 @@ def mean_of(values: Iterable[float]) -> float | None:
     return math.fsum(known) / len(known) if known else None  # in whatever order they come
 
 
-def gain(later: Mapping[str, Score], before: Mapping[str, Score], outliers: bool = False) -> float | None:
-    """By how much accuracy is better later, as the mean over the sites that have examples both times.
+def gain(later: Mapping[str, Score], before: Mapping[str, Score], most: float = 1.0) -> float | None:
+    """By how much accuracy is better later: the mean over the sites that have examples both times.
 
-    Unless `outliers` count, the fifth of the sites with the least gain and the fifth with the most are not heard (of
-    three sites, one each): what single ones claim then decides nothing.
+    Each site's own gain or loss counts for at most so much: what single ones claim then decides little.
     """
-    gains = sorted(
-        new - old
-        for site in later.keys() & before.keys()
+    return mean_of(
+        max(-most, min(most, new - old))
+        for site in sorted(later.keys() & before.keys())
         if (new := later[site].accuracy) is not None and (old := before[site].accuracy) is not None
     )
-    cut = 0 if outliers else min(-(-len(gains) // 5), max(len(gains) - 1, 0) // 2)
-    return mean_of(gains[cut : len(gains) - cut])
