@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
-from fedclip_flwr import content, encoding, exchange
+from fedclip_flwr import content, encoding, exchange, privacy
 from fedclip_flwr.adapters import Adapter, tensor_names
 from fedclip_flwr.codecs import CODECS
 from fedclip_flwr.errors import UserError
@@ -99,8 +99,10 @@ def learn(message: Message, context: Context) -> Message:
     shelf = Shelf(desk.session.key, desk.settings.codec)
     learner = received(task, desk, shelf)
     report = report_on(learner, desk, context)
+    before = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()}
     learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
     trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
+    trained = privacy.at_site(trained, before, desk.settings)
     sent = shelf.pack(trained, desk.site.name, task.round, desk.settings.seed)
     return Message(exchange.write_answer(report, sent), reply_to=message)
 

@@ -87,7 +87,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         if before:
             other = ", with another version of this package" if folder.with_other_package else ""
             console.say(f"going on after round {before.standing.round}{other}\n")
-        console.say(console.heading())
+        console.say(console.heading(settings))
 
         resumed = [*before.resumed, before.standing.round] if before else []
 
@@ -112,7 +112,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         standing = before.standing if before else None
         try:
             outcome = federate(nodes, strategy, settings, start, quality_unseen, watch, standing)
-            summary = summary_of(outcome, nodes, holdout, features, seconds(), resumed)
+            summary = summary_of(outcome, nodes, holdout, features, settings, seconds(), resumed)
             folder.finish(summary)
         except UserError as error:
             console.say("\n".join(console.left_out(nodes.failures)))

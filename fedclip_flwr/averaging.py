@@ -210,9 +210,9 @@ def _scaled(updates: Mapping[str, tuple[int, State]], shares: Mapping[int, float
 def gather_of(settings: Settings) -> Gather:
     """How the settings have updates come together."""
     if settings.dp == "central":
-        from fedclip_flwr.privacy import Noised, norm_of  # which makes use of this room
+        from fedclip_flwr.privacy import Noised  # which makes use of this room
 
-        return partial(Noised, norm=norm_of(settings), noise_multiplier=settings.noise_multiplier)
+        return partial(Noised, norm=settings.clipping_norm, noise_multiplier=settings.noise_multiplier)
     limit = settings.max_update_norm if settings.method == "adapter" else 0.0  # a sum of whole models is large
     if settings.strategy in ROBUST:
         from fedclip_flwr.robust import rule_of  # not for all: it brings Flower

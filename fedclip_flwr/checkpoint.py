@@ -97,6 +97,7 @@ def _of_line(line: Line) -> dict[str, Any]:
         "round": line.round,
         "bytes": line.bytes,
         "seconds": line.seconds,
+        "epsilon": line.epsilon,
         "unseen": _figures(Report(0, NO_SCORE, line.unseen)) if line.unseen else None,
         "reports": {site: _figures(report) for site, report in line.reports.items()},
         "holdouts": {site: _figures(report) for site, report in line.holdouts.items()},
@@ -106,7 +107,7 @@ def _of_line(line: Line) -> dict[str, Any]:
 def _line(facts: dict[str, Any]) -> Line:
     unseen: Quality | None = _report(facts["unseen"]).test if facts["unseen"] else None
     reports, holdouts = ({site: _report(of) for site, of in facts[part].items()} for part in ("reports", "holdouts"))
-    return Line(facts["round"], reports, unseen, facts["bytes"], facts["seconds"], holdouts)
+    return Line(facts["round"], reports, unseen, facts["bytes"], facts["seconds"], holdouts, facts["epsilon"])
 
 
 def _figures(report: Report) -> dict[str, Any]:

@@ -97,9 +97,7 @@ class Settings:
         choices=("off", "central", "local"),
     )
     noise_multiplier: float = _setting(1.0, "of dp: the noise's standard deviation in clipping norms", above=0.0)
-    clipping_norm: float = _setting(
-        0.0, "of dp: the length to which updates are cut; 0 is the own of the adapter", least=0.0
-    )
+    clipping_norm: float = _setting(0.5, "of dp: the length to which updates are cut", above=0.0)
     delta: float = _setting(1e-5, "of dp: the δ for which ε is told", above=0.0, most=0.5)
     secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))

@@ -22,6 +22,9 @@ from fedclip_flwr.vocabulary import Vocabulary
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
 
 
+UNCOVERED = "not covered: numbers of images, and accuracies and losses, by which the round is selected"
+
+
 def say(text: str) -> None:
     """To the user, at once."""
     print(text, flush=True)
@@ -55,6 +58,7 @@ def plan(
         ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
         ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
+        *_privacy(settings),
         ("features", str(content.home() / "features")),
         ("run folder", str(folder)),
     ]
@@ -68,6 +72,20 @@ def plan(
     rows = [(h.site, _domain(h), f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
     table = _table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
+
+
+def _privacy(settings: Settings) -> list[tuple[str, str]]:
+    """What keeps sites from being known by their updates."""
+    facts = []
+    if settings.dp != "off":
+        who, to = ("the server", "their sum") if settings.dp == "central" else ("each site", "what it sends")
+        cut, noise = f"updates are cut to {settings.clipping_norm:g}", f"noise of {settings.noise_multiplier:g} times"
+        facts.append(f"{settings.dp}: {cut}; {noise} that is added to {to} by {who}; ε is for δ = {settings.delta:g}")
+    if settings.secure_aggregation:
+        facts.append("secure aggregation: the server sees only the sum of the updates")
+    if settings.dp != "off" or settings.secure_aggregation:
+        facts.append(UNCOVERED)
+    return [("" if number else "privacy", fact) for number, fact in enumerate(facts)]
 
 
 def _held_out(features: Features, holdout: str | None, hellos: Collection[Hello]) -> str:
@@ -105,9 +123,9 @@ def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> 
     return f"learning rate {rates[0]:.3g}" + (f" to {rates[-1]:.3g}, by size of the site" if rates[1:] else "")
 
 
-def heading() -> str:
+def heading(settings: Settings) -> str:
     """Above the lines of the rounds: accuracies in per cent."""
-    return "  ".join(f"{name:>8}" for name in HEADINGS)
+    return "  ".join(f"{name:>8}" for name in (*HEADINGS, *(["ε"] if settings.dp != "off" else [])))
 
 
 def line(line: Line, start: str = "zero-shot") -> str:
@@ -121,6 +139,7 @@ def line(line: Line, start: str = "zero-shot") -> str:
         str(len(line.reports)),
         bytes_of(line.bytes),
         f"{line.seconds:.1f}",
+        *([] if line.epsilon is None else [f"{line.epsilon:.2f}"]),
     ]
     return "  ".join(f"{cell:>8}" for cell in cells) + (f"  {start}" if line.round == 0 else "")
 
@@ -166,6 +185,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         ),
         f"Round {adapted['round']} of {summary['rounds']} {how}{blend}; tests are on images set apart before training.",
         _cost(traffic, settings),
+        *_spent(summary),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
         *left_out([Failure(**facts) for facts in summary["failures"]]),
@@ -201,6 +221,15 @@ def _weakest(adapted: dict[str, Any], unseen: str, most: int = 3) -> list[str]:
 def _prompt(vocabulary: Vocabulary) -> str:
     first, *more = vocabulary.templates
     return f"prompt {first!r}" + (f" and {len(more)} more, averaged" if more else "")
+
+
+def _spent(summary: dict[str, Any]) -> list[str]:
+    """What a site's privacy has come to."""
+    if not (private := summary["privacy"]):
+        return []
+    trusted = "anyone but the server" if private["dp"] == "central" else "anyone, the server too"
+    spent = f"{private['epsilon']:.2f} at δ = {private['delta']:g}"
+    return [f"Privacy of a site as a whole, before {trusted}: ε = {spent}; {UNCOVERED}."]
 
 
 def left_out(failures: Iterable[Failure]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import NoReturn, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-from fedclip_flwr import exchange
+from fedclip_flwr import exchange, privacy
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
@@ -42,7 +42,7 @@ class Line:
     """The adapter after so many rounds, and what the round that made it took.
 
     `reports` are of the sites that train, `holdouts` of those that only evaluate; `unseen` is how it does on the
-    held-out domain that the server itself has.
+    held-out domain that the server itself has. `epsilon` is what the sites' privacy has been spent for it.
     """
 
     round: int
@@ -51,6 +51,7 @@ class Line:
     bytes: int
     seconds: float
     holdouts: Mapping[str, Report] = field(default_factory=dict)
+    epsilon: float | None = None
 
     @property
     def seen(self) -> float | None:
@@ -105,6 +106,7 @@ class Standing:
     best: Line | None = None
     bytes: int = 0
     seconds: float = 0.0
+    epsilon: float | None = None
     questions: int = 0
     question_bytes: int = 0
 
@@ -124,6 +126,7 @@ class Outcome:
     personal: Mapping[str, Report]
     state: State
     site_round_bytes: float  # the mean over sites and rounds
+    epsilon: float | None
 
 
 def federate(
@@ -141,6 +144,7 @@ def federate(
     """
     at = standing or Standing(0, start, start)
     share = settings.trained_blend
+    at.epsilon = privacy.spent(settings, nodes.trained.values())
     if at.best:  # what was selected after that round, which was not completed, may be in its place
         watcher.selected(at.best.round, at.best_state, share)
     recipe = RECIPES[settings.recipe]
@@ -160,7 +164,9 @@ def federate(
 
     def add(reports: Mapping[str, Report]) -> tuple[Line, Line]:
         """The line of the latest adapter, and whether it is the best so far; that of round 0, and the best."""
-        line = with_reports(Line(at.round, {}, unseen(at.state, share), at.bytes, at.seconds), reports)
+        line = with_reports(
+            Line(at.round, {}, unseen(at.state, share), at.bytes, at.seconds, epsilon=at.epsilon), reports
+        )
         watcher.line(line)
         at.zero = at.zero or line
         if (
@@ -180,6 +186,7 @@ def federate(
             *messages_of(strategy.configure_evaluate, number, at.state, others, nodes.config()),
         ]
         at.questions += len(messages)
+        nodes.trains(training)
         evaluations: list[Message] = []
         averaged, _ = strategy.aggregate_train(number, trained(nodes.ask(number, messages, at.state), evaluations))
         reports = nodes.sort_out(number, strategy)
@@ -210,6 +217,7 @@ def federate(
         add({**reports, **others})
         at.state = nodes.link.step(exchange.read_adapter(averaged, at.state), number)
         at.round, at.bytes, at.seconds = number, spent, time.monotonic() - begun
+        at.epsilon = privacy.spent(settings, nodes.trained.values())
         watcher.complete(at)
 
     def evaluated(
@@ -245,7 +253,7 @@ def federate(
     alone = nodes.good(without=nodes.by_role.holdouts)
     personal = evaluated(adapted.round, at.best_state, alone, True, told) if settings.personalize else {}
     per_question = at.question_bytes / max(at.questions, 1)
-    return Outcome(at.round, zero_shot, adapted, share, personal, at.best_state, per_question)
+    return Outcome(at.round, zero_shot, adapted, share, personal, at.best_state, per_question, at.epsilon)
 
 
 def trained(replies: Iterable[Message], others: list[Message]) -> Iterator[Message]:

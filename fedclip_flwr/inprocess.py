@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from fedclip_flwr.learning import (
     seed_of,
 )
 from fedclip_flwr.metrics import Score, mean_accuracy
+from fedclip_flwr.privacy import at_site
 from fedclip_flwr.sites import Site, drawn_by_lot, learn, new_adapter, simulated_site
 
 
@@ -74,6 +75,16 @@ def make_sites(
     return sorted(made, key=lambda site: site.name), features.examples(unseen).ready(device) if unseen else None
 
 
+class Hostile(Protocol):
+    """Sites that do not do what they should."""
+
+    def sends(self, number: int, site: str, state: State, received: State) -> State:
+        """What the site sends in a round in which it should have sent this state."""
+
+    def claims(self, site: str, score: Score) -> Score:
+        """What the site says of its validation images, of which this is true."""
+
+
 def federate(
     sites: Sequence[Site],
     classes: Classes,
@@ -83,6 +94,7 @@ def federate(
     start: Learner | None = None,
     all_lines: bool = True,
     each_round: Callable[[], object] = lambda: None,
+    hostile: Hostile | None = None,
 ) -> Result:
     """Runs the rounds; sites train one after the other, in the order of their names.
 
@@ -100,7 +112,8 @@ def federate(
         return mean_accuracy(evaluate(shared, part, classes) for part in parts)
 
     def validate() -> dict[str, Score]:
-        return {site.name: evaluate(shared, site.validation, classes) for site in sites}
+        scores = {site.name: evaluate(shared, site.validation, classes) for site in sites}
+        return {site: hostile.claims(site, score) for site, score in scores.items()} if hostile else scores
 
     def line(number: int, validated: Mapping[str, Score]) -> Line:
         return Line(
@@ -147,7 +160,11 @@ def federate(
         for name in drawn:
             own = copy.deepcopy(shared)
             learn(own, able[name], classes, settings, number + 1)
-            gathering.add(name, carried(own.state_dict(), before, number + 1, "up", name), weights[name])
+            state = dict(own.state_dict())
+            state = at_site(state, before, settings)
+            if hostile:
+                state = hostile.sends(number + 1, name, state, before)
+            gathering.add(name, carried(state, before, number + 1, "up", name), weights[name])
         averaged = gathering.close().state
         assert averaged is not None  # there is someone who learns
         averaged = optimizer.step(number + 1, before, averaged) if optimizer else averaged

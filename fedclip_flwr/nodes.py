@@ -94,6 +94,8 @@ class Nodes:
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
         self.scaled: Counter[str] = Counter()
+        self.trained: Counter[str] = Counter()
+        """How often each site was asked to train, whether or not something came of it."""
         self.traffic = Traffic()
         self._grid, self._package, self._inbox = grid, package, Inbox(grid)
         self._most = 2**20 + 2 * sum(tensor.nbytes for tensor in link.state.values())
@@ -122,6 +124,7 @@ class Nodes:
             "failures": list(map(list, self.failures)),
             "last_failed": sorted(self._last_failed),
             "scaled": dict(self.scaled),
+            "trained": dict(self.trained),
             "down": self.traffic.down,
             "up": self.traffic.up,
         }
@@ -142,6 +145,7 @@ class Nodes:
         self.failures[:0] = [Failure(*facts) for facts in record["failures"]]
         self._last_failed |= {*record["last_failed"]}
         self.scaled.update(record["scaled"])
+        self.trained.update(record["trained"])
         self.traffic.down += record["down"]
         self.traffic.up += record["up"]
 
@@ -275,6 +279,10 @@ class Nodes:
         sites = self._connected()
         names = drawn_by_lot((name for name in sites if self.hellos[name].train), share, seed, number, least)
         return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
+
+    def trains(self, nodes: Iterable[int]) -> None:
+        """Takes note that these are asked to train."""
+        self.trained.update(self.names[node] for node in nodes)
 
     def good(self, without: Iterable[str] = ()) -> list[int]:
         """Node ids of the connected sites whose last answer could be used."""

@@ -26,14 +26,6 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 
-NORMS = {"attention": 0.3, "gate": 0.1, "scale": 0.1}
-"""Clipping norms."""
-
-
-def norm_of(settings: Settings) -> float:
-    """To what length updates are cut."""
-    return settings.clipping_norm or NORMS[settings.adapter]
-
 
 def noise(like: Mapping[str, Tensor], deviation: float) -> State:
     """Normally distributed numbers from the operating system's entropy.
@@ -70,7 +62,7 @@ def at_site(state: State, base: Mapping[str, Tensor], settings: Settings) -> Sta
     """What a site sends of the state that it has made of the base."""
     if settings.dp != "local":
         return state
-    norm = norm_of(settings)
+    norm = settings.clipping_norm
     return noised(clipped(state, base, norm), settings.noise_multiplier * norm)
 
 
@@ -93,12 +85,6 @@ class Noised:
 
     def close(self) -> Gathered:
         return Gathered(noised(self._mean.value, self.deviation) if self._mean.weight else None, {})
-
-
-def require(settings: Settings) -> None:
-    """Raises unless what is spent can be told."""
-    if settings.dp != "off":
-        _accountant()
 
 
 def spent(settings: Settings, rounds: Iterable[int]) -> float | None:

@@ -116,6 +116,7 @@ class RunFolder:
             "sites": len(line.reports),
             "bytes": line.bytes,
             "seconds": line.seconds,
+            **({} if line.epsilon is None else {"epsilon": line.epsilon}),
         }
         self._lines.append(json.dumps(facts) + "\n")
         self._write_lines()
@@ -280,6 +281,7 @@ def summary_of(
     nodes: Nodes,
     holdout: str | None,
     features: Features,
+    settings: Settings,
     seconds: dict[str, float],
     resumed: list[int],
 ) -> dict[str, Any]:
@@ -304,6 +306,9 @@ def summary_of(
             "full_model_bytes": whole,
             "times_less": None if whole is None else whole / per_round,
         },
+        "privacy": None
+        if outcome.epsilon is None
+        else {"dp": settings.dp, "epsilon": outcome.epsilon, "delta": settings.delta},
         "seconds": seconds,
         "rounds": outcome.rounds,
         "resumed": resumed,

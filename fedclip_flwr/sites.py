@@ -22,7 +22,10 @@ from fedclip_flwr.features import Features, Pixels, open_features
 from fedclip_flwr.learning import RECIPES, Classes, Examples, Learner, personalize, seed_of, split, train
 from fedclip_flwr.session import HOLDOUT, ROLES, TRAIN, Session
 
-OWN = ("data", "model", "device", "precision", "image-column", "label-column", "domain-column")
+OWN = (
+    *("data", "model", "device", "precision", "image-column", "label-column", "domain-column"),
+    *("dp", "noise-multiplier", "clipping-norm", "secure-aggregation"),
+)
 """The settings that a site's owner may give in its node config."""
 
 
