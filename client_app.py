@@ -18,13 +18,14 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
-from fedclip_flwr import content, encoding, exchange, privacy
+from fedclip_flwr import content, encoding, exchange, privacy, secure
 from fedclip_flwr.adapters import Adapter, tensor_names
 from fedclip_flwr.codecs import CODECS
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine
 from fedclip_flwr.link import Shelf, forget
+from fedclip_flwr.masking import MaskingError
 from fedclip_flwr.saved import save_adapter
 from fedclip_flwr.session import recall
 from fedclip_flwr.sites import Desk, learn_alone, open_desk
@@ -48,12 +49,15 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     """Lets nothing out but what may leave a site; what goes wrong is answered as an error of one line."""
     try:
         reply = answer(message, context)
-        exchange.check_outgoing(reply.content, travelling(message, context), shares_classes(context))
+        if (step := message.metadata.message_type.removeprefix("query.")) in secure.ANSWERS:
+            exchange.check_leaving(reply.content, {step: secure.ANSWERS[step]})
+        else:
+            exchange.check_outgoing(reply.content, travelling(message, context), shares_classes(context))
         return reply
     except LacksError as error:
         return Message(Error(LACKS, str(error)), reply_to=message)
     except Exception as error:
-        expected = isinstance(error, UserError | ExchangeError)
+        expected = isinstance(error, UserError | ExchangeError | MaskingError)
         why = exchange.one_line(error if expected else f"{type(error).__name__}: {error}")
         if message.metadata.message_type == MessageType.QUERY and (name := context.node_config.get("site")):
             why = exchange.one_line(f"{name}: {why}")  # the server knows its number only
@@ -103,8 +107,29 @@ def learn(message: Message, context: Context) -> Message:
     learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
     trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
     trained = privacy.at_site(trained, before, desk.settings)
-    sent = shelf.pack(trained, desk.site.name, task.round, desk.settings.seed)
+    if masks(context):
+        sent = secure.masked(message.content, context.state.config_records, trained, before)
+    else:
+        sent = shelf.pack(trained, desk.site.name, task.round, desk.settings.seed)
     return Message(exchange.write_answer(report, sent), reply_to=message)
+
+
+@app.query("keys")
+def begin_masking(message: Message, context: Context) -> Message:
+    """With secure aggregation, before each round: this site's public keys."""
+    return Message(secure.keys(message.content, context.state.config_records), reply_to=message)
+
+
+@app.query("shares")
+def share(message: Message, context: Context) -> Message:
+    """Pieces of this site's secrets, for others only."""
+    return Message(secure.shares(message.content, context.state.config_records), reply_to=message)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Pieces of others' secrets, with which the masks can be taken from the sum."""
+    return Message(secure.unmask(message.content, context.state.config_records), reply_to=message)
 
 
 @app.evaluate()
@@ -155,8 +180,16 @@ def shares_classes(context: Context) -> bool:
     return context.node_config.get("share-class-counts") is True
 
 
+def masks(context: Context) -> bool:
+    """Whether this site gives its updates masked only: by the run's settings, or its owner's."""
+    run, node = context.run_config, context.node_config
+    return node.get("secure-aggregation", run.get("secure-aggregation")) is True
+
+
 def travelling(message: Message, context: Context) -> Collection[str]:
     """The names of the tensors that may go back: an adapter's, or those of the whole model; packed, the codec's."""
+    if masks(context):
+        return [secure.MASKED]
     codec, method, adapter = (str(context.run_config.get(key, "")) for key in ("codec", "method", "adapter"))
     if codec in CODECS:
         return [codec]

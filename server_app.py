@@ -78,9 +78,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
                 raise UserError(f"resume = {settings.resume!r}: that run's model or classes were others")
             link.go_on(before.standing.state, before.left)
             strategy.memory = before.strategy
-            nodes.go_on(before.nodes, settings.min_sites)
+            nodes.go_on(before.nodes, settings.least_sites)
         else:
-            nodes.wait_for(settings.min_sites)
+            nodes.wait_for(settings.least_sites)
         met = time.monotonic()
         folder.go_on(nodes.failures, len(list(grid.get_node_ids())))
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))

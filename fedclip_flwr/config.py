@@ -166,6 +166,11 @@ class Settings:
         return self.proximal_mu if self.strategy == "fedprox" else 0.0
 
     @property
+    def least_sites(self) -> int:
+        """Answers that a round needs to count: of a sum of two, each knows the other's part."""
+        return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
+
+    @property
     def trained_blend(self) -> float:
         """The share of the adapted feature while adapters are trained."""
         return self.blend if isinstance(self.blend, float) else 1.0

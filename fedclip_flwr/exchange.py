@@ -3,6 +3,7 @@
 What may leave a site is told by `may_leave`, and nothing else: `check_outgoing` looks at every reply before it goes.
 
     QUERY     what the run is about  →  who the site is and how much it holds; or how far it has come with encoding
+              (with secure aggregation three more, see `secure.py`)
     TRAIN     an adapter             →  that adapter's scores at the site, and the adapter trained on
     EVALUATE  an adapter             →  its scores; or, if so asked, those of the site's own made from it
 
@@ -108,7 +109,11 @@ def may_leave(adapter: Iterable[str], by_class: bool) -> dict[str, frozenset[str
 
 def check_outgoing(content: RecordDict, adapter: Iterable[str], by_class: bool) -> None:
     """Raises unless all of the content may leave the site."""
-    allowed = may_leave(adapter, by_class)
+    check_leaving(content, may_leave(adapter, by_class))
+
+
+def check_leaving(content: RecordDict, allowed: Mapping[str, frozenset[str]]) -> None:
+    """Raises unless all of the content is among these records, with no more in them."""
     for name, record in content.items():
         if name not in allowed or not set(record) <= allowed[name]:
             raise ExchangeError(f"{name} with {_names(record)} in it must not leave this site")

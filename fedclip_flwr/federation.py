@@ -27,8 +27,10 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report
 from fedclip_flwr.learning import BLENDS, RECIPES, better
+from fedclip_flwr.masking import MaskingError
 from fedclip_flwr.metrics import Quality, Score, mean_accuracy, mean_of
 from fedclip_flwr.nodes import Nodes
+from fedclip_flwr.secure import SecureSum
 from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 
@@ -180,15 +182,27 @@ def federate(
 
     def attempt(number: int) -> tuple[ArrayRecord | None, Mapping[str, Report], Mapping[str, Report]]:
         """The mean of what the sites have trained, the reports that came with it, and those of the other sites."""
-        training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.min_sites)
-        messages = [
-            *messages_of(strategy.configure_train, number, at.state, training, nodes.config()),
-            *messages_of(strategy.configure_evaluate, number, at.state, others, nodes.config()),
-        ]
-        at.questions += len(messages)
+        training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.least_sites)
         nodes.trains(training)
-        evaluations: list[Message] = []
-        averaged, _ = strategy.aggregate_train(number, trained(nodes.ask(number, messages, at.state), evaluations))
+        masks = SecureSum(nodes, number, at.state, training) if settings.secure_aggregation else None
+        try:
+            training = masks.prepare() if masks else training
+            messages = messages_of(strategy.configure_train, number, at.state, training, nodes.config())
+            asked = [masks.address(message) if masks else message for message in messages]
+            asked += messages_of(strategy.configure_evaluate, number, at.state, others, nodes.config())
+            at.questions += len(asked)
+            evaluations: list[Message] = []
+            replies = trained(nodes.ask(number, asked, at.state), evaluations)
+            if masks:
+                mean = masks.mean(strategy, replies)
+                averaged: ArrayRecord | None = strategy.step(
+                    number, privacy.of_sum(mean, len(strategy.reports), settings)
+                )
+            else:
+                averaged, _ = strategy.aggregate_train(number, replies)
+        except MaskingError as error:
+            nodes.say(f"round {number}: no sum can be made: {error}")
+            return None, {}, {}
         reports = nodes.sort_out(number, strategy)
         strategy.aggregate_evaluate(number, evaluations)
         return averaged, reports, nodes.sort_out(number, strategy)
@@ -200,16 +214,15 @@ def federate(
         before, begun, memory = nodes.traffic.both, time.monotonic(), strategy.memory
         for tried in range(1, ATTEMPTS + 1):
             averaged, reports, others = attempt(number)
-            if len(reports) >= settings.min_sites:
+            if len(reports) >= settings.least_sites:
                 break
-            few = (
-                f"round {number}: answers that can be used: {len(reports)}, min-sites = {settings.min_sites} are needed"
-            )
+            needed = f"min-sites = {settings.least_sites} are needed"
+            few = f"round {number}: answers that can be used: {len(reports)}, {needed}"
             if tried == ATTEMPTS:
                 raise UserError(f"{few}; it was tried {ATTEMPTS} times")
             nodes.say(f"{few}; the round is repeated")
             strategy.memory = memory
-            nodes.wait_for(settings.min_sites, number)
+            nodes.wait_for(settings.least_sites, number)
         if averaged is None:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
         spent = nodes.traffic.both - before

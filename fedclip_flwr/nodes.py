@@ -89,7 +89,7 @@ class Nodes:
         say: Callable[[str], None],
     ) -> None:
         self._greeting = RecordDict({"config": exchange.write_greeting(session)})
-        self._key, self._classes = session.key, len(session.vocabulary.class_names)
+        self.key, self._classes = session.key, len(session.vocabulary.class_names)
         self.hellos: dict[str, Hello] = {}
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
@@ -220,7 +220,7 @@ class Nodes:
 
     def _refuse(self, number: int, node: int, site: str, why: str) -> None:
         self._refused[node] = time.monotonic()
-        self._fail(number, site, why)
+        self.fails(number, site, why)
 
     def _forgive(self) -> None:
         """Lets those be greeted again that were refused a while ago; simulated sites are mended by nobody."""
@@ -299,7 +299,7 @@ class Nodes:
 
     def config(self, personal: bool = False, blend: float | None = None) -> ConfigRecord:
         """What goes with an adapter; a new one each time, for messages under way must not change."""
-        return exchange.write_task(self._key, personal, blend)
+        return exchange.write_task(self.key, personal, blend)
 
     def examples(self, site: str) -> int:
         """How many the site trains on, as it said when it was met."""
@@ -323,7 +323,7 @@ class Nodes:
             sent = self._push(next_ones)
             under_way |= sent
             for node in {message.metadata.dst_node_id for message in next_ones} - set(sent.values()):
-                self._fail(number, self.names[node], "it could not be reached")
+                self.fails(number, self.names[node], "it could not be reached")
             for node, reply in self._pull(under_way):
                 wait.something_came()
                 if reply.has_error() and reply.error.code == exchange.LACKS and node in whole:
@@ -331,7 +331,7 @@ class Nodes:
                     content, kind = whole.pop(node)
                     waiting.append(Message(content, node, kind))
                 elif why := self._useless(node, reply, state):
-                    self._fail(number, self.names[node], why)
+                    self.fails(number, self.names[node], why)
                 else:
                     yield reply
             if wait.worth_telling():
@@ -339,7 +339,7 @@ class Nodes:
             if under_way:
                 wait.a_moment(len(under_way))
         for node in [*under_way.values(), *(message.metadata.dst_node_id for message in waiting)]:
-            self._fail(number, self.names[node], f"no answer within {self._timeout:g} s")
+            self.fails(number, self.names[node], f"no answer within {self._timeout:g} s")
 
     def _useless(self, node: int, reply: Message, state: State) -> str | None:
         """Why the reply can't be used; else the adapter in it is made whole."""
@@ -356,7 +356,7 @@ class Nodes:
     def sort_out(self, number: int, strategy: AdapterFedAvg) -> Mapping[str, Report]:
         """What the strategy took from a round's replies; the sites whose replies it dropped fail."""
         for site, why in sorted(strategy.dropped.items()):
-            self._fail(number, site, why)
+            self.fails(number, site, why)
         for site in strategy.scaled:
             if site not in self.scaled:
                 self.say(
@@ -366,7 +366,7 @@ class Nodes:
         self._last_failed -= strategy.reports.keys()
         return strategy.reports
 
-    def _fail(self, number: int, site: str, why: str) -> None:
+    def fails(self, number: int, site: str, why: str) -> None:
         if not any((f.site, f.why) == (site, why) for f in self.failures):
             self.say(f"round {number}: {site} is left out: {why}")
         self.failures.append(Failure(number, site, why))

@@ -60,10 +60,18 @@ def noised(state: Mapping[str, Tensor], deviation: float) -> State:
 
 def at_site(state: State, base: Mapping[str, Tensor], settings: Settings) -> State:
     """What a site sends of the state that it has made of the base."""
-    if settings.dp != "local":
-        return state
     norm = settings.clipping_norm
-    return noised(clipped(state, base, norm), settings.noise_multiplier * norm)
+    if settings.dp == "local":
+        return noised(clipped(state, base, norm), settings.noise_multiplier * norm)
+    if settings.dp == "central" and settings.secure_aggregation:  # the server can't cut what it does not see
+        return clipped(state, base, norm)
+    return state
+
+
+def of_sum(mean: State, sites: int, settings: Settings) -> State:
+    """The mean of so many sites' updates, which they have cut themselves, with the server's noise."""
+    deviation = settings.noise_multiplier * settings.clipping_norm / sites
+    return noised(mean, deviation) if settings.dp == "central" else mean
 
 
 class Noised:

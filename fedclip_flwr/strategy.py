@@ -125,26 +125,29 @@ class AdapterFedAvg(FedAvg):
             if report.examples:
                 gathering.add(site, state, weights[site])
 
-        self._screen(replies, self.like, take)
+        self.screen(replies, self.like, take)
         made, left_out, self.scaled = gathering.close()
         self.dropped |= left_out
         self.reports = {site: report for site, report in self.reports.items() if site not in left_out}
-        if made is None:
-            return None, None
-        return write_adapter(self._optimizer.step(server_round, self._sent, made) if self._optimizer else made), None
+        return (None if made is None else self.step(server_round, made)), None
+
+    def step(self, server_round: int, made: State) -> ArrayRecord:
+        """The next adapter, where the sites have come to this."""
+        return write_adapter(self._optimizer.step(server_round, self._sent, made) if self._optimizer else made)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Only sorts the replies: see `reports`."""
         self.scaled = ()
-        self._screen(replies, None, lambda *_: None)
+        self.screen(replies, None, lambda *_: None)
         return None
 
-    def _screen(
+    def screen(
         self,
         replies: Iterable[Message],
         like: Mapping[str, Tensor] | None,
         take: Callable[[str, Report, State], None],
     ) -> None:
+        """Sorts the replies: those with tensors as `like` are taken, unless that raises. See `reports`, `dropped`."""
         self.reports, self.dropped = {}, {}
         for reply in replies:
             node = reply.metadata.src_node_id

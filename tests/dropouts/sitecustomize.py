@@ -1,0 +1,82 @@
+"""In round n, two members drop out in step n of secure aggregation; and what there is to see is written down.
+
+Python imports this by itself in every process that has this folder on its path. Where `DROPOUTS` names a folder, sites
+write their updates and secrets to `true` there, and the server what it receives to `seen`, and what it makes of it to
+`made`; see tests/test_secure.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PLACE = Path(os.environ.get("DROPOUTS", ""))
+STEPS = ("keys", "shares", "masked", "unmask")
+GONE = ("000003", "000007")
+
+
+def write(folder: str, name: str, data: bytes) -> None:
+    (PLACE / folder).mkdir(exist_ok=True)
+    (PLACE / folder / f"{name}.{os.getpid()}.{os.urandom(4).hex()}").write_bytes(data)
+
+
+def at_sites(secure: Any) -> None:
+    quantise, now = secure.quantise, {"in": ""}
+
+    def quantised(*given: Any) -> Any:
+        numbers = quantise(*given)
+        write("true", now["in"], numbers.tobytes())
+        return numbers
+
+    def dropping(step: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+        def answered(content: Any, memory: Any, *more: Any) -> Any:
+            number = content.config_records["config"]["server-round"]
+            name = content.config_records["masking"].get("name") or memory[secure.MEMORY]["name"]
+            now["in"] = f"update-{number}-{name}"
+            made = answer(content, memory, *more)
+            kept = memory[secure.MEMORY]
+            for secret in [*kept["private"], kept["seed"]]:
+                if secret:
+                    write("true", f"secret-{number}-{name}", secret)
+            if name in GONE and STEPS[number - 1] == step:
+                raise secure.ExchangeError(f"gone in {step}")
+            return made
+
+        return answered
+
+    secure.quantise = quantised
+    for step in STEPS:
+        setattr(secure, step, dropping(step, getattr(secure, step)))
+
+
+def at_the_server(secure: Any, inbox: Any) -> None:
+    from flwr.common.serde import recorddict_to_proto
+
+    take, dequantise = inbox.Inbox.take, secure.dequantise
+
+    def taken(*given: Any) -> Any:
+        replies = take(*given)
+        for reply in replies:
+            if reply.has_content():
+                kind = reply.metadata.message_type
+                write("seen", f"{kind}-whole", recorddict_to_proto(reply.content).SerializeToString())
+                for record in reply.content.array_records.values():
+                    for name, array in record.items():
+                        write("seen", f"{kind}-{name}", array.numpy().tobytes())
+        return replies
+
+    def made(total: Any, step: float) -> Any:
+        done = len([*(PLACE / "made").glob("*")]) if (PLACE / "made").exists() else 0
+        write("made", f"{done + 1}", total.tobytes())
+        return dequantise(total, step)
+
+    inbox.Inbox.take, secure.dequantise = taken, made
+
+
+if "DROPOUTS" in os.environ:
+    from fedclip_flwr import inbox, secure
+
+    at_sites(secure)
+    at_the_server(secure, inbox)
