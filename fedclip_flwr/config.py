@@ -134,30 +134,7 @@ class Settings:
         settings = cls(**values)
         if settings.recipe == "paper" and settings.batch_size < 2:
             problems["batch-size"] = "batch-size = 1: the paper's recipe skips a batch of one; expected at least 2"
-        if settings.strategy in ROBUST and values.get("site-weights") == "examples":
-            problems["site-weights"] = (
-                f"site-weights = 'examples': with strategy = {settings.strategy!r} sites count the same"
-            )
-        if settings.dp == "central" and settings.strategy in ROBUST:
-            problems["dp"] = (
-                f"dp = 'central': its noise is for a mean, which strategy = {settings.strategy!r} does not make; "
-                "take dp = 'local', or another strategy"
-            )
-        if settings.secure_aggregation:
-            for key, why in {
-                "strategy": "the server can't compare updates that it does not see" * (settings.strategy in ROBUST),
-                "codec": "masked numbers are as large as any" * (settings.codec != "float32"),
-                "site-weights": "sites count the same" * (settings.site_weights != "equal"),
-            }.items():
-                if why:
-                    problems[key] = f"{key} = {values[key]!r} with secure-aggregation = true: {why}"
-        if settings.method == "full-model":
-            plain_ones = {"blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
-            for key, plain in plain_ones.items():
-                if key in values and values[key] != plain:
-                    problems[key] = (
-                        f"{key} = {values[key]!r}: it is for adapters; leave it out with method = 'full-model'"
-                    )
+        problems |= {key: f"{key} = {told(settings, key)!r}: {why}" for key, why in _contradictions(settings).items()}
         return settings, problems
 
     @property
@@ -191,6 +168,33 @@ class Settings:
     def as_run_config(self) -> dict[str, Any]:
         """The settings under the keys that `from_run_config` takes."""
         return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
+
+
+def told(settings: Settings, key: str) -> Any:
+    return getattr(settings, key.replace("-", "_"))
+
+
+def _contradictions(settings: Settings) -> dict[str, str]:
+    """What does not go together, by the key that had better be another."""
+    found: dict[str, str] = {}
+    robust, strategy = settings.strategy in ROBUST, f"strategy = {settings.strategy!r}"
+    if robust and settings.site_weights != "equal":
+        found["site-weights"] = f"with {strategy} sites count the same; leave it out"
+    if robust and settings.dp == "central":
+        found["dp"] = f"its noise is for a mean, which {strategy} does not make; take dp = 'local', or another strategy"
+    if settings.secure_aggregation:
+        how = "with secure-aggregation = true "
+        if robust:
+            found["strategy"] = how + "the server can't compare updates, for it sees none; take fedavg"
+        if settings.codec != "float32":
+            found["codec"] = how + "numbers are masked, and can't be packed; leave it out"
+        if settings.site_weights != "equal":
+            found["site-weights"] = how + "sites count the same; leave it out"
+    if settings.method == "full-model":
+        plain = {"blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
+        for key in [key for key, value in plain.items() if told(settings, key) != value]:
+            found[key] = "it is for adapters; leave it out with method = 'full-model'"
+    return found
 
 
 def unusable(problems: Collection[str]) -> UserError:

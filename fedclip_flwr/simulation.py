@@ -71,8 +71,9 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
     if nodes < 1:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"
     checked, _, _ = open_run({**_described(app_folder())["config"], **settings}, problems)
-    if checked.min_sites > nodes:
-        raise unusable([f"min-sites = {checked.min_sites}: there are {nodes} sites; give as many with --nodes"])
+    if (least := checked.least_sites) > nodes:
+        setting = "min-sites" if least == checked.min_sites else "secure-aggregation = true, which needs min-sites"
+        raise unusable([f"{setting} = {least}: there are {nodes} sites; give as many with --nodes"])
     return settings, checked, nodes
 
 

@@ -46,6 +46,14 @@ CONTRACT: dict[str, Any] = {
     "early-stop": 0,
     "server-learning-rate": 0.0,
     "results-dir": "",
+    "max-update-norm": 3.0,
+    "hostile-share": 0.2,
+    "max-site-weight": 10.0,
+    "dp": "off",
+    "noise-multiplier": 1.0,
+    "clipping-norm": 0.5,
+    "delta": 1e-5,
+    "secure-aggregation": False,
 }
 
 

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.common import write_features
-from deploy.processes import superlink, supernode
-from fedclip_flwr import simulation
+from tests.deployed import completed
 
 HOSTILE = Path(__file__).parent / "hostile"
 WAYS = ("garbage", "endless", "nameless", "partless")
-PROJECT = HOSTILE.parent.parent
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of one round came to, with an honest site and a hostile one of each kind."""
-    place = tmp_path_factory.mktemp("hostile")
-    data = write_features(place / "features", {"art": 60, "sketch": 20})
-    with ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(simulation, "stop_in_order", lambda word: None)
-        link = stack.enter_context(superlink(place / "link"))
-        nodes = [
-            stack.enter_context(
-                supernode(link, site, f"site='{site}' data='features:{data}'", HOSTILE=way, PYTHONPATH=str(HOSTILE))
-            )
-            for site, way in [("honest", ""), *((way, way) for way in WAYS)]
-        ]
-        link.wait_for(nodes)
-        settings = {"data": f"features:{data}", "adapter": "scale", "num-server-rounds": 1, "round-timeout": 30.0}
-        settings |= {"results-dir": str(place / "results"), "min-sites": 1}
-        given = place / "settings.toml"
-        given.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-        command = ["flwr", "run", str(PROJECT), simulation.CONNECTION, "--stream", "--run-config", str(given)]
-        done = subprocess.run(command, env=link.env, capture_output=True, text=True)
-        summary = place / "results" / "latest" / "summary.json"
-        assert summary.exists(), done.stdout + done.stderr
-        yield {**json.loads(summary.read_text()), "log": done.stdout}
+    sites = {"honest": {}, **{way: {"HOSTILE": way, "PYTHONPATH": str(HOSTILE)} for way in WAYS}}
+    settings = {"adapter": "scale", "num-server-rounds": 1, "round-timeout": 30.0}
+    return completed(tmp_path_factory.mktemp("hostile"), sites, 60, {}, **settings)
 
 
 def test_a_run_with_hostile_sites_is_completed_by_the_others(told: dict[str, Any]) -> None:

@@ -1,0 +1,43 @@
+"""A federation of real SuperNodes over gRPC on this machine, some of which may have been changed from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.common import write_features
+from deploy.processes import superlink, supernode
+from fedclip_flwr import simulation
+
+PROJECT = Path(__file__).parent.parent
+
+
+def completed(
+    place: Path, sites: Mapping[str, Mapping[str, str]], rows: int, env: Mapping[str, str], **settings: Any
+) -> dict[str, Any]:
+    """The summary of a run with these sites, each with an environment of its own beside that of all; with its log."""
+    others: dict[str, Any] = {**env}
+    data = write_features(place / "features", {"art": rows, "sketch": 20})
+    with ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(simulation, "stop_in_order", lambda word: None)
+        link = stack.enter_context(superlink(place / "link", None, **others))
+        config = "site='{}' data='features:{}'"
+        nodes = [
+            stack.enter_context(supernode(link, site, config.format(site, data), **{**others, **own}))
+            for site, own in sites.items()
+        ]
+        link.wait_for(nodes)
+        settings = {"data": f"features:{data}", "results-dir": str(place / "results"), **settings}
+        given = place / "settings.toml"
+        given.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        command = ["flwr", "run", str(PROJECT), simulation.CONNECTION, "--stream", "--run-config", str(given)]
+        done = subprocess.run(command, env=link.env, capture_output=True, text=True)
+    summary = place / "results" / "latest" / "summary.json"
+    assert summary.exists(), done.stdout + done.stderr
+    return {**json.loads(summary.read_text()), "log": done.stdout}

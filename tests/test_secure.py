@@ -1,0 +1,166 @@
+"""Secure aggregation, over Ray and over gRPC: the sum is right, whoever drops out, and no update can be seen.
+
+The arithmetic alone: test_masking.py. What is written down in a run, and who drops out when: dropouts/sitecustomize.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+import client_app
+from fedclip_flwr import exchange, secure
+from fedclip_flwr.config import Settings
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.exchange import ExchangeError, Report
+from fedclip_flwr.masking import Member
+from fedclip_flwr.metrics import BINS, Quality, Score
+from tests import deployed
+from tests.dropouts.sitecustomize import GONE, STEPS
+
+DROPOUTS = Path(__file__).parent / "dropouts"
+PROJECT = DROPOUTS.parent.parent
+ROUNDS = len(STEPS)
+SITES = 10
+
+
+def over_ray(place: Path) -> dict[str, Any]:
+    env = {**os.environ, "DROPOUTS": str(place / "told"), "PYTHONPATH": str(DROPOUTS)}
+    given = [f"num-server-rounds={ROUNDS}", "secure-aggregation=true", f"results-dir={place}/results"]
+    command = [str(Path(sys.executable).parent / "fedclip"), "run", "--nodes", str(SITES), *given]
+    done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary: dict[str, Any] = json.loads((place / "results" / "latest" / "summary.json").read_text())
+    return {**summary, "log": done.stdout}
+
+
+def over_grpc(place: Path) -> dict[str, Any]:
+    env = {"DROPOUTS": str(place / "told"), "PYTHONPATH": str(DROPOUTS)}
+    settings = {"num-server-rounds": ROUNDS, "secure-aggregation": True, "min-sites": SITES - 2}
+    return deployed.completed(place, {f"site-{n}": {} for n in range(SITES)}, 200, env, **settings)
+
+
+@pytest.fixture(scope="module", params=[over_ray, pytest.param(over_grpc, marks=pytest.mark.soak)])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was written down of a run in which two of ten sites drop out in each step once."""
+    place = tmp_path_factory.mktemp("secure")
+    (place / "told").mkdir()
+    (place / "summary.json").write_text(json.dumps(request.param(place)))
+    return place
+
+
+def told(place: Path, folder: str, name: str) -> list[tuple[str, bytes]]:
+    """What was written down under names that begin so, by name."""
+    paths = sorted((place / "told" / folder).glob(f"{name}*"))
+    return [(path.name.partition(".")[0], path.read_bytes()) for path in paths]
+
+
+def updates(place: Path, number: int) -> dict[str, np.ndarray[Any, np.dtype[np.uint32]]]:
+    """The members' updates in a round, as they are before they are masked."""
+    return {name[-6:]: np.frombuffer(data, np.uint32) for name, data in told(place, "true", f"update-{number}-")}
+
+
+def test_a_run_is_completed_whoever_drops_out(place: Path) -> None:
+    summary = json.loads((place / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["rounds"] == ROUNDS
+    whys = [(failure["round"], failure["why"]) for failure in summary["failures"]]
+    assert sorted(whys) == sorted((n, f"gone in {step}") for n, step in enumerate(STEPS, 1) for _ in GONE)
+    assert "the round is repeated" not in summary["log"]
+
+
+@pytest.mark.parametrize("number", range(1, ROUNDS + 1))
+def test_the_sum_is_that_of_the_updates_that_came(place: Path, number: int) -> None:
+    """To the bit; before, each number was rounded to half a step of 2⁻²⁵ or less."""
+    own = updates(place, number)
+    assert len(own) == (SITES - 2 if STEPS[number - 1] in ("keys", "shares") else SITES)
+    came = [update for name, update in own.items() if STEPS[number - 1] == "unmask" or name not in GONE]
+    assert len(came) == (SITES if STEPS[number - 1] == "unmask" else SITES - 2)
+    ((_, made),) = told(place, "made", str(number))
+    total = np.frombuffer(made, np.uint32)
+    assert np.array_equal(total, sum(came[1:], came[0]))
+    assert np.abs(total.view(np.int32)).max() > 1000  # that there is something to be seen
+
+
+def test_no_single_update_and_no_secret_is_to_be_seen_at_the_server(place: Path) -> None:
+    """In none of the bytes that came, and in none of the masked numbers."""
+    kinds = {name.partition("-")[0] for name, _ in told(place, "seen", "")}
+    assert kinds == {"query", "train", "evaluate"} - set() or "train" in kinds
+    vectors = [np.frombuffer(data, np.uint32) for name, data in told(place, "seen", "train-masked")]
+    assert len(vectors) == 2 * (SITES - 2) + SITES + SITES - 2
+    assert {name for name, _ in told(place, "seen", "train-")} == {"train-masked", "train-whole"}
+    everything = b"".join(data for name, data in told(place, "seen", "") if name.endswith("whole"))
+    secrets = [data for _, data in told(place, "true", "secret-")]
+    assert len(secrets) > 3 * SITES
+    assert not [secret for secret in secrets if secret in everything]
+    for number in range(1, ROUNDS + 1):
+        for own in updates(place, number).values():
+            moved = np.flatnonzero(own)
+            assert len(moved) > 50
+            window = own[moved[0] : moved[0] + 8].tobytes()
+            assert window not in everything
+            for vector in vectors:
+                assert np.mean(vector == own) < 0.001
+                bits = np.unpackbits((vector - own).view(np.uint8)).mean()
+                assert abs(bits - 0.5) < 6 * 0.5 / (32 * len(own)) ** 0.5  # as if a coin had been thrown for each
+    for vector in vectors:
+        assert abs(np.unpackbits(vector.view(np.uint8)).mean() - 0.5) < 6 * 0.5 / (32 * len(vector)) ** 0.5
+
+
+# A site, asked by a server that is played
+
+
+def asked(kind: str, record: dict[str, Any], memory: RecordDict, **more: Any) -> Message:
+    content = RecordDict({"masking": ConfigRecord(record), **more})
+    context = Context(1, 2, {"site": "north"}, memory, Settings(secure_aggregation=True).as_run_config())
+    return client_app.app(Message(content, 2, kind), context)
+
+
+def test_a_site_answers_each_step_of_an_attempt_once() -> None:
+    memory = RecordDict()
+    others = [Member.begin(name, "now") for name in ("b", "c")]
+    own = asked("query.keys", {"name": "a", "context": "now"}, memory)
+    publics = {"a": own.content.config_records["keys"]["public"], **{member.name: member.public for member in others}}
+    record = {"context": "now", "of": list(publics), "publics": list(publics.values())}
+    first = asked("query.shares", record, memory)
+    assert first.content.config_records["shares"]["to"] == ["b", "c"]
+    again = asked("query.shares", record, memory)
+    assert again.error.reason == "this member is asked for shares, expected to be asked for vectors"
+    other = asked("query.shares", {**record, "context": "another"}, memory)
+    assert other.error.reason == "this site has no secrets for this attempt: was its SuperNode started anew?"
+
+
+@pytest.mark.parametrize(("run", "node"), [(True, {}), (False, {"secure-aggregation": True})])
+def test_a_site_that_masks_its_updates_gives_none_without(run: bool, node: dict[str, Any]) -> None:
+    """Whatever the server asks for, and also where it is the site's owner who says so."""
+    trained = {"w": torch.ones(3)}
+    with pytest.raises(ExchangeError, match="gives its update only with secure aggregation"):
+        secure.masked(RecordDict(), {}, trained, trained)
+    none = Score(0, 0, 0.0)
+    content = exchange.write_answer(Report(1, none, Quality(none, 0.0, 0.0, [0.0] * BINS)), trained)
+    context = Context(1, 2, node, RecordDict(), Settings(secure_aggregation=run).as_run_config())
+    reply = client_app.guard(Message(RecordDict(), 2, "train"), context, lambda m, c: Message(content, reply_to=m))
+    assert "must not leave this site" in str(reply.error.reason)
+
+
+def test_what_does_not_go_with_it_is_refused() -> None:
+    given = {"secure-aggregation": True, "codec": "int8", "strategy": "krum", "site-weights": "examples"}
+    with pytest.raises(UserError) as refused:
+        Settings.from_run_config(given)
+    said = str(refused.value)
+    assert "codec = 'int8': with secure-aggregation = true numbers are masked, and can't be packed" in said
+    assert "strategy = 'krum': with secure-aggregation = true the server can't compare updates" in said
+    assert "site-weights = 'examples': with secure-aggregation = true sites count the same" in said
+    with pytest.raises(UserError, match="it is for adapters"):
+        Settings.from_run_config({"secure-aggregation": True, "method": "full-model"})
+    assert Settings(secure_aggregation=True).least_sites == 3
+    assert Settings(secure_aggregation=True, min_sites=5).least_sites == 5
