@@ -115,21 +115,12 @@ def learn(message: Message, context: Context) -> Message:
 
 
 @app.query("keys")
-def begin_masking(message: Message, context: Context) -> Message:
-    """With secure aggregation, before each round: this site's public keys."""
-    return Message(secure.keys(message.content, context.state.config_records), reply_to=message)
-
-
 @app.query("shares")
-def share(message: Message, context: Context) -> Message:
-    """Pieces of this site's secrets, for others only."""
-    return Message(secure.shares(message.content, context.state.config_records), reply_to=message)
-
-
 @app.query("unmask")
-def unmask(message: Message, context: Context) -> Message:
-    """Pieces of others' secrets, with which the masks can be taken from the sum."""
-    return Message(secure.unmask(message.content, context.state.config_records), reply_to=message)
+def mask(message: Message, context: Context) -> Message:
+    """With secure aggregation, the steps before and after an update that is masked."""
+    step = secure.STEPS[message.metadata.message_type.removeprefix("query.")]
+    return Message(step(message.content, context.state.config_records), reply_to=message)
 
 
 @app.evaluate()

@@ -1,7 +1,8 @@
 """What one round would send from a site, made and shown on its own machine, and not sent: `--show-outgoing`.
 
-The server's own loop runs for one round with this site alone, over a wire that ends in this process; the site's own
-app answers, as it would anywhere. So what is shown is what would leave, made by the code that would make it.
+The server's own loop runs for one round with this site alone (with secure aggregation, two others are played), over a
+wire that ends in this process; the site's own app answers, as it would anywhere. So what is shown is what would leave,
+made by the code that would make it.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedclip_flwr import content, exchange, tensorfile
+from fedclip_flwr import content, exchange, secure, tensorfile
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.console import bytes_of, counted
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.exchange import Hello, Report
 from fedclip_flwr.features import open_features, told_by_server
 from fedclip_flwr.federation import Line, Standing, federate
 from fedclip_flwr.link import Downlink, forget
+from fedclip_flwr.metrics import BINS, Quality, Score
 from fedclip_flwr.nodes import Nodes
-from fedclip_flwr.session import Session
+from fedclip_flwr.session import TRAIN, Session
 from fedclip_flwr.sites import new_learner, settings_at
 from fedclip_flwr.strategy import AdapterFedAvg
 
@@ -51,6 +54,11 @@ MEANINGS = {
     "images": "images in all",
     "num-examples": "images that were trained on",
     "test-classes": "for each class: test images, right ones, how often it was found",
+    "public": "two public keys, for this round only",
+    "to": "to whom, by number",
+    "letters": "encrypted for them",
+    "of": "of whom, by number",
+    "pieces": "of their secrets",
 }
 """What each value is."""
 FIGURES = {
@@ -62,7 +70,7 @@ Nothing else that was made of this site's images leaves it: no image, no feature
 Bytes are those of the messages as Flower serialises them. Besides, Flower tells which node it is for which run, its
 public key with a signature, that it is there, and how long an answer took. If something goes wrong, one line says what,
 in place of an answer; it may name a file. Each answer is held against one list before it leaves: may_leave, in
-fedclip_flwr/exchange.py."""
+fedclip_flwr/exchange.py, and with secure aggregation ANSWERS, in fedclip_flwr/secure.py."""
 
 
 class Sent(NamedTuple):
@@ -77,31 +85,58 @@ class Sent(NamedTuple):
 
 
 class Wire:
-    """As much of Flower's grid as the server's loop needs, with this site at its other end."""
+    """As much of Flower's grid as the server's loop needs: at its other end this site, and others that are played."""
 
-    def __init__(self, answer: Callable[[Message], Message]) -> None:
+    def __init__(self, sites: Mapping[int, Callable[[Message], Message]]) -> None:
         self.sent: list[Sent] = []
-        self._answer, self._answers = answer, dict[str, Message]()
+        self._sites = sites
+        self._answers: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
-        return [NODE]
+        return [*self._sites]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         names = []
         for message in messages:
-            names.append(f"{len(self.sent):064x}")
+            names.append(os.urandom(32).hex())
             message.metadata.__dict__.update(_run_id=RUN, _src_node_id=SERVER, _message_id=names[-1])
-            answer = self._answer(message)
+            node = message.metadata.dst_node_id
+            self._answers[names[-1]] = answer = self._sites[node](message)
+            if node != NODE:
+                continue
             number = exchange.read_task(message.content).round
             records = {} if answer.has_error() else dict(answer.content)  # the server will unpack what it gets
             error = exchange.reason(answer) if answer.has_error() else ""
             sizes = exchange.size(message), exchange.size(answer)
             self.sent.append(Sent(message.metadata.message_type, number, *sizes, records, error))
-            self._answers[names[-1]] = answer
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._answers.pop(name) for name in list(message_ids) if name in self._answers]
+
+
+class _Other:
+    """A site that learns nothing: with secure aggregation there must be others."""
+
+    def __init__(self, name: str, package: str) -> None:
+        self._hello = Hello(name, TRAIN, "", train=1, validation=0, test=0, classes=[], package=package)
+        self._memory = RecordDict().config_records
+
+    def __call__(self, message: Message) -> Message:
+        kind, content = message.metadata.message_type, message.content
+        none = Score(0, 0, 0.0)
+        report = Report(1, none, Quality(none, 0.0, 0.0, [0.0] * BINS))
+        if kind == MessageType.QUERY:
+            answer = exchange.write_hello(self._hello)
+        elif kind == MessageType.EVALUATE:
+            answer = exchange.write_answer(report)
+        elif kind == MessageType.TRAIN:
+            arrays = content.array_records["arrays"]
+            state = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+            answer = exchange.write_answer(report, secure.masked(content, self._memory, state, state))
+        else:
+            answer = secure.STEPS[kind.removeprefix("query.")](content, self._memory)
+        return Message(answer, reply_to=message)
 
 
 @dataclass(frozen=True)
@@ -126,7 +161,7 @@ def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str],
     for number, message in enumerate(sent, 1):
         tell(f"\n{number}. {_described(message)}")
         if folder:
-            _write(folder / f"{number}-{message.kind}", message)
+            _write(folder / f"{number}-{message.kind.replace('.', '-')}", message)
     total = sum(message.leaves for message in sent)
     tell(f"\n{counted(len(sent), 'message')}, {bytes_of(total)}.\n{NOTHING_ELSE}")
     if folder:
@@ -143,8 +178,12 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     session = Session(holdout, told or features.vocabulary, features.model_content or "", name)
     start = {key: tensor.clone() for key, tensor in new_learner(settings, features).state_dict().items()}
     app = own_app()
-    wire = Wire(lambda message: app(message, Context(RUN, NODE, dict(node), RecordDict(), run.as_run_config())))
     link, package = Downlink(start, run.codec, run.seed), content.of_package(content.memory())
+    context = Context(RUN, NODE, dict(node), RecordDict(), run.as_run_config())
+    sites: dict[int, Callable[[Message], Message]] = {NODE: lambda message: app(message, context)}
+    if settings.secure_aggregation:
+        sites |= {NODE + n: _Other(f"another site ({n})", package) for n in (1, 2)}
+    wire = Wire(sites)
     with _leaving_nothing(session):
         grid, endless = cast(Grid, wire), sys.float_info.max
         nodes = Nodes(grid, link, session=session, package=package, timeout=endless, say=lambda _: None)
@@ -152,6 +191,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
             pass
         if nodes.hellos:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0)  # asked once
+            once = replace(once, secure_aggregation=settings.secure_aggregation, dp="off")  # what is spent is not told
             with suppress(UserError):  # no site has trained: this one only evaluates, or has answered with an error
                 federate(nodes, AdapterFedAvg(start, nodes.names, once), once, start, lambda *_: None, _Nobody())
     return [
@@ -188,7 +228,13 @@ def _leaving_nothing(session: Session) -> Iterator[None]:
 
 
 def _described(message: Sent) -> str:
-    asks = {"query": "Who is there?", "train": "How good is this adapter, and what do you make of it?"}
+    asks = {
+        "query": "Who is there?",
+        "query.keys": "What are your public keys for this round?",
+        "query.shares": "What of your secrets do you give to others, in letters that only they can open?",
+        "train": "How good is this adapter, and what do you make of it?",
+        "query.unmask": "What do you have of the secrets of others, to take the masks from the sum?",
+    }
     ask = asks.get(message.kind, "How good is this adapter?")
     came, leaves = bytes_of(message.came), f"{message.leaves:,} bytes leave"
     lines = [f"{ask} ({message.kind.upper()}, {came} come, {leaves})"]
@@ -204,6 +250,10 @@ def _described(message: Sent) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, list) and value and isinstance(value[0], bytes):
+        return f"{', '.join(str(len(one)) for one in value)} bytes"
     if not isinstance(value, Array):
         return str(value)
     numbers = torch.from_numpy(value.numpy()).double()
@@ -225,7 +275,9 @@ def _write(path: Path, message: Sent) -> None:
     arrays = next((record for record in message.records.values() if isinstance(record, ArrayRecord)), ArrayRecord())
     others = {name: dict(record) for name, record in message.records.items() if not isinstance(record, ArrayRecord)}
     facts = {"kind": message.kind, "round": message.round, "bytes": message.leaves, "error": message.error}
-    text = json.dumps({**facts, "records": others, "tensors": sorted(arrays)}, indent=2, ensure_ascii=False)
+    text = json.dumps(
+        {**facts, "records": others, "tensors": sorted(arrays)}, indent=2, ensure_ascii=False, default=bytes.hex
+    )
     path.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
     if arrays:
         tensors = {key: torch.from_numpy(value.numpy()) for key, value in arrays.items()}

@@ -116,6 +116,10 @@ def unmask(content: RecordDict, memory: Memory) -> RecordDict:
     return RecordDict({"unmask": ConfigRecord({"of": list(pieces), "pieces": list(pieces.values())})})
 
 
+STEPS: Mapping[str, Callable[[RecordDict, Memory], RecordDict]] = {"keys": keys, "shares": shares, "unmask": unmask}
+"""What a site does in the steps between."""
+
+
 # The server
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fedclip_flwr import content, exchange, outgoing
+from fedclip_flwr import content, exchange, outgoing, secure
 from fedclip_flwr.adapters import ADAPTERS, tensor_names
 from fedclip_flwr.cli import app
 from fedclip_flwr.codecs import CODECS
@@ -137,7 +137,34 @@ def test_an_error_is_shown_as_it_would_leave(tree: Path) -> None:
 
 def test_every_value_has_a_meaning() -> None:
     meanings = outgoing.MEANINGS | outgoing.FIGURES
-    assert meanings.keys() == HELLO | PROGRESS | FIGURES | BY_CLASS
+    assert meanings.keys() == HELLO | PROGRESS | FIGURES | BY_CLASS | frozenset().union(*secure.ANSWERS.values())
+
+
+def test_with_secure_aggregation_there_are_its_steps_and_no_adapter(tree: Path, tmp_path: Path) -> None:
+    masked = replace(RUN, secure_aggregation=True, adapter="scale")
+    messages = sent(tree, masked)
+    steps = ["query", "query.keys", "query.shares", "train", "query.unmask", "evaluate"]
+    assert [message.kind for message in messages] == steps
+    assert [name for message in messages for name in message.records] == [
+        *("hello", "keys", "shares", "metrics", "arrays", "unmask", "metrics")
+    ]
+    assert set(messages[3].records["arrays"]) == {"masked"}
+    by_owner = sent(tree, replace(RUN, adapter="scale"), **{"secure-aggregation": True})
+    assert [message.kind for message in by_owner] == steps
+    fine, text = shown(tree, masked, out=str(tmp_path / "out"))
+    assert fine
+    assert "public  98 bytes  (two public keys, for this round only)" in text
+    assert "log_scale" not in text
+    told = json.loads((tmp_path / "out" / "2-query-keys.json").read_text())
+    assert len(bytes.fromhex(told["records"]["keys"]["public"])) == 98
+
+
+def test_a_local_noise_is_in_what_is_shown(tree: Path) -> None:
+    """At the norm of 0.5, with noise of 200 times that, numbers are in the hundreds, and others each time."""
+    noisy = replace(RUN, dp="local", noise_multiplier=200.0, adapter="scale")
+    first, second = (sent(tree, noisy)[1].records["arrays"]["log_scale"].numpy() for _ in range(2))
+    assert 80 < first.std() < 120
+    assert (first != second).all()
 
 
 def test_all_of_it_can_be_had_number_by_number(tree: Path, tmp_path: Path) -> None:
