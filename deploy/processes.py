@@ -111,7 +111,8 @@ def superlink(
     simulation.connect(folder, control, trust)
     whole = {**simulation.environment(folder), **env}
     log = folder / "superlink.log"
-    with simulation.started(["flower-superlink", *options], whole, log) as process:
+    command = ["fedclip", "server"] if keys else ["flower-superlink"]
+    with simulation.started([*command, *options], whole, log) as process:
         for port in (control, fleet):
             simulation.wait_for(port, process, log)
         yield SuperLink(folder, whole, fleet, control, apps, keys, process)

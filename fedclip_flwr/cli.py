@@ -202,6 +202,20 @@ def keys(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def server(given: typer.Context) -> None:
+    """Start the server: Flower's SuperLink, which here lets no site speak for another one.
+
+    The options are those of flower-superlink.
+
+    Example: fedclip server --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key
+    --enable-supernode-auth --database superlink.db --control-api-address 127.0.0.1:9093
+    """
+    from fedclip_flwr import superlink  # not for --help
+
+    superlink.start(given.args)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def site(given: typer.Context) -> None:
     """Start this site: Flower's SuperNode, which here runs no other code than what is installed on this machine.
 

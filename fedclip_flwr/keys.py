@@ -147,7 +147,7 @@ class Shelf:
             names = ", ".join(names_of(certificate))
             lines += [
                 f"The certificate is for {names}, until {_end(certificate)}. Start the server:",
-                "  flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key "
+                "  fedclip server --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key "
                 "--enable-supernode-auth …",
                 "Register each site there: flwr supernode register NAME.pub CONNECTION",
             ]
