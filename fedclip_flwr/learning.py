@@ -255,9 +255,16 @@ def personalize(
 
 
 def better(later: Mapping[str, Score], best: Mapping[str, Score], recipe: Recipe) -> bool:
-    """Whether what did so at validation later is to be preferred, at the sites that tried both: sites come and go."""
-    if (found := gain(later, best, recipe.most_gain)) is not None:
-        return found > 1e-12  # less comes of rounding
+    """Whether what did so at validation later is to be preferred, at the sites that tried both: sites come and go.
+
+    Where the sites' bounded gains come to nothing, what they come to unbounded decides.
+    """
+    for most in (recipe.most_gain, 1.0):
+        found = gain(later, best, most)
+        if found is not None and abs(found) > 1e-12:  # less comes of rounding
+            return found > 0
+    if found is not None:
+        return False
     known = [any(score.examples for score in scores.values()) for scores in (later, best)]
     return known[0] or not known[1]  # there is no telling: what the present sites have tried, if they could
 

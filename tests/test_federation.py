@@ -157,7 +157,7 @@ class Running:
             say=self.said.append,
         )
 
-        self.strategy = AdapterFedAvg(START, self.nodes.names, self.settings)
+        self.strategy = AdapterFedAvg(START, self.nodes.names, self.settings, classes=2)
 
     def run(self, start: State = START) -> Outcome:
         self.nodes.wait_for(self.settings.min_sites)

@@ -223,6 +223,8 @@ def test_what_does_as_well_is_not_better_and_what_a_few_sites_say_does_not_decid
     assert not better(*liar, default)
     assert better(*liar, paper)  # as in the released code: the plain mean
     assert not better(scores(10, 10, *[4] * 8), scores(0, 0, *[5] * 8), default)
+    assert not better(scores(9, 5), scores(8, 8), default)  # +5 and -5 points, which is nothing, but +10 and -30
+    assert better(scores(8, 8), scores(9, 5), default)
 
 
 def test_rounds_that_no_site_can_validate_are_taken_as_they_come() -> None:

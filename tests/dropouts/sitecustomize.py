@@ -55,8 +55,9 @@ def at_both_ends(secure: Any) -> None:
         return dequantise(total, step)
 
     secure.quantise, secure.dequantise = quantised, made
-    for step in STEPS:
-        setattr(secure, step, dropping(step, getattr(secure, step)))
+    for step, answer in secure.STEPS.items():
+        secure.STEPS[step] = dropping(step, answer)
+    secure.masked = dropping("masked", secure.masked)
 
 
 def at_the_server(inbox: Any) -> None:
