@@ -25,7 +25,7 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine
 from fedclip_flwr.link import Shelf, forget
-from fedclip_flwr.masking import MaskingError
+from fedclip_flwr.masking import LetterError, MaskingError
 from fedclip_flwr.saved import save_adapter
 from fedclip_flwr.session import recall
 from fedclip_flwr.sites import Desk, learn_alone, open_desk
@@ -56,6 +56,9 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
         return reply
     except LacksError as error:
         return Message(Error(LACKS, str(error)), reply_to=message)
+    except LetterError as error:
+        log.error("this site can't go on in this round: %s", error)
+        return Message(Error(exchange.BLAMES, error.sender), reply_to=message)
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError | MaskingError)
         why = exchange.one_line(error if expected else f"{type(error).__name__}: {error}")
@@ -74,6 +77,8 @@ app = ClientApp(mods=[guard])
 def hello(message: Message, context: Context) -> Message:
     """Who this site is and how much it holds; or how far it has come with encoding, to be asked again."""
     task = exchange.read_task(message.content)
+    if masks(context) and not context.run_config.get("secure-aggregation"):
+        raise UserError("this site gives its updates only in runs with secure-aggregation = true")
     try:
         with encoding.at_most(min(SLICE, float(context.run_config["round-timeout"]) / 4)):
             desk = desk_of(context, task)

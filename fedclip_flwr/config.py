@@ -87,7 +87,7 @@ class Settings:
     )
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
     max_site_weight: float = _setting(
-        10.0,
+        3.0,
         "with site-weights = examples, a site counts for at most so many times the median; 0 for no limit",
         least=0.0,
     )
@@ -96,9 +96,11 @@ class Settings:
         "differential privacy of sites: noise that the server adds to their mean, or each site to what it sends",
         choices=("off", "central", "local"),
     )
-    noise_multiplier: float = _setting(1.0, "of dp: the noise's standard deviation in clipping norms", above=0.0)
-    clipping_norm: float = _setting(0.5, "of dp: the length to which updates are cut", above=0.0)
-    delta: float = _setting(1e-5, "of dp: the δ for which ε is told", above=0.0, most=0.5)
+    noise_multiplier: float = _setting(
+        1.0, "of dp: the noise's standard deviation in clipping norms", least=0.01, most=1000.0
+    )
+    clipping_norm: float = _setting(0.5, "of dp: the length to which updates are cut", least=1e-4, most=100.0)
+    delta: float = _setting(1e-5, "of dp: the δ for which ε is told", least=1e-15, most=0.5)
     secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
     codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
@@ -182,6 +184,8 @@ def _contradictions(settings: Settings) -> dict[str, str]:
         found["site-weights"] = f"with {strategy} sites count the same; leave it out"
     if robust and settings.dp == "central":
         found["dp"] = f"its noise is for a mean, which {strategy} does not make; take dp = 'local', or another strategy"
+    if 0 < settings.max_update_norm < 0.1:
+        found["max-update-norm"] = "expected 0, for no limit, or at least 0.1"
     if settings.secure_aggregation:
         how = "with secure-aggregation = true "
         if robust:

@@ -225,7 +225,7 @@ def _prompt(vocabulary: Vocabulary) -> str:
 
 def _spent(summary: dict[str, Any]) -> list[str]:
     """What a site's privacy has come to."""
-    if not (private := summary["privacy"]):
+    if not (private := summary.get("privacy")):
         return []
     trusted = "anyone but the server" if private["dp"] == "central" else "anyone, the server too"
     spent = f"{private['epsilon']:.2f} at δ = {private['delta']:g}"

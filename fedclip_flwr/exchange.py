@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,8 @@ from fedclip_flwr.vocabulary import Vocabulary
 
 LACKS = 700
 """The code of a site's error that asks for the whole adapter."""
+BLAMES = 701
+"""That of one that can't go on for what another site has sent it; the reason is that one's number."""
 
 
 class ExchangeError(ValueError):
@@ -408,8 +409,10 @@ def _score(part: str, record: MetricRecord, more: int) -> tuple[Score, list[floa
     if not (examples.is_integer() and correct.is_integer() and 0 <= correct <= examples):
         told = one_line(f"{correct:g} of {examples:g}", 60)
         raise ExchangeError(f"{part}: {told} examples are said to be right, expected a share of them")
-    if not 0 <= loss < math.inf:
-        raise ExchangeError(f"{part}: the loss is {loss}, expected a finite sum")
+    if examples > MOST_IMAGES:
+        raise ExchangeError(f"{part}: {examples:g} examples, expected at most {MOST_IMAGES:,}")
+    if not 0 <= loss <= 1e6 * max(examples, 1):
+        raise ExchangeError(f"{part}: the loss is {loss}, expected a sum of such of {examples:g} examples")
     return Score(int(examples), int(correct), loss), others
 
 

@@ -26,7 +26,7 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report
-from fedclip_flwr.learning import BLENDS, RECIPES, better
+from fedclip_flwr.learning import BLENDS, RECIPES, better, chosen
 from fedclip_flwr.masking import MaskingError
 from fedclip_flwr.metrics import Quality, Score, mean_accuracy, mean_of
 from fedclip_flwr.nodes import Nodes
@@ -146,10 +146,13 @@ def federate(
     """
     at = standing or Standing(0, start, start)
     share = settings.trained_blend
+    if standing and settings.dp == "local":  # what was under way when the run was stopped has been seen, too
+        nodes.trained.update(dict.fromkeys(nodes.trained, ATTEMPTS))
     at.epsilon = privacy.spent(settings, nodes.trained.values())
     if at.best:  # what was selected after that round, which was not completed, may be in its place
         watcher.selected(at.best.round, at.best_state, share)
     recipe = RECIPES[settings.recipe]
+    distrusted = set[str]()
 
     def messages_of(
         configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
@@ -174,7 +177,7 @@ def federate(
         if (
             at.best is None
             or at.best.round < recipe.first_choice
-            or better(line.validations, at.best.validations, recipe)
+            or chosen(line.validations, at.best.validations, at.zero.validations, recipe)
         ):
             at.best, at.best_state = line, at.state
             watcher.selected(line.round, at.state, share)
@@ -182,9 +185,13 @@ def federate(
 
     def attempt(number: int) -> tuple[ArrayRecord | None, Mapping[str, Report], Mapping[str, Report]]:
         """The mean of what the sites have trained, the reports that came with it, and those of the other sites."""
-        training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.least_sites)
+        training, others = nodes.choose(
+            settings.fraction_train, settings.seed, number, settings.least_sites, without=distrusted
+        )
         nodes.trains(training)
-        masks = SecureSum(nodes, number, at.state, training) if settings.secure_aggregation else None
+        masks: SecureSum | None = None
+        if settings.secure_aggregation:
+            masks = SecureSum(nodes, number, at.state, training, settings, distrusted)
         try:
             training = masks.prepare() if masks else training
             messages = messages_of(strategy.configure_train, number, at.state, training, nodes.config())
@@ -196,7 +203,7 @@ def federate(
             if masks:
                 mean = masks.mean(strategy, replies)
                 averaged: ArrayRecord | None = strategy.step(
-                    number, privacy.of_sum(mean, len(strategy.reports), settings)
+                    number, privacy.of_sum(mean, at.state, len(strategy.reports), settings)
                 )
             else:
                 averaged, _ = strategy.aggregate_train(number, replies)

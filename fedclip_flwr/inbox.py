@@ -10,11 +10,11 @@ one by one, up to a size, and put together as far as they make sense; from the S
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import grpc
-from flwr.app import Array, Error, Message, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde_utils import metadata_from_proto
@@ -31,8 +31,9 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, i
 from flwr.superlink.grid import GrpcGrid
 
 from fedclip_flwr.errors import one_line
+from fedclip_flwr.exchange import size
 
-MOST_PARTS = 10_000
+MOST_PARTS = 2_000
 """Of a reply: two for each tensor, and one for each 20 MB of it."""
 
 
@@ -69,7 +70,9 @@ class Inbox:
             return None
         try:
             self._fetch(parcel, most)
-            return make_message(metadata=parcel.metadata, **_put_together(parcel, most))
+            message = make_message(metadata=parcel.metadata, **_put_together(parcel, most))
+            size(message)  # names and shapes may be such as can't be written
+            return message
         except ObjectUnavailableError:
             self._waiting[key] = parcel
             return None
@@ -81,7 +84,15 @@ class Inbox:
             why = str(error)
         except Exception as error:  # of what a site has made up, anything can come
             why = f"its answer can't be put together ({one_line(f'{type(error).__name__}: {error}', 100)})"
+        self._confirm(parcel)  # the SuperLink need not keep it
         return make_message(metadata=parcel.metadata, error=Error(ErrorCode.UNKNOWN, why))
+
+    def _confirm(self, parcel: _Parcel) -> None:
+        grid: Any = self._grid
+        confirmed = parcel.metadata.message_id
+        grid._stub.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=grid.node, run_id=grid.run.run_id, message_object_id=confirmed)
+        )
 
     def _fetch(self, parcel: _Parcel, most: int) -> None:
         """Fetches the parts that are missing."""
@@ -93,11 +104,7 @@ class Inbox:
             if part not in parcel.contents:
                 parcel.contents[part] = pull(part)
                 _check_size(map(len, parcel.contents.values()), most)
-        grid._stub.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(
-                node=grid.node, run_id=grid.run.run_id, message_object_id=parcel.metadata.message_id
-            )
-        )
+        self._confirm(parcel)
 
 
 class _TooLargeError(ValueError):
@@ -109,15 +116,22 @@ def _check_size(sizes: Iterable[int], most: int) -> None:
         raise _TooLargeError(f"its answer has {size:,} bytes and more, expected at most {most:,}")
 
 
+def _size_of(part: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
+    """How many bytes the part has with all that it names: it may name one any number of times."""
+    if part not in known:
+        kind, named, _ = get_object_head_values_from_object_content(contents[part])
+        if kind == Array.__name__:
+            named = [named[place] for place in json.loads(get_object_body(contents[part], Array))["arraychunk_ids"]]
+        elif kind in (ArrayRecord.__name__, RecordDict.__name__):
+            record: Any = {ArrayRecord.__name__: ArrayRecord, RecordDict.__name__: RecordDict}[kind]
+            named = list(json.loads(get_object_body(contents[part], record)).values())
+        known[part] = len(contents[part]) + sum(_size_of(one, contents, known) for one in named)
+    return known[part]
+
+
 def _put_together(parcel: _Parcel, most: int) -> dict[str, Any]:
     """The content or the error that the parts make."""
-    whole = 0
-    for content in parcel.contents.values():
-        kind, children, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__name__:  # it names its chunks by their places, and may name one any number of times
-            places = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            whole += sum(len(parcel.contents[children[place]]) for place in places)
-    _check_size([whole], most)
+    _check_size([_size_of(parcel.metadata.message_id, parcel.contents, {})], most)
     message = inflate_object_from_contents(parcel.metadata.message_id, parcel.contents)
     if not isinstance(message, Message):
         raise TypeError("it is no message")

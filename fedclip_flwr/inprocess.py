@@ -25,6 +25,7 @@ from fedclip_flwr.learning import (
     Examples,
     Learner,
     better,
+    chosen,
     evaluate,
     seed_of,
 )
@@ -145,11 +146,12 @@ def federate(
     gather, recipe = gather_of(settings), RECIPES[settings.recipe]
     lines: list[Line] = []
     selected, best, best_validated = 0, copy.deepcopy(shared.state_dict()), dict[str, Score]()
+    zero = validate()
     for number in range(settings.num_server_rounds + 1):
-        validated = validate()
+        validated = validate() if number else zero
         if all_lines or number == 0:
             lines.append(line(number, validated))
-        if selected < recipe.first_choice or better(validated, best_validated, recipe):
+        if selected < recipe.first_choice or chosen(validated, best_validated, zero, recipe):
             selected, best, best_validated = number, copy.deepcopy(shared.state_dict()), validated
         if number == settings.num_server_rounds:
             break
@@ -178,5 +180,5 @@ def federate(
                 blend, best_validated = shared.blend, validated
         shared.blend = blend
         return Result(lines, line(selected, best_validated), blend, best)
-    chosen = lines[selected] if all_lines else line(selected, best_validated)
-    return Result(lines, chosen, settings.trained_blend, best)
+    best_line = lines[selected] if all_lines else line(selected, best_validated)
+    return Result(lines, best_line, settings.trained_blend, best)

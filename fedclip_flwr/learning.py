@@ -6,7 +6,7 @@ round; a batch of one skipped; splits of 60/20/20, each rounded down; of the tra
 validation accuracy. Deviation: prompts name a class with spaces where its folder has underscores.
 
 The recipe `default` is cross-entropy over all class prompts without decay, from an exact identity; zero-shot takes part
-in the selection, so that no result is worse there.
+in the selection, so that by that measure no result is worse there.
 """
 
 from __future__ import annotations
@@ -267,6 +267,15 @@ def better(later: Mapping[str, Score], best: Mapping[str, Score], recipe: Recipe
         return False
     known = [any(score.examples for score in scores.values()) for scores in (later, best)]
     return known[0] or not known[1]  # there is no telling: what the present sites have tried, if they could
+
+
+def chosen(later: Mapping[str, Score], best: Mapping[str, Score], zero: Mapping[str, Score], recipe: Recipe) -> bool:
+    """Whether a later round is to be selected in place of the best so far.
+
+    Where zero-shot could be selected, that must not be better: each round may be a little better than the one before by
+    what some sites claim, and all of them together far worse.
+    """
+    return better(later, best, recipe) and (recipe.first_choice > 0 or not better(zero, later, recipe))
 
 
 BLENDS = (0.25, 0.5, 0.75, 1.0)

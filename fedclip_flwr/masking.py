@@ -4,13 +4,14 @@ SecAgg (Bonawitz et al., eprint 2017/281) in the neighbourhoods of SecAgg+ (Bell
 modulo 2³². Four steps, each with one message to a site and one back:
 
     keys      two public keys of each member             →  to the members near it
-    shares    its seed and first private key, split      →  each piece encrypted for one of these
+    shares    its seed and first private key, split      →  each piece encrypted for one of these, and its digest
     vectors   its numbers + its mask ± a mask with each  →  to the server, which adds them up
     reveals   pieces of seeds of those whose vector came, and of private keys of those whose did not
 
 This hides each vector from a server that follows the protocol, whatever it makes of what it sees, even together with
 members near that one, if they are fewer than the threshold. It does not from a server that invents members or tells
-each another story: who the members are is known from the server only. And nobody can tell a bad vector from a good one.
+each another story: who the members are is known from the server only. A member that spoils a step is found out by the
+digests, or by those whose letters from it can't be opened; but nobody can tell a bad vector from a good one.
 
 Deviations: no signatures and no round to compare what the server told (both are against one that lies), but a member
 refuses what no honest server asks for. Masks are keystream of AES-256-CTR under a key by HKDF-SHA256, for those of
@@ -26,7 +27,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.fernet import InvalidToken
@@ -48,6 +49,8 @@ FEWEST = 3
 """Of two, each knows the other's vector from the sum."""
 SEED, PRIVATE, PUBLIC = 32, 48, 49  # bytes: a mask's seed; a scalar and a compressed point of P-384
 SEED_PIECE, PRIVATE_PIECE = 4 + 48, 4 + 64  # an index, and the secret padded to whole blocks of 16
+DIGEST = 32
+LONGEST_LETTER = 1000
 
 OWN = "name", "context", "step", "private", "seed"
 """What a member holds besides what it knows of others."""
@@ -55,6 +58,27 @@ OWN = "name", "context", "step", "private", "seed"
 
 class MaskingError(ValueError):
     """What an honest round does not have; the text says what in one line."""
+
+
+class LetterError(MaskingError):
+    """A letter that can't be opened; `sender` is whose it is."""
+
+    def __init__(self, sender: str, why: str) -> None:
+        super().__init__(f"the pieces from {one_line(sender, 64)} {why}")
+        self.sender = sender
+
+
+class Shares(NamedTuple):
+    """What a member gives away: a letter for each of the others; the digests of both pieces for each member, itself
+    included; that of its seed."""
+
+    letters: Mapping[str, bytes]
+    digests: Mapping[str, bytes]
+    seed: bytes
+
+    def to(self, name: str) -> bytes:
+        """What the server sends on."""
+        return self.letters[name] + self.digests[name]
 
 
 def threshold(sharing: int) -> int:
@@ -141,6 +165,14 @@ def _point(key: bytes) -> ec.EllipticCurvePublicKey:
         raise MaskingError("a public key is no point of its curve") from None
 
 
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _digests(pieces: bytes) -> bytes:
+    return _digest(pieces[:SEED_PIECE]) + _digest(pieces[SEED_PIECE:])
+
+
 def _names(names: Iterable[str]) -> str:
     return one_line(", ".join(sorted(names)), 100)
 
@@ -174,8 +206,8 @@ class Member:
         """For the pairs' masks, then for encryption."""
         return b"".join(map(_public, self.private))
 
-    def share(self, publics: Mapping[str, bytes]) -> dict[str, bytes]:
-        """For each of the others its encrypted pieces; `publics` are those of all that share, this one included."""
+    def share(self, publics: Mapping[str, bytes]) -> Shares:
+        """Of its secrets a piece for each; `publics` are those of all that share, this one included."""
         self._check_step("shares")
         if len(publics) < FEWEST:
             raise MaskingError(f"there are {len(publics)} members to share with, expected {FEWEST} or more")
@@ -192,7 +224,7 @@ class Member:
         letters = {other: encrypt(key, pieces[other] + self._address(self.name, other)) for other, key in keys.items()}
         self.step, self.seed, self.publics = "vectors", seed, dict(publics)
         self.pieces = {self.name: pieces[self.name]}
-        return letters
+        return Shares(letters, {other: _digests(piece) for other, piece in pieces.items()}, _digest(seed))
 
     def mask(self, letters: Mapping[str, bytes], numbers: Numbers) -> Numbers:
         """The numbers, masked; `letters` are the pieces from others, by sender: these have a part in the sum."""
@@ -223,7 +255,7 @@ class Member:
             raise MaskingError(f"pieces are asked that never came: of {_names(unknown)}")
         if self.name not in survivors:
             raise MaskingError("this member is not among those whose vector came, but its vector went")
-        if len(survivors) < (needed := threshold(len(self.publics))):
+        if len(survivors) < (needed := max(threshold(len(self.publics)), FEWEST)):
             raise MaskingError(f"vectors of {len(survivors)} members came, expected {needed} or more")
         told = {name: self.pieces[name][:SEED_PIECE] for name in survivors}
         told |= {name: self.pieces[name][SEED_PIECE:] for name in dropped}
@@ -253,15 +285,17 @@ class Member:
         return _label("pieces", self.context, sender, receiver)
 
     def _open(self, sender: str, key: bytes, letter: bytes) -> bytes:
+        """What is in the letter, behind which the server has put the digests that its sender told."""
+        letter, digests = letter[: -2 * DIGEST], letter[-2 * DIGEST :]
         try:
             opened = decrypt(key, letter)
         except InvalidToken:
-            raise MaskingError(
-                f"the pieces from {one_line(sender, 64)} are damaged or not meant for this one"
-            ) from None
+            raise LetterError(sender, "are damaged or not meant for this one") from None
         pieces, address = opened[: SEED_PIECE + PRIVATE_PIECE], opened[SEED_PIECE + PRIVATE_PIECE :]
+        if _digests(pieces) != digests:
+            raise LetterError(sender, "have other digests than it told")
         if address != self._address(sender, self.name):
-            raise MaskingError(f"the pieces from {one_line(sender, 64)} are of another round, sender or receiver")
+            raise LetterError(sender, "are of another round, sender or receiver")
         return pieces
 
 
@@ -282,10 +316,11 @@ class Gathering:
         self._context, self._most = context, most
         self._step, self._awaited = "keys", set[str]()
         self._publics: dict[str, bytes] = {}
+        self._keys: set[bytes] = set()
         self._near: dict[str, frozenset[str]] = {}
         """Those still in the round that a member shares with, itself included."""
         self._needed: dict[str, int] = {}
-        self._letters: dict[str, Mapping[str, bytes]] = {}
+        self._shares: dict[str, Shares] = {}
         self._total = np.zeros(size, np.uint32)
         self._survivors: set[str] = set()
         self._pieces: dict[str, dict[str, bytes]] = {}
@@ -296,8 +331,12 @@ class Gathering:
             raise MaskingError("public keys came too late or twice")
         if len(public) != 2 * PUBLIC:
             raise MaskingError(f"public keys have {len(public)} bytes, expected {2 * PUBLIC}")
-        for key in (public[:PUBLIC], public[PUBLIC:]):
+        own = public[:PUBLIC], public[PUBLIC:]
+        for key in own:
             _point(key)
+        if own[0] == own[1] or {*own} & self._keys:
+            raise MaskingError("a public key is there already")
+        self._keys |= {*own}
         self._publics[name] = public
 
     def neighbourhoods(self) -> dict[str, dict[str, bytes]]:
@@ -309,25 +348,28 @@ class Gathering:
         self._step, self._awaited = "shares", set(self._near)
         return {name: {other: self._publics[other] for other in sorted(near)} for name, near in self._near.items()}
 
-    def share(self, name: str, letters: Mapping[str, bytes]) -> None:
+    def share(self, name: str, shares: Shares) -> None:
         self._check_awaited("shares", name)
-        if letters.keys() != self._near[name] - {name}:
+        if shares.letters.keys() != self._near[name] - {name} or shares.digests.keys() != self._near[name]:
             raise MaskingError("pieces are not for those that they should be for")
+        if any(len(letter) > LONGEST_LETTER for letter in shares.letters.values()):
+            raise MaskingError(f"a letter is longer than {LONGEST_LETTER} bytes")
+        if {*map(len, shares.digests.values())} != {2 * DIGEST} or len(shares.seed) != DIGEST:
+            raise MaskingError("digests have another size than they should")
         self._awaited.remove(name)
-        self._letters[name] = letters
+        self._shares[name] = shares
 
     def letters(self) -> dict[str, dict[str, bytes]]:
         """For each member that goes on, the pieces from the others that do."""
-        going = set(self._letters)
+        going = set(self._shares)
         while alone := {name for name in going if len(self._near[name] & going) < self._needed[name]}:
             going -= alone  # too few near it could unmask it
         if not going:
-            raise MaskingError(f"pieces came from {len(self._letters)} of {len(self._near)} members: too few to go on")
+            raise MaskingError(f"pieces came from {len(self._shares)} of {len(self._near)} members: too few to go on")
         self._near = {name: self._near[name] & going for name in sorted(going)}
         self._step, self._awaited = "vectors", set(going)
-        letters, self._letters = self._letters, {}
         return {
-            name: {sender: letters[sender][name] for sender in sorted(near - {name})}
+            name: {sender: self._shares[sender].to(name) for sender in sorted(near - {name})}
             for name, near in self._near.items()
         }
 
@@ -341,6 +383,9 @@ class Gathering:
 
     def lists(self) -> dict[str, tuple[list[str], list[str]]]:
         """For each member whose vector came, those near it whose vectors came, and those whose did not."""
+        for name in self._survivors:
+            if (came := len(self._list(name)[0])) < (needed := max(self._needed[name], FEWEST)):
+                raise MaskingError(f"vectors came of {came} members near {name}, {needed} must: nothing is unmasked")
         self._step, self._awaited = "reveals", set(self._survivors)
         return {name: self._list(name) for name in sorted(self._survivors)}
 
@@ -351,6 +396,10 @@ class Gathering:
         if {other: len(piece) for other, piece in pieces.items()} != sizes:
             raise MaskingError("pieces are not those that were asked for")
         self._awaited.remove(name)
+        for other, piece in pieces.items():
+            digests = self._shares[other].digests[name]
+            if _digest(piece) != (digests[:DIGEST] if other in survivors else digests[DIGEST:]):
+                raise MaskingError("a piece that it revealed is not the one that it was given")
         for other, piece in pieces.items():
             self._pieces.setdefault(other, {})[name] = piece
 
@@ -384,7 +433,7 @@ class Gathering:
                 return _private(key)
         except ValueError:  # zero, or more than the curve has
             pass
-        raise MaskingError(f"what was revealed of {one_line(name, 64)} is not its private key")
+        raise self._bad(name)
 
     def _secret(self, name: str, size: int) -> bytes:
         pieces, needed = self._pieces.get(name, {}), self._needed[name]
@@ -394,6 +443,10 @@ class Gathering:
             secret = combine_shares([pieces[other] for other in sorted(pieces)[:needed]])
         except ValueError:
             secret = b""
-        if len(secret) != size:
-            raise MaskingError(f"the pieces of {one_line(name, 64)} do not fit together")
+        if len(secret) != size or (size == SEED and _digest(secret) != self._shares[name].seed):
+            raise self._bad(name)
         return secret
+
+    @staticmethod
+    def _bad(name: str) -> LetterError:
+        return LetterError(name, "do not fit together")

@@ -214,7 +214,9 @@ class Nodes:
                 continue
             for gone in [other for other, name in self.names.items() if name == hello.site]:
                 del self.names[gone]
+                self._greeted.discard(gone)  # if it comes back, there are two of that name, and it is told
             self.names[node] = hello.site
+            self._last_failed.discard(hello.site)  # of that name, another node may have been refused
             self.hellos[hello.site] = hello
         return bool(new or answers)
 
@@ -274,10 +276,13 @@ class Nodes:
             return "it holds no image that can be read"
         return None
 
-    def choose(self, share: float, seed: int, number: int, least: int) -> tuple[list[int], list[int]]:
+    def choose(
+        self, share: float, seed: int, number: int, least: int, without: Collection[str] = ()
+    ) -> tuple[list[int], list[int]]:
         """Which connected sites train in a round, drawn by seed and name from those that can; and the others. Ids."""
         sites = self._connected()
-        names = drawn_by_lot((name for name in sites if self.hellos[name].train), share, seed, number, least)
+        able = [name for name in sites if self.hellos[name].train and name not in without]
+        names = drawn_by_lot(able, share, seed, number, least)
         return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
 
     def trains(self, nodes: Iterable[int]) -> None:
@@ -330,6 +335,9 @@ class Nodes:
                     self.link.lacks(node)
                     content, kind = whole.pop(node)
                     waiting.append(Message(content, node, kind))
+                elif reply.has_error() and reply.error.code == exchange.BLAMES:
+                    reply.metadata.__dict__["_src_node_id"] = node
+                    yield reply
                 elif why := self._useless(node, reply, state):
                     self.fails(number, self.names[node], why)
                 else:

@@ -59,6 +59,8 @@ MEANINGS = {
     "letters": "encrypted for them",
     "of": "of whom, by number",
     "pieces": "of their secrets",
+    "digests": "SHA-256 of both pieces for each",
+    "seed": "SHA-256 of the secret that is shared",
 }
 """What each value is."""
 FIGURES = {
@@ -172,6 +174,7 @@ def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str],
 def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     """All that this site answers in a run of one round."""
     settings, told = settings_at(run.as_run_config(), node), told_by_server(run)
+    run = replace(run, secure_aggregation=settings.secure_aggregation)  # in another one, this site takes no part
     features = open_features(settings, told)
     holdout = "" if run.holdout == "auto" else run.holdout
     name = f"show-outgoing-{os.getpid()}"
@@ -189,9 +192,8 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         nodes = Nodes(grid, link, session=session, package=package, timeout=endless, say=lambda _: None)
         while nodes.meet() and not nodes.failures:  # a site that is encoding is asked again
             pass
-        if nodes.hellos:
-            once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0)  # asked once
-            once = replace(once, secure_aggregation=settings.secure_aggregation, dp="off")  # what is spent is not told
+        if nodes.hellos and not nodes.failures:
+            once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off")  # asked once
             with suppress(UserError):  # no site has trained: this one only evaluates, or has answered with an error
                 federate(nodes, AdapterFedAvg(start, nodes.names, once), once, start, lambda *_: None, _Nobody())
     return [

@@ -1,4 +1,4 @@
-"""Differential privacy of sites: that a site took part can hardly be told from the adapter, or from what it sent.
+"""Differential privacy of sites: that a site took part can hardly be told from the adapters, or from its updates.
 
 `central` (DP-FedAvg, arXiv 1710.06963): the server cuts every update to the clipping norm and adds noise to their mean.
 It is trusted with the updates. `local`: each site cuts its own and adds the noise before it sends it.
@@ -7,6 +7,7 @@ Deviations from Flower 1.31's wrappers and mod, which do the same: noise follows
 equal ones of all sites; a site that sends back what it got has nothing to cut; noise comes from the operating system's
 entropy, not from a generator with a seed; nothing is noised that is no update; and what has been spent is told. Nothing
 is gained by drawing sites by lot, for the lots follow from the seed: a site spends in every round in which it trains.
+Scores and sizes that sites report are not covered, nor what follows from them: which round is selected.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ def at_site(state: State, base: Mapping[str, Tensor], settings: Settings) -> Sta
     return state
 
 
-def of_sum(mean: State, sites: int, settings: Settings) -> State:
+def of_sum(mean: State, base: Mapping[str, Tensor], sites: int, settings: Settings) -> State:
     """The mean of so many sites' updates, which they have cut themselves, with the server's noise."""
-    deviation = settings.noise_multiplier * settings.clipping_norm / sites
-    return noised(mean, deviation) if settings.dp == "central" else mean
+    if settings.dp != "central":
+        return mean
+    cut = clipped(mean, base, settings.clipping_norm)  # of updates that are cut, the mean is no longer
+    return noised(cut, settings.noise_multiplier * settings.clipping_norm / sites)
 
 
 class Noised:

@@ -3,7 +3,7 @@
 Both ends of it; the arithmetic is in `masking.py`. The server asks in four steps:
 
     query.keys    a number for the site, and a name for this attempt  →  public keys
-    query.shares  public keys of others                               →  pieces of its secrets, a letter for each
+    query.shares  public keys of others                               →  pieces of its secrets in a letter for each
     train         letters from others, and the adapter                →  scores, and its update, masked
     query.unmask  whose update came, and whose did not                →  pieces of their secrets
 
@@ -16,7 +16,8 @@ which can't be had here: docs/security.md says why.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -25,20 +26,34 @@ from torch import Tensor
 
 from fedclip_flwr import exchange
 from fedclip_flwr.codecs import State
+from fedclip_flwr.config import Settings
 from fedclip_flwr.exchange import ExchangeError, Report
-from fedclip_flwr.masking import Gathering, MaskingError, Member, dequantise, finest_step, quantise
+from fedclip_flwr.masking import (
+    Gathering,
+    LetterError,
+    MaskingError,
+    Member,
+    Shares,
+    dequantise,
+    finest_step,
+    quantise,
+)
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.strategy import AdapterFedAvg
 
 BOUND = 4.0
-"""Of each number of an update; what is beyond is cut off."""
+"""Of each number of an update; what is beyond is cut off. Noise of a site's own has more room."""
 MOST = 25
 """So many sites share their secrets with each other; of more, each with so many near it in a ring."""
 MEMORY = "secure-aggregation"
 """Where a site's secrets are in its context's state."""
 MASKED = "masked"
 """The name of what travels instead of the adapter's tensors."""
-ANSWERS = {"keys": frozenset({"public"}), "shares": frozenset({"to", "letters"}), "unmask": frozenset({"of", "pieces"})}
+ANSWERS = {
+    "keys": frozenset({"public"}),
+    "shares": frozenset({"to", "letters", "of", "digests", "seed"}),
+    "unmask": frozenset({"of", "pieces"}),
+}
 """What a site answers in the steps between."""
 
 
@@ -51,9 +66,23 @@ def unflat(numbers: Tensor, like: Mapping[str, Tensor]) -> State:
     return {name: part.view(like[name].shape) for name, part in zip(sorted(like), parts, strict=True)}
 
 
-def _paired(record: Mapping[str, Any], names: str, values: str) -> dict[str, Any]:
+def _paired(record: Mapping[str, Any], names: str, values: str) -> dict[str, bytes]:
     """Two lists of a record as one mapping."""
-    return dict(zip(record[names], record[values], strict=True))
+    lists = record[names], record[values]
+    for found, kind in zip(lists, (str, bytes), strict=True):
+        if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+            raise ExchangeError(f"{names} and {values} are not what they should be")
+    return dict(zip(*lists, strict=True))
+
+
+def _shares(answer: Mapping[str, Any]) -> Shares:
+    return Shares(_paired(answer, "to", "letters"), _paired(answer, "of", "digests"), bytes(answer["seed"]))
+
+
+def bound_of(settings: Settings) -> float:
+    """Of each number of an update that is masked."""
+    noise = settings.clipping_norm * (1 + 8 * settings.noise_multiplier) if settings.dp == "local" else 0.0
+    return max(BOUND, noise)
 
 
 # A site
@@ -92,9 +121,10 @@ def keys(content: RecordDict, memory: Memory) -> RecordDict:
 def shares(content: RecordDict, memory: Memory) -> RecordDict:
     asked = _asked(content)
     member = _recall(asked, memory)
-    letters = member.share(_paired(asked, "of", "publics"))
+    letters, digests, seed = member.share(_paired(asked, "of", "publics"))
     _remember(member, memory)
-    return RecordDict({"shares": ConfigRecord({"to": list(letters), "letters": list(letters.values())})})
+    told: dict[str, Any] = {"to": list(letters), "letters": list(letters.values()), "seed": seed}
+    return RecordDict({"shares": ConfigRecord({**told, "of": list(digests), "digests": list(digests.values())})})
 
 
 def masked(content: RecordDict, memory: Memory, trained: State, received: Mapping[str, Tensor]) -> State:
@@ -102,7 +132,7 @@ def masked(content: RecordDict, memory: Memory, trained: State, received: Mappin
     asked = _asked(content)
     member = _recall(asked, memory)
     update = flat({name: trained[name].double() - received[name].double() for name in received})
-    numbers = quantise(update.numpy(), finest_step(asked["members"], BOUND), BOUND)
+    numbers = quantise(update.numpy(), finest_step(asked["members"], asked["bound"]), asked["bound"])
     vector = member.mask(_paired(asked, "from", "letters"), numbers)
     _remember(member, memory)
     return {MASKED: torch.from_numpy(vector.view("int32"))}
@@ -126,31 +156,43 @@ STEPS: Mapping[str, Callable[[RecordDict, Memory], RecordDict]] = {"keys": keys,
 class SecureSum:
     """One attempt at a round: `prepare`, then the sites train by messages that `address` has completed, then `mean`."""
 
-    def __init__(self, nodes: Nodes, number: int, state: State, training: Sequence[int]) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        number: int,
+        state: State,
+        training: Sequence[int],
+        settings: Settings,
+        distrusted: set[str],
+    ) -> None:
+        """Whoever is found to spoil it is added to the `distrusted`, by name."""
         self._nodes, self._number, self._state = nodes, number, state
+        self._bound, self._least, self._distrusted = bound_of(settings), settings.least_sites, distrusted
         self._size = sum(tensor.numel() for tensor in state.values())
         self._context = f"{nodes.key}/{number}/{os.urandom(8).hex()}"
-        self._members = {node: f"{place:06}" for place, node in enumerate(training)}
-        self._by_site = {nodes.names[node]: member for node, member in self._members.items()}
+        order = random.SystemRandom().sample(training, len(training))
+        self._members = {node: f"{place:06}" for place, node in enumerate(order)}
+        self._sites = {member: nodes.names[node] for node, member in self._members.items()}
+        self._by_site = {site: member for member, site in self._sites.items()}
         self._gathering = Gathering(self._context, self._size, MOST)
         self._letters: dict[str, dict[str, bytes]] = {}
-        self._came = 0
+        self._blamed: dict[str, set[int]] = {}
 
     def prepare(self) -> list[int]:
         """The first two steps; the nodes that go on."""
         gathering = self._gathering
         asked: Mapping[str, dict[str, Any]] = {name: {"name": name} for name in self._members.values()}
-        self._ask("keys", asked, lambda name, answer: gathering.join(name, answer["public"]))
+        self._ask("keys", asked, lambda name, answer: gathering.join(name, bytes(answer["public"])))
         near = gathering.neighbourhoods()
         asked = {name: {"of": list(of), "publics": list(of.values())} for name, of in near.items()}
-        self._ask("shares", asked, lambda name, answer: gathering.share(name, _paired(answer, "to", "letters")))
+        self._ask("shares", asked, lambda name, answer: gathering.share(name, _shares(answer)))
         self._letters = gathering.letters()
         return [node for node, name in self._members.items() if name in self._letters]
 
     def address(self, message: Message) -> Message:
         """The message to train, with the letters for its site."""
         letters = self._letters[self._members[message.metadata.dst_node_id]]
-        record: dict[str, Any] = {"context": self._context, "members": len(self._letters)}
+        record: dict[str, Any] = {"context": self._context, "members": len(self._letters), "bound": self._bound}
         record |= {"from": list(letters), "letters": list(letters.values())}
         content = RecordDict({**message.content, "masking": ConfigRecord(record)})
         return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
@@ -164,13 +206,38 @@ class SecureSum:
             except MaskingError as error:
                 raise ExchangeError(str(error)) from None
 
-        strategy.screen(replies, {MASKED: torch.empty(self._size, dtype=torch.int32)}, take)
+        strategy.screen(self._without_blame(replies), {MASKED: torch.empty(self._size, dtype=torch.int32)}, take)
+        for site, why in strategy.dropped.items():
+            self._nodes.fails(self._number, site, why)
+        strategy.dropped = {}
+        if (came := len(strategy.reports)) < self._least:  # a sum that is thrown away would tell of the next one
+            raise MaskingError(f"{came} updates came, {self._least} must: nothing is unmasked")
         lists = self._gathering.lists()
         asked = {name: {"survivors": came, "dropped": gone} for name, (came, gone) in lists.items()}
         self._ask("unmask", asked, lambda name, answer: self._gathering.reveal(name, _paired(answer, "of", "pieces")))
-        total = dequantise(self._gathering.sum(), finest_step(len(self._letters), BOUND))
+        try:
+            total = dequantise(self._gathering.sum(), finest_step(len(self._letters), self._bound))
+        except LetterError as error:
+            self._distrusted.add(self._sites[error.sender])
+            raise
         update = unflat(torch.from_numpy(total) / len(lists), self._state)
         return {name: (tensor.double() + update[name]).to(tensor.dtype) for name, tensor in self._state.items()}
+
+    def _without_blame(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """The replies but those that say whose letter could not be opened."""
+        for reply in replies:
+            if not reply.has_error():
+                yield reply
+                continue
+            node, sender = reply.metadata.src_node_id, str(reply.error.reason)
+            if sender in self._sites:
+                self._blamed.setdefault(sender, set()).add(node)
+                self._nodes.fails(
+                    self._number, self._nodes.names[node], f"it can't open the letter from {self._sites[sender]}"
+                )
+        for sender, by in self._blamed.items():
+            if len(by) > len(self._letters) / 4:
+                self._distrusted.add(self._sites[sender])
 
     def _ask(
         self, step: str, asked: Mapping[str, Mapping[str, Any]], take: Callable[[str, Mapping[str, Any]], None]

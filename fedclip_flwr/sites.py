@@ -209,6 +209,10 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
         del given["class-names"]  # a file of the server's
     if "model" in node:
         given.pop("model-revision", None)
+    if node.get("dp", "local") != "local":
+        raise UserError(f"dp = {node['dp']!r} in the node config: a site can only add noise of its own, dp='local'")
+    if {"noise-multiplier", "clipping-norm"} & node.keys() and "dp" not in node:
+        raise UserError("noise-multiplier and clipping-norm in the node config are for dp='local' there")
     if "data" in node:
         given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
     settings = Settings.from_run_config({**given, **{key: node[key] for key in OWN if key in node}})

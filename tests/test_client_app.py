@@ -273,3 +273,31 @@ def test_a_site_whose_features_are_stored_imports_nothing_heavy_to_answer(tree: 
     asked("query", tree)
     done = subprocess.run([sys.executable, "-c", WARM, str(tree)], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) -> None:
+    answer = asked("query", tree, **{"secure-aggregation": True})
+    assert answer.error.reason == "north: this site gives its updates only in runs with secure-aggregation = true"
+    assert not asked("query", tree, settings=replace(SETTINGS, secure_aggregation=True)).has_error()
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        ({"dp": "central"}, "dp = 'central' in the node config: a site can only add noise of its own, dp='local'"),
+        ({"dp": "off"}, "dp = 'off' in the node config"),
+        ({"noise-multiplier": 0.1}, "noise-multiplier and clipping-norm in the node config are for dp='local' there"),
+        ({"dp": "local", "clipping-norm": -1.0}, "clipping-norm = -1.0: expected at least 0.0001"),
+    ],
+)
+def test_what_a_sites_owner_says_of_noise_can_only_add_some(tree: Path, node: dict[str, Any], why: str) -> None:
+    assert why in str(asked("query", tree, **node).error.reason)
+
+
+def test_a_sites_owner_can_add_noise_that_the_run_does_not_ask_for(tree: Path) -> None:
+    start = new_adapter(SETTINGS, 128).state_dict()
+    plain, noisy = (
+        asked("train", tree, start, **node).content.array_records["arrays"]["inner.bias"].numpy()
+        for node in ({}, {"dp": "local", "noise-multiplier": 100.0, "clipping-norm": 1.0})
+    )
+    assert 70 < (noisy - plain).std() < 130

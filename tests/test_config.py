@@ -48,7 +48,7 @@ CONTRACT: dict[str, Any] = {
     "results-dir": "",
     "max-update-norm": 3.0,
     "hostile-share": 0.2,
-    "max-site-weight": 10.0,
+    "max-site-weight": 3.0,
     "dp": "off",
     "noise-multiplier": 1.0,
     "clipping-norm": 0.5,

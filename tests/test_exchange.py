@@ -154,6 +154,8 @@ NAN = float("nan")
         ("validation", {"correct": 0.5}, "validation"),
         ("validation", {"examples": float("inf")}, "1 of inf"),
         ("validation", {"examples": NAN}, "1 of nan"),
+        ("validation", {"examples": 1e300}, "1e\\+300 examples, expected at most 1,000,000,000"),
+        ("validation", {"loss": 1.7e308}, "the loss is 1.7e\\+308"),
         ("test", {"loss": NAN}, "loss"),
         ("test", {"loss": -1.0}, "loss"),
         ("test", {"balanced": 1.5}, "balanced accuracy is 1.5, expected a number from 0 to 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 import grpc
@@ -127,6 +128,15 @@ def test_too_much_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not stub.pulled
 
 
+def test_what_names_one_thing_many_times_counts_as_often() -> None:
+    same = write_adapter({"w": torch.ones(200)})["w"]
+    stub = Stub(answer(RecordDict({"arrays": ArrayRecord({f"{n:030}": same for n in range(200)})})))
+    assert sum(map(len, stub.contents.values())) < MOST
+    (reply,) = opened(stub).take([ASKED], MOST)
+    assert "bytes and more, expected at most 100,000" in str(reply.error.reason)
+    assert stub.confirmed
+
+
 def spoilt(way: str) -> Stub:
     """A reply that is not what it should be, with parts that have the names of their contents."""
     reply = answer()
@@ -135,6 +145,10 @@ def spoilt(way: str) -> Stub:
     stub = Stub(reply)
     if way in kinds:
         stub.contents[kinds[way]] = add_header_to_object_body(b"\xff\x00garbage", parts[kinds[way]])
+    elif way in ("shape", "surrogate"):
+        facts: dict[str, Any] = {"dtype": "float32", "shape": [3], "stype": "numpy.ndarray", "arraychunk_ids": [0]}
+        facts["shape" if way == "shape" else "dtype"] = [10**30] if way == "shape" else "\ud800"
+        stub.contents[kinds["Array"]] = add_header_to_object_body(json.dumps(facts).encode(), parts[kinds["Array"]])
     elif way == "no head":
         stub.contents[kinds["MetricRecord"]] = b"garbage"
     elif way == "no message":
@@ -152,7 +166,11 @@ def spoilt(way: str) -> Stub:
 
 
 @pytest.mark.parametrize(
-    "way", ["Message", "RecordDict", "ArrayRecord", "MetricRecord", "Array", "no head", "no message", "no record"]
+    "way",
+    [
+        *("Message", "RecordDict", "ArrayRecord", "MetricRecord", "Array"),
+        *("no head", "no message", "no record", "shape", "surrogate"),
+    ],
 )
 def test_what_can_not_be_put_together_is_an_error_of_that_site(way: str) -> None:
     (reply,) = opened(spoilt(way)).take([ASKED], MOST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 
 from fedclip_flwr import checkpoint, exchange, secure
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Progress, Report
+from fedclip_flwr.masking import LetterError
 from fedclip_flwr.metrics import Score
 from tests.test_federation import Answer, Running, Site, quality
 from tests.test_privacy import exact
@@ -56,6 +59,25 @@ def test_what_single_sites_claim_of_their_validation_images_selects_no_round() -
     assert Running({**honest(5, correct=better), **two}, recipe="paper").run().adapted.round != 0  # never the start
 
 
+def test_nor_do_they_in_small_steps() -> None:
+    """The others lose a point in each round, and two of ten claim 5 more of it each time: from 80 down to 60 %."""
+    down = {float(n): 80 - n for n in range(21)}
+    up = {float(n): min(5 * n, 100) for n in range(21)}
+
+    class Hundred(Site):
+        def __call__(self, message: Message) -> Message | None:
+            reply = super().__call__(message)
+            if reply and (figures := reply.content.metric_records.get("metrics")):
+                value = float(exchange.read_task(message.content).arrays["w"].numpy()[0])  # type: ignore[index]
+                figures["validation"] = [100.0, float(self.correct[value]), 50.0]
+            return reply
+
+    sites = {n: Hundred(f"site-{n}", 1.0, down) for n in range(1, 9)}
+    liars = {n: Hundred(f"liar-{n}", 1.0, up) for n in (9, 10)}
+    outcome = Running({**sites, **liars}, num_server_rounds=20).run()
+    assert outcome.adapted.round <= 2
+
+
 def test_counts_of_other_classes_than_the_runs_are_not_taken() -> None:
     """There are two classes; this site tells of three."""
     other = Site("other")
@@ -88,6 +110,28 @@ def test_a_site_that_says_it_encodes_is_not_waited_for_without_end() -> None:
     assert told[0] > 2
 
 
+def test_a_site_that_comes_back_under_a_name_that_another_has_taken_is_told() -> None:
+    running = Running({5: Site("north"), 9: Site("south")})
+    running.nodes.wait_for(2)
+    real = running.grid.nodes.pop(5)
+    running.grid.nodes[7] = Site("north", 100.0)
+    running.nodes.wait_for(2, expected=["north"])
+    running.grid.nodes[5] = real
+    running.nodes.meet(1)
+    assert [f.site for f in running.nodes.failures] == ["north (node 5)"]
+    assert "there is a site of that name already" in running.nodes.failures[0].why
+
+
+def test_a_site_is_not_left_out_for_what_was_refused_in_its_name() -> None:
+    running = Running({9: Site("south")})
+    running.nodes.wait_for(1)
+    running.grid.nodes[7] = Site("north", package="another")
+    running.nodes.meet(1)
+    running.grid.nodes[5] = Site("north")
+    running.nodes.meet(1)
+    assert 5 in running.nodes.good()
+
+
 # Secure aggregation
 
 
@@ -111,7 +155,10 @@ class Masked(Site):
             return super().__call__(message)
         arrays = message.content.array_records["arrays"]
         state = {"w": torch.from_numpy(arrays["w"].numpy())}
-        masked = secure.masked(message.content, self.memory, {"w": state["w"] + self.step}, state)
+        try:
+            masked = secure.masked(message.content, self.memory, {"w": state["w"] + self.step}, state)
+        except LetterError as error:  # as in client_app.guard
+            return Message(Error(exchange.BLAMES, error.sender), reply_to=message)
         report = Report(6, Score(10, 5, 5.0), quality(5))
         return Message(exchange.write_answer(report, masked), reply_to=message)
 
@@ -160,7 +207,7 @@ def test_fewer_than_three_sites_are_not_enough() -> None:
         masked(Masked("a"), Masked("b")).run()
 
 
-@pytest.mark.parametrize("way", ["nothing", "more", "wrong types", "short lists", "another's letters"])
+@pytest.mark.parametrize("way", ["nothing", "more", "wrong types", "texts", "short lists", "another's letters"])
 @pytest.mark.parametrize("step", ["query.keys", "query.shares", "query.unmask"])
 def test_garbage_in_a_step_is_that_sites_failure(step: str, way: str) -> None:
     class Garbage(Masked):
@@ -176,6 +223,9 @@ def test_garbage_in_a_step_is_that_sites_failure(step: str, way: str) -> None:
                     changed["update"] = [1.0]
                 elif way == "wrong types":
                     changed[key] = 7
+                elif way == "texts":
+                    value = changed[key]
+                    changed[key] = value.hex() if isinstance(value, bytes) else ["x" * len(one) for one in value]
                 elif way == "short lists":
                     changed[key] = changed[key][:-1]
                 else:
@@ -188,6 +238,101 @@ def test_garbage_in_a_step_is_that_sites_failure(step: str, way: str) -> None:
     assert running.told.completed == [(1, 1.0)]
     assert {f.site for f in running.nodes.failures} == {"garbage"}
     assert all("\n" not in f.why for f in running.nodes.failures)
+
+
+class Hostile(Masked):
+    """Spoils a step of every round."""
+
+    way = ""
+
+    def __call__(self, message: Message) -> Message | None:
+        reply = super().__call__(message)
+        if not reply or message.metadata.message_type != self.way.partition(" ")[0]:
+            return reply
+        record = dict(next(iter(reply.content.config_records.values()), {}))
+        changed: dict[str, Any] = {**record}
+        if self.way == "query.keys twice":
+            changed["public"] = record["public"][:49] * 2  # type: ignore[index]
+        elif self.way == "query.shares junk":
+            changed["letters"] = [os.urandom(200) for _ in record["letters"]]  # type: ignore[union-attr]
+        elif self.way == "query.shares false":
+            changed["seed"] = os.urandom(32)
+        elif self.way == "query.shares digests":
+            changed["digests"] = [os.urandom(64) for _ in record["digests"]]  # type: ignore[union-attr]
+        elif self.way == "query.unmask pieces":
+            changed["pieces"] = [p[:4] + os.urandom(16) + p[20:] for p in record["pieces"]]  # type: ignore
+        name = next(iter(reply.content))
+        return Message(RecordDict({name: ConfigRecord(changed)}), reply_to=message)
+
+
+def spoilt(way: str, rounds: int = 2) -> Running:
+    hostile = Hostile("hostile", 9.0)
+    hostile.way = way
+    running = masked(*(Masked(f"site-{n}") for n in range(4)), hostile, num_server_rounds=rounds)
+    running.run()
+    assert [number for number, _ in running.told.completed] == [1, 2]
+    return running
+
+
+@pytest.mark.parametrize("way", ["query.keys twice", "query.unmask pieces"])
+def test_who_spoils_a_step_is_named_and_alone(way: str) -> None:
+    running = spoilt(way)
+    assert {f.site for f in running.nodes.failures} == {"hostile"}
+    assert not [line for line in running.said if "repeated" in line]
+    honest, all_five = 1.0, (4 + secure.BOUND) / 5
+    step = honest if way == "query.keys twice" else all_five  # its update had come by then
+    assert running.told.completed[-1][1] == pytest.approx(2 * step)
+
+
+@pytest.mark.parametrize("way", ["query.shares junk", "query.shares digests"])
+def test_who_sends_letters_that_nobody_can_open_is_asked_no_more(way: str) -> None:
+    """The others say whose they are: the round is repeated without it."""
+    running = spoilt(way)
+    assert running.told.completed == [(1, 1.0), (2, 2.0)]
+    assert sum("repeated" in line for line in running.said) == 1
+    whys = [f.why for f in running.nodes.failures if f.site != "hostile"]
+    assert whys == ["it can't open the letter from hostile"] * 4
+    trained = [node for node, kind in running.grid.asked if kind == "query.keys"]
+    assert trained.count(7) == 1  # hostile's node
+
+
+def test_who_shares_no_secret_of_its_own_is_asked_no_more() -> None:
+    running = spoilt("query.shares false")
+    assert running.told.completed == [(1, 1.0), (2, 2.0)]
+    assert sum("no sum can be made: the pieces from" in line for line in running.said) == 1
+
+
+def test_of_too_few_updates_nothing_is_unmasked() -> None:
+    """A sum that is thrown away, less the next one, would be a single update."""
+    gone = Masked("gone", 1.0, {2: "train"})
+    running = masked(*(Masked(f"site-{n}") for n in range(3)), gone, min_sites=4, num_server_rounds=2)
+    with pytest.raises(UserError, match="round 2: answers that can be used: 0, min-sites = 4 are needed"):
+        running.run()
+    assert [kind for _, kind in running.grid.asked].count("query.unmask") == 4  # of round 1
+    assert "round 2: no sum can be made: 3 updates came, 4 must: nothing is unmasked" in running.said
+
+
+def test_noise_of_a_sites_own_has_room_below_the_bound() -> None:
+    assert secure.bound_of(Settings()) == secure.BOUND == 4.0
+    assert secure.bound_of(Settings(dp="local", noise_multiplier=30.0)) == 0.5 * 241
+
+
+def test_members_are_numbered_anew_in_each_attempt() -> None:
+    sites = [Masked(f"site-{n}") for n in range(8)]
+    numbers = []
+
+    def listening(site: Masked) -> Answer:
+        def answer(message: Message) -> Message | None:
+            reply = site(message)
+            if message.metadata.message_type == "query.keys":
+                numbers.append((site.hello.site, str(site.memory[secure.MEMORY]["name"])))
+            return reply
+
+        return answer
+
+    Running({n: listening(site) for n, site in enumerate(sites)}, secure_aggregation=True, num_server_rounds=4).run()
+    rounds = {tuple(sorted(numbers[8 * n : 8 * n + 8])) for n in range(4)}
+    assert len(rounds) > 1  # in one of 40,320³ runs they are the same
 
 
 # Privacy
@@ -233,6 +378,11 @@ def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
     assert read
     assert read.standing.epsilon == pytest.approx(exact(2.0, 2, 1e-5))
     assert again.nodes.trained == {"site-1": 3, "site-2": 3, "site-3": 3}
+
+
+def test_what_was_under_way_when_a_run_was_stopped_counts_where_it_has_been_seen(tmp_path: Path) -> None:
+    again, _ = interrupted(lambda: Running(honest(3), dp="local", noise_multiplier=8.0), tmp_path / "checkpoint", 2)
+    assert again.nodes.trained == {"site-1": 6, "site-2": 6, "site-3": 6}  # two, up to three attempts more, and one
 
 
 def test_repeated_rounds_count_for_privacy() -> None:
