@@ -276,7 +276,8 @@ def test_a_site_whose_features_are_stored_imports_nothing_heavy_to_answer(tree: 
 
 
 def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) -> None:
-    answer = asked("query", tree, **{"secure-aggregation": True})
+    own: dict[str, Any] = {"secure-aggregation": True}
+    answer = asked("query", tree, **own)
     assert answer.error.reason == "north: this site gives its updates only in runs with secure-aggregation = true"
     assert not asked("query", tree, settings=replace(SETTINGS, secure_aggregation=True)).has_error()
 
@@ -296,8 +297,8 @@ def test_what_a_sites_owner_says_of_noise_can_only_add_some(tree: Path, node: di
 
 def test_a_sites_owner_can_add_noise_that_the_run_does_not_ask_for(tree: Path) -> None:
     start = new_adapter(SETTINGS, 128).state_dict()
+    own: dict[str, Any] = {"dp": "local", "noise-multiplier": 100.0, "clipping-norm": 1.0}
     plain, noisy = (
-        asked("train", tree, start, **node).content.array_records["arrays"]["inner.bias"].numpy()
-        for node in ({}, {"dp": "local", "noise-multiplier": 100.0, "clipping-norm": 1.0})
+        asked("train", tree, start, **node).content.array_records["arrays"]["inner.bias"].numpy() for node in ({}, own)
     )
     assert 70 < (noisy - plain).std() < 130
