@@ -236,7 +236,7 @@ class SecureSum:
                     self._number, self._nodes.names[node], f"it can't open the letter from {self._sites[sender]}"
                 )
         for sender, by in self._blamed.items():
-            if len(by) > len(self._letters) / 4:
+            if len(by) > len(self._letters.get(sender, ())) / 4:
                 self._distrusted.add(self._sites[sender])
 
     def _ask(
