@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
@@ -148,11 +148,11 @@ def federate(
     share = settings.trained_blend
     if standing and settings.dp == "local":  # what was under way when the run was stopped has been seen, too
         nodes.trained.update(dict.fromkeys(nodes.trained, ATTEMPTS))
+        watcher.complete(at)  # it may be stopped again
     at.epsilon = privacy.spent(settings, nodes.trained.values())
     if at.best:  # what was selected after that round, which was not completed, may be in its place
         watcher.selected(at.best.round, at.best_state, share)
     recipe = RECIPES[settings.recipe]
-    distrusted = set[str]()
 
     def messages_of(
         configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
@@ -183,15 +183,15 @@ def federate(
             watcher.selected(line.round, at.state, share)
         return at.zero, at.best
 
-    def attempt(number: int) -> tuple[ArrayRecord | None, Mapping[str, Report], Mapping[str, Report]]:
+    def attempt(
+        number: int, without: Collection[str]
+    ) -> tuple[ArrayRecord | None, Mapping[str, Report], Mapping[str, Report]]:
         """The mean of what the sites have trained, the reports that came with it, and those of the other sites."""
-        training, others = nodes.choose(
-            settings.fraction_train, settings.seed, number, settings.least_sites, without=distrusted
-        )
+        training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.least_sites, without)
         nodes.trains(training)
         masks: SecureSum | None = None
         if settings.secure_aggregation:
-            masks = SecureSum(nodes, number, at.state, training, settings, distrusted)
+            masks = SecureSum(nodes, number, at.state, training, settings)
         try:
             training = masks.prepare() if masks else training
             messages = messages_of(strategy.configure_train, number, at.state, training, nodes.config())
@@ -219,10 +219,14 @@ def federate(
             break  # the line before the latest adapter's is the last that is known
         nodes.meet(number)
         before, begun, memory = nodes.traffic.both, time.monotonic(), strategy.memory
-        for tried in range(1, ATTEMPTS + 1):
-            averaged, reports, others = attempt(number)
+        tried, without = 0, frozenset[str]()
+        while True:
+            trusted = len(nodes.distrusted)
+            averaged, reports, others = attempt(number, without)
             if len(reports) >= settings.least_sites:
                 break
+            tried += trusted == len(nodes.distrusted)  # else there is one less to spoil it
+            without = nodes.failed if settings.secure_aggregation else without
             needed = f"min-sites = {settings.least_sites} are needed"
             few = f"round {number}: answers that can be used: {len(reports)}, {needed}"
             if tried == ATTEMPTS:

@@ -255,27 +255,29 @@ def personalize(
 
 
 def better(later: Mapping[str, Score], best: Mapping[str, Score], recipe: Recipe) -> bool:
-    """Whether what did so at validation later is to be preferred, at the sites that tried both: sites come and go.
-
-    Where the sites' bounded gains come to nothing, what they come to unbounded decides.
-    """
-    for most in (recipe.most_gain, 1.0):
-        found = gain(later, best, most)
-        if found is not None and abs(found) > 1e-12:  # less comes of rounding
-            return found > 0
-    if found is not None:
-        return False
+    """Whether what did so at validation later is to be preferred, at the sites that tried both: sites come and go."""
+    if (found := _gained(later, best, recipe)) is not None:
+        return found > 0
     known = [any(score.examples for score in scores.values()) for scores in (later, best)]
     return known[0] or not known[1]  # there is no telling: what the present sites have tried, if they could
+
+
+def _gained(later: Mapping[str, Score], before: Mapping[str, Score], recipe: Recipe) -> float | None:
+    """By the sites' bounded gains; where these come to nothing, by what they come to unbounded."""
+    for most in (recipe.most_gain, 1.0):
+        found = gain(later, before, most)
+        if found is None or abs(found) > 1e-12:  # less comes of rounding
+            return found
+    return 0.0
 
 
 def chosen(later: Mapping[str, Score], best: Mapping[str, Score], zero: Mapping[str, Score], recipe: Recipe) -> bool:
     """Whether a later round is to be selected in place of the best so far.
 
-    Where zero-shot could be selected, that must not be better: each round may be a little better than the one before by
+    Where zero-shot could be selected, that must not do better: each round may be a little better than the one before by
     what some sites claim, and all of them together far worse.
     """
-    return better(later, best, recipe) and (recipe.first_choice > 0 or not better(zero, later, recipe))
+    return better(later, best, recipe) and (recipe.first_choice > 0 or not (_gained(zero, later, recipe) or 0.0) > 0)
 
 
 BLENDS = (0.25, 0.5, 0.75, 1.0)

@@ -96,6 +96,10 @@ class Nodes:
         self.scaled: Counter[str] = Counter()
         self.trained: Counter[str] = Counter()
         """How often each site was asked to train, whether or not something came of it."""
+        self.distrusted: set[str] = set()
+        """Sites that have spoilt secure aggregation: they are asked to train no more."""
+        self.blames: dict[str, set[str]] = {}
+        """By a site, those that say it did."""
         self.traffic = Traffic()
         self._grid, self._package, self._inbox = grid, package, Inbox(grid)
         self._most = 2**20 + 2 * sum(tensor.nbytes for tensor in link.state.values())
@@ -125,6 +129,7 @@ class Nodes:
             "last_failed": sorted(self._last_failed),
             "scaled": dict(self.scaled),
             "trained": dict(self.trained),
+            "distrusted": sorted(self.distrusted),
             "down": self.traffic.down,
             "up": self.traffic.up,
         }
@@ -146,6 +151,7 @@ class Nodes:
         self._last_failed |= {*record["last_failed"]}
         self.scaled.update(record["scaled"])
         self.trained.update(record["trained"])
+        self.distrusted.update(record["distrusted"])
         self.traffic.down += record["down"]
         self.traffic.up += record["up"]
 
@@ -264,8 +270,9 @@ class Nodes:
     def _objection(self, hello: Hello) -> str | None:
         """Why the site can't take part."""
         if hello.package != self._package:
+            there = exchange.one_line(hello.package[:12])
             return (
-                f"it runs other code than the server (package {hello.package[:12]}, here {self._package[:12]}): "
+                f"it runs other code than the server (package {there}, here {self._package[:12]}): "
                 "install the same version of fedclip-flwr there"
             )
         if hello.site in self._connected():  # one that is gone may come back as another node
@@ -279,15 +286,25 @@ class Nodes:
     def choose(
         self, share: float, seed: int, number: int, least: int, without: Collection[str] = ()
     ) -> tuple[list[int], list[int]]:
-        """Which connected sites train in a round, drawn by seed and name from those that can; and the others. Ids."""
+        """Which connected sites train in a round, drawn by seed and name from those that can; and the others. Ids.
+
+        Some are left out, if enough remain.
+        """
         sites = self._connected()
-        able = [name for name in sites if self.hellos[name].train and name not in without]
+        able = [name for name in sites if self.hellos[name].train and name not in self.distrusted]
+        if len(others := [name for name in able if name not in without]) >= least:
+            able = others
         names = drawn_by_lot(able, share, seed, number, least)
         return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
 
     def trains(self, nodes: Iterable[int]) -> None:
         """Takes note that these are asked to train."""
         self.trained.update(self.names[node] for node in nodes)
+
+    @property
+    def failed(self) -> frozenset[str]:
+        """The sites whose last answer could not be used."""
+        return frozenset(self._last_failed)
 
     def good(self, without: Iterable[str] = ()) -> list[int]:
         """Node ids of the connected sites whose last answer could be used."""
@@ -318,6 +335,7 @@ class Nodes:
         """
         waiting = list(messages)
         asked = len(waiting)
+        kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in waiting}
         whole = {m.metadata.dst_node_id: (m.content, m.metadata.message_type) for m in waiting}
         self.link.address(waiting, state)
         under_way: dict[str, int] = {}
@@ -331,6 +349,7 @@ class Nodes:
                 self.fails(number, self.names[node], "it could not be reached")
             for node, reply in self._pull(under_way):
                 wait.something_came()
+                reply.metadata.__dict__["_message_type"] = kinds[node]  # whatever the site says that it answers
                 if reply.has_error() and reply.error.code == exchange.LACKS and node in whole:
                     self.link.lacks(node)
                     content, kind = whole.pop(node)

@@ -106,6 +106,7 @@ def spent(settings: Settings, rounds: Iterable[int]) -> float | None:
     """
     if settings.dp == "off":
         return None
+    _accountant()  # before it is needed, so that it is not missed after the first round
     multiplier = settings.noise_multiplier / (1 if settings.dp == "central" else 2)
     return _epsilon(multiplier, max(rounds, default=0), settings.delta)
 

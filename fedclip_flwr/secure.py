@@ -76,7 +76,13 @@ def _paired(record: Mapping[str, Any], names: str, values: str) -> dict[str, byt
 
 
 def _shares(answer: Mapping[str, Any]) -> Shares:
-    return Shares(_paired(answer, "to", "letters"), _paired(answer, "of", "digests"), bytes(answer["seed"]))
+    return Shares(_paired(answer, "to", "letters"), _paired(answer, "of", "digests"), _bytes(answer, "seed"))
+
+
+def _bytes(answer: Mapping[str, Any], key: str) -> bytes:
+    if not isinstance(value := answer[key], bytes):
+        raise ExchangeError(f"{key} is not what it should be")
+    return value
 
 
 def bound_of(settings: Settings) -> float:
@@ -163,11 +169,10 @@ class SecureSum:
         state: State,
         training: Sequence[int],
         settings: Settings,
-        distrusted: set[str],
     ) -> None:
-        """Whoever is found to spoil it is added to the `distrusted`, by name."""
+        """Whoever is found to spoil it is distrusted by the `nodes`."""
         self._nodes, self._number, self._state = nodes, number, state
-        self._bound, self._least, self._distrusted = bound_of(settings), settings.least_sites, distrusted
+        self._bound, self._least = bound_of(settings), settings.least_sites
         self._size = sum(tensor.numel() for tensor in state.values())
         self._context = f"{nodes.key}/{number}/{os.urandom(8).hex()}"
         order = random.SystemRandom().sample(training, len(training))
@@ -176,13 +181,12 @@ class SecureSum:
         self._by_site = {site: member for member, site in self._sites.items()}
         self._gathering = Gathering(self._context, self._size, MOST)
         self._letters: dict[str, dict[str, bytes]] = {}
-        self._blamed: dict[str, set[int]] = {}
 
     def prepare(self) -> list[int]:
         """The first two steps; the nodes that go on."""
         gathering = self._gathering
         asked: Mapping[str, dict[str, Any]] = {name: {"name": name} for name in self._members.values()}
-        self._ask("keys", asked, lambda name, answer: gathering.join(name, bytes(answer["public"])))
+        self._ask("keys", asked, lambda name, answer: gathering.join(name, _bytes(answer, "public")))
         near = gathering.neighbourhoods()
         asked = {name: {"of": list(of), "publics": list(of.values())} for name, of in near.items()}
         self._ask("shares", asked, lambda name, answer: gathering.share(name, _shares(answer)))
@@ -201,6 +205,8 @@ class SecureSum:
         """What the updates that came make of the state, as a mean; the strategy has their reports."""
 
         def take(site: str, report: Report, state: State) -> None:
+            if site not in self._by_site:
+                raise ExchangeError("it was not asked")
             try:
                 self._gathering.add(self._by_site[site], state[MASKED].numpy().view("uint32"))
             except MaskingError as error:
@@ -218,26 +224,29 @@ class SecureSum:
         try:
             total = dequantise(self._gathering.sum(), finest_step(len(self._letters), self._bound))
         except LetterError as error:
-            self._distrusted.add(self._sites[error.sender])
+            self._nodes.distrusted.add(self._sites[error.sender])
             raise
         update = unflat(torch.from_numpy(total) / len(lists), self._state)
         return {name: (tensor.double() + update[name]).to(tensor.dtype) for name, tensor in self._state.items()}
 
     def _without_blame(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The replies but those that say whose letter could not be opened."""
+        """The replies but those that say whose letter could not be opened: more than one, and a quarter of those that
+        got one, are believed."""
         for reply in replies:
             if not reply.has_error():
                 yield reply
                 continue
             node, sender = reply.metadata.src_node_id, str(reply.error.reason)
-            if sender in self._sites:
-                self._blamed.setdefault(sender, set()).add(node)
-                self._nodes.fails(
-                    self._number, self._nodes.names[node], f"it can't open the letter from {self._sites[sender]}"
-                )
-        for sender, by in self._blamed.items():
-            if len(by) > len(self._letters.get(sender, ())) / 4:
-                self._distrusted.add(self._sites[sender])
+            blamer = self._nodes.names[node]
+            if sender not in self._letters.get(self._members.get(node, ""), {}):
+                self._nodes.fails(self._number, blamer, "it blames one that has sent it nothing")
+                continue
+            blamed = self._sites[sender]
+            self._nodes.fails(self._number, blamer, f"it can't open the letter from {blamed}")
+            by = self._nodes.blames.setdefault(blamed, set())
+            by.add(blamer)
+            if len(by) > max(1.0, len(self._letters[sender]) / 4):
+                self._nodes.distrusted.add(blamed)
 
     def _ask(
         self, step: str, asked: Mapping[str, Mapping[str, Any]], take: Callable[[str, Mapping[str, Any]], None]

@@ -213,9 +213,16 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
         raise UserError(f"dp = {node['dp']!r} in the node config: a site can only add noise of its own, dp='local'")
     if {"noise-multiplier", "clipping-norm"} & node.keys() and "dp" not in node:
         raise UserError("noise-multiplier and clipping-norm in the node config are for dp='local' there")
+    if "dp" in node and "noise-multiplier" not in node:
+        raise UserError("dp='local' in the node config needs noise-multiplier beside it: else the server says how much")
     if "data" in node:
         given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
     settings = Settings.from_run_config({**given, **{key: node[key] for key in OWN if key in node}})
+    if given.get("dp") == "local" and settings.noise_multiplier < float(str(given["noise-multiplier"])):
+        raise UserError(
+            f"noise-multiplier = {settings.noise_multiplier:g} in the node config: the run has more, and tells what is "
+            "spent by that; give at least as much"
+        )
     here_only = settings.data == "none" or settings.data.startswith(("folder:", "features:"))
     if not simulated and "data" not in node and here_only:
         raise UserError(

@@ -288,11 +288,14 @@ def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) ->
         ({"dp": "central"}, "dp = 'central' in the node config: a site can only add noise of its own, dp='local'"),
         ({"dp": "off"}, "dp = 'off' in the node config"),
         ({"noise-multiplier": 0.1}, "noise-multiplier and clipping-norm in the node config are for dp='local' there"),
-        ({"dp": "local", "clipping-norm": -1.0}, "clipping-norm = -1.0: expected at least 0.0001"),
+        ({"dp": "local"}, "dp='local' in the node config needs noise-multiplier beside it"),
+        ({"dp": "local", "noise-multiplier": 2.0, "clipping-norm": -1.0}, "clipping-norm = -1.0: expected at least"),
+        ({"dp": "local", "noise-multiplier": 1.0}, "noise-multiplier = 1 in the node config: the run has more"),
     ],
 )
 def test_what_a_sites_owner_says_of_noise_can_only_add_some(tree: Path, node: dict[str, Any], why: str) -> None:
-    assert why in str(asked("query", tree, **node).error.reason)
+    noisy = replace(SETTINGS, dp="local", noise_multiplier=1.5)
+    assert why in str(asked("query", tree, settings=noisy, **node).error.reason)
 
 
 def test_a_sites_owner_can_add_noise_that_the_run_does_not_ask_for(tree: Path) -> None:

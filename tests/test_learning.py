@@ -15,6 +15,7 @@ from fedclip_flwr.learning import (
     Classes,
     Examples,
     better,
+    chosen,
     class_loss,
     contrastive_loss,
     evaluate,
@@ -225,6 +226,18 @@ def test_what_does_as_well_is_not_better_and_what_a_few_sites_say_does_not_decid
     assert not better(scores(10, 10, *[4] * 8), scores(0, 0, *[5] * 8), default)
     assert not better(scores(9, 5), scores(8, 8), default)  # +5 and -5 points, which is nothing, but +10 and -30
     assert better(scores(8, 8), scores(9, 5), default)
+
+
+def test_zero_shot_must_not_be_better_where_that_can_be_told() -> None:
+    """The others lose ten points and one gains five, which is more than the best so far; or nobody can tell."""
+    default, paper = RECIPES["default"], RECIPES["paper"]
+    zero, best, later = scores(5, 5, 5, 5, 2), scores(3, 3, 3, 3, 9), scores(4, 4, 4, 4, 10)
+    assert better(later, best, default)
+    assert not chosen(later, best, zero, default)
+    assert chosen(later, best, zero, paper)  # zero-shot can't be selected there
+    assert chosen(scores(6, 6, 6, 6, 1), best, zero, default)
+    assert chosen(scores(None), scores(None), scores(None), default)
+    assert chosen({"b": Score(10, 9, 1.0)}, {"b": Score(10, 5, 1.0)}, {"a": Score(10, 5, 1.0)}, default)
 
 
 def test_rounds_that_no_site_can_validate_are_taken_as_they_come() -> None:

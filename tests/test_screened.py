@@ -207,7 +207,7 @@ def test_fewer_than_three_sites_are_not_enough() -> None:
         masked(Masked("a"), Masked("b")).run()
 
 
-@pytest.mark.parametrize("way", ["nothing", "more", "wrong types", "texts", "short lists", "another's letters"])
+@pytest.mark.parametrize("way", ["nothing", "more", "wrong types", "huge", "texts", "short lists", "another's letters"])
 @pytest.mark.parametrize("step", ["query.keys", "query.shares", "query.unmask"])
 def test_garbage_in_a_step_is_that_sites_failure(step: str, way: str) -> None:
     class Garbage(Masked):
@@ -223,6 +223,8 @@ def test_garbage_in_a_step_is_that_sites_failure(step: str, way: str) -> None:
                     changed["update"] = [1.0]
                 elif way == "wrong types":
                     changed[key] = 7
+                elif way == "huge":
+                    changed["public" if "public" in changed else "seed" if "seed" in changed else key] = 2**62
                 elif way == "texts":
                     value = changed[key]
                     changed[key] = value.hex() if isinstance(value, bytes) else ["x" * len(one) for one in value]
@@ -300,6 +302,69 @@ def test_who_shares_no_secret_of_its_own_is_asked_no_more() -> None:
     running = spoilt("query.shares false")
     assert running.told.completed == [(1, 1.0), (2, 2.0)]
     assert sum("no sum can be made: the pieces from" in line for line in running.said) == 1
+
+
+def blaming(sender: str, *sites: Masked) -> Running:
+    """The last of these sites says in each round that it can't open the letter from that number."""
+    *others, liar = sites
+
+    def answer(message: Message) -> Message | None:
+        if message.metadata.message_type == MessageType.TRAIN:
+            return Message(Error(exchange.BLAMES, sender), reply_to=message)
+        return liar(message)
+
+    return Running(dict(enumerate([*others, answer], 3)), secure_aggregation=True)
+
+
+@pytest.mark.parametrize("sender", ["000000", "000001", "000003", "999999", "a\nb"])
+def test_a_single_one_that_blames_others_is_left_out_alone(sender: str) -> None:
+    running = blaming(sender, *(Masked(f"site-{n}") for n in range(4)))
+    running.run()
+    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert {f.site for f in running.nodes.failures} == {"site-3"}
+    assert not running.nodes.distrusted
+
+
+def test_whoever_blames_what_it_never_got_is_not_believed() -> None:
+    """One that only evaluates."""
+    west = Site("west", role="holdout", train=0, validation=0)
+
+    def answer(message: Message) -> Message | None:
+        if message.metadata.message_type == MessageType.EVALUATE:
+            reply = Message(Error(exchange.BLAMES, "000000"), reply_to=message)
+            reply.metadata.__dict__["_message_type"] = MessageType.TRAIN
+            return reply
+        return west(message)
+
+    sites: dict[int, Answer] = {n: Masked(f"site-{n}") for n in range(3)}
+    running = Running({**sites, 9: answer}, secure_aggregation=True)
+    running.run()
+    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert not running.nodes.blames
+
+
+def test_a_site_that_evaluates_does_not_train_because_it_says_so() -> None:
+    west = Site("west", role="holdout", train=0, validation=0)
+
+    def answer(message: Message) -> Message | None:
+        reply = west(message)
+        if reply and message.metadata.message_type == MessageType.EVALUATE:
+            reply.metadata.__dict__["_message_type"] = MessageType.TRAIN
+        return reply
+
+    sites: dict[int, Answer] = {n: Masked(f"site-{n}") for n in range(3)}
+    running = Running({**sites, 9: answer}, secure_aggregation=True)
+    outcome = running.run()
+    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert set(outcome.adapted.holdouts) == {"west"}
+
+
+def test_those_that_failed_are_left_out_of_the_next_attempt() -> None:
+    """Four of seven are silent where it hurts most: nothing can be unmasked until they are not asked."""
+    silent = [Masked(f"gone-{n}", 1.0, dict.fromkeys((1, 2, 3), "train")) for n in range(4)]
+    running = masked(*(Masked(f"site-{n}", 2.0) for n in range(3)), *silent)
+    running.run()
+    assert running.told.completed == [(1, 2.0), (2, 4.0), (3, 6.0)]
 
 
 def test_of_too_few_updates_nothing_is_unmasked() -> None:
@@ -383,6 +448,7 @@ def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
 def test_what_was_under_way_when_a_run_was_stopped_counts_where_it_has_been_seen(tmp_path: Path) -> None:
     again, _ = interrupted(lambda: Running(honest(3), dp="local", noise_multiplier=8.0), tmp_path / "checkpoint", 2)
     assert again.nodes.trained == {"site-1": 6, "site-2": 6, "site-3": 6}  # two, up to three attempts more, and one
+    assert [number for number, _ in again.told.completed] == [2, 3]  # the three are on disk before the next is asked
 
 
 def test_repeated_rounds_count_for_privacy() -> None:
