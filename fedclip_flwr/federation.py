@@ -144,7 +144,7 @@ def federate(
 
     `unseen` is how good an adapter is on the held-out domain, with such a blend.
     """
-    at = standing or Standing(0, start, start)
+    at = standing or Standing(0, start, start, bytes=nodes.traffic.both)  # so far, of the hellos
     share = settings.trained_blend
     if standing and settings.dp == "local":  # what was under way when the run was stopped has been seen, too
         nodes.trained.update(dict.fromkeys(nodes.trained, ATTEMPTS))

@@ -189,6 +189,7 @@ def test_three_rounds_by_hand() -> None:
     assert [line.seen for line in running.told.lines] == [0.0, 0.2, 0.4, 0.6]
     assert [line.unseen.accuracy for line in running.told.lines if line.unseen] == [0.0, 0.02, 0.04, 0.06]
     assert [line.loss for line in running.told.lines] == [0.5] * 4
+    assert running.told.lines[0].bytes > 0  # of the hellos
     assert running.told.best == [0, 1]  # the earliest of the two best
     assert outcome.adapted.round == 1
     assert float(outcome.state["w"]) == 2.0
