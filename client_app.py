@@ -25,8 +25,8 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine
 from fedclip_flwr.link import Shelf, forget
-from fedclip_flwr.masking import LetterError, MaskingError
 from fedclip_flwr.saved import save_adapter
+from fedclip_flwr.secure import LetterError, MaskingError
 from fedclip_flwr.session import recall
 from fedclip_flwr.sites import Desk, learn_alone, open_desk
 from fedclip_flwr.sites import learn as learn_on
@@ -108,12 +108,15 @@ def learn(message: Message, context: Context) -> Message:
     shelf = Shelf(desk.session.key, desk.settings.codec)
     learner = received(task, desk, shelf)
     report = report_on(learner, desk, context)
-    before = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()}
+    protected = masks(context) or desk.settings.dp != "off"
+    before = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()} if protected else {}
     learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
     trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
     trained = privacy.at_site(trained, before, desk.settings)
     if masks(context):
-        sent = secure.masked(message.content, context.state.config_records, trained, before)
+        from fedclip_flwr.secure import site  # not for all: it brings cryptography
+
+        sent = site.masked(message.content, context.state.config_records, trained, before)
     else:
         sent = shelf.pack(trained, desk.site.name, task.round, desk.settings.seed)
     return Message(exchange.write_answer(report, sent), reply_to=message)
@@ -124,7 +127,9 @@ def learn(message: Message, context: Context) -> Message:
 @app.query("unmask")
 def mask(message: Message, context: Context) -> Message:
     """With secure aggregation, the steps before and after an update that is masked."""
-    step = secure.STEPS[message.metadata.message_type.removeprefix("query.")]
+    from fedclip_flwr.secure import site
+
+    step = site.STEPS[message.metadata.message_type.removeprefix("query.")]
     return Message(step(message.content, context.state.config_records), reply_to=message)
 
 

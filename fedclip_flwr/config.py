@@ -136,7 +136,7 @@ class Settings:
         settings = cls(**values)
         if settings.recipe == "paper" and settings.batch_size < 2:
             problems["batch-size"] = "batch-size = 1: the paper's recipe skips a batch of one; expected at least 2"
-        problems |= {key: f"{key} = {told(settings, key)!r}: {why}" for key, why in _contradictions(settings).items()}
+        problems |= {key: f"{key} = {_value(settings, key)!r}: {why}" for key, why in _contradictions(settings).items()}
         return settings, problems
 
     @property
@@ -172,7 +172,7 @@ class Settings:
         return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
 
 
-def told(settings: Settings, key: str) -> Any:
+def _value(settings: Settings, key: str) -> Any:
     return getattr(settings, key.replace("-", "_"))
 
 
@@ -196,7 +196,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
             found["site-weights"] = how + "sites count the same; leave it out"
     if settings.method == "full-model":
         plain = {"blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
-        for key in [key for key, value in plain.items() if told(settings, key) != value]:
+        for key in [key for key, value in plain.items() if _value(settings, key) != value]:
             found[key] = "it is for adapters; leave it out with method = 'full-model'"
     return found
 

@@ -3,7 +3,7 @@
 What may leave a site is told by `may_leave`, and nothing else: `check_outgoing` looks at every reply before it goes.
 
     QUERY     what the run is about  →  who the site is and how much it holds; or how far it has come with encoding
-              (with secure aggregation three more, see `secure.py`)
+              (with secure aggregation three more, see `secure/`)
     TRAIN     an adapter             →  that adapter's scores at the site, and the adapter trained on
     EVALUATE  an adapter             →  its scores; or, if so asked, those of the site's own made from it
 

@@ -27,10 +27,10 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Report
 from fedclip_flwr.learning import BLENDS, RECIPES, better, chosen
-from fedclip_flwr.masking import MaskingError
 from fedclip_flwr.metrics import Quality, Score, mean_accuracy, mean_of
 from fedclip_flwr.nodes import Nodes
-from fedclip_flwr.secure import SecureSum
+from fedclip_flwr.secure import MaskingError
+from fedclip_flwr.secure.server import SecureSum
 from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 

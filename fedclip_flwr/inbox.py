@@ -37,7 +37,7 @@ MOST_PARTS = 2_000
 """Of a reply: two for each tensor, and one for each 20 MB of it."""
 
 
-class _Parcel(NamedTuple):
+class _Announced(NamedTuple):
     """A reply that is announced; who sent it to what, and its parts, some of which are fetched."""
 
     metadata: Metadata
@@ -50,29 +50,28 @@ class Inbox:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._waiting: dict[str, _Parcel] = {}
+        self._waiting: dict[str, _Announced] = {}
 
-    def take(self, asked: Collection[str], most: int) -> list[Message]:
-        """The replies to these messages that are there whole; one of more than so many bytes is an error instead."""
+    def take(self, asked: Collection[str], most: int) -> list[tuple[Message, int]]:
+        """The replies to these messages that are there whole, and their sizes; a larger one is an error instead."""
         if not isinstance(self._grid, GrpcGrid):  # sites on this machine, by this package
-            return list(self._grid.pull_messages(asked))
+            return [(message, size(message)) for message in self._grid.pull_messages(asked)]
         new = [key for key in asked if key not in self._waiting]  # each is announced once
         answer = self._grid._stub.PullMessages(PullAppMessagesRequest(message_ids=new))
         for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             metadata = metadata_from_proto(head.metadata)
             parts = [part.object_id for part in iterate_object_tree(tree)]
-            self._waiting[metadata.reply_to_message_id] = _Parcel(metadata, parts, {})
+            self._waiting[metadata.reply_to_message_id] = _Announced(metadata, parts, {})
         return [message for key in [*self._waiting] if (message := self._message(key, set(asked), most))]
 
-    def _message(self, key: str, asked: Collection[str], most: int) -> Message | None:
+    def _message(self, key: str, asked: Collection[str], most: int) -> tuple[Message, int] | None:
         parcel = self._waiting.pop(key)
         if key not in asked:  # nobody waits for it any longer
             return None
         try:
             self._fetch(parcel, most)
             message = make_message(metadata=parcel.metadata, **_put_together(parcel, most))
-            size(message)  # names and shapes may be such as can't be written
-            return message
+            return message, size(message)  # which fails where names or shapes are such as can't be written
         except ObjectUnavailableError:
             self._waiting[key] = parcel
             return None
@@ -85,16 +84,17 @@ class Inbox:
         except Exception as error:  # of what a site has made up, anything can come
             why = f"its answer can't be put together ({one_line(f'{type(error).__name__}: {error}', 100)})"
         self._confirm(parcel)  # the SuperLink need not keep it
-        return make_message(metadata=parcel.metadata, error=Error(ErrorCode.UNKNOWN, why))
+        message = make_message(metadata=parcel.metadata, error=Error(ErrorCode.UNKNOWN, why))
+        return message, size(message)
 
-    def _confirm(self, parcel: _Parcel) -> None:
+    def _confirm(self, parcel: _Announced) -> None:
         grid: Any = self._grid
         confirmed = parcel.metadata.message_id
         grid._stub.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=grid.node, run_id=grid.run.run_id, message_object_id=confirmed)
         )
 
-    def _fetch(self, parcel: _Parcel, most: int) -> None:
+    def _fetch(self, parcel: _Announced, most: int) -> None:
         """Fetches the parts that are missing."""
         grid: Any = self._grid
         if len(parcel.parts) > MOST_PARTS:
@@ -129,7 +129,7 @@ def _size_of(part: str, contents: Mapping[str, bytes], known: dict[str, int]) ->
     return known[part]
 
 
-def _put_together(parcel: _Parcel, most: int) -> dict[str, Any]:
+def _put_together(parcel: _Announced, most: int) -> dict[str, Any]:
     """The content or the error that the parts make."""
     _check_size([_size_of(parcel.metadata.message_id, parcel.contents, {})], most)
     message = inflate_object_from_contents(parcel.metadata.message_id, parcel.contents)

@@ -336,7 +336,7 @@ class Nodes:
         waiting = list(messages)
         asked = len(waiting)
         kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in waiting}
-        whole = {m.metadata.dst_node_id: (m.content, m.metadata.message_type) for m in waiting}
+        whole = {message.metadata.dst_node_id: message.content for message in waiting}
         self.link.address(waiting, state)
         under_way: dict[str, int] = {}
         wait = _Wait(self._timeout)
@@ -352,8 +352,7 @@ class Nodes:
                 reply.metadata.__dict__["_message_type"] = kinds[node]  # whatever the site says that it answers
                 if reply.has_error() and reply.error.code == exchange.LACKS and node in whole:
                     self.link.lacks(node)
-                    content, kind = whole.pop(node)
-                    waiting.append(Message(content, node, kind))
+                    waiting.append(Message(whole.pop(node), node, kinds[node]))
                 elif reply.has_error() and reply.error.code == exchange.BLAMES:
                     reply.metadata.__dict__["_src_node_id"] = node
                     yield reply
@@ -417,10 +416,10 @@ class Nodes:
         if not under_way:
             return []
         pairs = []
-        for reply in self._inbox.take(list(under_way), self._most):
+        for reply, size in self._inbox.take(list(under_way), self._most):
             node = under_way.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
-                self.traffic.up += exchange.size(reply)
+                self.traffic.up += size
                 pairs.append((node, reply))
         return pairs
 

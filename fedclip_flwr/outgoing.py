@@ -23,7 +23,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDi
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedclip_flwr import content, exchange, secure, tensorfile
+from fedclip_flwr import content, exchange, tensorfile
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.console import bytes_of, counted
@@ -34,6 +34,7 @@ from fedclip_flwr.federation import Line, Standing, federate
 from fedclip_flwr.link import Downlink, forget
 from fedclip_flwr.metrics import BINS, Quality, Score
 from fedclip_flwr.nodes import Nodes
+from fedclip_flwr.secure import site as secure
 from fedclip_flwr.session import TRAIN, Session
 from fedclip_flwr.sites import new_learner, settings_at
 from fedclip_flwr.strategy import AdapterFedAvg
@@ -72,7 +73,7 @@ Nothing else that was made of this site's images leaves it: no image, no feature
 Bytes are those of the messages as Flower serialises them. Besides, Flower tells which node it is for which run, its
 public key with a signature, that it is there, and how long an answer took. If something goes wrong, one line says what,
 in place of an answer; it may name a file. Each answer is held against one list before it leaves: may_leave, in
-fedclip_flwr/exchange.py, and with secure aggregation ANSWERS, in fedclip_flwr/secure.py."""
+fedclip_flwr/exchange.py, and with secure aggregation ANSWERS, in fedclip_flwr/secure."""
 
 
 class Sent(NamedTuple):

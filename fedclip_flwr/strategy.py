@@ -105,10 +105,8 @@ class AdapterFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._sent, self._asked = (
-            read_adapter(arrays, self.like),
-            [message.metadata.dst_node_id for message in messages],
-        )
+        self._sent = read_adapter(arrays, self.like)
+        self._asked = [message.metadata.dst_node_id for message in messages]
         return messages
 
     def aggregate_train(

@@ -265,6 +265,7 @@ for kind in ("query", "train", "evaluate"):
     state = None if kind == "query" else new_adapter(Settings(), 128).state_dict()
     assert asked(kind, Path(sys.argv[1]), state).has_content()
 heavy = {"transformers", "datasets", "flwr_datasets", "ray", "torch._dynamo", "sklearn", "matplotlib"}
+heavy |= {"fedclip_flwr.nodes", "fedclip_flwr.strategy", "fedclip_flwr.secure.site", "dp_accounting"}
 print(sorted(heavy & set(sys.modules)))
 """
 

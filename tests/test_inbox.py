@@ -79,7 +79,7 @@ def opened(stub: Any) -> Inbox:
 
 def test_a_reply_comes_as_it_was_sent() -> None:
     stub = Stub(answer())
-    (reply,) = opened(stub).take([ASKED], MOST)
+    ((reply, _),) = opened(stub).take([ASKED], MOST)
     assert reply.metadata.reply_to_message_id == ASKED
     assert reply.metadata.src_node_id == 7
     assert reply.content.array_records["arrays"]["w"].numpy().tolist() == [1, 1, 1]
@@ -93,7 +93,7 @@ def test_a_reply_whose_parts_are_not_all_there_is_waited_for_without_holding_up_
     assert box.take([ASKED], MOST) == []
     assert box.take([ASKED], MOST) == []
     stub.missing.clear()
-    (reply,) = box.take([ASKED], MOST)
+    ((reply, _),) = box.take([ASKED], MOST)
     assert not reply.has_error()
     assert all(stub.pulled.count(part) == 1 for part in stub.contents if part != late)
     assert box.take([ASKED], MOST) == []
@@ -112,18 +112,18 @@ def test_a_reply_that_nobody_waits_for_any_longer_is_let_go_of() -> None:
 def test_who_sent_it_is_what_the_superlink_says() -> None:
     stub = Stub(answer(src_node_id=99, reply_to_message_id="b" * 64))
     stub.head.metadata.src_node_id, stub.head.metadata.reply_to_message_id = 7, ASKED
-    (reply,) = opened(stub).take([ASKED], MOST)
+    ((reply, _),) = opened(stub).take([ASKED], MOST)
     assert (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (7, ASKED)
 
 
 def test_too_much_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = Stub(answer(RecordDict({str(n): write_adapter({"w": torch.rand(5000)}) for n in range(50)})))
-    (reply,) = opened(stub).take([ASKED], MOST)
+    ((reply, _),) = opened(stub).take([ASKED], MOST)
     assert "bytes and more, expected at most 100,000" in str(reply.error.reason)
     assert len(stub.pulled) < len(stub.contents) / 2
     monkeypatch.setattr(inbox, "MOST_PARTS", 3)
     stub = Stub(answer())
-    (reply,) = opened(stub).take([ASKED], MOST)
+    ((reply, _),) = opened(stub).take([ASKED], MOST)
     assert "parts, expected at most 3" in str(reply.error.reason)
     assert not stub.pulled
 
@@ -132,7 +132,7 @@ def test_what_names_one_thing_many_times_counts_as_often() -> None:
     same = write_adapter({"w": torch.ones(200)})["w"]
     stub = Stub(answer(RecordDict({"arrays": ArrayRecord({f"{n:030}": same for n in range(200)})})))
     assert sum(map(len, stub.contents.values())) < MOST
-    (reply,) = opened(stub).take([ASKED], MOST)
+    ((reply, _),) = opened(stub).take([ASKED], MOST)
     assert "bytes and more, expected at most 100,000" in str(reply.error.reason)
     assert stub.confirmed
 
@@ -173,7 +173,7 @@ def spoilt(way: str) -> Stub:
     ],
 )
 def test_what_can_not_be_put_together_is_an_error_of_that_site(way: str) -> None:
-    (reply,) = opened(spoilt(way)).take([ASKED], MOST)
+    ((reply, _),) = opened(spoilt(way)).take([ASKED], MOST)
     assert reply.has_error()
     assert "its answer can't be put together" in str(reply.error.reason)
     assert "\n" not in str(reply.error.reason)

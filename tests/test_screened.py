@@ -10,12 +10,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 
-from fedclip_flwr import checkpoint, exchange, secure
+from fedclip_flwr import checkpoint, exchange
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import Progress, Report
-from fedclip_flwr.masking import LetterError
 from fedclip_flwr.metrics import Score
+from fedclip_flwr.secure import LetterError
+from fedclip_flwr.secure import site as site_end
+from fedclip_flwr.secure.server import BOUND, bound_of
 from tests.test_federation import Answer, Running, Site, quality
 from tests.test_privacy import exact
 from tests.test_resume import interrupted
@@ -149,14 +151,14 @@ class Masked(Site):
         if self.gone.get(number) == kind:
             return Message(Error(2, "gone"), reply_to=message)
         if kind.startswith("query."):
-            step = secure.STEPS[kind.removeprefix("query.")]
+            step = site_end.STEPS[kind.removeprefix("query.")]
             return Message(step(message.content, self.memory), reply_to=message)
         if kind != MessageType.TRAIN:
             return super().__call__(message)
         arrays = message.content.array_records["arrays"]
         state = {"w": torch.from_numpy(arrays["w"].numpy())}
         try:
-            masked = secure.masked(message.content, self.memory, {"w": state["w"] + self.step}, state)
+            masked = site_end.masked(message.content, self.memory, {"w": state["w"] + self.step}, state)
         except LetterError as error:  # as in client_app.guard
             return Message(Error(exchange.BLAMES, error.sender), reply_to=message)
         report = Report(6, Score(10, 5, 5.0), quality(5))
@@ -179,7 +181,7 @@ def test_a_masked_run_comes_to_what_an_open_one_comes_to() -> None:
 def test_numbers_beyond_the_bound_are_cut_off() -> None:
     running = masked(Masked("a", 1.0), Masked("b", 1.0), Masked("c", 1e6))
     running.run()
-    assert running.told.completed[0][1] == pytest.approx((1 + 1 + secure.BOUND) / 3)
+    assert running.told.completed[0][1] == pytest.approx((1 + 1 + BOUND) / 3)
 
 
 def test_who_drops_out_is_named_and_the_sum_is_that_of_the_others() -> None:
@@ -281,7 +283,7 @@ def test_who_spoils_a_step_is_named_and_alone(way: str) -> None:
     running = spoilt(way)
     assert {f.site for f in running.nodes.failures} == {"hostile"}
     assert not [line for line in running.said if "repeated" in line]
-    honest, all_five = 1.0, (4 + secure.BOUND) / 5
+    honest, all_five = 1.0, (4 + BOUND) / 5
     step = honest if way == "query.keys twice" else all_five  # its update had come by then
     assert running.told.completed[-1][1] == pytest.approx(2 * step)
 
@@ -378,8 +380,8 @@ def test_of_too_few_updates_nothing_is_unmasked() -> None:
 
 
 def test_noise_of_a_sites_own_has_room_below_the_bound() -> None:
-    assert secure.bound_of(Settings()) == secure.BOUND == 4.0
-    assert secure.bound_of(Settings(dp="local", noise_multiplier=30.0)) == 0.5 * 241
+    assert bound_of(Settings()) == BOUND == 4.0
+    assert bound_of(Settings(dp="local", noise_multiplier=30.0)) == 0.5 * 241
 
 
 def test_members_are_numbered_anew_in_each_attempt() -> None:
@@ -390,7 +392,7 @@ def test_members_are_numbered_anew_in_each_attempt() -> None:
         def answer(message: Message) -> Message | None:
             reply = site(message)
             if message.metadata.message_type == "query.keys":
-                numbers.append((site.hello.site, str(site.memory[secure.MEMORY]["name"])))
+                numbers.append((site.hello.site, str(site.memory[site_end.MEMORY]["name"])))
             return reply
 
         return answer

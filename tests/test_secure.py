@@ -1,6 +1,6 @@
 """Secure aggregation, over Ray and over gRPC: the sum is right, whoever drops out, and no update can be seen.
 
-The arithmetic alone: test_masking.py. What is written down in a run, and who drops out when: dropouts/sitecustomize.py.
+The arithmetic alone: secure/. What is written down in a run, and who drops out when: dropouts/sitecustomize.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client_app
-from fedclip_flwr import exchange, secure
+from fedclip_flwr import exchange
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Report
-from fedclip_flwr.masking import Member
 from fedclip_flwr.metrics import BINS, Quality, Score
+from fedclip_flwr.secure import site
+from fedclip_flwr.secure.member import Member
+from reliability.federation import INJECTED
 from tests import deployed
 from tests.dropouts.sitecustomize import GONE, STEPS
 
@@ -34,7 +36,7 @@ SITES = 10
 
 
 def over_ray(place: Path) -> dict[str, Any]:
-    env = {**os.environ, "DROPOUTS": str(place / "told"), "PYTHONPATH": str(DROPOUTS)}
+    env = {**os.environ, "DROPOUTS": str(place / "told"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
     given = [f"num-server-rounds={ROUNDS}", "secure-aggregation=true", f"results-dir={place}/results"]
     command = [str(Path(sys.executable).parent / "fedclip"), "run", "--nodes", str(SITES), *given]
     done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
@@ -44,7 +46,7 @@ def over_ray(place: Path) -> dict[str, Any]:
 
 
 def over_grpc(place: Path) -> dict[str, Any]:
-    env = {"DROPOUTS": str(place / "told"), "PYTHONPATH": str(DROPOUTS)}
+    env = {"DROPOUTS": str(place / "told"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
     settings = {"num-server-rounds": ROUNDS, "secure-aggregation": True, "min-sites": SITES - 2}
     return deployed.completed(place, {f"site-{n}": {} for n in range(SITES)}, 200, env, **settings)
 
@@ -144,7 +146,7 @@ def test_a_site_that_masks_its_updates_gives_none_without(run: bool, node: dict[
     """Whatever the server asks for, and also where it is the site's owner who says so."""
     trained = {"w": torch.ones(3)}
     with pytest.raises(ExchangeError, match="gives its update only with secure aggregation"):
-        secure.masked(RecordDict(), {}, trained, trained)
+        site.masked(RecordDict(), {}, trained, trained)
     none = Score(0, 0, 0.0)
     content = exchange.write_answer(Report(1, none, Quality(none, 0.0, 0.0, [0.0] * BINS)), trained)
     context = Context(1, 2, node, RecordDict(), Settings(secure_aggregation=run).as_run_config())

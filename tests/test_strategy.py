@@ -57,6 +57,14 @@ def test_what_a_site_claims_later_changes_nothing_of_its_weight() -> None:
     assert mean(replies, claims=EXAMPLES.__getitem__) == [2.0, 1.0]
 
 
+def test_a_claim_of_a_billion_examples_counts_for_three_times_the_median() -> None:
+    """Of 10, 30 and 10⁹ examples the median is 30, so that the third weighs 90."""
+    claims = {"a": 10, "c": 30, "b": 10**9}
+    replies = [reply(1, [13.0, 0.0]), reply(2, [0.0, 13.0]), reply(3, [1.0, 1.0])]
+    found = mean(replies, claims=claims.__getitem__, max_update_norm=0.0)
+    assert found == pytest.approx([(30 * 13 + 90) / 130, (10 * 13 + 90) / 130])
+
+
 def test_the_order_of_arrival_changes_no_bit() -> None:
     generator = np.random.default_rng(0)
     replies = [reply(node, generator.normal(size=2).tolist()) for node in NAMES]

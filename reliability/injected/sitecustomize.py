@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
 import json
 import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,7 +77,7 @@ def grid(module: ModuleType) -> None:
 
 def inbox(module: ModuleType) -> None:
     def pulled(replies: Iterable[Any], *_: Any) -> None:
-        if any(reply.metadata.message_type == "train" for reply in replies):
+        if any(reply.metadata.message_type == "train" for reply, _ in replies):
             reached("server has an answer")
 
     around(module.Inbox, "take", after=pulled)
@@ -145,24 +142,7 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Changes those modules as soon as they are loaded."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        change = CHANGES.get(name)
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if change else None
-        if change and spec and spec.loader:
-            load = spec.loader.exec_module
-
-            def loaded(module: ModuleType) -> None:
-                load(module)
-                change(module)
-
-            spec.loader.exec_module = loaded  # type: ignore[method-assign]
-        return spec
-
-
 if "RELIABILITY" in os.environ:
-    sys.meta_path.insert(0, Finder())
+    from onload import change  # type: ignore[import-not-found]  # beside this file
+
+    change(CHANGES)

@@ -7,10 +7,7 @@ write their updates and secrets to `true` there, and the server what it receives
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,8 @@ def write(folder: str, name: str, data: bytes) -> None:
     (PLACE / folder / f"{name}.{os.getpid()}.{os.urandom(4).hex()}").write_bytes(data)
 
 
-def at_both_ends(secure: Any) -> None:
-    quantise, dequantise, now = secure.quantise, secure.dequantise, {"in": ""}
+def at_sites(site: Any) -> None:
+    quantise, now = site.quantise, {"in": ""}
 
     def quantised(*given: Any) -> Any:
         numbers = quantise(*given)
@@ -36,28 +33,34 @@ def at_both_ends(secure: Any) -> None:
     def dropping(step: str, answer: Callable[..., Any]) -> Callable[..., Any]:
         def answered(content: Any, memory: Any, *more: Any) -> Any:
             number = content.config_records["config"]["server-round"]
-            name = content.config_records["masking"].get("name") or memory[secure.MEMORY]["name"]
+            name = content.config_records["masking"].get("name") or memory[site.MEMORY]["name"]
             now["in"] = f"update-{number}-{name}"
             made = answer(content, memory, *more)
-            kept = memory[secure.MEMORY]
+            kept = memory[site.MEMORY]
             for secret in [*kept["private"], kept["seed"]]:
                 if secret:
                     write("true", f"secret-{number}-{name}", secret)
             if name in GONE and STEPS[number - 1] == step:
-                raise secure.ExchangeError(f"gone in {step}")
+                raise site.ExchangeError(f"gone in {step}")
             return made
 
         return answered
+
+    site.quantise = quantised
+    for step, answer in site.STEPS.items():
+        site.STEPS[step] = dropping(step, answer)
+    site.masked = dropping("masked", site.masked)
+
+
+def the_sum(server: Any) -> None:
+    dequantise = server.dequantise
 
     def made(total: Any, step: float) -> Any:
         done = len([*(PLACE / "made").glob("*")]) if (PLACE / "made").exists() else 0
         write("made", f"{done + 1}", total.tobytes())
         return dequantise(total, step)
 
-    secure.quantise, secure.dequantise = quantised, made
-    for step, answer in secure.STEPS.items():
-        secure.STEPS[step] = dropping(step, answer)
-    secure.masked = dropping("masked", secure.masked)
+    server.dequantise = made
 
 
 def at_the_server(inbox: Any) -> None:
@@ -67,7 +70,7 @@ def at_the_server(inbox: Any) -> None:
 
     def taken(*given: Any) -> Any:
         replies = take(*given)
-        for reply in replies:
+        for reply, _ in replies:
             if reply.has_content():
                 kind = reply.metadata.message_type
                 write("seen", f"{kind}-whole", recorddict_to_proto(reply.content).SerializeToString())
@@ -79,25 +82,8 @@ def at_the_server(inbox: Any) -> None:
     inbox.Inbox.take = taken
 
 
-CHANGES = {"fedclip_flwr.secure": at_both_ends, "fedclip_flwr.inbox": at_the_server}
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    """Changes those modules as soon as they are loaded."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        change = CHANGES.get(name)
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if change else None
-        if change and spec and spec.loader:
-            load = spec.loader.exec_module
-
-            def loaded(module: Any) -> None:
-                load(module)
-                change(module)
-
-            spec.loader.exec_module = loaded  # type: ignore[method-assign]
-        return spec
-
-
 if "DROPOUTS" in os.environ:
-    sys.meta_path.insert(0, Finder())
+    from onload import change  # type: ignore[import-not-found]  # of reliability/injected, which is on the path, too
+
+    site, server, inbox = (f"fedclip_flwr.{name}" for name in ("secure.site", "secure.server", "inbox"))
+    change({site: at_sites, server: the_sum, inbox: at_the_server})

@@ -1,82 +1,33 @@
-"""Secure aggregation as messages: what the server sees of the sites' updates is their sum, and nothing else.
-
-Both ends of it; the arithmetic is in `masking.py`. The server asks in four steps:
-
-    query.keys    a number for the site, and a name for this attempt  →  public keys
-    query.shares  public keys of others                               →  pieces of its secrets in a letter for each
-    train         letters from others, and the adapter                →  scores, and its update, masked
-    query.unmask  whose update came, and whose did not                →  pieces of their secrets
-
-Between them a site's secrets are in the memory of its SuperNode, in Flower's `context.state`. Sites are numbered anew
-in each attempt, so that they learn nothing of each other. In each step some may drop out: as long as more than half of
-those that a site shares with stay, the sum is that of those whose update came. Flower 1.31 has a SecAgg+ of its own,
-which can't be had here: docs/security.md says why.
-"""
+"""The server's end of secure aggregation: one attempt at a round."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
-from torch import Tensor
 
 from fedclip_flwr import exchange
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.exchange import ExchangeError, Report
-from fedclip_flwr.masking import (
-    Gathering,
-    LetterError,
-    MaskingError,
-    Member,
-    Shares,
-    dequantise,
-    finest_step,
-    quantise,
-)
 from fedclip_flwr.nodes import Nodes
+from fedclip_flwr.secure import ANSWERS, MASKED, LetterError, MaskingError, paired
+from fedclip_flwr.secure.collector import Collector
+from fedclip_flwr.secure.masking import Shares, dequantise, finest_step, unflat
 from fedclip_flwr.strategy import AdapterFedAvg
 
 BOUND = 4.0
 """Of each number of an update; what is beyond is cut off. Noise of a site's own has more room."""
 MOST = 25
 """So many sites share their secrets with each other; of more, each with so many near it in a ring."""
-MEMORY = "secure-aggregation"
-"""Where a site's secrets are in its context's state."""
-MASKED = "masked"
-"""The name of what travels instead of the adapter's tensors."""
-ANSWERS = {
-    "keys": frozenset({"public"}),
-    "shares": frozenset({"to", "letters", "of", "digests", "seed"}),
-    "unmask": frozenset({"of", "pieces"}),
-}
-"""What a site answers in the steps between."""
-
-
-def flat(update: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([update[name].reshape(-1) for name in sorted(update)])
-
-
-def unflat(numbers: Tensor, like: Mapping[str, Tensor]) -> State:
-    parts = torch.split(numbers, [like[name].numel() for name in sorted(like)])
-    return {name: part.view(like[name].shape) for name, part in zip(sorted(like), parts, strict=True)}
-
-
-def _paired(record: Mapping[str, Any], names: str, values: str) -> dict[str, bytes]:
-    """Two lists of a record as one mapping."""
-    lists = record[names], record[values]
-    for found, kind in zip(lists, (str, bytes), strict=True):
-        if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
-            raise ExchangeError(f"{names} and {values} are not what they should be")
-    return dict(zip(*lists, strict=True))
 
 
 def _shares(answer: Mapping[str, Any]) -> Shares:
-    return Shares(_paired(answer, "to", "letters"), _paired(answer, "of", "digests"), _bytes(answer, "seed"))
+    return Shares(paired(answer, "to", "letters"), paired(answer, "of", "digests"), _bytes(answer, "seed"))
 
 
 def _bytes(answer: Mapping[str, Any], key: str) -> bytes:
@@ -89,74 +40,6 @@ def bound_of(settings: Settings) -> float:
     """Of each number of an update that is masked."""
     noise = settings.clipping_norm * (1 + 8 * settings.noise_multiplier) if settings.dp == "local" else 0.0
     return max(BOUND, noise)
-
-
-# A site
-
-Memory = MutableMapping[str, ConfigRecord]
-
-
-def _asked(content: RecordDict) -> Mapping[str, Any]:
-    record = content.config_records.get("masking")
-    if record is None:
-        raise ExchangeError(
-            "this site gives its update only with secure aggregation, which the server's message has not: are the "
-            "versions of this package the same?"
-        )
-    return record
-
-
-def _recall(asked: Mapping[str, Any], memory: Memory) -> Member:
-    kept = memory.get(MEMORY)
-    if kept is None or kept["context"] != asked["context"]:
-        raise ExchangeError("this site has no secrets for this attempt: was its SuperNode started anew?")
-    return Member.load(kept)
-
-
-def _remember(member: Member, memory: Memory) -> None:
-    memory[MEMORY] = ConfigRecord(member.dump())
-
-
-def keys(content: RecordDict, memory: Memory) -> RecordDict:
-    asked = _asked(content)
-    member = Member.begin(asked["name"], asked["context"])
-    _remember(member, memory)
-    return RecordDict({"keys": ConfigRecord({"public": member.public})})
-
-
-def shares(content: RecordDict, memory: Memory) -> RecordDict:
-    asked = _asked(content)
-    member = _recall(asked, memory)
-    letters, digests, seed = member.share(_paired(asked, "of", "publics"))
-    _remember(member, memory)
-    told: dict[str, Any] = {"to": list(letters), "letters": list(letters.values()), "seed": seed}
-    return RecordDict({"shares": ConfigRecord({**told, "of": list(digests), "digests": list(digests.values())})})
-
-
-def masked(content: RecordDict, memory: Memory, trained: State, received: Mapping[str, Tensor]) -> State:
-    """What travels instead of the adapter that was trained."""
-    asked = _asked(content)
-    member = _recall(asked, memory)
-    update = flat({name: trained[name].double() - received[name].double() for name in received})
-    numbers = quantise(update.numpy(), finest_step(asked["members"], asked["bound"]), asked["bound"])
-    vector = member.mask(_paired(asked, "from", "letters"), numbers)
-    _remember(member, memory)
-    return {MASKED: torch.from_numpy(vector.view("int32"))}
-
-
-def unmask(content: RecordDict, memory: Memory) -> RecordDict:
-    asked = _asked(content)
-    member = _recall(asked, memory)
-    pieces = member.reveal(asked["survivors"], asked["dropped"])
-    _remember(member, memory)
-    return RecordDict({"unmask": ConfigRecord({"of": list(pieces), "pieces": list(pieces.values())})})
-
-
-STEPS: Mapping[str, Callable[[RecordDict, Memory], RecordDict]] = {"keys": keys, "shares": shares, "unmask": unmask}
-"""What a site does in the steps between."""
-
-
-# The server
 
 
 class SecureSum:
@@ -179,18 +62,18 @@ class SecureSum:
         self._members = {node: f"{place:06}" for place, node in enumerate(order)}
         self._sites = {member: nodes.names[node] for node, member in self._members.items()}
         self._by_site = {site: member for member, site in self._sites.items()}
-        self._gathering = Gathering(self._context, self._size, MOST)
+        self._collector = Collector(self._context, self._size, MOST)
         self._letters: dict[str, dict[str, bytes]] = {}
 
     def prepare(self) -> list[int]:
         """The first two steps; the nodes that go on."""
-        gathering = self._gathering
+        collector = self._collector
         asked: Mapping[str, dict[str, Any]] = {name: {"name": name} for name in self._members.values()}
-        self._ask("keys", asked, lambda name, answer: gathering.join(name, _bytes(answer, "public")))
-        near = gathering.neighbourhoods()
+        self._ask("keys", asked, lambda name, answer: collector.join(name, _bytes(answer, "public")))
+        near = collector.neighbourhoods()
         asked = {name: {"of": list(of), "publics": list(of.values())} for name, of in near.items()}
-        self._ask("shares", asked, lambda name, answer: gathering.share(name, _shares(answer)))
-        self._letters = gathering.letters()
+        self._ask("shares", asked, lambda name, answer: collector.share(name, _shares(answer)))
+        self._letters = collector.letters()
         return [node for node, name in self._members.items() if name in self._letters]
 
     def address(self, message: Message) -> Message:
@@ -208,7 +91,7 @@ class SecureSum:
             if site not in self._by_site:
                 raise ExchangeError("it was not asked")
             try:
-                self._gathering.add(self._by_site[site], state[MASKED].numpy().view("uint32"))
+                self._collector.add(self._by_site[site], state[MASKED].numpy().view("uint32"))
             except MaskingError as error:
                 raise ExchangeError(str(error)) from None
 
@@ -218,11 +101,11 @@ class SecureSum:
         strategy.dropped = {}
         if (came := len(strategy.reports)) < self._least:  # a sum that is thrown away would tell of the next one
             raise MaskingError(f"{came} updates came, {self._least} must: nothing is unmasked")
-        lists = self._gathering.lists()
+        lists = self._collector.lists()
         asked = {name: {"survivors": came, "dropped": gone} for name, (came, gone) in lists.items()}
-        self._ask("unmask", asked, lambda name, answer: self._gathering.reveal(name, _paired(answer, "of", "pieces")))
+        self._ask("unmask", asked, lambda name, answer: self._collector.reveal(name, paired(answer, "of", "pieces")))
         try:
-            total = dequantise(self._gathering.sum(), finest_step(len(self._letters), self._bound))
+            total = dequantise(self._collector.sum(), finest_step(len(self._letters), self._bound))
         except LetterError as error:
             self._nodes.distrusted.add(self._sites[error.sender])
             raise
