@@ -182,9 +182,8 @@ def shares_classes(context: Context) -> bool:
 
 
 def masks(context: Context) -> bool:
-    """Whether this site gives its updates masked only: by the run's settings, or its owner's."""
-    run, node = context.run_config, context.node_config
-    return node.get("secure-aggregation", run.get("secure-aggregation")) is True
+    """Whether this site gives its updates masked only: by the run's settings, or by its owner's."""
+    return any(config.get("secure-aggregation") is True for config in (context.run_config, context.node_config))
 
 
 def travelling(message: Message, context: Context) -> Collection[str]:

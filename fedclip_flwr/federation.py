@@ -148,8 +148,9 @@ def federate(
     share = settings.trained_blend
     if standing and settings.dp == "local":  # what was under way when the run was stopped has been seen, too
         nodes.trained.update(dict.fromkeys(nodes.trained, ATTEMPTS))
-        watcher.complete(at)  # it may be stopped again
     at.epsilon = privacy.spent(settings, nodes.trained.values())
+    if standing and settings.dp == "local":
+        watcher.complete(at)  # it may be stopped again
     if at.best:  # what was selected after that round, which was not completed, may be in its place
         watcher.selected(at.best.round, at.best_state, share)
     recipe = RECIPES[settings.recipe]

@@ -217,7 +217,10 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
         raise UserError("dp='local' in the node config needs noise-multiplier beside it: else the server says how much")
     if "data" in node:
         given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
-    settings = Settings.from_run_config({**given, **{key: node[key] for key in OWN if key in node}})
+    own = {key: node[key] for key in OWN if key in node}
+    if given.get("secure-aggregation"):
+        own.pop("secure-aggregation", None)  # an owner can ask for it, and not undo the run's
+    settings = Settings.from_run_config({**given, **own})
     if given.get("dp") == "local" and settings.noise_multiplier < float(str(given["noise-multiplier"])):
         raise UserError(
             f"noise-multiplier = {settings.noise_multiplier:g} in the node config: the run has more, and tells what is "

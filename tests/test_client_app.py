@@ -280,7 +280,10 @@ def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) ->
     own: dict[str, Any] = {"secure-aggregation": True}
     answer = asked("query", tree, **own)
     assert answer.error.reason == "north: this site gives its updates only in runs with secure-aggregation = true"
-    assert not asked("query", tree, settings=replace(SETTINGS, secure_aggregation=True)).has_error()
+    secure = replace(SETTINGS, secure_aggregation=True)
+    assert not asked("query", tree, settings=secure).has_error()
+    undone: dict[str, Any] = {"site": "a", "data": f"folder:{tree}", "secure-aggregation": False}
+    assert open_desk(secure.as_run_config(), undone, session_of(), False).settings.secure_aggregation
 
 
 @pytest.mark.parametrize(

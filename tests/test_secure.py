@@ -141,7 +141,10 @@ def test_a_site_answers_each_step_of_an_attempt_once() -> None:
     assert other.error.reason == "this site has no secrets for this attempt: was its SuperNode started anew?"
 
 
-@pytest.mark.parametrize(("run", "node"), [(True, {}), (False, {"secure-aggregation": True})])
+@pytest.mark.parametrize(
+    ("run", "node"),
+    [(True, {}), (False, {"secure-aggregation": True}), (True, {"secure-aggregation": False})],
+)
 def test_a_site_that_masks_its_updates_gives_none_without(run: bool, node: dict[str, Any]) -> None:
     """Whatever the server asks for, and also where it is the site's owner who says so."""
     trained = {"w": torch.ones(3)}

@@ -45,14 +45,7 @@ def bound_of(settings: Settings) -> float:
 class SecureSum:
     """One attempt at a round: `prepare`, then the sites train by messages that `address` has completed, then `mean`."""
 
-    def __init__(
-        self,
-        nodes: Nodes,
-        number: int,
-        state: State,
-        training: Sequence[int],
-        settings: Settings,
-    ) -> None:
+    def __init__(self, nodes: Nodes, number: int, state: State, training: Sequence[int], settings: Settings) -> None:
         """Whoever is found to spoil it is distrusted by the `nodes`."""
         self._nodes, self._number, self._state = nodes, number, state
         self._bound, self._least = bound_of(settings), settings.least_sites
