@@ -165,10 +165,13 @@ def test_the_relay_passes_on_and_counts_both_directions() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_processes_are_found_by_command_and_environment(tmp_path: Path) -> None:
-    command = [str(tmp_path / "python-of-a-test"), "-c", "input()"]
+    command = [str(tmp_path / "python-of-a-test"), "-c", "print(flush=True); input()"]
     Path(command[0]).symlink_to(sys.executable)
     mark = f"MARK={tmp_path}"
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env={"MARK": str(tmp_path)}) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env={"MARK": str(tmp_path)}) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the kernel fills in a command line only after the call that starts it has returned
         assert processes("python-of-a-test", mark) == [process.pid]
         assert processes("python-of-a-test", "MARK=other") == []
         assert memory(process.pid, "VmHWM") >= memory(process.pid, "VmRSS") // 2 > 0
