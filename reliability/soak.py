@@ -297,8 +297,8 @@ def soak(of: Soak, say: Callable[[str], None]) -> dict[str, Any]:
         of.begun.append(0)
         while True:
             with handed_over(link.env, settings, results) as run:
-                what = _watched(of, link, run, todo)
-            say(f"round {of.samples['SuperLink'][-1].round} of {of.rounds}: {what or 'completed'}")
+                what = _watched(of, link, run, todo, say)
+            say(f"round {of.samples['SuperLink'][-1].round - 1} of {of.rounds}: {what or 'completed'}")
             if not what:
                 if run.process.returncode:
                     raise BrokenError(f"the run failed: {run.said[-1000:]}")
@@ -323,7 +323,7 @@ def _started(flower: Path, ports: Sequence[int]) -> tuple[ExitStack, SuperLink]:
     return stack, link
 
 
-def _watched(of: Soak, link: SuperLink, run: Run, todo: dict[int, str]) -> str:
+def _watched(of: Soak, link: SuperLink, run: Run, todo: dict[int, str], say: Callable[[str], None]) -> str:
     """Notes what the processes have, round by round; what was done to one of them, or nothing at the run's end."""
     seen = of.samples["SuperLink"][-1].round if of.samples else 0
     while run.process.poll() is None:
@@ -333,6 +333,8 @@ def _watched(of: Soak, link: SuperLink, run: Run, todo: dict[int, str]) -> str:
             for name, process in (("SuperLink", link.process.pid), ("ServerApp", max(apps, default=0))):
                 of.sample(name, process, number)
             of.sample("sites", os.getpid(), number)
+            if number % 10 == 1:  # line 1 is that of round 0
+                say(f"round {number - 1} of {of.rounds}")
             if due := [after for after in todo if after <= number]:
                 what = todo.pop(due[0])
                 if what == "ServerApp killed":
