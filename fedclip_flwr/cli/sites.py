@@ -1,0 +1,122 @@
+"""Commands for real sites and their server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedclip_flwr.cli.common import app, option
+from fedclip_flwr.errors import UserError
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
+    server: Annotated[
+        str,
+        option("Names and IP addresses by which sites reach the server, with commas; localhost is always among them."),
+    ] = "",
+    site: Annotated[list[str] | None, option("A site; once for each.")] = None,
+    days: Annotated[int | None, option("The life of the server's certificate; 825 unless said.")] = None,
+) -> None:
+    """Make the keys of a federation of real sites: for TLS to the server, and to know the sites.
+
+    In DIR there is then a folder for each machine: ca (stays here), server, and sites/NAME. Nothing is overwritten:
+    sites can be added later. The administrator of a site can make its key pair alone, without --server, so that the
+    secret key never leaves the site.
+
+    Examples: fedclip keys keys --server fl.example.org --site north --site south; fedclip keys mine --site north
+    """
+    from fedclip_flwr import keys  # not for --help
+
+    typer.echo(keys.make(folder, server, site or [], days))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def server(given: typer.Context) -> None:
+    """Start the server: Flower's SuperLink, which here lets no site speak for another one.
+
+    The options are those of flower-superlink.
+
+    Example: fedclip server --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key
+    --enable-supernode-auth --database superlink.db --control-api-address 127.0.0.1:9093
+    """
+    from fedclip_flwr import superlink  # not for --help
+
+    superlink.start(given.args)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def site(given: typer.Context) -> None:
+    """Start this site: Flower's SuperNode, which here runs no other code than what is installed on this machine.
+
+    The options are those of flower-supernode. A server sends the app that sites are to run; this one refuses any that
+    is not the installed one, to the byte. It listens to this machine only.
+
+    Example: fedclip site --superlink fl.example.org:9092 --root-certificates ca.crt --auth-supernode-private-key
+    node.key --node-config "site='north' data='folder:/data/north'"
+    """
+    from fedclip_flwr import pinned  # not for --help
+
+    pinned.start(given.args)
+
+
+@app.command()
+def doctor(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[server|site] [KEY=VALUE]...", show_default=False)
+    ] = None,
+    superlink: Annotated[str, option("At a site: where the server is, HOST:9092.")] = "",
+    root_certificates: Annotated[Path | None, option("At a site: ca.crt, the server's authority.")] = None,
+    auth_supernode_private_key: Annotated[Path | None, option("At a site: node.key, its own key.")] = None,
+    node_config: Annotated[str, option("At a site: its name and data, \"site='NAME' data='folder:/PATH'\".")] = "",
+    ssl_ca_certfile: Annotated[Path | None, option("At the server: ca.crt.")] = None,
+    ssl_certfile: Annotated[Path | None, option("At the server: server.crt.")] = None,
+    ssl_keyfile: Annotated[Path | None, option("At the server: server.key.")] = None,
+    fleet_api_address: Annotated[str, option("At the server; 0.0.0.0:9092 unless said.")] = "",
+    control_api_address: Annotated[str, option("At the server; 0.0.0.0:9093 unless said.")] = "",
+    serverappio_api_address: Annotated[str, option("At the server; 0.0.0.0:9091 unless said.")] = "",
+    host: Annotated[
+        str, option("At the server: the name by which sites reach it, which the certificate must have.")
+    ] = "",
+    on: Annotated[
+        str, option("At the server: what Flower's configuration calls the SuperLink, to ask it for its nodes.")
+    ] = "",
+    insecure: Annotated[bool, option("There is no TLS.", "--insecure")] = False,
+    show_outgoing: Annotated[
+        bool,
+        option("At a site: instead, show all that a round would send, and send nothing.", "--show-outgoing"),
+    ] = False,
+    out: Annotated[str, option("With --show-outgoing: a folder for all of it, number by number.")] = "",
+) -> None:
+    """Look whether this machine is fit for its part in a federation of real sites, and say what to mend.
+
+    Without a side, only what any machine needs. The options are those of flower-superlink and flower-supernode: give
+    the same words. Settings are the run's, as for `fedclip run`, where they are known: above all class-names, prompt
+    and model. Nothing is changed or downloaded; only --show-outgoing encodes what is not encoded yet. The exit status
+    is 0 if nothing has failed, 1 if something has, 2 if the options can't be used.
+
+    Examples: fedclip doctor site --superlink fl.example.org:9092 --root-certificates ca.crt
+    --auth-supernode-private-key node.key --node-config "site='north' data='folder:/data'"; fedclip doctor server
+    --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --on hospitals
+    """
+    from fedclip_flwr import doctor, outgoing  # not for --help: they bring torch
+
+    site = doctor.Site(superlink, root_certificates, auth_supernode_private_key, node_config)
+    server = doctor.Server(
+        ssl_ca_certfile,
+        ssl_certfile,
+        ssl_keyfile,
+        fleet_api_address,
+        control_api_address,
+        serverappio_api_address,
+        host,
+        on,
+    )
+    if (show_outgoing and not node_config) or (out and not show_outgoing):
+        raise UserError("expected: fedclip doctor site --node-config … --show-outgoing, with or without --out")
+    task = doctor.read(words or [], site, server, insecure)
+    fine = outgoing.show(task.run, task.node, out, typer.echo) if show_outgoing else doctor.examine(task, typer.echo)
+    raise typer.Exit(0 if fine else 1)
