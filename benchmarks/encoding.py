@@ -58,7 +58,7 @@ def beside_the_bare_loop(loaded: clip.Clip, root: Path, turns: int) -> tuple[flo
     """Images a second of the bare loop and of ours, and the median share."""
     count = BATCHES * loaded.batch_size
     pixels = torch.randn(count, 3, 224, 224).to(loaded.dtype)
-    net: Any = loaded._net
+    net: Any = loaded.net
 
     def bare() -> None:
         with torch.no_grad():

@@ -233,14 +233,14 @@ class Clip:
     def __init__(self, model: Model, device: str = "auto", precision: str = "auto") -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        self.device, self.dtype = pick_device(device), pick_precision(precision, model, device)
-        self._on_gpu = self.device.type == "cuda"
+        place, self.dtype = pick_device(device), pick_precision(precision, model, device)
+        self.folder = model.folder
         self._most = ON_GPU
-        held = torch.float32 if self._on_gpu else self.dtype
+        held = torch.float32 if place.type == "cuda" else self.dtype
         try:
             with _quiet_loading():
                 how: dict[str, Any] = {"dtype": held, "use_safetensors": True, "output_loading_info": True}
-                self._net, loading = AutoModel.from_pretrained(model.folder, **how)
+                self.net, loading = AutoModel.from_pretrained(model.folder, **how)
                 self._processor = AutoImageProcessor.from_pretrained(model.folder)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
         except Exception as error:  # of a damaged or foreign file, anything can come
@@ -248,8 +248,8 @@ class Clip:
             raise UserError(
                 f"model = {model.name!r}: {model.folder} can't be loaded ({reason}); get it once more, or take another"
             ) from error
-        if any(not hasattr(self._net, part) for part in ("get_image_features", "get_text_features", "logit_scale")):
-            kind = type(self._net).__name__
+        if any(not hasattr(self.net, part) for part in ("get_image_features", "get_text_features", "logit_scale")):
+            kind = type(self.net).__name__
             raise UserError(
                 f"model = {model.name!r}: a {kind} does not compare images with texts; expected a CLIP or SigLIP"
             )
@@ -258,24 +258,34 @@ class Clip:
                 f"model = {model.name!r}: {model.folder} lacks {len(missing)} weights, such as {missing[0]}; get it "
                 "once more, or take another"
             )
-        self._net.eval().requires_grad_(False).to(self.device)
+        self.net.eval().requires_grad_(False).to(place)
         if self._on_gpu:
-            self._net.to(memory_format=torch.channels_last)
+            self.net.to(memory_format=torch.channels_last)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is now: its net can be moved."""
+        place: torch.device = self.net.logit_scale.device
+        return place
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def scale(self) -> float:
         """What similarities are multiplied by to become logits."""
-        return float(self._net.logit_scale.float().exp())
+        return float(self.net.logit_scale.float().exp())
 
     @property
     def bias(self) -> float:
         """What is added to them then: SigLIP has a bias, CLIP none."""
-        bias = getattr(self._net, "logit_bias", None)
+        bias = getattr(self.net, "logit_bias", None)
         return 0.0 if bias is None else float(bias)
 
     @property
     def parameters(self) -> int:
-        return sum(p.numel() for p in self._net.parameters())
+        return sum(p.numel() for p in self.net.parameters())
 
     @property
     def batch_size(self) -> int:
@@ -286,7 +296,7 @@ class Clip:
 
     def preparer(self, dtype: torch.dtype | None = None) -> Preparer:
         """What prepares images for `encode`, or as bytes for a whole model."""
-        return Preparer(self._processor, self._net.config.model_type, dtype or self.dtype)
+        return Preparer(self._processor, self.net.config.model_type, dtype or self.dtype)
 
     @torch.no_grad()
     def encode(self, inputs: Inputs) -> Tensor:
@@ -310,12 +320,18 @@ class Clip:
         there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         if self._on_gpu and there["pixel_values"].dim() == 4:
             there["pixel_values"] = there["pixel_values"].contiguous(memory_format=torch.channels_last)
+        if not self._lower:
+            there["pixel_values"] = there["pixel_values"].to(self.net.logit_scale.dtype)
         with self._precision():
-            return _unit(self._net.get_image_features(**there))
+            return _unit(self.net.get_image_features(**there))
+
+    @property
+    def _lower(self) -> bool:
+        """Whether autocast computes in less than the weights are held in."""
+        return self._on_gpu and self.dtype != torch.float32
 
     def _precision(self) -> torch.autocast:
-        lower = self._on_gpu and self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if lower else None, enabled=lower)
+        return torch.autocast(self.device.type, self.dtype if self._lower else None, enabled=self._lower)
 
     def encode_images(self, images: Iterable[Image], batch_size: int = 64) -> Iterator[Tensor]:
         """The images' features, batch by batch."""
@@ -328,11 +344,11 @@ class Clip:
         """The prompts' features, a row for each."""
         parts = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
         with self._precision():
-            return torch.cat([_unit(self._net.get_text_features(**self._tokens(part))).cpu() for part in parts])
+            return torch.cat([_unit(self.net.get_text_features(**self._tokens(part))).cpu() for part in parts])
 
     def _tokens(self, prompts: Sequence[str]) -> Any:
         """SigLIP learnt with texts that are filled up to their full length."""
-        config = self._net.config
+        config = self.net.config
         room = getattr(config.text_config, "max_position_embeddings", self._tokenizer.model_max_length)
         padding = "max_length" if config.model_type.startswith("siglip") else True
         how: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": room, "return_tensors": "pt"}
@@ -340,7 +356,7 @@ class Clip:
 
     def whole(self, prompts: Sequence[str], templates: int = 1, dtype: torch.dtype = torch.float32) -> WholeModel:
         """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""
-        return WholeModel(copy.deepcopy(self._net), self._processor, self._tokens(prompts), templates, dtype)
+        return WholeModel(copy.deepcopy(self.net), self._processor, self._tokens(prompts), templates, dtype)
 
 
 class WholeModel(Learner):

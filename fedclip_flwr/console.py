@@ -70,8 +70,8 @@ def plan(
     if nowhere:
         facts.append(("at no site", some(nowhere)))
     rows = [(h.site, _domain(h), f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
-    table = _table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
-    return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", table, ""])
+    shown = table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
+    return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", shown, ""])
 
 
 def _privacy(settings: Settings) -> list[tuple[str, str]]:
@@ -132,9 +132,9 @@ def line(line: Line, start: str = "zero-shot") -> str:
     """One round; `start` is what round 0 is."""
     cells = [
         str(line.round),
-        _percent(line.seen),
-        _percent(mean_accuracy(line.held_out)),
-        _percent(line.validation),
+        percent(line.seen),
+        percent(mean_accuracy(line.held_out)),
+        percent(line.validation),
         "–" if line.loss is None else f"{line.loss:.3f}",
         str(len(line.reports)),
         bytes_of(line.bytes),
@@ -151,18 +151,18 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
     rows: list[tuple[object, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
     for site in sorted(adapted["sites"], key=_natural):
         z, a = zero["sites"].get(site), adapted["sites"].get(site)
-        rows.append((site, _percent(z), _percent(a), _gain(z, a), _percent((own or {}).get(site))))
+        rows.append((site, percent(z), percent(a), gain(z, a), percent((own or {}).get(site))))
     z, a = zero["seen"], adapted["seen"]
-    rows.append(("mean of the seen", _percent(z), _percent(a), _gain(z, a), _percent(own_mean)))
+    rows.append(("mean of the seen", percent(z), percent(a), gain(z, a), percent(own_mean)))
     unseen = adapted["holdout_sites"]
     for site in sorted(unseen, key=_natural):
         z, a = zero["holdout_sites"].get(site), unseen[site]
-        rows.append((f"{site}, unseen", _percent(z), _percent(a), _gain(z, a), "–"))
+        rows.append((f"{site}, unseen", percent(z), percent(a), gain(z, a), "–"))
     if adapted["unseen"] is not None and [adapted["unseen"]] != [*unseen.values()]:
         z, a = zero["unseen"], adapted["unseen"]
         name = "mean of the unseen" if unseen else f"{holdout}, unseen"
-        rows.append((name, _percent(z), _percent(a), _gain(z, a), "–"))
-    table = _table(rows if own else [row[:-1] for row in rows])
+        rows.append((name, percent(z), percent(a), gain(z, a), "–"))
+    results = table(rows if own else [row[:-1] for row in rows])
     if not validated:
         how = "is taken, for no site has validation images to choose by"
     elif adapted["round"]:
@@ -172,7 +172,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
     blend = f", with {adapted['blend']:g} of the adapted feature" if settings.blend != 1.0 else ""
     parts = [
         "",
-        table,
+        results,
         "",
         _figures(summary),
         "",
@@ -184,7 +184,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
             else []
         ),
         f"Round {adapted['round']} of {summary['rounds']} {how}{blend}; tests are on images set apart before training.",
-        _cost(traffic, settings),
+        cost(traffic, settings.method),
         *_spent(summary),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
@@ -204,9 +204,9 @@ def _figures(summary: dict[str, Any]) -> str:
         columns += [("unseen: zero-shot", zero["unseen"] or {}), ("adapted", adapted["unseen"])]
     names = ("balanced_accuracy", "macro_f1", "calibration_error")
     rows = [
-        (name.replace("_f1", " F1").replace("_", " "), *(_percent(f.get(name)) for _, f in columns)) for name in names
+        (name.replace("_f1", " F1").replace("_", " "), *(percent(f.get(name)) for _, f in columns)) for name in names
     ]
-    return _table([("in %, means", *(name for name, _ in columns)), *rows])
+    return table([("in %, means", *(name for name, _ in columns)), *rows])
 
 
 def _weakest(adapted: dict[str, Any], unseen: str, most: int = 3) -> list[str]:
@@ -215,7 +215,7 @@ def _weakest(adapted: dict[str, Any], unseen: str, most: int = 3) -> list[str]:
     known = sorted((recall, name) for name, recall in recalls.items() if recall is not None)[:most]
     if not known:
         return []
-    return [f"Weakest in {unseen}: {', '.join(f'{n} {_percent(r)} %' for r, n in known)}; all classes: summary.json."]
+    return [f"Weakest in {unseen}: {', '.join(f'{n} {percent(r)} %' for r, n in known)}; all classes: summary.json."]
 
 
 def _prompt(vocabulary: Vocabulary) -> str:
@@ -246,9 +246,10 @@ def left_out(failures: Iterable[Failure]) -> list[str]:
     )
 
 
-def _cost(traffic: dict[str, Any], settings: Settings) -> str:
+def cost(traffic: dict[str, Any], method: str) -> str:
+    """What a site has sent and received in a round, against FedAVG of the whole model."""
     text = f"{bytes_of(traffic['per_site_round_bytes'])} a site and round"
-    if traffic["times_less"] is None or settings.method == "full-model":
+    if traffic["times_less"] is None or method == "full-model":
         return f"{text}, {bytes_of(traffic['down_bytes'] + traffic['up_bytes'])} in all."
     whole = bytes_of(traffic["full_model_bytes"])
     return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:,.0f} times as much."
@@ -259,11 +260,12 @@ def _natural(name: str) -> list[tuple[str, int]]:
     return [(text, int(part or -1)) for text, part in re.findall(r"(\D*)(\d*)", name)]
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """As a table has it."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def _gain(zero: float | None, adapted: float | None) -> str:
+def gain(zero: float | None, adapted: float | None) -> str:
     """The difference of what is shown."""
     return "–" if zero is None or adapted is None else f"{round(100 * adapted, 1) - round(100 * zero, 1):+.1f}"
 
@@ -285,7 +287,7 @@ def some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _table(rows: Sequence[Sequence[object]]) -> str:
+def table(rows: Sequence[Sequence[object]]) -> str:
     """Columns side by side, the first to the left, numbers to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]

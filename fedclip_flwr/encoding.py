@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -67,22 +67,25 @@ def encode(
     count = work.source.count(work.domain)
     bar = tqdm(total=count, initial=growing.rows, desc=f"{doing} {work.domain}", unit=" images", disable=not progress)
 
-    def keep(batch: ahead.Batch, features: Tensor) -> None:
-        growing.append(features.cpu(), batch.labels, batch.broken)
-        bar.update(batch.rows)
-
-    waiting: tuple[ahead.Batch, Tensor] | None = None
     with bar, contextlib.closing(ahead.batches(work, growing.rows, count, pinned=pinned)) as batches:
-        for batch in batches:
-            if waiting:
-                keep(*waiting)
-                if time.monotonic() > _until.get():
-                    raise UnfinishedError(growing.rows, count)
-            waiting = batch, see(batch.inputs) if batch.inputs else nothing()
-        if waiting:
-            keep(*waiting)
-        elif not growing.rows:
+        for batch, features in seen(batches, lambda inputs: see(inputs) if inputs else nothing()):
+            growing.append(features.cpu(), batch.labels, batch.broken)
+            bar.update(batch.rows)
+            if growing.rows < count and time.monotonic() > _until.get():
+                raise UnfinishedError(growing.rows, count)
+        if not growing.rows:
             growing.append(nothing(), [], [])
+
+
+def seen(batches: Iterable[ahead.Batch], see: Callable[[clip.Inputs], Tensor]) -> Iterator[tuple[ahead.Batch, Tensor]]:
+    """Each batch with what the model makes of it; the next one is fetched while a GPU is still at work on it."""
+    waiting: tuple[ahead.Batch, Tensor] | None = None
+    for batch in batches:
+        if waiting:
+            yield waiting
+        waiting = batch, see(batch.inputs)
+    if waiting:
+        yield waiting
 
 
 def class_features(loaded: clip.Clip, vocabulary: Vocabulary) -> Tensor:

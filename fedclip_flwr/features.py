@@ -7,7 +7,7 @@
     MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in bytes, for the whole model
     MODEL-PRECISION/agreement-….safetensors     whether some of the images find the same classes as in float32
 
-`FeatureFolder` reads the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
+`featurefolder.py` has the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
 CLIP at all.
 """
 
@@ -21,20 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fedclip_flwr import ahead, clip, content, data, encoding, growing, store, tensorfile
+from fedclip_flwr import ahead, clip, content, data, encoding, growing, store
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.data.presets import Preset
-from fedclip_flwr.errors import UserError, one_line, shown
+from fedclip_flwr.errors import UserError, shown
+from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.growing import NAMED, Growing
 from fedclip_flwr.learning import RECIPES, Classes, Examples
 from fedclip_flwr.vocabulary import (
-    SEPARATOR,
     Vocabulary,
     check_apart,
-    check_plain,
     numbering,
     read_names,
     renamed,
@@ -46,10 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-MOST = 1e6
-"""No model's scale or bias comes near it; far beyond, logits are not finite."""
-REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def results(settings: Settings) -> tuple[Path, str]:
@@ -391,114 +385,3 @@ class Pixels(Encoded):
         """A new copy of the model, to be trained."""
         precision = clip.pick_precision(self._precision.replace("auto", "float32"), self._model)
         return self._clip.whole(self.vocabulary.prompts, len(self.vocabulary.templates), precision)
-
-
-class FeatureFolder:
-    """Features made elsewhere: `features.json`, `classes.safetensors`, and `DOMAIN.safetensors` for each domain."""
-
-    model_content: str | None = None
-    model_revision = ""
-
-    def __init__(self, root: Path, told: Vocabulary | None = None) -> None:
-        """A site is `told` its vocabulary by the server: the folder's own may differ in the order of the classes."""
-        self._root = root
-        self._opened: dict[str, Examples] = {}
-        path = root / "features.json"
-        told_of = f"data = 'features:{root}': {path}"
-        try:
-            facts = content.read_json(path)
-            self.model = str(facts["model"])
-            self.prompt = str(facts["prompt"])
-            own = Vocabulary(_texts(facts, "class_names"), templates_of(self.prompt))
-            self.domains = tuple(sorted(_texts(facts, "domains")))
-            self.parameters = None if facts.get("parameters") is None else int(facts["parameters"])
-            self._dim = int(facts["embedding_dim"])
-            self._scale, self._bias = float(facts["logit_scale"]), float(facts.get("logit_bias") or 0.0)
-        except OSError as error:
-            raise UserError(f"{told_of} can't be read ({error.strerror})") from None
-        except KeyError as error:
-            raise UserError(f"{told_of} lacks {error}") from None
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"{told_of} is damaged ({one_line(error)})") from None
-        check_plain(f"{told_of}: a domain", self.domains)
-        check_plain(f"{told_of}: a class", own.class_names)
-        if any(Path(name).name != name for name in self.domains):
-            raise UserError(f"{told_of} names a domain that is no plain file name")
-        for what, names in (("domain", self.domains), ("class", own.class_names)):
-            if len(set(names)) < len(names):
-                raise UserError(f"{told_of} names a {what} twice")
-        if len(own.class_names) < 2 or not self.domains:
-            raise UserError(f"{told_of} must name two classes and a domain")
-        if not (0 < self._scale <= MOST and abs(self._bias) <= MOST):
-            raise UserError(
-                f"{told_of} has the logit_scale {self._scale:g} and the logit_bias {self._bias:g}: expected a scale "
-                f"above 0, and neither beyond {MOST:g}"
-            )
-        self.vocabulary = told or own
-        self._numbers = numbering(own.class_names, self.vocabulary.class_names)
-        if lacking := sorted({*self.vocabulary.class_names} - {*own.class_names}):
-            raise UserError(f"this site's features, in {root}, have no prompts for the run's {', '.join(lacking)}")
-        if own.templates != self.vocabulary.templates:
-            raise UserError(
-                f"this site's features, in {root}, were made with the prompt {self.prompt!r}; the run's is "
-                f"{SEPARATOR.join(self.vocabulary.templates)!r}"
-            )
-
-    @cached_property
-    def content(self) -> str:
-        names = ["features.json", *(f"{name}.safetensors" for name in ("classes", *self.domains))]
-        return content.of_files(self._root, names, content.memory())
-
-    @cached_property
-    def classes(self) -> Classes:
-        text = self._tensor("classes", "text_features", (len(self._numbers), self._dim))
-        return Classes(text[torch.tensor(self._numbers).argsort()], self._scale, self._bias)
-
-    def examples(self, domain: str) -> Examples:
-        if domain not in self._opened:  # reading checks every number
-            self._opened[domain] = self._open(domain)
-        return self._opened[domain]
-
-    def count(self, domain: str) -> int:
-        return len(self.examples(domain).labels)
-
-    stored = count
-
-    def room(self, images: int) -> int:
-        return 0
-
-    def _open(self, domain: str) -> Examples:
-        features = self._tensor(domain, "image_features", (None, self._dim))
-        labels = self._tensor(domain, "labels", (len(features),))
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._numbers):
-            raise UserError(f"{self._root / domain}.safetensors: labels must lie in 0…{len(self._numbers) - 1}")
-        return Examples(features, torch.tensor(self._numbers)[labels.long()])
-
-    def _tensor(self, file: str, name: str, shape: tuple[int | None, ...]) -> Tensor:
-        """The named tensor, of the type and shape that the format asks for, with finite numbers only."""
-        path = self._root / f"{file}.safetensors"
-        try:
-            tensor = store.mapped(path)[0].get(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} can't be read ({one_line(error)})") from None
-        if tensor is None:
-            raise UserError(f"{path} holds no {name}")
-        if len(tensor.shape) != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
-            wanted = tuple("N" if size is None else size for size in shape)
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
-        whole = name == "labels"
-        if tensor.dtype not in (WHOLE if whole else REAL) or not finite(path, tensor):
-            raise UserError(f"{path}: {name} must be {'whole' if whole else 'finite'} numbers")
-        return tensor
-
-
-def _texts(facts: dict[str, Any], key: str) -> tuple[str, ...]:
-    """The list of texts under that key."""
-    if not isinstance(facts[key], list):
-        raise TypeError(f"{key} is no list")
-    return tuple(map(str, facts[key]))
-
-
-def finite(path: Path, tensor: Tensor) -> bool:
-    """Whether all numbers of the file's tensor are finite."""
-    return not tensor.is_floating_point() or store.found_once(path, "finite", lambda: tensorfile.all_finite(tensor))

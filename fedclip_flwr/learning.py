@@ -31,7 +31,7 @@ class Examples(NamedTuple):
     features: Tensor
     labels: Tensor
 
-    def rows(self, rows: Tensor) -> Examples:
+    def rows(self, rows: Tensor | slice) -> Examples:
         return Examples(self.features[rows], self.labels[rows])
 
     def ready(self, device: str | torch.device = "cpu") -> Examples:

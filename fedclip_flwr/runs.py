@@ -136,7 +136,7 @@ class RunFolder:
         """The selected adapter, so far: that of round `number`; or the whole model, where that is trained."""
         with self._under_way():
             if isinstance(features, Pixels):
-                save_model(self.path / "model", state, features, self._setting)
+                save_model(self.path / "model", state, features, number, self._setting)
             else:
                 save_adapter(self.path, state, self._settings, features, number, self._setting, blend=blend)
 
@@ -292,6 +292,7 @@ def summary_of(
     return {
         "status": "completed",
         "holdout": holdout,
+        "examples": {site: [hello.train, hello.validation, hello.test] for site, hello in sorted(nodes.hellos.items())},
         "zero_shot": _results(outcome.zero_shot, names),
         "adapted": {
             **_results(outcome.adapted, names),

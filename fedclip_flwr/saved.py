@@ -1,6 +1,7 @@
 """What was learnt, on disk, with all that is needed to use it elsewhere.
 
-An adapter is `adapter.safetensors` and `adapter.json`; a whole model is a folder as `save_pretrained` writes it.
+An adapter is `adapter.safetensors` and `adapter.json` (in a folder for the hub `config.json`); a whole model is a
+folder as `save_pretrained` writes it, with `fedclip.json`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Features, Pixels
 
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
+WHOLE, CONFIG = "fedclip.json", "config.json"
+"""Facts like those of an adapter: beside a whole model, and under the name that the hub knows."""
 LARGEST = 2**16
 """No feature has so many numbers."""
 
@@ -36,17 +39,12 @@ def save_adapter(
     **more: object,
 ) -> None:
     """The adapter of round `number`; `setting` says where the folder is."""
-    names, templates = features.vocabulary
     facts = {
         "kind": settings.adapter,
         "rank": settings.adapter_rank,
         "dim": features.classes.text.shape[1],
         "blend": settings.trained_blend if blend is None else blend,
-        "model": features.model,
-        "model_revision": features.model_revision,
-        "model_content": features.model_content,
-        "class_names": names,
-        "templates": templates,
+        **_made_for(features),
         "prompts": features.vocabulary.prompts,
         "scale": features.classes.scale,
         "bias": features.classes.bias,
@@ -57,8 +55,22 @@ def save_adapter(
     write_json(folder / FACTS, facts, setting)
 
 
-def save_model(folder: Path, state: store.Tensors, features: Pixels, setting: str = "FEDCLIP_HOME") -> None:
-    """The whole model, in a folder that the setting `model` takes."""
+def _made_for(features: Features) -> dict[str, Any]:
+    """The frozen model, and what it tells images apart by."""
+    names, templates = features.vocabulary
+    return {
+        "model": features.model,
+        "model_revision": features.model_revision,
+        "model_content": features.model_content,
+        "class_names": names,
+        "templates": templates,
+    }
+
+
+def save_model(
+    folder: Path, state: store.Tensors, features: Pixels, number: int, setting: str = "FEDCLIP_HOME"
+) -> None:
+    """The whole model of round `number`, in a folder that the setting `model` takes."""
     for file in clip.files(features.model_folder):
         if file.name == "config.json":
             write_json(folder / file.name, {**json.loads(file.read_text()), "dtype": "float32"}, setting)
@@ -67,6 +79,7 @@ def save_model(folder: Path, state: store.Tensors, features: Pixels, setting: st
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
     path, facts = folder / "model.safetensors", {"format": "pt"}  # without it, transformers does not read the file
     content.write_whole(path, lambda part: content.save_tensors(weights, part, facts), setting)
+    write_json(folder / WHOLE, {"kind": "full-model", **_made_for(features), "round": number}, setting)
 
 
 def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME") -> None:
@@ -79,8 +92,10 @@ def write_tensors(path: Path, state: store.Tensors, number: int, setting: str = 
 
 
 def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter in a folder, such as that of a run, and what it was made for."""
+    """The adapter in a folder, such as that of a run or one for the hub, and what it was made for."""
     path = folder / FACTS
+    if folder.is_dir() and not path.exists():
+        path = folder / CONFIG
     if folder.is_dir() and not path.exists():
         raise UserError(f"{folder} holds no adapter: its run came to no round; summary.json there tells how it ended")
     try:
@@ -101,6 +116,19 @@ def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
     return adapter, facts
 
 
+def load_whole(folder: Path) -> dict[str, Any]:
+    """What the whole model in that folder was made for."""
+    path = folder / WHOLE
+    try:
+        facts: dict[str, Any] = content.read_json(path)
+        _check_texts(facts)
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be read ({one_line(error)})") from None
+    return facts
+
+
 def _blank(facts: dict[str, Any]) -> Adapter:
     """The adapter that `adapter.json` tells of, to be filled: nothing here takes memory because that says so."""
     kind, dim, rank, blend = (facts[key] for key in ("kind", "dim", "rank", "blend"))
@@ -110,7 +138,11 @@ def _blank(facts: dict[str, Any]) -> Adapter:
         raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
     if type(blend) not in (int, float) or not 0 <= blend <= 1:
         raise ValueError(f"its blend is {blend!r}, expected a number from 0 to 1")
+    _check_texts(facts)
+    return blank_adapter(kind, dim, rank=rank, blend=float(blend))
+
+
+def _check_texts(facts: dict[str, Any]) -> None:
     for key in ("class_names", "templates"):
         if not isinstance(facts[key], list) or not all(isinstance(text, str) for text in facts[key]):
             raise ValueError(f"its {key} are no list of texts")
-    return blank_adapter(kind, dim, rank=rank, blend=float(blend))

@@ -18,7 +18,8 @@ from fedclip_flwr import clip
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import FeatureFolder, Features, Pixels, open_features, open_run
+from fedclip_flwr.featurefolder import FeatureFolder
+from fedclip_flwr.features import Features, Pixels, open_features, open_run
 from fedclip_flwr.learning import Examples
 from fedclip_flwr.vocabulary import Vocabulary
 

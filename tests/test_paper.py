@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, linear, normalize, softmax
 
 from fedclip_flwr.adapters import make_adapter
 from fedclip_flwr.config import Settings
-from fedclip_flwr.features import FeatureFolder
+from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.inprocess import federate, make_sites
 
 DIM, CLASSES, SEED, ROUNDS = 24, 5, 7, 3

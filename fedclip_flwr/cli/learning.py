@@ -71,10 +71,10 @@ def encode(
 
     Example: fedclip encode data=folder:images model=openai/clip-vit-base-patch32 --out features
     """
-    from fedclip_flwr import export, simulation  # not for --help: they bring torch
+    from fedclip_flwr import precompute, simulation  # not for --help: they bring torch
 
     simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
-    typer.echo(export.encode(settings or [], out))
+    typer.echo(precompute.encode(settings or [], out))
 
 
 @app.command()

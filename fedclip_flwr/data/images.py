@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from fedclip_flwr import content
+from fedclip_flwr.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What Pillow may take it for: others start programs (EPS), or are nothing that images of data sets are kept in."""
@@ -57,6 +59,32 @@ def decoded(data: bytes) -> Image.Image | None:
             return _rgb(image)
     except Exception:  # decoders raise whatever they like on damaged files
         return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image upright and in RGB, what is transparent on white."""
+    if not isinstance(image, Image.Image):
+        raise UserError(f"a {type(image).__name__} is no image: expected a path, a PIL image, a tensor or an array")
+    try:
+        return _rgb(ImageOps.exif_transpose(image))
+    except OSError as error:
+        raise UserError(f"an image can't be read ({error})") from None
+
+
+def of_pixels(pixels: np.ndarray[Any, Any]) -> Image.Image:
+    """The image with these pixels [height, width, 3], in bytes or from 0 to 1."""
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise UserError(
+            f"pixels of shape {pixels.shape}: expected colours last, [height, width, 3], or first in a tensor, "
+            "[3, height, width]"
+        )
+    if pixels.dtype.kind == "f":
+        if not (pixels >= 0).all() or pixels.max() > 1:
+            raise UserError("pixels that are not all from 0 to 1: expected shares from 0 to 1, or bytes")
+        pixels = (pixels * 255).round().astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise UserError(f"pixels of type {pixels.dtype}: expected bytes (uint8), or numbers from 0 to 1")
+    return Image.fromarray(pixels)
 
 
 def _reasonable(image: Image.Image, data: bytes) -> bool:

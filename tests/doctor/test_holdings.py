@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedclip_flwr import encoding, export
+from fedclip_flwr import encoding, precompute
 from fedclip_flwr.config import Settings
 from fedclip_flwr.doctor import holdings
 from fedclip_flwr.doctor.findings import Examination
@@ -64,7 +64,7 @@ def test_the_command_that_is_told_encodes_what_is_missing(tree: Path) -> None:
     told = at_site(tree, run)[0]["features"][2]
     words = shlex.split(told.partition("to do it ahead: ")[2])
     assert words[:2] == ["fedclip", "encode"]
-    export.encode(words[2:])
+    precompute.encode(words[2:])
     found, needed = at_site(tree, run)
     assert found["features"] == ("ok", "all 24 are stored", "")
     assert needed == 0
@@ -151,7 +151,7 @@ def test_a_simulated_sites_share_is_not_worked_out(tree: Path) -> None:
 
 def test_a_feature_folder_needs_no_model(tree: Path, tmp_path: Path) -> None:
     folder = tmp_path / "features"
-    export.encode([f"data=folder:{tree}"], str(folder))
+    precompute.encode([f"data=folder:{tree}"], str(folder))
     shutil.rmtree(tmp_path / "home")
     found, needed = at_site(tree, Settings(), data=f"features:{folder}")
     assert {what: state for what, (state, *_) in found.items()} == dict.fromkeys(

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclip_flwr.config import Settings
-from fedclip_flwr.features import FeatureFolder, open_features
+from fedclip_flwr.featurefolder import FeatureFolder
+from fedclip_flwr.features import open_features
 from tests.fuzz.hostile import Tried, json_bytes, tensor_bytes
 
 FACTS: dict[str, Any] = {

@@ -1,0 +1,74 @@
+"""Commands that use what was learnt: on images, on labelled images, elsewhere."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedclip_flwr.cli.common import app, option
+
+Adapter = Annotated[
+    str, option("A run by its name, a folder, or a name on the hub; the latest run unless said.", "--adapter", "-a")
+]
+Classes = Annotated[
+    str, option("Other classes than the run's, by words alone: a comma list, or a file with one in each line.")
+]
+Prompt = Annotated[str, option("Another template, with {} for the class name; several with | between.")]
+Model = Annotated[str, option("Where its CLIP is, if that is no longer where it was.")]
+Revision = Annotated[str, option("Of a name on the hub: a commit, tag or branch.")]
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", show_default=False)],
+    adapter: Adapter = "latest",
+    top: Annotated[int, option("So many classes for each image; 1 unless said.", "--top", "-k")] = 1,
+    classes: Classes = "",
+    prompt: Prompt = "",
+    out: Annotated[str, option("A file for the lines, .csv or .jsonl, instead of the screen.", "--out", "-o")] = "",
+    as_json: Annotated[bool, option("Lines of JSON instead of CSV.", "--json")] = False,
+    model: Model = "",
+    revision: Revision = "",
+    device: Annotated[str, option("cpu, cuda or cuda:N; a GPU unless said, where there is one.")] = "auto",
+    precision: Annotated[str, option("float32, bfloat16 or float16; what pays unless said.")] = "auto",
+) -> None:
+    """Tell what images show: a line for each, with the likeliest classes and their probabilities.
+
+    Folders are searched to their ends; - reads names of files from the standard input; features:PATH takes a folder of
+    features. Lines come as the images are seen, CSV unless said. An image that can't be read has a line that says so,
+    and the exit status is then 1; 2 if nothing can be done.
+
+    Examples: fedclip predict photos --top 3; fedclip predict *.jpg --adapter 20260102-030405 --out found.csv; fedclip
+    predict photos --classes zebra,lion --prompt "a photo of a {}"
+    """
+    from fedclip_flwr import predict  # not for --help: it brings torch
+
+    wishes = predict.Wishes(images, adapter, top, classes, prompt, out, as_json, model, revision, device, precision)
+    raise typer.Exit(predict.predict(wishes))
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(metavar="DATA", show_default=False)],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    adapter: Adapter = "latest",
+    classes: Classes = "",
+    prompt: Prompt = "",
+    by_class: Annotated[bool, option("Also how many of each class are recognised.", "--by-class")] = False,
+    as_json: Annotated[bool, option("All of it as JSON.", "--json")] = False,
+    model: Model = "",
+    revision: Revision = "",
+) -> None:
+    """Measure on labelled images how well they are told apart: zero-shot beside adapted, domain by domain.
+
+    DATA is what the setting data takes: a folder (domain/class/image or class/image), a data set, drawn, features:PATH.
+    Settings are device, precision, and those of a data set's columns. Features are stored, so a second time is quick.
+
+    Examples: fedclip evaluate images; fedclip evaluate drawn:7 --adapter 20260102-030405 --by-class --json
+    """
+    from fedclip_flwr import evaluate, simulation  # not for --help: they bring torch
+
+    simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
+    wishes = evaluate.Wishes(data, settings or [], adapter, classes, prompt, by_class, as_json, model, revision)
+    typer.echo(evaluate.evaluate(wishes))

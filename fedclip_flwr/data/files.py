@@ -1,0 +1,61 @@
+"""Images without labels: files, and whatever lies in folders, as deep as it may."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fedclip_flwr.data import Picture
+from fedclip_flwr.data.folder import ENDINGS
+from fedclip_flwr.data.images import decoded, read
+from fedclip_flwr.errors import UserError
+
+
+def find_images(places: Iterable[str]) -> list[str]:
+    """The files that are named, and the images in the folders that are, in sorted order; hidden ones are left out."""
+    found: list[str] = []
+    for place in places:
+        if os.path.isdir(place):
+            inside = list(_inside(place))
+            if not inside:
+                raise UserError(f"{place}: no images ({', '.join(ENDINGS)}) there")
+            found += inside
+        elif os.path.exists(place):
+            found.append(place)
+        else:
+            raise UserError(f"{place}: there is no such file or folder")
+    return found
+
+
+def _inside(root: str) -> Iterator[str]:
+    for folder, below, files in os.walk(root, onerror=_raise):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(ENDINGS) and not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} can't be looked into ({error.strerror})") from None
+
+
+class Files:
+    """Image files as a source whose labels are their places in the list."""
+
+    class_names: tuple[str, ...] = ()
+    domains = ("files",)
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+
+    def content(self, domain: str) -> str:
+        raise NotImplementedError("nothing is stored of them")
+
+    def count(self, domain: str) -> int:
+        return len(self._paths)
+
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        for number, path in enumerate(self._paths[start:stop], start):
+            yield Picture(path, number, decoded(read(Path(path))))

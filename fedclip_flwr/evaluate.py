@@ -1,0 +1,174 @@
+"""The command `fedclip evaluate`: how well labelled images are told apart, zero-shot beside adapted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from fedclip_flwr import clip, console, history
+from fedclip_flwr.config import Settings, unusable
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import Features, open_features, source_of
+from fedclip_flwr.learning import examine
+from fedclip_flwr.metrics import Quality, mean_figures
+from fedclip_flwr.model import Learnt, find_learnt
+from fedclip_flwr.precompute import TAKEN
+from fedclip_flwr.simulation import read_settings
+from fedclip_flwr.vocabulary import SEPARATOR
+
+OPTIONS = {"data", "model", "model-revision", "prompt", "class-names"}
+"""Settings that this command has other ways for."""
+FIGURES = {"balanced_accuracy": "balanced", "macro_f1": "macro F1", "calibration_error": "calibration error"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks for; empty for the default."""
+
+    data: str
+    settings: Sequence[str]
+    adapter: str
+    classes: str
+    prompt: str
+    by_class: bool
+    as_json: bool
+    model: str
+    revision: str
+
+
+class Pair(NamedTuple):
+    """How well a domain's images are told apart."""
+
+    zero: Quality
+    adapted: Quality
+
+
+def evaluate(wishes: Wishes) -> str:
+    """The tables, or their facts as JSON."""
+    learnt = find_learnt(wishes.adapter, wishes.revision)
+    settings = _settings(wishes, learnt)
+    plain, adapted = _opened(settings, learnt, wishes)
+    found = _examined(plain, adapted, learnt, settings)
+    if not found:
+        raise UserError(f"{wishes.data}: none of its images can be read")
+    names, known = plain.vocabulary.class_names, _learnt_from(learnt, settings, plain)
+    if wishes.as_json:
+        domains = {
+            domain: {
+                "images": pair.zero.score.examples,
+                "zero_shot": _facts(pair.zero, names),
+                "adapted": _facts(pair.adapted, names),
+            }
+            for domain, pair in found.items()
+        }
+        facts = {"adapter": str(learnt.folder), "model": plain.model, "data": settings.data, "learnt_from": known}
+        return json.dumps({**facts, "domains": domains}, indent=2)
+    parts = [_table(found)]
+    if wishes.by_class:
+        parts.append(_by_class(found, names))
+    parts.append(f"{learnt.folder} on {plain.model}; {console.counted(len(names), 'class')}; in %.")
+    if known:
+        parts[-1] += f"\nThe run has learnt from parts of these: {', '.join(known)}."
+    return "\n\n".join(parts)
+
+
+def _settings(wishes: Wishes, learnt: Learnt) -> Settings:
+    """Those under which the data is opened; everything that is wrong is told at once."""
+    data, problems = read_settings([f"data={wishes.data}", f"class-names={wishes.classes}"])
+    given, wrong = read_settings(wishes.settings)
+    for key in given.keys() - ({*TAKEN} - OPTIONS):
+        wrong.setdefault(key, f"{key}: expected columns, device or precision here; leave it out")
+    prompt = wishes.prompt or SEPARATOR.join(learnt.facts["templates"])
+    settings, unfit = Settings.read({**data, **given, "prompt": prompt})
+    if problems := {**problems, **wrong, **unfit}:
+        raise unusable(problems.values())
+    return settings
+
+
+def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Features, Features]:
+    """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model."""
+    told = None if wishes.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
+    if settings.data.startswith("features:"):
+        if learnt.whole:
+            raise UserError(f"{learnt.folder} is a whole model, which needs images; {settings.data} has only features")
+        features = open_features(settings, told)
+        if features.classes.dim != learnt.facts["dim"]:
+            raise UserError(
+                f"{settings.data}: its features have {features.classes.dim} numbers, the adapter takes "
+                f"{learnt.facts['dim']}"
+            )
+        return features, features
+    own = source_of(settings)[0].class_names
+    if told and (others := sorted({*own} - {*told.class_names})):
+        raise UserError(
+            f"{wishes.data} has classes that the run did not know: {console.some(others)}; name all of the data's with "
+            "--classes, which takes words alone"
+        )
+    frozen = learnt.frozen(wishes.model)
+    plain = open_features(_with(settings, frozen), told)
+    return plain, open_features(_with(settings, learnt.model()), told) if learnt.whole else plain
+
+
+def _with(settings: Settings, model: clip.Model) -> Settings:
+    return replace(settings, model=model.name, model_revision=model.revision)
+
+
+def _examined(plain: Features, adapted: Features, learnt: Learnt, settings: Settings) -> dict[str, Pair]:
+    """By domain, those that have images."""
+    device = clip.pick_device(settings.device)
+    adapter = learnt.adapter.to(device) if learnt.adapter else None
+    found = {}
+    for domain in plain.domains:
+        qualities = [
+            examine(learner, features.examples(domain).ready(device), features.classes.ready(device))
+            for learner, features in ((None, plain), (adapter, adapted))
+        ]
+        if qualities[0].score.examples:
+            found[domain] = Pair(*qualities)
+    return found
+
+
+def _learnt_from(learnt: Learnt, settings: Settings, features: Features) -> list[str]:
+    """The domains from which the run's sites have had images, where this is the run's own data."""
+    if not (learnt.folder / history.SETTINGS).exists():
+        return []
+    run = history.read(learnt.folder)
+    if run.settings["data"] != settings.data:
+        return []
+    return [domain for domain in features.domains if domain != run.summary.get("holdout")]
+
+
+def _facts(quality: Quality, names: Sequence[str]) -> dict[str, Any]:
+    recalls = quality.classes.recalls if quality.classes else []
+    return {**quality.figures(), "recall": dict(zip(names, recalls, strict=False))}
+
+
+def _table(found: dict[str, Pair]) -> str:
+    """A line for each domain, and their mean."""
+    rows = [(domain, f"{pair.zero.score.examples:,}", *_cells([pair])) for domain, pair in found.items()]
+    if len(found) > 1:
+        rows.append(("mean", "", *_cells(list(found.values()))))
+    heads = ["accuracy", "adapted", "gain", *(name for title in FIGURES.values() for name in (title, "adapted"))]
+    return console.table([("", "images", *heads), *rows])
+
+
+def _cells(pairs: Sequence[Pair]) -> list[str]:
+    zero = mean_figures(pair.zero for pair in pairs)
+    adapted = mean_figures(pair.adapted for pair in pairs)
+    first = [console.percent(zero["accuracy"]), console.percent(adapted["accuracy"])]
+    others = [console.percent(figures[name]) for name in FIGURES for figures in (zero, adapted)]
+    return [*first, console.gain(zero["accuracy"], adapted["accuracy"]), *others]
+
+
+def _by_class(found: dict[str, Pair], names: Sequence[str]) -> str:
+    """How many of each class are recognised, zero-shot and adapted."""
+    rows: list[tuple[str, ...]] = [("recognised", *(head for domain in found for head in (domain, "adapted")))]
+    recalls = {
+        domain: [quality.classes.recalls for quality in (pair.zero, pair.adapted) if quality.classes]
+        for domain, pair in found.items()
+    }
+    for number, name in enumerate(names):
+        rows.append((name, *(console.percent(one[number]) for domain in found for one in recalls[domain])))
+    return console.table(rows)

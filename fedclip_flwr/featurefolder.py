@@ -1,0 +1,205 @@
+"""A feature folder, `features:PATH`: what a site or a server has in place of images, made elsewhere; read and written.
+
+`features.json`, `classes.safetensors`, and `DOMAIN.safetensors` for each domain.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedclip_flwr import content, store, tensorfile
+from fedclip_flwr.errors import UserError, one_line
+from fedclip_flwr.learning import Classes, Examples
+from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, check_plain, numbering, templates_of
+
+if TYPE_CHECKING:
+    from fedclip_flwr.features import Encoded
+
+FACTS, CLASSES = "features.json", "classes"
+MOST = 1e6
+"""No model's scale or bias comes near it; far beyond, logits are not finite."""
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class FeatureFolder:
+    """Features made elsewhere."""
+
+    model_content: str | None = None
+    model_revision = ""
+
+    def __init__(self, root: Path, told: Vocabulary | None = None) -> None:
+        """A site is `told` its vocabulary by the server: the folder's own may differ in the order of the classes."""
+        self._root = root
+        self._opened: dict[str, Examples] = {}
+        path = root / FACTS
+        told_of = f"data = 'features:{root}': {path}"
+        try:
+            facts = content.read_json(path)
+            self.model = str(facts["model"])
+            self.prompt = str(facts["prompt"])
+            own = Vocabulary(_texts(facts, "class_names"), templates_of(self.prompt))
+            self.domains = tuple(sorted(_texts(facts, "domains")))
+            self.parameters = None if facts.get("parameters") is None else int(facts["parameters"])
+            self.dim = int(facts["embedding_dim"])
+            self._scale, self._bias = float(facts["logit_scale"]), float(facts.get("logit_bias") or 0.0)
+        except OSError as error:
+            raise UserError(f"{told_of} can't be read ({error.strerror})") from None
+        except KeyError as error:
+            raise UserError(f"{told_of} lacks {error}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"{told_of} is damaged ({one_line(error)})") from None
+        check_plain(f"{told_of}: a domain", self.domains)
+        check_plain(f"{told_of}: a class", own.class_names)
+        if any(Path(name).name != name for name in self.domains):
+            raise UserError(f"{told_of} names a domain that is no plain file name")
+        for what, names in (("domain", self.domains), ("class", own.class_names)):
+            if len(set(names)) < len(names):
+                raise UserError(f"{told_of} names a {what} twice")
+        if len(own.class_names) < 2 or not self.domains:
+            raise UserError(f"{told_of} must name two classes and a domain")
+        if not (0 < self._scale <= MOST and abs(self._bias) <= MOST):
+            raise UserError(
+                f"{told_of} has the logit_scale {self._scale:g} and the logit_bias {self._bias:g}: expected a scale "
+                f"above 0, and neither beyond {MOST:g}"
+            )
+        self.vocabulary = told or own
+        self._numbers = numbering(own.class_names, self.vocabulary.class_names)
+        if lacking := sorted({*self.vocabulary.class_names} - {*own.class_names}):
+            raise UserError(f"this site's features, in {root}, have no prompts for the run's {', '.join(lacking)}")
+        if own.templates != self.vocabulary.templates:
+            raise UserError(
+                f"this site's features, in {root}, were made with the prompt {self.prompt!r}; the run's is "
+                f"{SEPARATOR.join(self.vocabulary.templates)!r}"
+            )
+
+    @cached_property
+    def content(self) -> str:
+        names = [FACTS, *(f"{name}.safetensors" for name in (CLASSES, *self.domains))]
+        return content.of_files(self._root, names, content.memory())
+
+    @cached_property
+    def classes(self) -> Classes:
+        text = self._tensor(CLASSES, "text_features", (len(self._numbers), self.dim))
+        return Classes(text[torch.tensor(self._numbers).argsort()], self._scale, self._bias)
+
+    def examples(self, domain: str) -> Examples:
+        if domain not in self._opened:  # reading checks every number
+            self._opened[domain] = self._open(domain)
+        return self._opened[domain]
+
+    def count(self, domain: str) -> int:
+        return len(self.examples(domain).labels)
+
+    stored = count
+
+    def room(self, images: int) -> int:
+        return 0
+
+    def _open(self, domain: str) -> Examples:
+        features = self._tensor(domain, "image_features", (None, self.dim))
+        labels = self._tensor(domain, "labels", (len(features),))
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._numbers):
+            raise UserError(f"{self._root / domain}.safetensors: labels must lie in 0…{len(self._numbers) - 1}")
+        return Examples(features, torch.tensor(self._numbers)[labels.long()])
+
+    def _tensor(self, file: str, name: str, shape: tuple[int | None, ...]) -> Tensor:
+        """The named tensor, of the type and shape that the format asks for, with finite numbers only."""
+        path = self._root / f"{file}.safetensors"
+        try:
+            tensor = store.mapped(path)[0].get(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} can't be read ({one_line(error)})") from None
+        if tensor is None:
+            raise UserError(f"{path} holds no {name}")
+        if len(tensor.shape) != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
+            wanted = tuple("N" if size is None else size for size in shape)
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
+        whole = name == "labels"
+        if tensor.dtype not in (WHOLE if whole else REAL) or not finite(path, tensor):
+            raise UserError(f"{path}: {name} must be {'whole' if whole else 'finite'} numbers")
+        return tensor
+
+
+def _texts(facts: dict[str, Any], key: str) -> tuple[str, ...]:
+    """The list of texts under that key."""
+    if not isinstance(facts[key], list):
+        raise TypeError(f"{key} is no list")
+    return tuple(map(str, facts[key]))
+
+
+def finite(path: Path, tensor: Tensor) -> bool:
+    """Whether all numbers of the file's tensor are finite."""
+    return not tensor.is_floating_point() or store.found_once(path, "finite", lambda: tensorfile.all_finite(tensor))
+
+
+def facts_of(features: Encoded) -> dict[str, Any]:
+    """What `features.json` holds. The `content` is that of all that the features were made of."""
+    return {
+        "model": features.model,
+        "embedding_dim": features.classes.dim,
+        "logit_scale": features.classes.scale,
+        "logit_bias": features.classes.bias,
+        "parameters": features.parameters,
+        "prompt": SEPARATOR.join(features.vocabulary.templates),
+        "class_names": list(features.vocabulary.class_names),
+        "domains": list(features.domains),
+        "content": features.content,
+    }
+
+
+def check(folder: Path, features: Encoded) -> None:
+    """Raises where the features can't be written, or would take the place of something else."""
+    for domain in features.domains:
+        if Path(domain).name != domain or "\0" in domain or domain == CLASSES:
+            raise UserError(f"--out: the domain {domain!r} can't be the name of a file: rename it in the data")
+    content.make_folder(folder, "--out")
+    own = _files(features)
+    found = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in found if name not in own and _begun(name) not in own]:
+        raise UserError(f"--out: {folder} holds something else, such as {others[0]}: name another folder")
+    if FACTS in found:
+        try:
+            told = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            told = None
+        if told != facts_of(features):
+            raise UserError(f"--out: {folder} holds other features: name another folder")
+
+
+def _files(features: Encoded) -> set[str]:
+    return {FACTS, *(f"{name}.safetensors" for name in (CLASSES, *features.domains))}
+
+
+def _begun(name: str) -> str | None:
+    """The file of which this one is a part, left behind by a writer that was killed."""
+    return name[1:].rpartition(".")[0] if name.startswith(".") else None
+
+
+def write(folder: Path, features: Encoded) -> None:
+    """The feature folder. What says that it is whole comes last."""
+    for path in list(folder.iterdir()):
+        if _begun(path.name) in _files(features):
+            path.unlink()
+
+    def save(name: str, **tensors: Any) -> None:
+        path = folder / f"{name}.safetensors"
+        content.write_whole(path, lambda part: tensorfile.save(tensors, part, {}), "--out")
+
+    save(CLASSES, text_features=features.classes.text)
+    for domain in features.domains:
+        examples = features.examples(domain)
+        save(domain, image_features=examples.features, labels=examples.labels)
+    text = json.dumps(facts_of(features), indent=2, ensure_ascii=False) + "\n"
+    content.write_whole(folder / FACTS, partial(_write, text), "--out")
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

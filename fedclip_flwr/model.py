@@ -1,0 +1,293 @@
+"""What a federation has learnt, as one module: the frozen CLIP, the adapter, the classes.
+
+    model = FedCLIP.from_pretrained("latest")
+    model.predict(["one.jpg", "two.png"])
+
+New classes need no images, only words (`with_classes`): the adapter stays, the prompts change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin
+from torch import Tensor, nn
+
+from fedclip_flwr import __version__, ahead, card, clip, content, encoding, history, hub, saved
+from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.data.files import Files
+from fedclip_flwr.data.images import decoded, of_pixels, read, upright
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.learning import Classes
+from fedclip_flwr.vocabulary import Vocabulary, check_apart, check_plain, templates_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Picture = Image | str | os.PathLike[str] | Tensor | np.ndarray[Any, Any]
+
+log = logging.getLogger(__name__)
+HUB_FILES = (saved.CONFIG, saved.TENSORS, "README.md", *(f"model/{pattern}" for pattern in clip.FILES))
+
+
+class Prediction(NamedTuple):
+    """An image's likeliest classes, the likeliest first, and how likely each is."""
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        return self.labels[0]
+
+    @property
+    def probability(self) -> float:
+        return self.probabilities[0]
+
+
+class FedCLIP(
+    nn.Module,
+    ModelHubMixin,
+    library_name="fedclip-flwr",
+    pipeline_tag="zero-shot-image-classification",
+    tags=["federated-learning", "clip", "adapter", "flower"],
+):
+    """Tells images apart by the run's classes, or by any others.
+
+    It is a module like others: `to` moves it, `parameters` are those of the adapter and of the frozen CLIP. Called with
+    `pixel_values` as `prepare` makes them, it gives logits [N, classes], through which the adapter can learn.
+    """
+
+    text: Tensor
+
+    def __init__(
+        self,
+        loaded: clip.Clip,
+        vocabulary: Vocabulary,
+        adapter: Adapter | None = None,
+        facts: Mapping[str, Any] | None = None,
+        origin: Path | None = None,
+    ) -> None:
+        """Without an `adapter` the CLIP's own features count; `origin` is the folder that it came from."""
+        super().__init__()
+        self.net, self.adapter = loaded.net, adapter
+        self.vocabulary, self.facts = vocabulary, dict(facts or {})
+        self._clip, self._origin = loaded, origin
+        self._scale, self._bias = loaded.scale, loaded.bias
+        self.register_buffer("text", encoding.class_features(loaded, vocabulary), persistent=False)
+        self.eval().to(loaded.device)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # its other options are the hub's own, from the environment
+        cls,
+        name: str | Path,
+        *,
+        revision: str = "",
+        model: str = "",
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> Self:
+        """The model in a folder (of a run, or written by `save_pretrained`), of a run by its name, or of the hub.
+
+        `model` says where its CLIP is, if that is no longer where it was.
+        """
+        place = clip.pick_device(device)
+        learnt = find_learnt(str(name), revision)
+        found = learnt.model(model)
+        made = cls(found.load(str(place), precision), learnt.vocabulary, learnt.adapter, learnt.facts, learnt.folder)
+        if learnt.adapter and (dim := made.text.shape[1]) != learnt.facts["dim"]:
+            raise UserError(
+                f"{learnt.folder}: its adapter takes features of {learnt.facts['dim']} numbers, those of {found.name} "
+                f"have {dim}"
+            )
+        return made
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.vocabulary.class_names
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.net.eval()  # it is frozen
+        return self
+
+    def with_classes(self, names: Sequence[str] = (), prompt: str = "") -> FedCLIP:
+        """The same for other classes, or the same classes with another `prompt`: a template with {} for the name.
+
+        Several templates have | between them.
+        """
+        names = tuple(names) or self.class_names
+        if len(set(names)) < len(names) or len(names) < 2:
+            raise UserError(f"classes: expected at least two names, each once, found {', '.join(names)}")
+        check_plain("a class", names)
+        check_apart(names)
+        templates = templates_of(prompt) if prompt else self.vocabulary.templates
+        if any(template.count("{}") != 1 for template in templates):
+            raise UserError(f"prompt = {prompt!r}: expected a template with one {{}}, such as 'a photo of a {{}}'")
+        vocabulary = Vocabulary(names, templates)
+        facts = {**self.facts, "class_names": list(names), "templates": list(templates), "prompts": vocabulary.prompts}
+        return type(self)(self._clip, vocabulary, self.adapter, facts, self._origin)
+
+    # Images
+
+    def prepare(self, images: Picture | Iterable[Picture]) -> dict[str, Tensor]:
+        """What the model is called with: `model(**model.prepare(images))`."""
+        return self._clip.preparer()([_opened(image) for image in _several(images)])
+
+    def predict(self, images: Picture | Iterable[Picture], top: int = 1) -> list[Prediction]:
+        """Each image's `top` likeliest classes. Images are paths, PIL's, or tensors and arrays of pixels.
+
+        Tensors are [3, height, width], or several of them, in bytes or from 0 to 1; arrays [height, width, 3].
+        """
+        return list(self.stream(images, top))
+
+    def stream(self, images: Picture | Iterable[Picture], top: int = 1) -> Iterator[Prediction]:
+        """The same batch by batch, of any number of images, as they come."""
+        several = _several(images)
+        if isinstance(several, list | tuple) and all(isinstance(image, str | os.PathLike) for image in several):
+            for path, found in self.stream_files([os.fspath(path) for path in several], top):
+                if found is None:
+                    raise UserError(f"{path} can't be read as an image")
+                yield found
+            return
+        remaining = iter(several)
+        while batch := list(islice(remaining, self._clip.batch_size)):
+            yield from self._best(self._see(self.prepare(batch)), top)
+
+    def stream_files(self, paths: Sequence[str], top: int = 1) -> Iterator[tuple[str, Prediction | None]]:
+        """The same of files, read and decoded ahead; None for one that can't be read."""
+        work = ahead.Work(Files(paths), "files", self._clip.preparer(), self._clip.batch_size)
+        batches = ahead.batches(work, 0, len(paths), pinned=self.device.type == "cuda")
+        first = 0
+        with contextlib.closing(batches):
+            for batch, probabilities in encoding.seen(batches, self._see):
+                found = dict(zip(batch.labels, self._best(probabilities, top), strict=True))
+                for number in range(first, first := first + batch.rows):
+                    yield paths[number], found.get(number)
+
+    def forward(self, pixel_values: Tensor, **more: Tensor) -> Tensor:
+        features = self._clip.encode({"pixel_values": pixel_values, **more}).to(self.text.dtype)
+        adapted = features if self.adapter is None else self.adapter(features)
+        return Classes(self.text, self._scale, self._bias).logits(adapted)
+
+    @torch.no_grad()
+    def _see(self, inputs: clip.Inputs) -> Tensor:
+        """Probabilities, on the device."""
+        return self(**inputs).softmax(dim=1) if inputs else self.text.new_empty(0, len(self.text))
+
+    def _best(self, probabilities: Tensor, top: int) -> Iterator[Prediction]:
+        values, numbers = probabilities.float().topk(min(top, len(self.class_names)), dim=1)
+        for row, likely in zip(numbers.tolist(), values.tolist(), strict=True):
+            yield Prediction(tuple(self.class_names[number] for number in row), tuple(likely))
+
+    # The hub
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        facts = {**self.facts, "fedclip_flwr": __version__}
+        if os.path.isabs(str(facts.get("model", ""))):  # where it was on this machine is of no use elsewhere
+            facts["model"] = Path(facts["model"]).name
+        if self.adapter is None:
+            content.make_folder(save_directory / "model", "save_directory")
+            for file in clip.files(self._clip.folder):
+                copy = partial(shutil.copyfile, file)
+                content.write_whole(save_directory / "model" / file.name, copy, "save_directory")
+            saved.write_json(save_directory / "model" / saved.WHOLE, facts, "save_directory")
+        else:
+            state = {name: tensor.cpu().contiguous() for name, tensor in self.adapter.state_dict().items()}
+            saved.write_tensors(save_directory / saved.TENSORS, state, int(facts.get("round", 0)), "save_directory")
+        saved.write_json(save_directory / saved.CONFIG, facts, "save_directory")
+
+    def generate_model_card(self, *args: Any, sites: bool = False, **more: Any) -> ModelCard:
+        """The card, with the names and sizes of `sites` only if that is said."""
+        return card.card_of(self.facts, self._origin, sites)
+
+
+class Learnt(NamedTuple):
+    """What a folder holds: an adapter, or the `whole` model's folder; and what it was made for."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    adapter: Adapter | None
+    whole: Path | None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(tuple(self.facts["class_names"]), tuple(self.facts["templates"]))
+
+    def model(self, instead: str = "") -> clip.Model:
+        """The CLIP that it goes with: the trained one, or the frozen one that the adapter was made for."""
+        return clip.find(str(self.whole)) if self.whole else self.frozen(instead)
+
+    def frozen(self, instead: str = "") -> clip.Model:
+        """The CLIP that it began with, or the one that is named `instead`."""
+        name = str(self.facts.get("model", ""))
+        try:
+            found = clip.find(instead or name, "" if instead else str(self.facts.get("model_revision") or ""))
+        except UserError as error:
+            raise error if instead else UserError(f"{error}; say where it is now with model") from None
+        known = self.facts.get("model_content")
+        if known and found.content(content.memory()) != known:
+            told = f"{self.folder} was made for another version of {name} than {found.folder} holds"
+            if not instead:
+                raise UserError(f"{told}: get that version, or say where it is with model")
+            log.warning("%s: predictions may be others", told)
+        return found
+
+
+def find_learnt(name: str, revision: str = "") -> Learnt:
+    """What lies in a folder, in that of a run by its name, or in a repository of the hub."""
+    if os.path.isdir(path := os.path.expanduser(name)):
+        folder = Path(path)
+    elif "/" not in name or name.startswith((".", "/", "~")):
+        folder = history.find(name).path
+    else:
+        folder = hub.snapshot(
+            name, kind="model", revision=revision, lacks=_lacks, told=f"{name!r}", allow_patterns=HUB_FILES
+        )
+    for whole in (folder / "model", folder):
+        if (whole / saved.WHOLE).exists():
+            return Learnt(folder, saved.load_whole(whole), None, whole)
+    adapter, facts = saved.load_adapter(folder)
+    return Learnt(folder, facts, adapter, None)
+
+
+def _lacks(folder: Path) -> str | None:
+    """What a folder of the hub would have to hold and doesn't."""
+    weights = saved.TENSORS
+    if (folder / "model" / saved.WHOLE).exists():
+        weights = "model/model.safetensors"
+    return next((name for name in (saved.CONFIG, weights) if not (folder / name).exists()), None)
+
+
+def _several(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
+    """One image as several; a batch of tensors as its images."""
+    if isinstance(images, str | os.PathLike) or hasattr(images, "getbands") or getattr(images, "ndim", 4) == 3:
+        return [images]  # type: ignore[list-item]
+    return images
+
+
+def _opened(image: Picture) -> Image:
+    """The image as a file's is read: upright, in RGB."""
+    if isinstance(image, str | os.PathLike):
+        found = decoded(read(Path(image)))
+        if found is None:
+            raise UserError(f"{os.fspath(image)} can't be read as an image")
+        return found
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().movedim(0, -1)
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    return of_pixels(image) if isinstance(image, np.ndarray) else upright(image)
