@@ -1,0 +1,32 @@
+"""Folders as runs leave them, with adapters that change what is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.config import Settings
+from fedclip_flwr.features import Features
+from fedclip_flwr.saved import save_adapter
+from fedclip_flwr.sites import new_adapter
+
+
+def strong_adapter(settings: Settings, dim: int) -> Adapter:
+    """One that is far from the identity."""
+    adapter = new_adapter(settings, dim)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+def saved_adapter(folder: Path, features: Features, settings: Settings | None = None) -> Adapter:
+    """The adapter that then lies in the folder."""
+    settings = settings or Settings()
+    adapter = strong_adapter(settings, features.classes.dim)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(folder, adapter.state_dict(), settings, features, 2)
+    return adapter
