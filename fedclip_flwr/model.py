@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fedclip_flwr import __version__, ahead, card, clip, content, encoding, history, hub, saved
 from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.config import Settings
 from fedclip_flwr.data.files import Files
 from fedclip_flwr.data.images import decoded, of_pixels, read, upright
 from fedclip_flwr.errors import UserError
@@ -101,6 +102,8 @@ class FedCLIP(
 
         `model` says where its CLIP is, if that is no longer where it was.
         """
+        if problems := Settings.read({"device": device, "precision": precision})[1]:
+            raise UserError("; ".join(problems.values()))
         place = clip.pick_device(device)
         learnt = find_learnt(str(name), revision)
         found = learnt.model(model)

@@ -181,7 +181,8 @@ def test_it_is_a_module_through_which_the_adapter_learns(folder: Path, tree: Pat
     inputs = model.prepare(paths_of(tree))
     logits = model.train()(**inputs)
     assert logits.shape == (12, 3)
-    torch.nn.functional.cross_entropy(logits, torch.zeros(12, dtype=torch.int64)).backward()
+    loss = torch.nn.functional.cross_entropy(logits, torch.zeros(12, dtype=torch.int64))
+    loss.backward()  # type: ignore[no-untyped-call]
     assert model.adapter is not None
     assert all(parameter.grad is not None for parameter in model.adapter.parameters())
     assert all(parameter.grad is None for parameter in model.net.parameters())

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
+from typer.testing import CliRunner
+
+from fedclip_flwr import simulation
+from fedclip_flwr.cli import app
+from fedclip_flwr.config import Settings
+from fedclip_flwr.features import Features, Pixels, open_features
+from fedclip_flwr.learning import logits_of
+from fedclip_flwr.precompute import encode
+from fedclip_flwr.runs import RunFolder
+from tests.learnt import saved_adapter
+
+
+@pytest.fixture(autouse=True)
+def signals_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
+
+
+@pytest.fixture
+def features(tree: Path) -> Features:
+    return open_features(Settings(data=f"folder:{tree}"), progress=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, features: Features) -> Path:
+    saved_adapter(tmp_path / "learnt", features)
+    return tmp_path / "learnt"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_figures_are_those_of_others(folder: Path, features: Features, tree: Path) -> None:
+    code, told, _ = run(tree, "-a", folder, "--json")
+    facts = json.loads(told)
+    assert (code, list(facts["domains"]), facts["learnt_from"]) == (0, ["cartoon", "photo"], [])
+    adapter, names = saved_adapter(folder, features), features.vocabulary.class_names
+    for domain, own in facts["domains"].items():
+        examples = features.examples(domain).ready()
+        for learner, key in ((None, "zero_shot"), (adapter, "adapted")):
+            found = logits_of(learner, examples, features.classes.ready()).argmax(dim=1)
+            figures = own[key]
+            assert figures["accuracy"] == pytest.approx(accuracy_score(examples.labels, found))
+            assert figures["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(examples.labels, found))
+            assert figures["macro_f1"] == pytest.approx(f1_score(examples.labels, found, average="macro"))
+            recalls = recall_score(examples.labels, found, average=None)
+            assert figures["recall"] == pytest.approx(dict(zip(names, recalls, strict=True)))
+        assert own["images"] == 12
+    assert facts["domains"]["photo"]["zero_shot"] != facts["domains"]["photo"]["adapted"]
+
+
+def test_the_table_shows_zero_shot_beside_adapted(folder: Path, tree: Path) -> None:
+    code, told, _ = run(tree, "-a", folder, "--by-class")
+    facts = json.loads(run(tree, "-a", folder, "--json")[1])["domains"]["photo"]
+    zero, adapted = (100 * facts[key]["accuracy"] for key in ("zero_shot", "adapted"))
+    row = next(line.split() for line in told.splitlines() if line.split()[:1] == ["photo"])
+    assert code == 0
+    assert row[:5] == ["photo", "12", f"{zero:.1f}", f"{adapted:.1f}", f"{round(adapted, 1) - round(zero, 1):+.1f}"]
+    assert [line.split()[0] for line in told.splitlines()[1:4]] == ["cartoon", "photo", "mean"]
+    cat = next(line.split() for line in told.splitlines() if line.split()[:1] == ["cat"])
+    assert cat[3:] == [f"{100 * facts[key]['recall']['cat']:.1f}" for key in ("zero_shot", "adapted")]
+    assert told.splitlines()[-1] == f"{folder} on bundled; 3 classes; in %."
+
+
+def test_a_folder_may_have_fewer_classes_but_no_others(folder: Path, tree: Path) -> None:
+    for path in tree.glob("*/car/*"):
+        path.unlink()
+    for path in tree.glob("*/car"):
+        path.rmdir()
+    facts = json.loads(run(tree, "-a", folder, "--json")[1])
+    assert facts["domains"]["photo"]["adapted"]["recall"]["car"] is None
+    for path in tree.glob("*/cat"):
+        path.rename(path.with_name("dog"))
+    code, _, told = run(tree, "-a", folder)
+    assert code == 2
+    assert "has classes that the run did not know: dog; name all of the data's with --classes" in told
+    code, told, _ = run(tree, "-a", folder, "--classes", "dog,fish,tree", "--prompt", "the {}", "--json")
+    assert code == 0
+    assert list(json.loads(told)["domains"]["photo"]["adapted"]["recall"]) == ["dog", "fish", "tree"]
+
+
+def test_features_made_elsewhere_come_to_the_same(folder: Path, tree: Path, tmp_path: Path) -> None:
+    encode([f"data=folder:{tree}"], str(tmp_path / "made"))
+    _, images, _ = run(tree, "-a", folder, "--json")
+    code, made, _ = run(f"features:{tmp_path / 'made'}", "-a", folder, "--json")
+    assert code == 0
+    assert json.loads(made)["domains"] == json.loads(images)["domains"]
+
+
+def test_a_whole_model_is_beside_what_it_began_with(tree: Path, tmp_path: Path) -> None:
+    settings = Settings(data=f"folder:{tree}", method="full-model", results_dir=str(tmp_path))
+    pixels = open_features(settings, progress=False)
+    assert isinstance(pixels, Pixels)
+    learner = pixels.whole_model()
+    with torch.no_grad():
+        for weight in learner.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    with RunFolder(settings, "0123") as begun:
+        begun.adapter(2, learner.state_dict(), pixels)
+    code, told, _ = run(tree, "-a", begun.path, "--json")
+    assert code == 0
+    found = logits_of(learner, pixels.examples("photo").ready(), pixels.classes).argmax(dim=1)
+    facts = json.loads(told)
+    right = accuracy_score(pixels.examples("photo").labels, found)
+    assert facts["domains"]["photo"]["adapted"]["accuracy"] == pytest.approx(right)
+    assert facts["domains"]["photo"]["zero_shot"]["accuracy"] > right
+    assert facts["learnt_from"] == ["cartoon", "photo"]  # no summary tells that one was held out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{tree}/nowhere"], "there is no such folder"),
+        (["{tree}", "holdout=photo"], "holdout: expected columns, device or precision here; leave it out"),
+        (["{tree}", "model=x"], "model: expected columns, device or precision here"),
+        (["{tree}", "device=gpu"], "device = 'gpu': expected auto, cpu"),
+        (["{tree}", "--prompt", "no place"], "expected a template with one {}"),
+        (["{tree}", "--classes", "one,two"], "lacks car, cat, fish"),
+        (["none"], "none"),
+        (["features:{tree}"], "features.json can't be read"),
+        (["{tree}", "-a", "no-run"], "there is no such run"),
+    ],
+)
+def test_what_cant_be_done_is_told(words: list[str], told: str, folder: Path, tree: Path) -> None:
+    filled = [word.replace("{tree}", str(tree)) for word in words]
+    code, lines, error = run(*([] if "-a" in words else ["-a", folder]), *filled)
+    assert (code, lines) == (2, "")
+    assert told in error
+    assert "Traceback" not in error

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fedclip_flwr import FedCLIP, predict
+from fedclip_flwr.cli import app
+from fedclip_flwr.config import Settings
+from fedclip_flwr.data.files import find_images
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.learning import Classes, Examples, logits_of
+from fedclip_flwr.precompute import encode
+from tests.learnt import saved_adapter, strong_adapter
+
+
+@pytest.fixture
+def features(tree: Path) -> Features:
+    return open_features(Settings(data=f"folder:{tree}"), progress=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, features: Features) -> Path:
+    saved_adapter(tmp_path / "learnt", features)
+    return tmp_path / "learnt"
+
+
+def run(*arguments: object, given: str = "") -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["predict", *map(str, arguments)], input=given)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_each_image_has_a_line_with_what_it_shows(folder: Path, tree: Path) -> None:
+    code, lines, told = run(tree, "--adapter", folder, "--top", 2)
+    rows = list(csv.DictReader(io.StringIO(lines)))
+    assert code == 0
+    assert [row["image"] for row in rows] == find_images([str(tree)])
+    wanted = FedCLIP.from_pretrained(folder).predict([row["image"] for row in rows], top=2)
+    assert [(row["label"], row["label_2"]) for row in rows] == [found.labels for found in wanted]
+    assert [float(row["probability_2"]) for row in rows] == pytest.approx(
+        [found.probabilities[1] for found in wanted], abs=2e-6
+    )
+    assert {row["error"] for row in rows} == {""}
+    assert told.splitlines()[-1].startswith("24 images in ")
+
+
+def test_a_program_gets_json(folder: Path, tree: Path) -> None:
+    code, lines, _ = run(tree / "photo" / "car", "--adapter", folder, "--top", 9, "--json")
+    first, *_ = facts = [json.loads(line) for line in lines.splitlines()]
+    assert (code, len(facts)) == (0, 4)
+    assert first["image"] == str(tree / "photo" / "car" / "0.png")
+    assert first["top"][0]["label"] == first["label"]
+    assert {one["label"] for one in first["top"]} == {"car", "cat", "fish"}
+    assert sum(one["probability"] for one in first["top"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_file_is_written_whole_or_not_at_all(folder: Path, tree: Path, tmp_path: Path) -> None:
+    code, lines, told = run(tree, "-a", folder, "-o", tmp_path / "new" / "found.jsonl")
+    assert (code, lines) == (0, "")
+    assert told.splitlines()[-1] == f"Predictions: {tmp_path / 'new' / 'found.jsonl'}"
+    assert len((tmp_path / "new" / "found.jsonl").read_text().splitlines()) == 24
+    (tmp_path / "new" / "found.jsonl").chmod(0o444)
+    (tmp_path / "file").write_text("")
+    for out, why in (
+        (tmp_path / "file" / "found.csv", "--out"),
+        (tmp_path / "found.txt", "expected a name that ends with .csv or .jsonl"),
+    ):
+        code, lines, told = run(tree, "-a", folder, "-o", out)
+        assert (code, lines, len(told.splitlines())) == (2, "", 1)
+        assert why in told
+
+
+def test_what_cant_be_read_has_a_line_and_the_others_too(folder: Path, tree: Path) -> None:
+    broken = tree / "photo" / "car" / "0.png"
+    broken.write_bytes(b"no picture")
+    code, lines, told = run(tree / "photo", "-a", folder)
+    rows = list(csv.DictReader(io.StringIO(lines)))
+    assert code == 1
+    assert [row["image"] for row in rows if row["error"]] == [str(broken)]
+    assert [row["label"] for row in rows].count("") == 1
+    assert f"1 can't be read: {broken}" in told.splitlines()[-1]
+    _, lines, _ = run(broken, "-a", folder, "--json")
+    assert json.loads(lines) == {"image": str(broken), "error": "can't be read"}
+
+
+def test_names_come_from_the_standard_input_too(folder: Path, tree: Path) -> None:
+    names = [str(tree / "photo" / "car" / "1.png"), str(tree / "photo" / "cat")]
+    code, lines, _ = run("-", "-a", folder, given="\n".join(names) + "\n\n")
+    assert code == 0
+    assert [row["image"] for row in csv.DictReader(io.StringIO(lines))] == find_images(names)
+
+
+def test_a_name_that_is_no_text_and_one_with_commas_come_through(folder: Path, tree: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (tree / "photo" / "car" / "0.png").rename(odd / 'a, "b".png')
+    (tree / "photo" / "car" / "1.png").rename(odd / "b\udcff.png")
+    command = [sys.executable, "-c", "from fedclip_flwr.cli import app; app()", "predict", str(odd), "-a", str(folder)]
+    done = subprocess.run(command, capture_output=True)
+    rows = list(csv.reader(io.StringIO(done.stdout.decode("utf-8", "surrogateescape"))))
+    assert [row[0] for row in rows[1:]] == [str(odd / 'a, "b".png'), str(odd / "b\udcff.png")]
+    assert done.returncode == 0
+
+
+def test_whoever_has_seen_enough_may_go(folder: Path, tree: Path) -> None:
+    start = "from fedclip_flwr.cli import app; app()"
+    names = [str(path) for path in tree.glob("*/*/*.png")] * 100
+    command = [sys.executable, "-c", start, "predict", "-", "-a", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdin.write("\n".join(names).encode())
+        process.stdin.close()
+        process.stdout.readline()
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_other_classes_by_words_alone(folder: Path, tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("tree\nfish\ncup\n")
+    for words in ("tree,fish,cup", tmp_path / "words.txt"):
+        code, lines, _ = run(tree / "photo" / "fish", "-a", folder, "--classes", words, "--prompt", "the {}", "-k", 3)
+        assert code == 0
+        row = next(csv.DictReader(io.StringIO(lines)))
+        assert {row["label"], row["label_2"], row["label_3"]} == {"tree", "fish", "cup"}
+
+
+def test_stored_features_need_no_clip(folder: Path, tree: Path, tmp_path: Path, features: Features) -> None:
+    encode([f"data=folder:{tree}"], str(tmp_path / "made"))
+    facts = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps({**facts, "model": "/gone"}))
+    code, lines, told = run(f"features:{tmp_path / 'made'}", "-a", folder)
+    rows = list(csv.DictReader(io.StringIO(lines)))
+    assert (code, len(rows)) == (0, 24)
+    examples = features.examples("photo").ready()
+    wanted = logits_of(saved_adapter(folder, features), examples, features.classes.ready()).argmax(dim=1)
+    labels = [row["label"] for row in rows if row["image"].startswith("photo/")]
+    assert labels == [features.vocabulary.class_names[number] for number in wanted]
+    assert rows[-1]["image"] == "photo/11"
+    assert "24 images" in told
+
+
+def test_the_likeliest_are_those_of_all_at_once() -> None:
+    features = torch.randn(2500, 16, generator=torch.Generator().manual_seed(0))
+    examples = Examples(features, torch.zeros(2500, dtype=torch.int64))
+    classes = Classes(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), 7.0).ready()
+    adapter = strong_adapter(Settings(adapter="gate"), 16)
+    values, numbers = predict.likeliest(adapter, examples, classes, 3)
+    wanted = logits_of(adapter, examples.ready(), classes).softmax(dim=1)
+    assert torch.equal(numbers, wanted.argsort(dim=1, descending=True)[:, :3])
+    torch.testing.assert_close(values, wanted.gather(1, numbers).detach())
+    assert predict.likeliest(adapter, examples.rows(slice(0, 0)), classes, 3)[1].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere.png"], "nowhere.png: there is no such file or folder"),
+        (["{empty}"], "no images (.jpg"),
+        (["{tree}", "--top", "0"], "--top 0: expected at least 1"),
+        (["{tree}", "--classes", "one"], "there is no such file, and a list would have commas"),
+        (["{tree}", "--classes", "a,a"], "a more than once"),
+        (["{tree}", "--prompt", "no place"], "expected a template with one {}"),
+        (["{tree}", "--device", "cuda:77"], "device = 'cuda:77'"),
+        (["{tree}", "--device", "gpu"], "device = 'gpu'"),
+        (["{tree}", "--precision", "half"], "precision = 'half'"),
+        (["{tree}", "--model", "nowhere/at-all"], "neither a folder here nor in the Hugging Face cache"),
+        (["features:{empty}"], "features.json can't be read"),
+        (["features:{empty}", "{tree}"], "expected images, or one folder of features alone"),
+        (["features:{empty}", "--classes", "a,b"], "--classes: stored features have their own"),
+        (["{tree}", "-a", "{empty}"], "holds no adapter"),
+        (["{tree}", "-a", "no-run"], "there is no such run"),
+    ],
+)
+def test_what_cant_be_done_is_told_in_a_line(
+    words: list[str], told: str, folder: Path, tree: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"tree": tree, "empty": tmp_path / "empty"}
+    filled = [word if word == "no place" or "{}" in word else word.format(**places) for word in words]
+    code, lines, error = run(*([] if "-a" in words else ["-a", folder]), *filled)
+    assert (code, lines) == (2, "")
+    assert told in error
+    assert len(error.splitlines()) == 1
+
+
+def test_folders_are_searched_to_their_ends(tmp_path: Path) -> None:
+    for name in ("b/c/d/e.JPG", "a.png", "b/.hidden.png", ".git/x.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert find_images([str(tmp_path)]) == [f"{tmp_path}/a.png", f"{tmp_path}/b/c/d/e.JPG"]
+    assert find_images([f"{tmp_path}/b/notes.txt"]) == [f"{tmp_path}/b/notes.txt"]  # its name was given
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_images([f"{tmp_path}/c"])
