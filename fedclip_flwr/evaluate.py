@@ -52,7 +52,7 @@ def evaluate(wishes: Wishes) -> str:
     plain, adapted = _opened(settings, learnt, wishes)
     found = _examined(plain, adapted, learnt, settings)
     if not found:
-        raise UserError(f"{wishes.data}: none of its images can be read")
+        raise UserError(f"{wishes.data}: there are no images in it that can be read")
     names, known = plain.vocabulary.class_names, _learnt_from(learnt, settings, plain)
     if wishes.as_json:
         domains = {

@@ -258,9 +258,7 @@ def find_learnt(name: str, revision: str = "") -> Learnt:
     elif "/" not in name or name.startswith((".", "/", "~")):
         folder = history.find(name).path
     else:
-        folder = hub.snapshot(
-            name, kind="model", revision=revision, lacks=_lacks, told=f"{name!r}", allow_patterns=HUB_FILES
-        )
+        folder = hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, told=name, allow_patterns=HUB_FILES)
     for whole in (folder / "model", folder):
         if (whole / saved.WHOLE).exists():
             return Learnt(folder, saved.load_whole(whole), None, whole)

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,8 +16,11 @@ from threading import Thread
 
 import pytest
 
+import fedclip_flwr
 from fedclip_flwr import clip
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.features import Features
+from tests.learnt import saved_adapter
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
@@ -68,15 +71,16 @@ class Answer(BaseHTTPRequestHandler):
                 return self.send(404, error="RevisionNotFound")
             if what == "revision":
                 return self.send(200, json.dumps({"id": name, "sha": commit}).encode())
-            files = self.server.folders[name, commit].iterdir()
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": git_id(f)} for f in files]
+            root = self.server.folders[name, commit]
+            files = [(file, file.relative_to(root).as_posix()) for file in root.rglob("*") if file.is_file()]
+            tree = [{"type": "file", "path": p, "size": f.stat().st_size, "oid": git_id(f)} for f, p in files]
             return self.send(200, json.dumps(tree).encode())
         if "resolve" not in parts:
             return self.send(404)
         name, commit = "/".join(parts[:2]), parts[3]
         if name in self.server.gated:
             return self.send(403, error="GatedRepo")
-        file = self.server.folders[name, commit] / parts[4]
+        file = self.server.folders[name, commit].joinpath(*parts[4:])
         if not file.exists():
             return self.send(404, error="EntryNotFound")
         return self.send(200, file.read_bytes(), commit)
@@ -102,13 +106,25 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
 
 
-def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
-    """What `clip.find` comes to in a process of its own; without a hub it can't be reached."""
+def find_model(*words: str) -> str:
+    folder = clip.find(*words).folder
+    return f"{folder.name} {sorted(f.name for f in folder.iterdir())}"
+
+
+def find_adapter(*words: str) -> str:
+    model = fedclip_flwr.FedCLIP.from_pretrained(words[0], revision=words[1] if words[1:] else "")
+    folder = model._origin
+    assert folder
+    return f"{folder.name} {sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if f.is_file())}"
+
+
+def find(tmp_path: Path, *words: str, hub: Hub | None = None, look: Callable[..., str] = find_model) -> str:
+    """What `look` comes to in a process of its own; without a hub it can't be reached."""
     where = f"http://127.0.0.1:{hub.server_port if hub else 9}"
     env = {"HF_HOME": str(tmp_path / "cache"), "FEDCLIP_HOME": str(tmp_path / "home"), "HF_ENDPOINT": where}
     env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     ours, theirs = FRESH.Pipe(duplex=False)
-    process = FRESH.Process(target=found, args=(env, words, theirs))
+    process = FRESH.Process(target=found, args=(env, look, words, theirs))
     process.start()
     theirs.close()
     with ours:
@@ -118,12 +134,11 @@ def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
     return told
 
 
-def found(env: dict[str, str], words: tuple[str, ...], to: Connection) -> None:
+def found(env: dict[str, str], look: Callable[..., str], words: tuple[str, ...], to: Connection) -> None:
     assert "huggingface_hub" not in sys.modules
     os.environ |= env
     try:
-        model = clip.find(*words)
-        to.send(f"{model.folder.name} {sorted(f.name for f in model.folder.iterdir())}")
+        to.send(look(*words))
     except UserError as error:
         to.send(str(error))
 
@@ -199,3 +214,18 @@ def test_what_the_hub_refuses_is_told_with_the_remedy(hub: Hub, tmp_path: Path) 
     assert told.startswith("model = 'some/gated': access to it has to be asked for")
     assert "hf auth login" in told
     assert "neither a folder here nor a name" in find(tmp_path, "some/clip/too/deep", hub=hub)
+
+
+def test_an_adapter_comes_from_the_hub_and_then_from_the_cache(hub: Hub, tmp_path: Path, drawn: Features) -> None:
+    saved_adapter(tmp_path / "learnt", drawn)
+    hub.folders["some/adapter", SHA] = tmp_path / "out"
+    fedclip_flwr.FedCLIP.from_pretrained(tmp_path / "learnt").save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "training_args.bin").write_bytes(b"a pickle")
+    told = f"{SHA} ['README.md', 'adapter.safetensors', 'config.json']"
+    assert find(tmp_path, "some/adapter", hub=hub, look=find_adapter) == told
+    assert find(tmp_path, "some/adapter", look=find_adapter) == told
+    assert "the hub has no revision v9 of it" in find(tmp_path, "some/adapter", "v9", hub=hub, look=find_adapter)
+    (tmp_path / "out" / "adapter.safetensors").unlink()
+    hub.folders["some/half", SHA] = tmp_path / "out"
+    assert "lacks adapter.safetensors" in find(tmp_path, "some/half", hub=hub, look=find_adapter)
+    assert find(tmp_path, "some/none", hub=hub, look=find_adapter).startswith("some/none: the hub has no such model")
