@@ -174,8 +174,8 @@ class Settings:
 
 def meaning_of(field: dataclasses.Field[Any]) -> str:
     """What a setting means, and which words it takes."""
-    choices = field.metadata.get("choices")
-    return field.metadata["meaning"] + (f" ({', '.join(choices)})" if choices else "")
+    meaning, choices = field.metadata["meaning"], field.metadata.get("choices")
+    return f"{meaning} ({', '.join(choices)})" if choices else str(meaning)
 
 
 def _value(settings: Settings, key: str) -> Any:

@@ -6,10 +6,10 @@ import json
 import os
 import re
 import shlex
-import shutil
 import textwrap
 import tomllib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ SETTING = "DIR"
 def init(folder: Path, given: Sequence[str]) -> str:
     """Lays the app into the folder, with these settings; what to do with it now."""
     settings = _checked(given)
-    folder = Path(os.path.expanduser(folder)).absolute()
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     if not re.fullmatch(NAME, folder.name):
         raise UserError(
             f"{folder}: Flower runs no app from a folder called {folder.name!r}: it wants a letter, then letters, "
@@ -40,9 +40,9 @@ def init(folder: Path, given: Sequence[str]) -> str:
         raise UserError(f"{folder} has a {there[0]}, and nothing is overwritten: name another folder")
     own, text = content.own_app(), described(folder.name, settings)
     content.make_folder(folder, SETTING)
-    for name in APPS:
-        content.write_whole(folder / name, lambda path, name=name: shutil.copyfile(own / name, path), SETTING, os.link)
-    content.write_whole(folder / DESCRIBED, lambda path: path.write_text(text, "utf-8"), SETTING, os.link)
+    texts = {**{name: (own / name).read_bytes() for name in APPS}, DESCRIBED: text.encode()}
+    for name, data in texts.items():
+        content.write_whole(folder / name, partial(Path.write_bytes, data=data), SETTING, os.link)
     return (
         f"The app is in {folder}; its settings, with what they mean, are in {DESCRIBED}.\n"
         f"cd {shlex.quote(str(folder))}\nfedclip run --nodes 4   # or, as Flower has it: flwr run ."

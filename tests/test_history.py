@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
         ("metrics.jsonl", "3\n", "metrics.jsonl is damaged .expected an object"),
         ("metrics.jsonl", '{"round": 0}\n', "metrics.jsonl is damaged .a line is no round"),
         ("metrics.jsonl", json.dumps(line(0, seconds=None)), "metrics.jsonl is damaged .a line is no round"),
-        ("metrics.jsonl", json.dumps(line(0, seen="much")), "metrics.jsonl is damaged .a line is no round"),
+        ("metrics.jsonl", json.dumps({**line(0), "seen": "much"}), "metrics.jsonl is damaged .a line is no round"),
         ("metrics.jsonl", "\ud800", "metrics.jsonl is damaged"),
         ("summary.json", '{"status": "comp', "summary.json is damaged"),
         ("summary.json", '{"failures": [3]}', "summary.json is damaged .failures"),
@@ -179,5 +180,9 @@ def test_round_0_is_called_as_the_run_calls_it(settings: tuple[str, str, str], t
 
 
 def test_a_method_is_told_in_a_word(tmp_path: Path) -> None:
-    words = [{"adapter": "gate", "adapter-rank": 8}, {"adapter": "scale"}, {"method": "full-model"}]
+    words: list[dict[str, Any]] = [
+        {"adapter": "gate", "adapter-rank": 8},
+        {"adapter": "scale"},
+        {"method": "full-model"},
+    ]
     assert [history.read(make(tmp_path / "run", **word)).method for word in words] == ["gate-8", "scale", "full-model"]

@@ -63,7 +63,7 @@ def test_a_folder_may_have_other_files_and_is_made_with_those_above(tmp_path: Pa
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").touch()
     scaffold.init(tmp_path / "a", [])
-    scaffold.init(tmp_path / "b" / "c", [])
+    scaffold.init(tmp_path / "a" / ".." / "b" / "c", [])
     assert {path.name for path in (tmp_path / "a").iterdir()} == FILES | {"notes.txt"}
     assert {path.name for path in (tmp_path / "b" / "c").iterdir()} == FILES
 
@@ -103,7 +103,7 @@ def test_sites_take_the_bundle_of_the_folder(study: Path) -> None:
 
 
 def test_a_run_from_the_folder_has_its_settings(study: Path, tmp_path: Path) -> None:
-    command = [FEDCLIP, "run", "--nodes", "2", f"results-dir={tmp_path}/runs"]
+    command = [str(FEDCLIP), "run", "--nodes", "2", f"results-dir={tmp_path}/runs"]
     done = subprocess.run(command, cwd=study, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     run = history.find("latest", tmp_path / "runs")

@@ -120,7 +120,12 @@ def test_a_run_that_ends_while_it_is_looked_whether_it_was_killed_was_not(
 
 def test_the_lock_is_left_alone_while_there_is_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Path] = []
-    monkeypatch.setattr(history, "held", lambda path: not looks.append(path))
+
+    def held(path: Path) -> bool:
+        looks.append(path)
+        return True
+
+    monkeypatch.setattr(history, "held", held)
     path = make(tmp_path / "run", [line(0)], RUNNING)
     for number, _ in zip(range(30), watch.follow(path, lambda: tell(path, 2, RUNNING)), strict=False):
         assert looks == [path], number
