@@ -172,6 +172,12 @@ class Settings:
         return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
 
 
+def meaning_of(field: dataclasses.Field[Any]) -> str:
+    """What a setting means, and which words it takes."""
+    meaning, choices = field.metadata["meaning"], field.metadata.get("choices")
+    return f"{meaning} ({', '.join(choices)})" if choices else str(meaning)
+
+
 def _value(settings: Settings, key: str) -> Any:
     return getattr(settings, key.replace("-", "_"))
 

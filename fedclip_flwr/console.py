@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr import content
-from fedclip_flwr.codecs import CODECS, State, packed_size
 from fedclip_flwr.config import Settings
-from fedclip_flwr.exchange import Hello
-from fedclip_flwr.features import Features
-from fedclip_flwr.federation import Line
-from fedclip_flwr.metrics import mean_accuracy
-from fedclip_flwr.nodes import Failure
 from fedclip_flwr.session import HOLDOUT
-from fedclip_flwr.sites import learning_rate
 from fedclip_flwr.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # they bring torch, and who looks at runs needs none
+    from fedclip_flwr.codecs import State
+    from fedclip_flwr.exchange import Hello
+    from fedclip_flwr.features import Features
+    from fedclip_flwr.federation import Line
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
 
@@ -111,6 +110,8 @@ def _trained(settings: Settings, features: Features, numbers: int, tensors: int)
 
 
 def _traffic(settings: Settings, tensors: State) -> str:
+    from fedclip_flwr.codecs import CODECS, packed_size  # see above
+
     packed = settings.codec in CODECS
     size = packed_size(settings.codec, tensors) if packed else sum(tensor.nbytes for tensor in tensors.values())
     how = f", differences in {settings.codec}" if packed else ""
@@ -119,50 +120,53 @@ def _traffic(settings: Settings, tensors: State) -> str:
 
 def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> str:
     """The learning rate, or the least and the greatest of the sites'."""
+    from fedclip_flwr.sites import learning_rate  # see above
+
     rates = sorted({learning_rate(settings, features.classes.dim, hello.train) for hello in hellos if hello.train})
     return f"learning rate {rates[0]:.3g}" + (f" to {rates[-1]:.3g}, by size of the site" if rates[1:] else "")
 
 
 def heading(settings: Settings) -> str:
     """Above the lines of the rounds: accuracies in per cent."""
-    return "  ".join(f"{name:>8}" for name in (*HEADINGS, *(["ε"] if settings.dp != "off" else [])))
+    return row(headings(settings.dp != "off"))
+
+
+def headings(private: bool) -> list[str]:
+    return [*HEADINGS, *(["ε"] if private else [])]
 
 
 def line(line: Line, start: str = "zero-shot") -> str:
     """One round; `start` is what round 0 is."""
-    cells = [
-        str(line.round),
-        percent(line.seen),
-        percent(mean_accuracy(line.held_out)),
-        percent(line.validation),
-        "–" if line.loss is None else f"{line.loss:.3f}",
-        str(len(line.reports)),
-        bytes_of(line.bytes),
-        f"{line.seconds:.1f}",
-        *([] if line.epsilon is None else [f"{line.epsilon:.2f}"]),
+    return round_of(line.facts, start)
+
+
+def round_of(facts: Mapping[str, Any], start: str) -> str:
+    """The same of a line of metrics.jsonl."""
+    return row(cells(facts)) + (f"  {start}" if facts["round"] == 0 else "")
+
+
+def cells(facts: Mapping[str, Any]) -> list[str]:
+    """What is shown of a round, one by one, as the headings have it."""
+    return [
+        str(facts["round"]),
+        *(percent(facts[part]) for part in ("seen", "unseen", "val")),
+        "–" if facts["loss"] is None else f"{facts['loss']:.3f}",
+        str(facts["sites"]),
+        bytes_of(facts["bytes"]),
+        f"{facts['seconds']:.1f}",
+        *([f"{facts['epsilon']:.2f}"] if "epsilon" in facts else []),
     ]
-    return "  ".join(f"{cell:>8}" for cell in cells) + (f"  {start}" if line.round == 0 else "")
+
+
+def row(cells: Iterable[str]) -> str:
+    """A line of what is shown of the rounds."""
+    return "  ".join(f"{cell:>8}" for cell in cells)
 
 
 def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, validated: bool, folder: Path) -> str:
     """Zero-shot beside the adapted result, and what it cost."""
     zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
-    own, own_mean = adapted["personal"], (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
-    rows: list[tuple[object, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
-    for site in sorted(adapted["sites"], key=_natural):
-        z, a = zero["sites"].get(site), adapted["sites"].get(site)
-        rows.append((site, percent(z), percent(a), gain(z, a), percent((own or {}).get(site))))
-    z, a = zero["seen"], adapted["seen"]
-    rows.append(("mean of the seen", percent(z), percent(a), gain(z, a), percent(own_mean)))
-    unseen = adapted["holdout_sites"]
-    for site in sorted(unseen, key=_natural):
-        z, a = zero["holdout_sites"].get(site), unseen[site]
-        rows.append((f"{site}, unseen", percent(z), percent(a), gain(z, a), "–"))
-    if adapted["unseen"] is not None and [adapted["unseen"]] != [*unseen.values()]:
-        z, a = zero["unseen"], adapted["unseen"]
-        name = "mean of the unseen" if unseen else f"{holdout}, unseen"
-        rows.append((name, percent(z), percent(a), gain(z, a), "–"))
-    results = table(rows if own else [row[:-1] for row in rows])
+    own = adapted["personal"]
     if not validated:
         how = "is taken, for no site has validation images to choose by"
     elif adapted["round"]:
@@ -172,7 +176,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
     blend = f", with {adapted['blend']:g} of the adapted feature" if settings.blend != 1.0 else ""
     parts = [
         "",
-        results,
+        accuracies(zero, adapted, holdout),
         "",
         _figures(summary),
         "",
@@ -188,10 +192,30 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         *_spent(summary),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
-        *left_out([Failure(**facts) for facts in summary["failures"]]),
+        *left_out((f["round"], f["site"], f["why"]) for f in summary["failures"]),
         f"Run folder: {folder}",
     ]
     return "\n".join(parts)
+
+
+def accuracies(zero: Mapping[str, Any], adapted: Mapping[str, Any], holdout: str | None) -> str:
+    """Zero-shot beside the adapted result, by site: a table of what summary.json tells of both."""
+    own, own_mean = adapted["personal"], (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
+    rows: list[tuple[object, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
+    for site in sorted(adapted["sites"], key=_natural):
+        z, a = zero["sites"].get(site), adapted["sites"].get(site)
+        rows.append((site, percent(z), percent(a), gain(z, a), percent((own or {}).get(site))))
+    z, a = zero["seen"], adapted["seen"]
+    rows.append(("mean of the seen", percent(z), percent(a), gain(z, a), percent(own_mean)))
+    unseen = adapted["holdout_sites"]
+    for site in sorted(unseen, key=_natural):
+        z, a = zero["holdout_sites"].get(site), unseen[site]
+        rows.append((f"{site}, unseen", percent(z), percent(a), gain(z, a), "–"))
+    if adapted["unseen"] is not None and [adapted["unseen"]] != [*unseen.values()]:
+        z, a = zero["unseen"], adapted["unseen"]
+        name = "mean of the unseen" if unseen else f"{holdout}, unseen"
+        rows.append((name, percent(z), percent(a), gain(z, a), "–"))
+    return table(rows if own else [row[:-1] for row in rows])
 
 
 def _figures(summary: dict[str, Any]) -> str:
@@ -232,11 +256,11 @@ def _spent(summary: dict[str, Any]) -> list[str]:
     return [f"Privacy of a site as a whole, before {trusted}: ε = {spent}; {UNCOVERED}."]
 
 
-def left_out(failures: Iterable[Failure]) -> list[str]:
-    """Each reason once, with the sites that it left out, and the rounds."""
+def left_out(failures: Iterable[tuple[int, str, str]]) -> list[str]:
+    """Of rounds, sites and reasons: each reason once, with the sites that it left out, and the rounds."""
     rounds: dict[tuple[str, str], list[int]] = {}
-    for failure in failures:
-        rounds.setdefault((failure.site, failure.why), []).append(failure.round)
+    for number, site, why in failures:
+        rounds.setdefault((site, why), []).append(number)
     sites: dict[tuple[str, str], list[str]] = {}
     for (site, why), numbers in rounds.items():
         when = f"round {numbers[0]}" + (f" to {numbers[-1]}, {len(numbers)} times" if numbers[1:] else "")
@@ -287,11 +311,12 @@ def some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def table(rows: Sequence[Sequence[object]]) -> str:
-    """Columns side by side, the first to the left, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+def table(rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """Columns side by side, the first or the first few to the left, numbers to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
     return "\n".join(
-        "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
+        "  "
+        + "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in texts
     )

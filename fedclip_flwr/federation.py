@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
@@ -77,6 +77,21 @@ class Line:
         """Mean validation loss over the sites."""
         scores = [report.validation for report in self.reports.values()]
         return mean_of(score.loss / score.examples for score in scores if score.examples)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is told of the round: a line of metrics.jsonl, and of the screen."""
+        return {
+            "round": self.round,
+            "seen": self.seen,
+            "unseen": mean_accuracy(self.held_out),
+            "val": self.validation,
+            "loss": self.loss,
+            "sites": len(self.reports),
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            **({} if self.epsilon is None else {"epsilon": self.epsilon}),
+        }
 
 
 class Watcher(Protocol):

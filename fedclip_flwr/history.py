@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,12 @@ from fedclip_flwr.errors import UserError, one_line
 MOST_BYTES = 2**28
 """Of one of a run's files."""
 SETTINGS, METRICS, SUMMARY = "settings.json", "metrics.jsonl", "summary.json"
+STATES = ("completed", "failed", "stopped", "running")
+"""What summary.json may say of a run; one that is said to be running, and that nothing holds, was killed."""
+ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
+"""What a line of metrics.jsonl tells at least."""
+FAILURE = {"round", "site", "why"}
+"""And a failure in summary.json."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +40,20 @@ class Run:
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def told(self) -> str:
+        """The status as it is written down: a run that was killed is `running`."""
+        told = self.summary.get("status", "running")  # it is written last of all
+        return told if told in STATES else "unknown"
+
     @cached_property
     def status(self) -> str:
         """`completed`, `failed`, `stopped`, `running`, or `killed`: what runs holds its folder."""
-        told = str(self.summary.get("status", "unknown"))
-        return "killed" if told == "running" and not held(self.path) else told
+        return "killed" if self.told == "running" and not held(self.path) else self.told
 
     @property
     def completed(self) -> bool:
-        return self.summary.get("status") == "completed"
+        return self.told == "completed"
 
     @property
     def method(self) -> str:
@@ -52,6 +64,103 @@ class Run:
             f"gate-{self.settings['adapter-rank']}" if self.settings["adapter"] == "gate" else self.settings["adapter"]
         )
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not as they are unless given, but for those that say where runs are."""
+        plain = Settings().as_run_config()
+        return {
+            key: self.settings[key]
+            for key, value in plain.items()
+            if self.settings[key] != value and key not in ("resume", "results-dir")
+        }
+
+    @property
+    def wanted(self) -> int:
+        """Rounds that were asked for."""
+        return int(self.settings["num-server-rounds"])
+
+    @property
+    def done(self) -> int:
+        """Rounds that are complete."""
+        return int(self.summary.get("rounds", self.summary.get("round", 0)))
+
+    @property
+    def start(self) -> str:
+        """What round 0 is: zero-shot, or only next to it (`sites.starts_as_zero_shot`, without torch)."""
+        told = self.settings
+        same = told["method"] == "full-model" or told["recipe"] == "default" or told["adapter"] == "scale"
+        return "zero-shot" if same else "start"
+
+    @property
+    def why(self) -> str:
+        """What has ended it before it was completed."""
+        if self.status != "killed":
+            return str(self.summary.get("why", ""))
+        how = f". It goes on after round {self.done} with resume={self.name!r}." if self.done else ""
+        return f"what ran it is gone, and could not write why{how}"
+
+    @property
+    def bytes_per_site_round(self) -> float | None:
+        """Of the rounds so far, both ways."""
+        made = [line for line in self.metrics if line["round"] and line["sites"]]
+        return sum(line["bytes"] / line["sites"] for line in made) / len(made) if made else None
+
+    @property
+    def epsilon(self) -> float | None:
+        """What the sites' privacy has come to so far."""
+        last: dict[str, Any] = self.metrics[-1] if self.metrics else {}
+        return (self.summary.get("privacy") or last).get("epsilon")
+
+    @property
+    def failures(self) -> list[tuple[int, str, str]]:
+        """Rounds, sites, and what went wrong there."""
+        return [(told["round"], str(told["site"]), str(told["why"])) for told in self.summary.get("failures", [])]
+
+
+class Reader:
+    """A run's folder, read again and again: each time only those of its files that have changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.changed = 0.0
+        """When the run last wrote something, in seconds since 1970."""
+        self._known: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._run: Run | None = None
+
+    def read(self) -> Run:
+        """The run, whatever it has come to so far; the same object if nothing has changed."""
+        settings, metrics = self._latest(SETTINGS, _settings), self._latest(METRICS, _metrics)
+        summary = self._latest(SUMMARY, _summary)
+        last = self._run
+        if not (last and last.settings is settings and last.metrics is metrics and last.summary is summary):
+            self._run = last = Run(self.path, settings, metrics, summary)
+        return last
+
+    def _latest(self, name: str, understand: Callable[[bytes | None], Any]) -> Any:
+        """What the file tells: the same object if it has not been replaced."""
+        path = self.path / name
+        mark, value = self._known.get(name, ((), None))
+        try:
+            now = _mark(path)
+            if value is None or now != mark:
+                value = understand(content.read_bytes(path, MOST_BYTES) if now else None)
+        except OSError as error:
+            raise UserError(f"{path} can't be read ({one_line(error.strerror or error)})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({one_line(error)})") from None
+        self._known[name] = now, value
+        self.changed = max(self.changed, now[0] / 1e9) if now else self.changed
+        return value
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """What is another one once the file was replaced; empty while there is none."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return ()
+    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+
 
 def runs_folder() -> Path:
     """Where runs are, unless results-dir says otherwise."""
@@ -60,11 +169,18 @@ def runs_folder() -> Path:
 
 def find(name: str | Path, root: Path | None = None) -> Run:
     """The run in that folder, or of that name in `root`; `latest` is the newest."""
+    return read(where(name, root))
+
+
+def where(name: str | Path, root: Path | None = None) -> Path:
+    """The folder of that run."""
     root = root or runs_folder()
-    for path in (Path(name).expanduser(), root / name):
-        if (path / SETTINGS).is_file():
-            return read(path.resolve())
+    for path in (Path(os.path.expanduser(name)), root / name):
+        if os.path.isfile(path / SETTINGS):
+            return path.resolve()
     there = names(root)
+    if there and str(name) == "latest":  # where the file system has no links
+        return root / there[-1]
     known = f"the latest in {root} are {', '.join(there[-3:])}" if there else f"there is none in {root}"
     raise UserError(f"{name}: there is no such run, neither as a folder nor by name; {known}")
 
@@ -72,38 +188,71 @@ def find(name: str | Path, root: Path | None = None) -> Run:
 def names(root: Path) -> list[str]:
     """Of the runs in the folder, the oldest first."""
     try:
-        found = [path.parent for path in root.glob(f"[!.]*/{SETTINGS}") if path.parent.name != "latest"]
-        return [path.name for path in sorted(found, key=lambda path: (path.name[:15], path.stat().st_ctime, path.name))]
+        found = [
+            (entry.name[:15], entry.stat().st_ctime, entry.name)
+            for entry in os.scandir(root)
+            if entry.name != "latest" and entry.name[0] != "." and os.path.isfile(Path(entry.path, SETTINGS))
+        ]
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise UserError(f"{root} can't be looked into ({error.strerror})") from None
+    return [name for *_, name in sorted(found)]
 
 
 def read(path: Path) -> Run:
     """The run in that folder, whatever it has come to so far."""
-    settings = Settings().as_run_config() | _json(path / SETTINGS)
-    lines = content.read_bytes(path / METRICS, MOST_BYTES) if (path / METRICS).exists() else b""
-    try:
-        metrics = [json.loads(line) for line in lines.splitlines()]
-        if not all(isinstance(line, dict) and isinstance(line.get("round"), int) for line in metrics):
+    reader = Reader(path)
+    run = reader.read()
+    return reader.read() if run.status == "killed" else run  # it may have ended just after it was read
+
+
+def _settings(data: bytes | None) -> dict[str, Any]:
+    if data is None:
+        raise ValueError("it is not there")
+    told = Settings().as_run_config() | _object(data)
+    for key, field in Settings.keys().items():
+        if type(told[key]) is not type(field.default) and told[key] != field.metadata.get("word", field.default):
+            raise ValueError(f"{key} is {told[key]!r}")
+    return told
+
+
+def _metrics(data: bytes | None) -> list[dict[str, Any]]:
+    lines = [_object(line) for line in (data or b"").splitlines()]
+    for line in lines:
+        always = [line.get(key) for key in ("round", "sites", "bytes", "seconds")]
+        if not (
+            line.keys() >= ROUND
+            and all(isinstance(value, int | float) for value in always)
+            and all(isinstance(value, int | float | None) for value in line.values())
+        ):
             raise ValueError("a line is no round")
-    except ValueError as error:
-        raise UserError(f"{path / METRICS} is damaged ({one_line(error)})") from None
-    return Run(path, settings, metrics, _json(path / SUMMARY) if (path / SUMMARY).exists() else {})
+    return lines
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        facts = content.read_json(path, MOST_BYTES)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({one_line(error)})") from None
+def _summary(data: bytes | None) -> dict[str, Any]:
+    told = _object(b"{}" if data is None else data)
+    failures = told.get("failures", [])
+    if not (isinstance(failures, list) and all(isinstance(f, dict) and f.keys() >= FAILURE for f in failures)):
+        raise ValueError("failures are not told as such")
+    if not isinstance(told.get("rounds", told.get("round", 0)), int):
+        raise ValueError("expected a number of rounds")
+    return told
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    facts = json.loads(data)
     if not isinstance(facts, dict):
-        raise UserError(f"{path} is damaged: expected an object")
+        raise ValueError("expected an object")
     return facts
 
 
 def held(path: Path) -> bool:
     """Whether a process has the run's folder locked, or there is no telling."""
-    folder = os.open(path, os.O_RDONLY)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
     try:
         fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:

@@ -20,6 +20,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +45,8 @@ PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
 FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "resume", "results-dir"})
 """Settings that a run may go on with others of."""
+LOOKS = 5
+"""So often it is tried to lock a folder: who only looks whether it is locked (`history.held`) holds it for a moment."""
 
 
 class RunFolder:
@@ -107,18 +110,7 @@ class RunFolder:
 
     def line(self, line: Line) -> None:
         """Adds a line to metrics.jsonl."""
-        facts = {
-            "round": line.round,
-            "seen": line.seen,
-            "unseen": mean_accuracy(line.held_out),
-            "val": line.validation,
-            "loss": line.loss,
-            "sites": len(line.reports),
-            "bytes": line.bytes,
-            "seconds": line.seconds,
-            **({} if line.epsilon is None else {"epsilon": line.epsilon}),
-        }
-        self._lines.append(json.dumps(facts) + "\n")
+        self._lines.append(json.dumps(line.facts) + "\n")
         self._write_lines()
 
     @property
@@ -206,13 +198,18 @@ def _found(root: Path, name: str) -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """Keeps others from going on with the run meanwhile; ends with this process at the latest."""
     folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(folder)
-            raise UserError(f"resume = {path.name!r}: that run is still under way; stop it first") from None
-        # else the file system has no locks
+    for look in range(1, LOOKS + 1):
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                break  # the file system has no locks
+            if look == LOOKS:
+                os.close(folder)
+                raise UserError(f"resume = {path.name!r}: that run is still under way; stop it first") from None
+            time.sleep(0.1)
+        else:
+            break
     try:
         yield
     finally:

@@ -30,8 +30,6 @@ from fedclip_flwr import content
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.data.presets import PRESETS
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import open_run
-from fedclip_flwr.runs import begun_with
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""
@@ -54,6 +52,9 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
 
     A run that goes on has the settings that it was begun with, and as many sites, unless others are given.
     """
+    from fedclip_flwr.features import open_run  # these bring torch, which most of this file has no use for
+    from fedclip_flwr.runs import begun_with
+
     if not find_spec("ray"):
         raise UserError(
             "Ray, which simulates sites, is not installed here: install this package with its extra `simulation`, or "

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +291,16 @@ def test_once_stopped_nothing_more_is_written_by_whoever_does_not_know_yet(tmp_p
     told = json.loads((run.path / "summary.json").read_text())
     assert (told["status"], told["round"]) == ("stopped", 1)
     assert told["why"] == f"it was ended from outside. It goes on after round 1 with resume='{run.path.name}'."
+
+
+def test_who_looks_whether_a_folder_is_held_does_not_keep_a_run_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder(Settings(results_dir=str(tmp_path)), "0123") as run:
+        pass
+    looking = os.open(run.path, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)  # as history.held does for a moment
+    monkeypatch.setattr("fedclip_flwr.runs.time.sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
+    with RunFolder(Settings(results_dir=str(tmp_path), resume="latest"), "0123") as again:
+        assert again.path == run.path
+    os.close(looking)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedclip_flwr.cli.common import app, option
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import Settings, meaning_of
 from fedclip_flwr.errors import UserError
 
 
@@ -16,9 +17,7 @@ def _settings() -> str:
     lines = ["Settings and their defaults:"]
     for key, field in Settings.keys().items():
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        choices = field.metadata.get("choices")
-        meaning = field.metadata["meaning"] + (f" ({', '.join(choices)})" if choices else "")
-        lines.append(f"  {key}={default}: {meaning}")
+        lines.append(f"  {key}={default}: {meaning_of(field)}")
     return "\b\n" + "\n".join(lines)
 
 
@@ -55,6 +54,24 @@ def run(
     given = settings or []
     code = simulation.run_on(on, given) if on else simulation.run(nodes, given)
     raise typer.Exit(code)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+) -> None:
+    """Lay a Flower app of your own into a folder, where `fedclip run` and `flwr run .` find it.
+
+    It is this package's two apps, and a pyproject.toml with every setting, what it means, and its value: the default or
+    the one given, which is then that of every run from there. Nothing is overwritten. Real sites take this app as they
+    take the installed one.
+
+    Example: fedclip init study data=folder:images num-server-rounds=50; cd study; fedclip run --nodes 4
+    """
+    from fedclip_flwr import scaffold  # not for --help
+
+    typer.echo(scaffold.init(folder, settings or []))
 
 
 @app.command()

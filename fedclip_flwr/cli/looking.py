@@ -1,0 +1,50 @@
+"""Commands that look at runs. They bring no torch, so that they answer at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedclip_flwr.cli.common import app, option
+
+RESULTS_DIR = "Where run folders are, as the setting results-dir; FEDCLIP_HOME/runs unless said."
+
+
+@app.command()
+def runs(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", show_default=False)] = None,
+    as_json: Annotated[
+        bool, option("The same as JSON, an object for each run; accuracies are shares.", "--json")
+    ] = False,
+    results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
+) -> None:
+    """List the runs there are, the newest last; or tell all of one run; or put several side by side.
+
+    A run is the name of its folder, a path to it, or `latest`. One that was killed, or whose files are damaged, is told
+    as such.
+
+    Examples: fedclip runs; fedclip runs latest; fedclip runs 20261126-140212 20261126-141530 --json
+    """
+    from fedclip_flwr import runlist  # not for --help
+
+    typer.echo(runlist.show(names or [], results_dir, as_json))
+
+
+@app.command()
+def watch(
+    run: Annotated[str, typer.Argument(metavar="[RUN]", show_default=False)] = "latest",
+    results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
+) -> None:
+    """Follow a run of this machine while it goes on: its rounds, the time left, and who was left out.
+
+    It reads the run's folder and asks nobody, so the run is not disturbed, and goes on when the watching ends (Ctrl-C).
+    Without a terminal it prints a line for each new round. The exit status is 0 if the run was completed, 1 if it
+    failed, was stopped or killed, 130 after Ctrl-C.
+
+    Examples: fedclip watch; fedclip watch 20261126-140212 --results-dir /data/runs
+    """
+    from fedclip_flwr import watch  # not for --help
+
+    raise typer.Exit(watch.watch(run, results_dir))
