@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedclip_flwr import ahead, clip, content, data, encoding, growing, store, tensorfile
+from fedclip_flwr import ahead, clip, content, data, encoding, growing, store, tensorfile, trackers
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.errors import UserError, one_line, shown
@@ -186,6 +186,7 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
     if features:
         holdout = check("holdout", look=lambda: data.pick_holdout(settings.holdout, features.domains))
     check("results-dir", look=lambda: content.make_folder(*results(settings)))
+    check("track", look=lambda: trackers.check(settings.track))
     if problems or not features:
         raise unusable(problems.values())
     return settings, features, holdout
