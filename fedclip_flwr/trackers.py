@@ -285,17 +285,21 @@ class _Told(threading.Thread):
     def run(self) -> None:
         try:
             tracker = TRACKERS[self.name][1](self._about)
-            _say(f"{self.name}: {tracker.where}")
+            self._say(f"{self.name}: {tracker.where}")
             self.ready.set()
             while event := self.events.get():
                 event(tracker)
         except BaseException as error:  # whatever it is, the run goes on
-            if not self.given_up:
-                what = one_line(f"{type(error).__name__}: {error}").rstrip(":")
-                what = re.sub(r"//[^/\s]*@", "//", what)  # an address may hold a key
-                _say(f"{self.name} is no longer told of this run, which goes on: {what}")
+            what = one_line(f"{type(error).__name__}: {error}").rstrip(":")
+            what = re.sub(r"//[^/\s]*@", "//", what)  # an address may hold a key
+            self._say(f"{self.name} is no longer told of this run, which goes on: {what}")
         finally:
             self.ready.set()
+
+    def _say(self, text: str) -> None:
+        """While the run is there to which it belongs."""
+        if not self.given_up:
+            _say(text)
 
 
 def _say(text: str) -> None:

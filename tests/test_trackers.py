@@ -290,17 +290,22 @@ def test_a_wandb_run_that_went_on_offline_is_two_files_of_one_run(tmp_path: Path
     assert [row["_step"] for row in wandb_rows(second)] == [2, 3]
 
 
-WITHOUT_A_KEY = """
-import sys
+def in_a_process_of_its_own(name: str, folder: Path, limit: str = "", **env: str) -> list[str]:
+    """What is printed where the tracker is told of many rounds: W&B's mode and a full disk are a whole process's."""
+    script = f"""
+import resource, signal
 from pathlib import Path
-from tests.test_trackers import tell
-tell("wandb", Path(sys.argv[1]), range(3))
+from fedclip_flwr.config import Settings
+from fedclip_flwr.trackers import Trackers
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+{limit}
+told = Trackers({name!r})
+told.begin("one-0a1b", Path({str(folder)!r}), Settings(), [])
+for number in range(1000):
+    told.line({{"round": number, "seen": 0.5}})
+told.end("completed")
 """
-
-
-def in_a_process_of_its_own(script: str, folder: Path, **env: str) -> list[str]:
-    """What the script prints; W&B and limits are set for a whole process."""
-    command = [sys.executable, "-c", script, str(folder)]
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env={**os.environ, **env})
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
@@ -308,7 +313,7 @@ def in_a_process_of_its_own(script: str, folder: Path, **env: str) -> list[str]:
 
 def test_without_a_key_wandb_is_dropped_in_one_line(tmp_path: Path) -> None:
     env = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
-    (told,) = in_a_process_of_its_own(WITHOUT_A_KEY, tmp_path / "one", **env)
+    (told,) = in_a_process_of_its_own("wandb", tmp_path, **env)
     assert told.startswith("tracking    wandb is no longer told of this run, which goes on: UsageError: No API key")
 
 
@@ -359,25 +364,20 @@ def test_a_tracker_that_hangs_holds_up_neither_rounds_nor_a_stop(
     monkeypatch.setattr(trackers, "READY", 0.01)
     monkeypatch.setattr(trackers, "CUT_OFF", 0.01)
     tell("wandb", tmp_path / "one", range(100), end="stopped")
-    assert "wandb is not done with it, and may lack the end of this run" in capsys.readouterr().out
     never.set()
-
-
-NO_ROOM = """
-import resource, signal, sys
-from pathlib import Path
-from tests.test_trackers import tell
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
-tell("tensorboard", Path(sys.argv[1]), range(1000))
-"""
+    for thread in threading.enumerate():
+        if thread.name == "wandb":
+            thread.join()
+    told = "tracking    wandb is not done with it, and may lack the end of this run\n"
+    assert capsys.readouterr().out == told  # and nothing later
 
 
 def test_on_a_full_disk_tensorboard_is_dropped_in_one_line(tmp_path: Path) -> None:
-    assert in_a_process_of_its_own(NO_ROOM, tmp_path / "one")[1:] == [
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))"
+    assert in_a_process_of_its_own("tensorboard", tmp_path, limit)[1:] == [
         "tracking    tensorboard is no longer told of this run, which goes on: OSError: [Errno 27] File too large"
     ]
-    assert len(scalars(tmp_path / "one")["seen"]) > 10
+    assert len(scalars(tmp_path)["seen"]) > 10
 
 
 def test_what_is_not_a_number_is_told_to_nobody() -> None:
