@@ -81,8 +81,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             nodes.go_on(before.nodes, settings.least_sites)
         else:
             nodes.wait_for(settings.least_sites)
-        met = time.monotonic()
         folder.go_on(nodes.failures, len(list(grid.get_node_ids())))
+        folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
+        met = time.monotonic()
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
         if before:
             other = ", with another version of this package" if folder.with_other_package else ""

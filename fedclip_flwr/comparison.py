@@ -24,7 +24,7 @@ from fedclip_flwr.tables import as_csv, markdown, rows
 
 OPTIONS = {"data": "data", "model": "model", "holdout": "holdouts", "seed": "seeds", "num-server-rounds": "rounds"}
 """Settings that a sweep takes as options."""
-MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "resume", "results-dir"})
+MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "resume", "results-dir", "track"})
 """Settings of messages and run folders, of which a sweep has none."""
 
 

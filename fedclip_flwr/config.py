@@ -31,8 +31,14 @@ OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
 """The strategies in which the server makes a step of its own of the sites' mean."""
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 """Those that compare the sites' updates with each other."""
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Experiment trackers that a run can tell."""
 _PATH_DATA = ("folder:", "features:")
 _DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
+_TRACK = {
+    "pattern": r"(({0})( *, *({0}))*)?".format("|".join(TRACKERS)),
+    "expected": f"some of {', '.join(TRACKERS)}, with commas",
+}
 _NAME = {"pattern": r"(?!\.)[\w.-]*", "expected": "the name of a run, without slashes"}
 
 
@@ -116,6 +122,7 @@ class Settings:
     precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
     resume: str = _setting("", "the run to go on with after its last complete round; `latest`", **_NAME)
     results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
+    track: str = _setting("", "experiment trackers that are told: tensorboard, wandb, mlflow; with commas", **_TRACK)
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fedclip_flwr import ahead, clip, content, data, encoding, growing, store
+from fedclip_flwr import ahead, clip, content, data, encoding, growing, store, trackers
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.errors import UserError, shown
@@ -180,6 +180,7 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
     if features:
         holdout = check("holdout", look=lambda: data.pick_holdout(settings.holdout, features.domains))
     check("results-dir", look=lambda: content.make_folder(*results(settings)))
+    check("track", look=lambda: trackers.check(settings.track))
     if problems or not features:
         raise unusable(problems.values())
     return settings, features, holdout

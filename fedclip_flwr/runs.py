@@ -39,11 +39,14 @@ from fedclip_flwr.federation import Line, Outcome
 from fedclip_flwr.metrics import Quality, mean_accuracy, mean_figures
 from fedclip_flwr.nodes import Failure, Nodes
 from fedclip_flwr.saved import TENSORS, save_adapter, save_model, write_json
+from fedclip_flwr.trackers import Trackers
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
 
-FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "resume", "results-dir"})
+FREE = frozenset(
+    {"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "resume", "results-dir", "track"}
+)
 """Settings that a run may go on with others of."""
 LOOKS = 5
 """So often it is tried to lock a folder: who only looks whether it is locked (`history.held`) holds it for a moment."""
@@ -64,6 +67,7 @@ class RunFolder:
         self._writing = threading.RLock()
         self._going, self._stopped = False, False
         self.before: Checkpoint | None = None
+        self.trackers = Trackers(settings.track)
         if settings.resume:
             self.path = _found(root, settings.resume)
         else:
@@ -112,6 +116,7 @@ class RunFolder:
         """Adds a line to metrics.jsonl."""
         self._lines.append(json.dumps(line.facts) + "\n")
         self._write_lines()
+        self.trackers.line(line.facts)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -135,6 +140,7 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]) -> None:
         self._json("summary.json", summary)
         self._going = False
+        self.trackers.finish(summary)
 
     def stop(self) -> None:
         """Records that the run was ended from outside; from then on nothing more is written."""
@@ -142,6 +148,7 @@ class RunFolder:
             if self._going:
                 self._end("stopped", f"it was ended from outside. {self.how_to_go_on}".strip())
             self._stopped = True
+        self.trackers.end("stopped")
 
     def __enter__(self) -> RunFolder:
         return self
@@ -154,6 +161,7 @@ class RunFolder:
         with self._writing:
             if self._going:
                 self._end("failed", str(error) if isinstance(error, UserError) else one_line(repr(error)))
+        self.trackers.end("failed")  # no matter to those that have been told otherwise
         self._held.close()
 
     def _end(self, status: str, why: str) -> None:

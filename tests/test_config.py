@@ -54,6 +54,7 @@ CONTRACT: dict[str, Any] = {
     "clipping-norm": 0.5,
     "delta": 1e-5,
     "secure-aggregation": False,
+    "track": "",
 }
 
 
@@ -112,6 +113,8 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("prompt", "a {}|a thing", "one {}"),
         ("class-names", "./names.txt", "/names.txt"),
         ("data", "./images", "/images"),
+        ("track", "neptune", "some of tensorboard, wandb, mlflow, with commas"),
+        ("track", "mlflow,", "some of tensorboard, wandb, mlflow, with commas"),
         ("bach-size", 3, "did you mean batch-size?"),
     ],
 )
