@@ -25,6 +25,7 @@ lock for a moment."""
 ROWS, REASONS, WIDEST = 8, 5, 48
 """The last rounds, the failures and the columns of a curve that fit on a screen."""
 BARS = "▁▂▃▄▅▆▇█"
+NOTHING_YET = "There is no result yet: data and sites are made ready, or the first answers are awaited."
 LEFT = 130
 
 
@@ -94,8 +95,8 @@ def picture(state: State) -> Group:
     run, wrong = state.run, console.left_out(state.run.failures)
     bar = Table.grid(padding=(0, 2))
     bar.add_row(ProgressBar(max(run.wanted, 1), run.done, width=40), _plainly(progress(run)))
-    rounds = [headings(run), *map(console.cells, run.metrics[-ROWS:])]
-    lines = ["", *console.table(rounds, left=0).split("\n"), "", *curves(run), *wrong[:REASONS]]
+    rounds = console.table([headings(run), *map(console.cells, run.metrics[-ROWS:])], left=0)
+    lines = ["", *(rounds if run.metrics else NOTHING_YET).split("\n"), "", *curves(run), *wrong[:REASONS]]
     more = [f"and {len(wrong) - REASONS} more reasons"] if len(wrong) > REASONS else []
     return Group(_plainly(about(run)), bar, *map(_plainly, [*lines, *more, standing(state)]))
 

@@ -164,7 +164,9 @@ def test_the_screen_has_epsilon_where_there_is_any_and_fits(tmp_path: Path) -> N
 
 
 def test_the_screen_of_a_run_without_rounds_and_with_hostile_names_is_harmless(tmp_path: Path) -> None:
-    assert "0 of 3 rounds" in drawn(running(make(tmp_path / "run")))
+    first = drawn(running(make(tmp_path / "run")))
+    assert "0 of 3 rounds" in first
+    assert watch.NOTHING_YET in first
     told = RUNNING | {"failures": [FAILURE | {"site": "\x1b[2J[bold]", "why": "a\nb"}]}
     shown = drawn(running(make(tmp_path / "run", [line(0, None, None, loss=None)], told)))
     assert "\x1b" not in shown
