@@ -132,10 +132,17 @@ def temporary() -> tempfile.TemporaryDirectory[str]:
 
 def app_folder() -> Path:
     """The folder of the Flower app: the current one if it holds one, else this project's."""
-    here = Path.cwd()
+    here, known = Path.cwd(), Settings.keys().keys()
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
-        if Settings.keys().keys() <= _described(here)["config"].keys():  # and not an app of somebody else's
+        settings = _described(here)["config"].keys()
+        if known <= settings:
             return here
+        if len(known & settings) > len(known) / 2:  # an app of ours, and not of somebody else
+            lacking = ", ".join(sorted(known - settings))
+            raise UserError(
+                f"{here / 'pyproject.toml'} is of another version of fedclip-flwr: it lacks the settings {lacking}; "
+                "add them as a new folder of `fedclip init` has them, or run elsewhere"
+            )
     return content.own_app()
 
 

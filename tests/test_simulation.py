@@ -84,6 +84,10 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
     ours = (Path(simulation.__file__).parent.parent / "pyproject.toml").read_text()
     (tmp_path / "pyproject.toml").write_text(ours)
     assert simulation.app_folder() == tmp_path
+    older = (tmp_path / "pyproject.toml").read_text().replace('track = ""\n', "")
+    (tmp_path / "pyproject.toml").write_text(older)
+    with pytest.raises(UserError, match="it lacks the settings track; add them as a new folder of `fedclip init`"):
+        simulation.app_folder()
 
 
 TOLD_TO_STOP = """
