@@ -9,6 +9,7 @@ All follow from the run alone: made again, they are the same to the byte.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ def write(run: Run, out: Path | None = None, opened: Opened | None = None) -> Pa
     folder = out or run.path
     story = Story(run)
     found, lacking = held_out(story, folder, opened)
+    story = replace(story, domain=found["domain"] if found else None)
     with styled():
         made = [*plots.of_run(story), *(heldout_plots.of_held_out(found) if found else [])]
         figures = write_plots(made, folder)

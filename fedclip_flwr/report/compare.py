@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
@@ -12,7 +11,7 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.history import Run
 from fedclip_flwr.report import PAGE, compare_plots, write_plots, write_text
 from fedclip_flwr.report.drawing import styled
-from fedclip_flwr.report.markup import aside, e, gain, page, percent, plots, section, table
+from fedclip_flwr.report.markup import aside, e, gain, page, percent, plots, section, setting, table
 from fedclip_flwr.report.story import Story
 
 OWN = ("resume", "results-dir")
@@ -23,7 +22,7 @@ def write(runs: Sequence[Run], out: Path | None) -> str:
     """Writes the page into its folder; what there is to say of it."""
     stories = [Story(run) for run in runs]
     names = named(runs)
-    folder = out.expanduser().absolute() if out else content.home() / "reports" / content.file_name("+".join(names))
+    folder = out.expanduser().absolute() if out else content.home() / "reports" / content.file_name("_".join(names))
     if any(folder == run.path for run in runs):
         raise UserError(f"--out {folder}: a run is there, whose own report would be lost; name another folder")
     with styled():
@@ -32,9 +31,7 @@ def write(runs: Sequence[Run], out: Path | None) -> str:
         f'<header>\n<p class="eyebrow">fedclip report</p>\n<h1>{len(runs)} runs compared</h1>\n'
         f'<p class="sentence">{e(", ".join(names))}</p>\n</header>',
         section("accuracy", "Accuracy", plots(figures, "seen", "unseen", "runs-seen", "runs-unseen")),
-        section(
-            "table", "All figures", table(HEAD, [row(name, story) for name, story in zip(names, stories, strict=True)])
-        ),
+        section("table", "All figures", table(HEAD, list(map(row, names, stories)), words=2)),
         section("settings", "What differs", _settings(names, stories)),
         section("cost", "Bytes and time", plots(figures, "runs-bytes", "runs-time")),
     ]
@@ -89,8 +86,8 @@ def row(name: str, story: Story) -> list[str]:
 def _settings(names: Sequence[str], stories: Sequence[Story]) -> str:
     """The settings in which the runs differ."""
 
-    def told(story: Story, key: str) -> Any:
-        return story.run.settings.get(key, "–")
+    def told(story: Story, key: str) -> str:
+        return setting(story.run.settings.get(key, "–")) or "–"
 
     keys = [key for key in Settings.keys() if key not in OWN]  # noqa: SIM118
     different = [key for key in keys if len({str(told(story, key)) for story in stories}) > 1]

@@ -98,7 +98,7 @@ def bars(
     places = range(len(known) - 1, -1, -1)
     axes.barh(places, [*known.values()], height=0.5, color=LIGHT["seen"])
     for place, value in zip(places, known.values(), strict=True):
-        write(axes, value, place, f" {told(value)}", va="center")
+        write(axes, value + 0.015 * max(known.values()), place, told(value), va="center")
     axes.set_yticks(places, labels)
     axes.set_xlim(0, 1.3 * max(known.values()))
     axes.set_ylim(-0.7, len(known) - 0.3)

@@ -159,7 +159,7 @@ def calibration(found: dict[str, Any]) -> Plot:
         )
         x, y, shares = zip(*at, strict=True)
         sizes = [14 + 320 * share for share in shares]
-        axes.scatter(x, y, sizes, color=LIGHT[role], edgecolor=LIGHT["paper"], linewidth=0.8, zorder=3)
+        axes.scatter(x, y, sizes, color=LIGHT[role], edgecolor=LIGHT["paper"], linewidth=0.8, zorder=3, clip_on=False)
         told = f"{WHO[who]}: error {100 * calibration_error(found, who):.1f} %"
         errors.append((told, "soft" if role == "zero" else role))
     for place, (text, role) in enumerate(reversed(errors)):

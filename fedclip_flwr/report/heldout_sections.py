@@ -10,6 +10,7 @@ from fedclip_flwr.report.markup import Figures, aside, details, e, percent, plot
 from fedclip_flwr.report.story import Story
 
 IMAGE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
+FEW, MANY = ("recall", "calibration"), (("pairs", "calibration"), "recall")
 BESIDE = 12
 """So many classes have room beside a plot."""
 KINDS = {"mended": "Wrong zero-shot, right adapted", "spoilt": "Right zero-shot, wrong adapted"}
@@ -27,7 +28,7 @@ def of(story: Story, figures: Figures, found: dict[str, Any] | None, lacking: st
         section(
             "held-out",
             f"Held-out images: {found['domain']}",
-            plots(figures, *confusion, "pairs", "recall", "calibration"),
+            plots(figures, *confusion, *(MANY if "pairs" in figures else FEW)),
             details("Recall of each class", _recalls(found)),
             lead=told,
         ),
@@ -68,10 +69,10 @@ def _weights(story: Story, figures: Figures, found: dict[str, Any]) -> str:
         for of in strongest:
             row += [
                 ", ".join(str(dimension) for dimension, _ in of),
-                f"{of[0][1]:+.2f} … {of[-1][1]:+.2f}".replace("-", "−"),
+                f"{of[0][1]:+.2f}".replace("-", "−"),
             ]
         rows.append(row)
-    rises = table(["class", "weighed more", "doublings", "weighed less", "doublings"], rows, words=5)
+    rises = table(["class", "weighed more", "first of them", "weighed less", "first of them"], rows, words=5)
     heading = "The strongest of each class"
     if len(rows) > BESIDE:
         beside, below = "", details(heading, rises)

@@ -34,6 +34,13 @@ def gain(zero: float | None, adapted: float | None) -> str:
     )
 
 
+def setting(value: object) -> str:
+    """A setting's value as it is given."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def page(title: str, parts: Iterable[str]) -> str:
     """A whole page, to be read without anything else."""
     css = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,20 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.console import counted, left_out
 from fedclip_flwr.nodes import Failure
 from fedclip_flwr.report import heldout_sections
-from fedclip_flwr.report.markup import Figures, aside, details, e, gain, page, percent, plots, section, table, tile
+from fedclip_flwr.report.markup import (
+    Figures,
+    aside,
+    details,
+    e,
+    gain,
+    page,
+    percent,
+    plots,
+    section,
+    setting,
+    table,
+    tile,
+)
 from fedclip_flwr.report.story import Story
 
 MEASURES = {
@@ -27,7 +41,7 @@ def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, lacking
     parts = [
         head(story),
         tiles(story),
-        section("learning", "Accuracy", plots(figures, "rounds", "sites", "spread"), by_site(story)),
+        section("learning", "Accuracy", plots(figures, ("rounds", "spread"), "sites"), by_site(story)),
         section("figures", "All figures", figures_table(story)),
         *heldout_sections.of(story, figures, found, lacking),
         cost(story, figures),
@@ -69,7 +83,11 @@ def tiles(story: Story) -> str:
         made.append(tile("bytes a site and round", figure, unit=unit, below=below))
     if story.lines:
         seconds = story.seconds["total"]
-        figure, unit = (f"{seconds:.0f}", "s") if seconds < 120 else (f"{seconds / 60:.1f}", "min")
+        figure, unit = (
+            (f"{seconds:.3g}" if seconds < 10 else f"{seconds:.0f}", "s")
+            if seconds < 120
+            else (f"{seconds / 60:.1f}", "min")
+        )
         made.append(
             tile("time", figure, unit=unit, below=f"{counted(story.rounds, 'round')}, {counted(story.sites, 'site')}")
         )
@@ -77,7 +95,7 @@ def tiles(story: Story) -> str:
         who = {"local": "before anyone, the server too", "central": "before anyone but the server"}
         below = f"at δ = {story.settings.delta:g}, {who.get(story.settings.dp, '')}"
         made.append(tile("privacy of a site: ε", f"{story.epsilon:.2f}", below=below))
-    return f'<div class="tiles">\n{chr(10).join(made)}\n</div>' if made else ""
+    return f'<div class="tiles" style="--tiles: {len(made)}">\n{chr(10).join(made)}\n</div>' if made else ""
 
 
 def by_site(story: Story) -> str:
@@ -130,18 +148,18 @@ def failures(story: Story) -> str:
         f"{site}: its updates were longer than those of the others, and counted less, in {counted(rounds, 'round')}"
         for site, rounds in story.run.summary.get("scaled", {}).items()
     ]
-    items = "\n".join(f"<li>{e(line)}</li>" for line in [*told, *scaled])
+    items = "\n".join(f"<li>{e(line.removeprefix('Left out: '))}</li>" for line in [*told, *scaled])
     return section("failures", "Left out", f'<ul class="failures">\n{items}\n</ul>' if items else "")
 
 
 def how(story: Story) -> str:
     """How it was run, and how to go on from here."""
-    facts, default = story.run.settings, Settings().as_run_config()
+    facts, default, others = story.run.settings, Settings().as_run_config(), _others(story)
     settings = {key: value for key, value in facts.items() if key not in OWN_FACTS}
-    others = {key: value for key, value in settings.items() if key in default and value != default[key]}
+    rows = [(key, setting(value) or "–", setting(default[key]) or "–") for key, value in others.items()]
     changed = (
-        table(["setting", "value", "default"], [(k, _told(v), _told(default[k])) for k, v in others.items()], words=3)
-        if others
+        table(["setting", "value", "default"], rows, words=3)
+        if rows
         else aside("All settings are as they are unless given.")
     )
     versions = facts.get("versions")
@@ -152,7 +170,7 @@ def how(story: Story) -> str:
         changed,
         details(
             "All settings",
-            table(["setting", "value"], [(key, _told(value)) for key, value in settings.items()], words=2),
+            table(["setting", "value"], [(key, setting(value) or "–") for key, value in settings.items()], words=2),
         ),
         details("Versions", table(["", ""], made_with, words=2)),
         go_on(story),
@@ -161,23 +179,20 @@ def how(story: Story) -> str:
 
 def go_on(story: Story) -> str:
     """Commands that go on from here."""
-    given = " ".join(f"{key}={_told(value)}" for key, value in sorted(_others(story).items()))
-    lines = [("The same once more", f"fedclip run {given}".strip())]
+    given = [f"{key}={setting(value)}" for key, value in sorted(_others(story).items()) if key != "results-dir"]
+    nodes = ["--nodes", str(story.sites)] if story.sites and story.settings.data != "none" else []
+    lines = [("The same once more", ["run", *nodes, *given]), ("This report again", ["report", str(story.run.path)])]
     if story.completed and story.settings.method != "full-model":
-        lines.insert(0, ("Images of your own, with what was learnt", f"fedclip predict {story.run.path} IMAGES"))
-    if not story.completed and story.rounds:
-        lines.insert(0, ("To go on from its last complete round", f"fedclip run resume={story.run.name}"))
-    lines.append(("This report again", f"fedclip report {story.run.path}"))
-    told = "\n".join(f"<dt>{e(name)}</dt><dd><code>{e(command)}</code></dd>" for name, command in lines)
+        lines.insert(0, ("Images of your own, with what was learnt", ["predict", str(story.run.path), "IMAGES"]))
+    if not story.completed and story.run.status != "running" and story.rounds:
+        lines.insert(0, ("To go on from its last complete round", ["run", f"resume={story.run.name}"]))
+    told = "\n".join(
+        f"<dt>{e(name)}</dt><dd><code>{e(shlex.join(['fedclip', *words]))}</code></dd>" for name, words in lines
+    )
     return f'<h3>How to go on</h3>\n<dl class="commands">\n{told}\n</dl>'
 
 
 def _others(story: Story) -> dict[str, Any]:
+    """The settings that are not as they are unless given."""
     default = Settings().as_run_config()
     return {key: value for key, value in story.run.settings.items() if key in default and value != default[key]}
-
-
-def _told(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else "–"

@@ -19,18 +19,19 @@ from fedclip_flwr.sites import starts_as_zero_shot
 
 NOTHING: dict[str, Any] = {"seen": None, "unseen": None, "sites": {}, "holdout_sites": {}, "metrics": {}}
 STATUS = {
-    "failed": "This run failed.",
-    "stopped": "This run was stopped.",
-    "killed": "This run was killed.",
-    "running": "This run is still under way.",
+    "failed": "This run failed",
+    "stopped": "This run was stopped",
+    "killed": "This run was killed",
+    "running": "This run is still under way",
 }
 
 
 @dataclass(frozen=True)
 class Story:
-    """A run and what it has come to so far."""
+    """A run and what it has come to so far; `domain` is what its server holds out, where that was found out."""
 
     run: Run
+    domain: str | None = None
 
     @cached_property
     def settings(self) -> Settings:
@@ -51,8 +52,8 @@ class Story:
         """A sentence, for a run that was not completed; with why."""
         if self.completed:
             return ""
-        why = shown(self.run.summary.get("why", ""))
-        return STATUS.get(self.run.status, "How this run ended is not known.") + (f" {why}" if why else "")
+        why = shown(self.run.summary.get("why", "")).rstrip(".")
+        return STATUS.get(self.run.status, "How this run ended is not known") + (f": {why}." if why else ".")
 
     @property
     def start(self) -> str:
@@ -93,7 +94,7 @@ class Story:
     @cached_property
     def holdout(self) -> str | None:
         """What nobody trains on: a domain, or holdout sites."""
-        named = self.run.summary.get("holdout") if self.completed else None
+        named = self.run.summary.get("holdout") if self.completed else self.domain
         if not named and self.settings.holdout not in ("auto", ""):
             named = self.settings.holdout
         return named or (", ".join(self.adapted["holdout_sites"]) or None)
