@@ -149,7 +149,7 @@ def short(text: str, most: int = 18) -> str:
 
 def room_for(texts: list[str], least: float = 24, size: float = 12) -> float:
     """The margin that labels of that font size take."""
-    return max([least, *(0.62 * size * len(text) + 12 for text in texts)])
+    return max([least, *(0.72 * size * len(text) + 12 for text in texts)])
 
 
 def write(axes: Axes, x: float, y: float, text: str, role: str = "ink", **how: Any) -> Text:

@@ -86,7 +86,9 @@ def confusion(found: dict[str, Any], who: str) -> Plot:
     side = room_for(names, size=size)
     width = 440 if numbered else 900
     figure, axes = canvas(width - side - 8 + side, left=side, right=8, top=8, bottom=side, width=width)
-    cells(axes, len(names), len(names), lambda row, column: shade(shares.get((row, column), 0.0)) or "more-0")
+    nothing = "more-0" if numbered else None  # the many cells with nothing in them need not be drawn
+    axes.set_facecolor("none" if numbered else LIGHT["more-0"])
+    cells(axes, len(names), len(names), lambda row, column: shade(shares.get((row, column), 0.0)) or nothing)
     if numbered:
         for (true, said), share in shares.items():
             if share >= 0.005:

@@ -231,7 +231,7 @@ def phases(story: Story) -> Plot | None:
         ("waiting for sites", waiting, "zero"),
         ("rounds", seconds["rounds"], "seen"),
     ]
-    figure, axes = canvas(150, left=8, right=8, bottom=34)
+    figure, axes = canvas(156, left=18, right=18, bottom=42)
     for place, (name, value, role) in enumerate(parts):
         axes.barh([-place], [value], height=0.36, color=LIGHT[role])
         write(axes, 0, -place + 0.36, f"{name}: {value:.1f} s, {100 * value / seconds['total']:.0f} %", va="center")

@@ -43,13 +43,14 @@ def a_run(
     holdouts: Sequence[str] = (),
     failures: Sequence[dict[str, Any]] = (),
     ends: str = "completed",
+    learning: int = 3,
     epsilon: float | None = None,
     **given: Any,
 ) -> Path:
-    """The folder of a run with these settings."""
+    """The folder of a run with these settings, told to have had so many sites; what it has learnt is of `learning`."""
     settings = Settings(results_dir=str(root), num_server_rounds=ROUNDS, personalize=personal, **given)
     features = features or open_features(settings, progress=False)
-    made, unseen = make_sites(features, settings.holdout, 3, settings.seed)
+    made, unseen = make_sites(features, settings.holdout, learning, settings.seed)
     start = new_learner(settings, features)
     learnt = federate(made, features.classes, unseen, settings, start=start)
     with RunFolder(settings, "0123456789abcdef") as folder:

@@ -143,7 +143,7 @@ def test_broken_images_do_not_shift_the_pictures_of_rows(tree: Path) -> None:
 
 def test_a_whole_model_is_analysed_with_what_it_has_learnt(tmp_path: Path, tree: Path) -> None:
     settings = Settings(data=f"folder:{tree}", method="full-model", learning_rate=1e-3)
-    path = a_run(tmp_path, method="full-model", data=f"folder:{tree}", learning_rate=1e-3)
+    path = a_run(tmp_path, method="full-model", data=f"folder:{tree}", learning_rate=1e-3, learning=1)
     features = open_features(settings, progress=False)
     found = heldout.analyse(path, settings, features, "photo")
     assert found["weights"] is None

@@ -115,7 +115,7 @@ def test_settings_that_differ_are_told_apart_and_all_can_be_unfolded(pages: dict
     assert "dp central off" in text
     assert "package hash 0123456789abcdef" in text
     assert "server-learning-rate 0" in text
-    assert "fedclip run --nodes 202 dp=central num-server-rounds=3 personalize=true" in text
+    assert "fedclip run --nodes 201 dp=central num-server-rounds=3 personalize=true" in text
 
 
 def test_a_run_that_came_to_nothing_has_a_page_that_says_so(plain: Path, tmp_path: Path) -> None:

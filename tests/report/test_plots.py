@@ -159,7 +159,7 @@ def test_labels_are_moved_apart_as_little_as_is_needed() -> None:
 def test_names_with_dollars_and_tags_are_drawn_as_they_are(tmp_path: Path, drawn: Features) -> None:
     story = Story(history.read(a_run(tmp_path, drawn, sites=1, holdouts=["<b>$x_1$</b>"])))
     plot, svg = drawn_as(lambda: plots.sites(story))
-    assert "&lt;b&gt;$x_1$&lt;/b&gt;, …" in texts(svg)
+    assert "&lt;b&gt;$x_1$&lt;/b&gt;, uns…" in texts(svg)
     assert "<b>" not in drawing.inline(svg, plot.name, plot.says)
 
 
