@@ -31,7 +31,7 @@ def write(runs: Sequence[Run], out: Path | None) -> str:
         f'<header>\n<p class="eyebrow">fedclip report</p>\n<h1>{len(runs)} runs compared</h1>\n'
         f'<p class="sentence">{e(", ".join(names))}</p>\n</header>',
         section("accuracy", "Accuracy", plots(figures, "seen", "unseen", "runs-seen", "runs-unseen")),
-        section("table", "All figures", table(HEAD, list(map(row, names, stories)), words=2)),
+        section("table", "All figures", _figures(names, stories)),
         section("settings", "What differs", _settings(names, stories)),
         section("cost", "Bytes and time", plots(figures, "runs-bytes", "runs-time")),
     ]
@@ -81,6 +81,13 @@ def row(name: str, story: Story) -> list[str]:
         f"{story.seconds['total']:.0f}",
         "–" if story.epsilon is None else f"{story.epsilon:.2f}",
     ]
+
+
+def _figures(names: Sequence[str], stories: Sequence[Story]) -> str:
+    """What is told of the runs, as far as it is known of any."""
+    columns = [column for column in zip(HEAD, *map(row, names, stories), strict=True) if {*column[1:]} != {"–"}]
+    head, *rows = zip(*columns, strict=True)
+    return table(head, rows, words=2)
 
 
 def _settings(names: Sequence[str], stories: Sequence[Story]) -> str:

@@ -121,7 +121,7 @@ def figures_table(story: Story) -> str:
     for key in ("seen", "unseen"):
         zero, adapted = (results["metrics"].get(key) for results in (story.zero, story.adapted))
         if adapted:
-            columns += [(f"{key}, zero-shot", zero), (f"{key}, adapted", adapted)]
+            columns += [(f"{key}, zero‑shot", zero), (f"{key}, adapted", adapted)]
             columns += [("seen, own", own)] if own and key == "seen" else []
     if not columns:
         return ""
