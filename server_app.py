@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.common.exit import add_exit_handler
 from flwr.serverapp import Grid, ServerApp
 
-from fedclip_flwr import clip, console, content
+from fedclip_flwr import clip, console, content, report
 from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.codecs import State
@@ -121,7 +121,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         if simulated(grid):
             forget(session.key)
         validated = outcome.adapted.validation is not None
-        console.say(console.closing(summary, settings, holdout, validated, folder.path))
+        told, _, where = console.closing(summary, settings, holdout, validated, folder.path).rpartition("\n")
+        console.say(told)
+        console.say(f"{report.at_end(folder.path, features, holdout)}\n{where}")
 
 
 @dataclass(frozen=True)

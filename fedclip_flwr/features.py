@@ -14,9 +14,10 @@ CLIP at all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -258,6 +259,17 @@ class Encoded:
     def _path(self, domain: str, precision: str) -> Path:
         """The domain's entry in the store."""
         return self._folder(precision) / f"{self._entry}-{self._source.content(domain)}.safetensors"
+
+    def pictures(self, domain: str, rows: Collection[int]) -> dict[int, Image]:
+        """The images of those rows of `examples`. Only where some are broken, those before them are read too."""
+        if len(self.examples(domain).labels) == self.count(domain):
+            found = ((row, next(self._source.pictures(domain, row, row + 1)).image) for row in rows)
+        else:
+            readable = (picture.image for picture in self._source.pictures(domain) if picture.image is not None)
+            found = (
+                (row, image) for row, image in enumerate(islice(readable, max(rows, default=-1) + 1)) if row in rows
+            )
+        return {row: image for row, image in found if image is not None}
 
     def count(self, domain: str) -> int:
         return self._source.count(domain)

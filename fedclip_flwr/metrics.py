@@ -90,9 +90,14 @@ def quality_of(logits: Tensor, labels: Tensor) -> Quality:
     many = logits.shape[1]
     counts = ClassCounts(*(torch.bincount(of, minlength=many).tolist() for of in (labels, labels[right], found)))
     confidence = logits.softmax(dim=1).amax(dim=1).double()
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # as Guo et al.: a bin includes its upper end
-    gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device).index_add_(0, bins, confidence - right.double())
+    gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device)
+    gaps.index_add_(0, bins_of(confidence), confidence - right.double())
     return Quality(score_of(logits, labels), balanced_accuracy(counts), macro_f1(counts), gaps.tolist(), counts)
+
+
+def bins_of(confidence: Tensor) -> Tensor:
+    """The number of the bin that each confidence is in; as with Guo et al., a bin includes its upper end."""
+    return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
 
 
 def balanced_accuracy(counts: ClassCounts) -> float:

@@ -40,6 +40,7 @@ TOGETHER = (
     "test_hub",
     "test_pinned",
     "data/test_drawn",
+    "report/",
 )
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
 FIRST = (*TOGETHER, "test_running", "test_sweep", "test_benchmarks", "test_encoding", "test_ahead", "test_features")

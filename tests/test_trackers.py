@@ -152,7 +152,7 @@ def records(file: Path) -> Iterator[Any]:
         whole += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # the whole of it, or its last piece
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             yield record
             whole = b""

@@ -1,4 +1,4 @@
-"""Commands that look at runs. They bring no torch, so that they answer at once."""
+"""Commands that look at runs."""
 
 from __future__ import annotations
 
@@ -48,3 +48,22 @@ def watch(
     from fedclip_flwr import watch  # not for --help
 
     raise typer.Exit(watch.watch(run, results_dir))
+
+
+@app.command()
+def report(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", show_default=False)] = None,
+    out: Annotated[Path | None, option("The report's folder; that of the run unless said.")] = None,
+    results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
+) -> None:
+    """Write the report of a run as one page, with its plots as files; or put several runs side by side on one.
+
+    A run is the name of its folder, a path to it, or `latest`, which is taken unless said. A completed run has its
+    report already; it can be made again, and made of a run that failed or is still under way. Without the run's images,
+    what was found in them at its end is told.
+
+    Examples: fedclip report; fedclip report runs/20261126-140212 --out report; fedclip report 20261126-140212 latest
+    """
+    from fedclip_flwr import report  # not for --help: it brings torch and matplotlib
+
+    typer.echo(report.make(names or ["latest"], out, results_dir))

@@ -1,0 +1,157 @@
+"""How plots are drawn: without a screen, in colours that follow the page's theme, the same to the byte each time.
+
+A figure is drawn in the colours of the light theme. Each has one role only, so that in the page it can be replaced by a
+variable that is another one in the dark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from fedclip_flwr.report.theme import LIGHT
+
+WIDTH = 440
+"""Of most plots, in CSS pixels."""
+PIXELS = 72
+"""An inch has so many CSS pixels here, so that a point is one."""
+
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 12,
+    "text.color": LIGHT["ink"],
+    "figure.facecolor": LIGHT["paper"],
+    "figure.dpi": PIXELS,
+    "axes.facecolor": "none",
+    "axes.edgecolor": LIGHT["line"],
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.labelsize": 12,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": True,
+    "axes.formatter.use_mathtext": False,
+    "grid.color": LIGHT["line"],
+    "grid.linewidth": 0.8,
+    "xtick.color": LIGHT["line"],
+    "ytick.color": LIGHT["line"],
+    "xtick.labelcolor": LIGHT["soft"],
+    "ytick.labelcolor": LIGHT["soft"],
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "xtick.major.size": 4,
+    "ytick.major.size": 0,
+    "lines.linewidth": 2,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedclip",
+    "text.parse_math": False,  # names may have dollars
+}
+
+
+class Plot(NamedTuple):
+    """A figure with its name, as a file's too, the heading above it, and what it shows to those who can't see it."""
+
+    name: str
+    heading: str
+    says: str
+    figure: Figure
+    note: str = ""
+
+    @property
+    def width(self) -> float:
+        return float(self.figure.get_size_inches()[0]) * PIXELS
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Within it, plots are drawn and written."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def canvas(
+    height: float, *, left: float = 44, right: float = 16, top: float = 12, bottom: float = 40, width: float = WIDTH
+) -> tuple[Figure, Axes]:
+    """An empty figure of that size with these margins, all in CSS pixels."""
+    figure = Figure(figsize=(width / PIXELS, height / PIXELS))
+    FigureCanvasAgg(figure)
+    box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    return figure, figure.add_axes(box)
+
+
+def as_svg(plot: Plot) -> str:
+    """The figure as a file of its own, in the light theme."""
+    file = io.StringIO()
+    plot.figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return file.getvalue()
+
+
+def as_png(plot: Plot) -> bytes:
+    """The figure as an image, at twice the resolution."""
+    file = io.BytesIO()
+    plot.figure.savefig(file, format="png", dpi=2 * PIXELS, metadata={"Software": None})
+    return file.getvalue()
+
+
+def inline(svg: str, name: str, says: str) -> str:
+    """The SVG as a part of the page: it follows the theme, and none of its ids is that of another one."""
+    svg = svg[svg.index("<svg") :]
+    box = re.search(r'viewBox="([^"]+)"', svg)
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index(">") + 1 :], flags=re.S)
+    used = {*re.findall(r'(?:url\(#|href="#)([^")]+)', body)}
+    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
+    body = re.sub(r'(url\(#|xlink:href="#)', lambda m: f"{m[1].replace('xlink:', '')}{name}-", body)
+    body = re.sub(r"font-family: [^;\"]+;? ?", "", re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", body))
+    body = re.sub(r"\n\s*", "\n", body)
+    for role, colour in LIGHT.items():
+        body = body.replace(colour, f"var(--{role})")
+    head = f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{html.escape(says)}">'
+    return f"{head}<title>{html.escape(says)}</title>{body}"
+
+
+def apart(positions: list[float], gap: float) -> list[float]:
+    """The positions, moved as little as that no two are closer than the gap; their order is kept."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    groups: list[list[int]] = []
+
+    def centre(group: list[int]) -> float:
+        return sum(positions[i] for i in group) / len(group)
+
+    for i in order:
+        groups.append([i])
+        while (
+            len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    places = list(positions)
+    for group in groups:
+        for place, i in enumerate(group):
+            places[i] = centre(group) + gap * (place - (len(group) - 1) / 2)
+    return places
+
+
+def short(text: str, most: int = 18) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def room_for(texts: list[str], least: float = 24, size: float = 12) -> float:
+    """The margin that labels of that font size take."""
+    return max([least, *(0.72 * size * len(text) + 12 for text in texts)])
+
+
+def write(axes: Axes, x: float, y: float, text: str, role: str = "ink", **how: Any) -> Text:
+    """Text at a place of the data."""
+    return axes.text(x, y, text, color=LIGHT[role], **how)

@@ -1,0 +1,198 @@
+"""The page of one run: its parts in the order in which they are read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from fedclip_flwr.config import Settings
+from fedclip_flwr.console import counted, left_out
+from fedclip_flwr.nodes import Failure
+from fedclip_flwr.report import heldout_sections
+from fedclip_flwr.report.markup import (
+    Figures,
+    aside,
+    details,
+    e,
+    gain,
+    page,
+    percent,
+    plots,
+    section,
+    setting,
+    table,
+    tile,
+)
+from fedclip_flwr.report.story import Story
+
+MEASURES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "calibration_error": "calibration error",
+}
+OWN_FACTS = ("versions", "package", "run", "sites")
+"""What settings.json tells besides the settings."""
+
+
+def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, lacking: str) -> str:
+    """The page; `found` is the analysis of held-out images, `lacking` says what is not as it should be with it."""
+    parts = [
+        head(story),
+        tiles(story),
+        section("learning", "Accuracy", plots(figures, ("rounds", "spread"), "sites"), by_site(story)),
+        section("figures", "All figures", figures_table(story)),
+        *heldout_sections.of(story, figures, found, lacking),
+        cost(story, figures),
+        failures(story),
+        how(story),
+    ]
+    return page(f"{story.run.name} – fedclip report", parts)
+
+
+def head(story: Story) -> str:
+    """What was run, in a sentence, and how it ended if it did not come to its end."""
+    status = f'<p class="status"><strong>{e(story.status)}</strong> {e(_as_far(story))}</p>' if story.status else ""
+    return (
+        f'<header>\n<p class="eyebrow">fedclip report · {e(story.run.name)}</p>\n<h1>{e(story.title)}</h1>\n'
+        f'<p class="sentence">{e(story.sentence)}</p>\n{status}\n</header>'
+    )
+
+
+def _as_far(story: Story) -> str:
+    if not story.lines:
+        return "It came to no round."
+    return (
+        f"What is told here is what there is: {counted(story.rounds, 'round')} of {story.settings.num_server_rounds}."
+    )
+
+
+def tiles(story: Story) -> str:
+    """The key figures."""
+    made = []
+    for key, what in (("seen", "seen: the sites’ own images"), ("unseen", f"unseen: {story.holdout or 'held out'}")):
+        zero, adapted = story.zero[key], story.adapted[key]
+        if adapted is not None:
+            below = f"{gain(zero, adapted)} over {story.start} {percent(zero)}"
+            made.append(tile(what, percent(adapted), unit="%", below=below, role=key))
+    if story.round_bytes is not None:
+        less = story.whole_bytes / story.round_bytes if story.whole_bytes else None
+        below = f"{less:,.0f} times less than FedAVG" if less else "there and back"
+        figure, unit = story.cost.split(" ")
+        made.append(tile("bytes a site and round", figure, unit=unit, below=below))
+    if story.lines:
+        seconds = story.seconds["total"]
+        figure, unit = (
+            (f"{seconds:.3g}" if seconds < 10 else f"{seconds:.0f}", "s")
+            if seconds < 120
+            else (f"{seconds / 60:.1f}", "min")
+        )
+        made.append(
+            tile("time", figure, unit=unit, below=f"{counted(story.rounds, 'round')}, {counted(story.sites, 'site')}")
+        )
+    if story.epsilon is not None:
+        who = {"local": "before anyone, the server too", "central": "before anyone but the server"}
+        below = f"at δ = {story.settings.delta:g}, {who.get(story.settings.dp, '')}"
+        made.append(tile("privacy of a site: ε", f"{story.epsilon:.2f}", below=below))
+    return f'<div class="tiles" style="--tiles: {len(made)}">\n{chr(10).join(made)}\n</div>' if made else ""
+
+
+def by_site(story: Story) -> str:
+    """The figures behind the plot of the sites."""
+    apart, own = story.adapted["holdout_sites"], story.personal
+    zero = {**story.zero["sites"], **story.zero["holdout_sites"]}
+    rows = []
+    for site, adapted in sorted({**story.adapted["sites"], **apart}.items()):
+        name = f"{site}, unseen" if site in apart else site
+        rows.append(
+            [name, percent(zero.get(site)), percent(adapted), gain(zero.get(site), adapted), percent(own.get(site))]
+        )
+    head = ["site", "zero-shot, %", "adapted, %", "gain", "own, %"]
+    if not own:
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    return details(f"The figures of {counted(len(rows), 'site')}", table(head, rows)) if rows else ""
+
+
+def figures_table(story: Story) -> str:
+    """What accuracy does not tell."""
+    own = (story.adapted.get("personal_metrics") or {}).get("seen")
+    columns: list[tuple[str, Mapping[str, Any] | None]] = []
+    for key in ("seen", "unseen"):
+        zero, adapted = (results["metrics"].get(key) for results in (story.zero, story.adapted))
+        if adapted:
+            columns += [(f"{key}, zero‑shot", zero), (f"{key}, adapted", adapted)]
+            columns += [("seen, own", own)] if own and key == "seen" else []
+    if not columns:
+        return ""
+    rows = [[name, *(percent((figures or {}).get(key)) for key in MEASURES)] for name, figures in columns]
+    told = " “Own” are adapters that the sites have made for themselves from the adapted one." if own else ""
+    note = f"In %. Seen: means over the sites’ test images.{told} Of the calibration error, less is better."
+    return table(["", *MEASURES.values()], rows) + f'\n<p class="note">{e(note)}</p>'
+
+
+def cost(story: Story, figures: Figures) -> str:
+    """What the run has taken."""
+    lead = []
+    if story.round_bytes is not None:
+        lead.append(f"A site sends and receives {story.cost} in a round.")
+        if story.whole_bytes:
+            lead.append(f"FedAVG of the whole model takes {story.whole_bytes / story.round_bytes:,.0f} times as much.")
+    return section("cost", "Bytes and time", plots(figures, "bytes", ("time", "pace")), lead=e(" ".join(lead)))
+
+
+def failures(story: Story) -> str:
+    """Who was left out, and whose updates were too long."""
+    told = left_out(Failure(**failure) for failure in story.run.summary.get("failures", []))
+    scaled = [
+        f"{site}: its updates were longer than those of the others, and counted less, in {counted(rounds, 'round')}"
+        for site, rounds in story.run.summary.get("scaled", {}).items()
+    ]
+    items = "\n".join(f"<li>{e(line.removeprefix('Left out: '))}</li>" for line in [*told, *scaled])
+    return section("failures", "Left out", f'<ul class="failures">\n{items}\n</ul>' if items else "")
+
+
+def how(story: Story) -> str:
+    """How it was run, and how to go on from here."""
+    facts, default, others = story.run.settings, Settings().as_run_config(), _others(story)
+    settings = {key: value for key, value in facts.items() if key not in OWN_FACTS}
+    rows = [(key, setting(value) or "–", setting(default[key]) or "–") for key, value in others.items()]
+    changed = (
+        table(["setting", "value", "default"], rows, words=3)
+        if rows
+        else aside("All settings are as they are unless given.")
+    )
+    versions = facts.get("versions")
+    made_with = [("package hash", facts.get("package", "–")), *(versions.items() if isinstance(versions, dict) else ())]
+    return section(
+        "how",
+        "How it was run",
+        changed,
+        details(
+            "All settings",
+            table(["setting", "value"], [(key, setting(value) or "–") for key, value in settings.items()], words=2),
+        ),
+        details("Versions", table(["", ""], made_with, words=2)),
+        go_on(story),
+    )
+
+
+def go_on(story: Story) -> str:
+    """Commands that go on from here."""
+    given = [f"{key}={setting(value)}" for key, value in sorted(_others(story).items()) if key != "results-dir"]
+    nodes = ["--nodes", str(story.sites)] if story.sites and story.settings.data != "none" else []
+    lines = [("The same once more", ["run", *nodes, *given]), ("This report again", ["report", str(story.run.path)])]
+    if story.completed and story.settings.method != "full-model":
+        lines.insert(0, ("Images of your own, with what was learnt", ["predict", str(story.run.path), "IMAGES"]))
+    if not story.completed and story.run.status != "running" and story.rounds:
+        lines.insert(0, ("To go on from its last complete round", ["run", f"resume={story.run.name}"]))
+    told = "\n".join(
+        f"<dt>{e(name)}</dt><dd><code>{e(shlex.join(['fedclip', *words]))}</code></dd>" for name, words in lines
+    )
+    return f'<h3>How to go on</h3>\n<dl class="commands">\n{told}\n</dl>'
+
+
+def _others(story: Story) -> dict[str, Any]:
+    """The settings that are not as they are unless given."""
+    default = Settings().as_run_config()
+    return {key: value for key, value in story.run.settings.items() if key in default and value != default[key]}

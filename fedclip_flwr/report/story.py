@@ -1,0 +1,211 @@
+"""What a run's folder tells, however far the run has come: the figures that the report's page and plots show."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fedclip_flwr import content
+from fedclip_flwr.config import Settings
+from fedclip_flwr.console import bytes_of, counted
+from fedclip_flwr.errors import shown
+from fedclip_flwr.history import Run
+from fedclip_flwr.metrics import mean_of
+from fedclip_flwr.saved import FACTS
+from fedclip_flwr.sites import starts_as_zero_shot
+
+NOTHING: dict[str, Any] = {"seen": None, "unseen": None, "sites": {}, "holdout_sites": {}, "metrics": {}}
+STATUS = {
+    "failed": "This run failed",
+    "stopped": "This run was stopped",
+    "killed": "This run was killed",
+    "running": "This run is still under way",
+}
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run and what it has come to so far; `domain` is what its server holds out, where that was found out."""
+
+    run: Run
+    domain: str | None = None
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Those that this version knows, as far as they can be used."""
+        known = Settings.keys()
+        return Settings.read({key: value for key, value in self.run.settings.items() if key in known})[0]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return self.run.metrics
+
+    @property
+    def completed(self) -> bool:
+        return self.run.completed
+
+    @property
+    def status(self) -> str:
+        """A sentence, for a run that was not completed; with why."""
+        if self.completed:
+            return ""
+        why = shown(self.run.summary.get("why", "")).rstrip(".")
+        return STATUS.get(self.run.status, "How this run ended is not known") + (f": {why}." if why else ".")
+
+    @property
+    def start(self) -> str:
+        """What round 0 is."""
+        return "zero-shot" if starts_as_zero_shot(self.settings) else "start"
+
+    @cached_property
+    def selected(self) -> int | None:
+        """The round whose adapter is the result, so far; of a whole model only a completed run tells it."""
+        if self.completed:
+            return int(self.run.summary["adapted"]["round"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(content.read_json(self.run.path / FACTS)["round"])
+        return None
+
+    @cached_property
+    def zero(self) -> Mapping[str, Any]:
+        """The results of zero-shot; before a run's end those of its start."""
+        return self.run.summary["zero_shot"] if self.completed else self._line(0)
+
+    @cached_property
+    def adapted(self) -> Mapping[str, Any]:
+        """The results of the selected round; before a run's end of that so far, or of the last one."""
+        if self.completed:
+            found: dict[str, Any] = self.run.summary["adapted"]
+            return found
+        last = self.lines[-1]["round"] if self.lines else 0
+        return self._line(last if self.selected is None else self.selected)
+
+    def _line(self, number: int) -> dict[str, Any]:
+        line = next((line for line in self.lines if line["round"] == number), {})
+        return NOTHING | {key: line.get(key) for key in ("seen", "unseen")}
+
+    @property
+    def personal(self) -> Mapping[str, float]:
+        return self.adapted.get("personal") or {}
+
+    @cached_property
+    def holdout(self) -> str | None:
+        """What nobody trains on: a domain, or holdout sites."""
+        named = self.run.summary.get("holdout") if self.completed else self.domain
+        if not named and self.settings.holdout not in ("auto", ""):
+            named = self.settings.holdout
+        return named or (", ".join(self.adapted["holdout_sites"]) or None)
+
+    @property
+    def sites(self) -> int:
+        """How many took part."""
+        told = self.run.settings.get("sites")
+        seen = [
+            len(self.adapted["sites"]) + len(self.adapted["holdout_sites"]),
+            *(line["sites"] for line in self.lines),
+        ]
+        return int(max([told if isinstance(told, int) else 0, *seen]))
+
+    @property
+    def rounds(self) -> int:
+        return int(self.run.summary.get("rounds") or max([0, *(line["round"] for line in self.lines)]))
+
+    @property
+    def epsilon(self) -> float | None:
+        spent = [line["epsilon"] for line in self.lines if line.get("epsilon") is not None]
+        private = self.run.summary.get("privacy") or {}
+        found: float | None = private.get("epsilon", spent[-1] if spent else None)
+        return found
+
+    @property
+    def round_bytes(self) -> float | None:
+        """Of a site, in a round, there and back."""
+        if self.completed:
+            told: float | None = self.run.summary["traffic"]["per_site_round_bytes"]
+            return told
+        return mean_of(line["bytes"] / line["sites"] for line in self.lines if line["round"] and line["sites"])
+
+    @property
+    def whole_bytes(self) -> int | None:
+        """The same with FedAVG of the whole model, where that is another thing."""
+        return (
+            None
+            if self.settings.method == "full-model"
+            else self.run.summary.get("traffic", {}).get("full_model_bytes")
+        )
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """In all, by phase; of a run that was not completed only of its rounds."""
+        rounds = sum(line["seconds"] for line in self.lines)
+        return self.run.summary.get("seconds") or {"rounds": rounds, "total": rounds}
+
+    @property
+    def gain(self) -> dict[str, float | None]:
+        """Of seen and unseen accuracy."""
+        both = {key: (self.zero[key], self.adapted[key]) for key in ("seen", "unseen")}
+        return {key: None if None in pair else pair[1] - pair[0] for key, pair in both.items()}
+
+    @property
+    def what(self) -> str:
+        """What was trained."""
+        if self.settings.method == "full-model":
+            return "the whole model"
+        rank = f" of rank {self.settings.adapter_rank}" if self.settings.adapter == "gate" else ""
+        return f"{'an' if self.settings.adapter == 'attention' else 'a'} {self.settings.adapter} adapter{rank}"
+
+    @property
+    def data(self) -> str:
+        """The data, by the last part of its path."""
+        return self.settings.data.rstrip("/").rpartition("/")[2].removeprefix("folder:").removeprefix("features:")
+
+    @property
+    def title(self) -> str:
+        held = f", {self.holdout} unseen" if self.holdout else ""
+        return f"{self.what[0].upper()}{self.what[1:]} on {self.data}{held}"
+
+    @property
+    def sentence(self) -> str:
+        """What was run, and what came of it."""
+        model = self.settings.model.rstrip("/").rpartition("/")[2]
+        of = "the bundled CLIP" if model == "bundled" else model
+        what = self.what[0].upper() + self.what[1:]
+        prefix = "of" if self.settings.method == "full-model" else "for"
+        text = f"{what} {prefix} {of} was trained at {counted(self.sites, 'site')} in {counted(self.rounds, 'round')}"
+        text += f", with {self.holdout} held out" if self.holdout else ""
+        parts: list[str] = []
+        for key, where in (
+            ("seen", "on the sites’ own images"),
+            ("unseen", f"on {self.holdout or 'what is held out'}"),
+        ):
+            zero, adapted = self.zero[key], self.adapted[key]
+            if zero is not None and adapted is not None:
+                verb = "rose" if adapted > zero else "fell" if adapted < zero else "stayed"
+                change = (
+                    f"from {100 * zero:.1f} to {100 * adapted:.1f} %" if verb != "stayed" else f"at {100 * zero:.1f} %"
+                )
+                same = bool(parts) and parts[-1].startswith(verb)
+                parts.append(f"{'' if same else f'{verb} '}{change} {where}")
+        return text + (f". Accuracy {' and '.join(parts)}." if parts else ".")
+
+    @property
+    def cost(self) -> str:
+        """The bytes of a site and round."""
+        return "–" if self.round_bytes is None else bytes_of(self.round_bytes)
+
+    @property
+    def figures(self) -> str:
+        """The key figures as a line."""
+        told = []
+        for key in ("seen", "unseen"):
+            zero, adapted = self.zero[key], self.adapted[key]
+            if zero is not None and adapted is not None:
+                told.append(f"{key} {100 * zero:.1f} → {100 * adapted:.1f} %")
+        if self.round_bytes is not None:
+            less = f", {self.whole_bytes / self.round_bytes:,.0f} times less than FedAVG" if self.whole_bytes else ""
+            told.append(f"{self.cost} a site and round{less}")
+        state = "" if self.completed else f"{self.run.status} after {counted(self.rounds, 'round')}; "
+        return f"{self.run.name}: {state}{'; '.join(told) or 'no round'}"

@@ -1,0 +1,176 @@
+"""Pages as a reader sees them: in Debian's Chromium, without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from benchmarks.screenshots import browser as installed
+
+KEY = (
+    "h1",
+    ".sentence",
+    ".tile .figure",
+    ".tile .below",
+    "h2",
+    "h3",
+    ".note",
+    "td",
+    "th",
+    "summary",
+    "svg text",
+    ".aside",
+)
+PAGES = ("plain", "many", "failed", "features", "compared")
+
+LOOKS = """names => {
+  const out = [];
+  for (const name of names) for (const element of document.querySelectorAll(name)) {
+    const style = getComputedStyle(element);
+    out.push([name, element.ownerSVGElement ? style.fill : style.color, element.textContent]);
+  }
+  return [getComputedStyle(document.body).backgroundColor, out];
+}"""
+
+CLIPPED = """() => {
+  const out = [];
+  for (const svg of document.querySelectorAll('svg')) {
+    const box = svg.getBoundingClientRect();
+    for (const text of svg.querySelectorAll('text')) {
+      const own = text.getBoundingClientRect();
+      if (own.left < box.left - 1 || own.right > box.right + 1 || own.top < box.top - 1 || own.bottom > box.bottom + 1)
+        out.push(svg.getAttribute('aria-label') + ': ' + text.textContent);
+    }
+  }
+  return out;
+}"""
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    if not (path := installed()):
+        pytest.skip("no chromium, chromium-browser or google-chrome is installed here")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(chromium: Browser, path: Path, width: int = 1200, **how: Any) -> tuple[Page, list[str]]:
+    """The page in a window, and all that went wrong or was asked for."""
+    tab = chromium.new_page(viewport={"width": width, "height": 900}, **how)
+    heard: list[str] = []
+    tab.on("console", lambda message: heard.append(message.text))
+    tab.on("pageerror", lambda error: heard.append(str(error)))
+    tab.on("requestfailed", lambda request: heard.append(request.url[:80]))
+    tab.on("request", lambda request: heard.append(request.url[:80]) if request.url != path.as_uri() else None)
+    tab.goto(path.as_uri())
+    return tab, [text for text in heard if not text.startswith("data:")]
+
+
+def channels(colour: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in colour.removeprefix("rgb(").rstrip(")").split(","))
+
+
+def luminance(colour: str) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in channels(colour))]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_opens_without_an_error_and_asks_for_nothing(
+    name: str, chromium: Browser, pages: dict[str, Path]
+) -> None:
+    tab, heard = opened(chromium, pages[name])
+    assert heard == []
+    assert tab.locator("svg").count() >= 4
+    assert tab.locator("h1").is_visible()
+    assert all(tab.locator("svg").nth(number).bounding_box()["height"] > 40 for number in range(4))  # type: ignore[index]
+    tab.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_the_page_in_both_schemes(
+    name: str, scheme: str, chromium: Browser, pages: dict[str, Path]
+) -> None:
+    tab, _ = opened(chromium, pages[name], color_scheme=scheme)
+    background, looks = tab.evaluate(LOOKS, list(KEY))
+    assert (luminance(background) < 0.05) == (scheme == "dark")
+    strong = tab.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--strong').trim()")
+    on_cells = f"rgb({', '.join(str(int(strong[at : at + 2], 16)) for at in (1, 3, 5))})"
+    faint = {(kind, text) for kind, colour, text in looks if colour != on_cells and contrast(colour, background) < 4.5}
+    assert faint == set()
+    assert len(looks) > 20
+    tab.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_stand_out_from_the_cells_that_they_are_on(scheme: str) -> None:
+    from fedclip_flwr.report.theme import DARK, LIGHT, STEPS
+
+    def rgb(shade: str) -> str:
+        return f"rgb({', '.join(str(int(shade[at : at + 2], 16)) for at in (1, 3, 5))})"
+
+    theme = LIGHT if scheme == "light" else DARK
+    for step in range(STEPS):
+        role = "strong" if step >= STEPS - 2 else "ink"
+        assert contrast(rgb(theme[role]), rgb(theme[f"more-{step}"])) >= 4.5
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [360, 760, 1200])
+def test_a_page_is_never_wider_than_the_window(
+    name: str, width: int, chromium: Browser, pages: dict[str, Path]
+) -> None:
+    tab, _ = opened(chromium, pages[name], width)
+    for details in tab.locator("details").all():
+        details.evaluate("element => element.open = true")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [360, 1200])
+def test_no_label_of_a_plot_is_cut_off(name: str, width: int, chromium: Browser, pages: dict[str, Path]) -> None:
+    tab, _ = opened(chromium, pages[name], width)
+    assert tab.evaluate(CLIPPED) == []
+    tab.close()
+
+
+def test_labels_of_a_plot_are_not_tiny_on_a_phone(chromium: Browser, pages: dict[str, Path]) -> None:
+    tab, _ = opened(chromium, pages["plain"], 360)
+    heights = tab.evaluate(
+        "[...document.querySelectorAll('.plot:not(.wide) svg text')].map(t => {"
+        " const svg = t.ownerSVGElement; return parseFloat(getComputedStyle(t).fontSize)"
+        " * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width })"
+    )
+    assert min(heights) > 8
+    tab.close()
+
+
+def test_in_print_it_is_dark_on_light_whatever_the_scheme_is(chromium: Browser, pages: dict[str, Path]) -> None:
+    tab, _ = opened(chromium, pages["many"], color_scheme="dark")
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert luminance(tab.evaluate("getComputedStyle(document.querySelector('h1')).color")) < 0.05
+    assert len(tab.pdf(format="A4")) > 10_000
+    tab.close()
+
+
+def test_plots_are_told_to_those_who_can_not_see_them(chromium: Browser, pages: dict[str, Path]) -> None:
+    tab, _ = opened(chromium, pages["plain"])
+    svgs = tab.locator("svg")
+    for number in range(svgs.count()):
+        assert svgs.nth(number).get_attribute("role") == "img"
+        assert len(svgs.nth(number).get_attribute("aria-label") or "") > 20
+    assert tab.locator("img:not([alt])").count() == 0
+    tab.close()

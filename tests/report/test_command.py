@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedclip_flwr import report
+from fedclip_flwr.cli import app
+from fedclip_flwr.features import Features
+from fedclip_flwr.report import heldout
+from tests.report.made import a_run
+from tests.report.test_page import words
+
+BIN = Path(sys.executable).parent
+
+
+def fedclip(*given: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["report", *map(str, given)])
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def run(plain: Path, tmp_path: Path) -> Path:
+    """A completed run in a folder of its own."""
+    path = tmp_path / "runs" / plain.name
+    shutil.copytree(plain, path)
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    names = [report.PAGE, heldout.FILE, *(f"{report.PLOTS}/{path.name}" for path in (folder / report.PLOTS).iterdir())]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_a_report_is_written_into_the_runs_folder_and_is_the_same_each_time(run: Path) -> None:
+    code, told = fedclip(run)
+    assert code == 0, told
+    assert told.splitlines()[-1] == f"Report: {run / 'report.html'}"
+    assert "88 kB a site and round" in told
+    made = files(run)
+    assert fedclip(run)[0] == 0
+    assert files(run) == made
+    assert not list(run.rglob(".*"))
+
+
+def test_the_newest_run_is_taken_unless_said_and_out_names_another_folder(run: Path, tmp_path: Path) -> None:
+    (run.parent / "latest").symlink_to(run.name)
+    before = sorted(run.iterdir())
+    code, told = fedclip("--results-dir", run.parent, "--out", tmp_path / "there")
+    assert (code, told.splitlines()[-1]) == (0, f"Report: {tmp_path / 'there' / 'report.html'}")
+    assert (tmp_path / "there" / heldout.FILE).exists()
+    assert sorted(run.iterdir()) == before
+
+
+def test_where_the_data_is_not_at_hand_what_was_found_at_the_end_is_told(run: Path, tmp_path: Path) -> None:
+    assert fedclip(run)[0] == 0
+    shutil.copytree(run, away := tmp_path / "elsewhere" / run.name)
+    facts = json.loads((away / "settings.json").read_text())
+    (away / "settings.json").write_text(json.dumps({**facts, "data": f"folder:{tmp_path / 'gone'}"}))
+    code, _ = fedclip(away)
+    text = words(away / "report.html")
+    assert code == 0
+    assert "As it was analysed before; it can't be made again here" in text
+    assert "Confusion, adapted" in text
+    (away / heldout.FILE).unlink()
+    assert fedclip(away)[0] == 0
+    assert "Nothing is told of single classes: data = 'folder:" in words(away / "report.html")
+
+
+def test_several_runs_are_put_side_by_side(run: Path, tmp_path: Path, drawn: Features, fedclip_home: Path) -> None:
+    other = a_run(tmp_path / "other", drawn, adapter="scale", sites=4)
+    code, told = fedclip(run, other)
+    assert code == 0, told
+    path = Path(told.splitlines()[-1].removeprefix("Report: "))
+    assert path.parent.parent == fedclip_home / "reports"
+    assert run.name in path.parent.name
+    text = words(path)
+    assert "2 runs compared" in text
+    assert f"{run.name} attention" in text
+    assert f"{other.name} scale" in text
+    assert "Seen accuracy over rounds" in text
+
+
+def test_what_can_not_be_reported_is_told_in_a_line(run: Path, tmp_path: Path) -> None:
+    for given, why in (
+        ((tmp_path / "none",), "there is no such run"),
+        ((run, run), "the same run is given twice"),
+        ((run, "--out", run / "settings.json"), "can't be written to"),
+    ):
+        code, told = fedclip(*given)
+        assert code == 2
+        assert why in told
+        assert len(told.splitlines()) == 1
+
+
+def test_a_comparison_does_not_take_the_place_of_a_runs_report(run: Path, tmp_path: Path, drawn: Features) -> None:
+    other = a_run(tmp_path / "other", drawn)
+    code, told = fedclip(run, other, "--out", other)
+    assert code == 2
+    assert "name another folder" in told
+
+
+def test_a_report_that_can_not_be_made_costs_a_line_and_not_the_run(run: Path, drawn: Features) -> None:
+    (run / "summary.json").write_text("{")
+    assert report.at_end(run, drawn, "sketch").startswith("no report: ")
+    shutil.rmtree(run)
+    assert report.at_end(run, drawn, "sketch").startswith("no report: ")
+
+
+def test_a_run_ends_with_its_report(tmp_path: Path, tree: Path) -> None:
+    given = ["--nodes", "2", f"data=folder:{tree}", "num-server-rounds=2", f"results-dir={tmp_path}"]
+    done = subprocess.run([BIN / "fedclip", "run", *given], env={**os.environ}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = (tmp_path / "latest").resolve()
+    assert done.stdout.rstrip().splitlines()[-2:] == [f"Report: {folder / 'report.html'}", f"Run folder: {folder}"]
+    text = words(folder / "report.html")
+    assert "Held-out images: photo" in text
+    assert "fedclip predict" in text
+    made = files(folder)
+    assert fedclip(folder)[0] == 0
+    assert files(folder) == made
