@@ -121,9 +121,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         if simulated(grid):
             forget(session.key)
         validated = outcome.adapted.validation is not None
-        told, _, where = console.closing(summary, settings, holdout, validated, folder.path).rpartition("\n")
-        console.say(told)
-        console.say(f"{report.at_end(folder.path, features, holdout)}\n{where}")
+        console.say(console.closing(summary, settings, holdout, validated))
+        console.say(report.at_end(folder.path, features, holdout))
+        console.say(f"Run folder: {folder.path}")
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def row(cells: Iterable[str]) -> str:
     return "  ".join(f"{cell:>8}" for cell in cells)
 
 
-def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, validated: bool, folder: Path) -> str:
+def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, validated: bool) -> str:
     """Zero-shot beside the adapted result, and what it cost."""
     zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
     own = adapted["personal"]
@@ -193,7 +193,6 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
         "the rest waiting for the sites.",
         *left_out((f["round"], f["site"], f["why"]) for f in summary["failures"]),
-        f"Run folder: {folder}",
     ]
     return "\n".join(parts)
 
