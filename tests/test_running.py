@@ -180,6 +180,8 @@ def test_a_run_folder_is_as_the_contract_says(tmp_path: Path, drawn: Features) -
         "adapter.json",
         "checkpoint",
         "summary.json",
+        "report.html",
+        "plots",
     }
     settings = read(folder, "settings.json")
     assert (settings["adapter"], settings["seed"], settings["results-dir"]) == ("gate", 5, str(tmp_path))

@@ -162,6 +162,7 @@ def test_in_print_it_is_dark_on_light_whatever_the_scheme_is(chromium: Browser, 
     tab, _ = opened(chromium, pages["many"], color_scheme="dark")
     tab.emulate_media(media="print", color_scheme="dark")
     assert luminance(tab.evaluate("getComputedStyle(document.querySelector('h1')).color")) < 0.05
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(tab.pdf(format="A4")) > 10_000
     tab.close()
 
