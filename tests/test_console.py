@@ -137,10 +137,10 @@ def test_what_is_unseen_may_be_at_sites() -> None:
 
 def test_the_plan_tells_where_the_unseen_images_are(drawn: Features) -> None:
     hellos = [Hello("b", "train", "photo", 6, 2, 2, [0, 1], ""), Hello("w", "holdout", "x-ray", 0, 0, 1200, [0], "")]
-    told = rows(console.plan(Settings(), drawn, "sketch", hellos, {"w": torch.zeros(128)}), Path("/runs/x"))
+    told = rows(console.plan(Settings(), drawn, "sketch", hellos, {"w": torch.zeros(128)}, Path("/runs/x")))
     assert ["held", "out", "sketch,", "1,200", "images", "at", "w,", "1,500", "images", "here"] in told
     assert ["w", "x-ray,", "unseen", "0", "0", "1,200", "1"] in told
-    alone = rows(console.plan(Settings(), drawn, None, hellos, {"w": torch.zeros(128)}), Path("/runs/x"))
+    alone = rows(console.plan(Settings(), drawn, None, hellos, {"w": torch.zeros(128)}, Path("/runs/x")))
     assert ["held", "out", "1,200", "images", "at", "w"] in alone
 
 
