@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +18,7 @@ from threading import Thread
 import pytest
 
 from fedclip_flwr import clip
+from fedclip_flwr import hub as hubs
 from fedclip_flwr.errors import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -32,7 +34,10 @@ def git_id(what: Path | bytes) -> str:
 
 
 class Hub(ThreadingHTTPServer):
-    """`folders` are served by repository and commit; `gated` ones are refused, `asked` has all paths."""
+    """`folders` are served by repository and commit; `gated` ones are refused, `asked` has all paths.
+
+    What is uploaded is in `uploaded`, by repository and path; `private` has whether a new repository is to be.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -40,6 +45,8 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.offers: list[dict[str, object]] = []
         self.asked: list[str] = []
+        self.uploaded: dict[tuple[str, str], bytes] = {}
+        self.private: dict[str, bool | None] = {}
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -81,6 +88,34 @@ class Answer(BaseHTTPRequestHandler):
             return self.send(404, error="EntryNotFound")
         return self.send(200, file.read_bytes(), commit)
 
+    def do_POST(self) -> None:
+        """Uploads: a repository is made, the ways are told in which its files come, and all come in one commit."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        name = "/".join(path.split("/")[3:5])
+        if self.headers["Authorization"] != "Bearer a-token":
+            return self.send(401)
+        if path == "/api/repos/create":
+            told = json.loads(body)
+            made = f"{told['organization']}/{told['name']}"
+            if made in self.server.gated:
+                return self.send(403)
+            self.server.private[made] = told.get("private")
+            return self.send(200, json.dumps({"url": f"https://huggingface.co/{made}"}).encode())
+        if path == "/api/validate-yaml":
+            return self.send(200, json.dumps({"errors": [], "warnings": []}).encode())
+        if "/preupload/" in path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.send(200, json.dumps({"files": files}).encode())
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                data = base64.b64decode(line["value"]["content"])
+                self.server.uploaded[name, line["value"]["path"]] = data
+        commit = {"success": True, "commitOid": SHA, "commitUrl": f"https://huggingface.co/{name}/commit/{SHA}"}
+        return self.send(200, json.dumps(commit).encode())
+
     def send(self, status: int, body: bytes = b"", commit: str = "", error: str = "") -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -90,7 +125,7 @@ class Answer(BaseHTTPRequestHandler):
         if error:
             self.send_header("X-Error-Code", error)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
 
@@ -104,11 +139,16 @@ def hub() -> Iterator[Hub]:
 
 def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
     """What `clip.find` comes to in a process of its own; without a hub it can't be reached."""
+    return done(tmp_path, found, *words, hub=hub)
+
+
+def done(tmp_path: Path, job: Callable[..., str], *words: str, hub: Hub | None = None, **more: str) -> str:
+    """The line that the job comes to in a process of its own, in an environment with `more`."""
     where = f"http://127.0.0.1:{hub.server_port if hub else 9}"
     env = {"HF_HOME": str(tmp_path / "cache"), "FEDCLIP_HOME": str(tmp_path / "home"), "HF_ENDPOINT": where}
     env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     ours, theirs = FRESH.Pipe(duplex=False)
-    process = FRESH.Process(target=found, args=(env, words, theirs))
+    process = FRESH.Process(target=answer, args=(env | more, job, words, theirs))
     process.start()
     theirs.close()
     with ours:
@@ -118,14 +158,22 @@ def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
     return told
 
 
-def found(env: dict[str, str], words: tuple[str, ...], to: Connection) -> None:
+def answer(env: dict[str, str], job: Callable[..., str], words: tuple[str, ...], to: Connection) -> None:
     assert "huggingface_hub" not in sys.modules
     os.environ |= env
     try:
-        model = clip.find(*words)
-        to.send(f"{model.folder.name} {sorted(f.name for f in model.folder.iterdir())}")
+        to.send(job(*words))
     except UserError as error:
         to.send(str(error))
+
+
+def found(*words: str) -> str:
+    model = clip.find(*words)
+    return f"{model.folder.name} {sorted(f.name for f in model.folder.iterdir())}"
+
+
+def uploaded(folder: str, name: str, private: str = "") -> str:
+    return hubs.upload(Path(folder), name, ["README.md", "model/*"], "A message", private=bool(private) or None)
 
 
 def bundled(tmp_path: Path, without: str = "") -> Path:
@@ -199,3 +247,38 @@ def test_what_the_hub_refuses_is_told_with_the_remedy(hub: Hub, tmp_path: Path) 
     assert told.startswith("model = 'some/gated': access to it has to be asked for")
     assert "hf auth login" in told
     assert "neither a folder here nor a name" in find(tmp_path, "some/clip/too/deep", hub=hub)
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> str:
+    """A folder with a file that is to be uploaded, one in a folder, and one that is not."""
+    folder = tmp_path / "export"
+    (folder / "model").mkdir(parents=True)
+    for name in ("README.md", "model/config.json", "notes.txt"):
+        (folder / name).write_text(name)
+    return str(folder)
+
+
+def test_a_folder_is_uploaded_in_one_commit_without_other_files(hub: Hub, tmp_path: Path, export: str) -> None:
+    told = done(tmp_path, uploaded, export, "some/adapter", "private", hub=hub, HF_TOKEN="a-token")
+    assert told == f"http://127.0.0.1:{hub.server_port}/some/adapter"
+    names = {"README.md": b"README.md", "model/config.json": b"model/config.json"}
+    assert hub.uploaded == {("some/adapter", name): data for name, data in names.items()}
+    assert hub.private == {"some/adapter": True}
+    done(tmp_path, uploaded, export, "some/other", hub=hub, HF_TOKEN="a-token")
+    assert hub.private["some/other"] is None  # as the organisation has it
+
+
+def test_an_upload_that_is_refused_is_told_with_the_remedy(hub: Hub, tmp_path: Path, export: str) -> None:
+    hub.gated.add("other/adapter")
+    logged_in = {"HF_TOKEN": "a-token"}
+    for name, env, told in (
+        ("some/adapter", {}, "nobody is logged in: run `hf auth login`, or set HF_TOKEN"),
+        ("some/adapter", {"HF_TOKEN": "old"}, "the hub does not know the token: log in anew with `hf auth login`"),
+        ("other/adapter", logged_in, "the token may not write there: log in with one that may"),
+        ("some/adapter", logged_in | {"HF_HUB_OFFLINE": "1"}, "nothing is uploaded while HF_HUB_OFFLINE is set"),
+        ("a/b/c", logged_in, "expected a name that the hub can have, such as ORG/NAME"),
+    ):
+        assert told in done(tmp_path, uploaded, export, name, hub=hub, **env)
+    assert "the hub can't be reached (" in done(tmp_path, uploaded, export, "some/adapter", **logged_in)
+    assert hub.uploaded == {}
