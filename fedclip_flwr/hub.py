@@ -91,7 +91,7 @@ def check_upload(name: str) -> None:
     """Raises where nothing can be uploaded to that repository, as far as that is known here."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

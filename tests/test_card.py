@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from fedclip_flwr import card, content, saved
 from tests.finished import finished
@@ -17,13 +17,22 @@ def card_of(folder: Path, sites: bool = False, **changed: Any) -> str:
     return str(card.card_of(facts, folder, sites))
 
 
+def read(text: str) -> ModelCardData:
+    """What the hub reads of the card."""
+    data = ModelCard(text).data
+    assert isinstance(data, ModelCardData)
+    return data
+
+
 def test_the_hub_reads_results_data_and_tags(tmp_path: Path) -> None:
-    told = ModelCard(card_of(finished(tmp_path, data="pacs"))).data
+    told = read(card_of(finished(tmp_path, data="pacs")))
     assert (told.library_name, told.pipeline_tag) == ("fedclip-flwr", "zero-shot-image-classification")
     assert told.datasets == ["flwrlabs/pacs"]
     assert told.get("base_model") is None  # the bundled CLIP is not on the hub
-    assert {"clip", "federated-learning", "model_hub_mixin"} <= {*told.tags}
-    found = [(one.dataset_type, one.dataset_split, one.metric_type, one.metric_value) for one in told.eval_results]
+    assert {"clip", "federated-learning", "model_hub_mixin"} <= {*(told.tags or [])}
+    found = [
+        (one.dataset_type, one.dataset_split, one.metric_type, one.metric_value) for one in told.eval_results or []
+    ]
     assert found == [
         ("flwrlabs/pacs", "seen", "accuracy", 0.7123),
         ("flwrlabs/pacs", "unseen", "accuracy", 0.375),
@@ -32,7 +41,7 @@ def test_the_hub_reads_results_data_and_tags(tmp_path: Path) -> None:
 
 def test_the_hub_links_a_model_of_its_own(tmp_path: Path) -> None:
     told = card_of(finished(tmp_path), model="some/clip", model_revision="0123456789abcdef")
-    assert ModelCard(told).data.base_model == "some/clip"
+    assert read(told).base_model == "some/clip"
     assert "image features of some/clip at 0123456789ab," in told
 
 
@@ -65,7 +74,7 @@ def test_no_folder_of_the_machine_is_told(kind: str, tmp_path: Path) -> None:
     assert f"- data: `{kind}:images`" in told
     assert "image features of mine, which" in told
     assert not any(part in told for part in ("/srv", "hospital", "/home", "somebody", str(tmp_path)))
-    assert ModelCard(told).data.get("datasets") is None
+    assert read(told).get("datasets") is None
 
 
 def test_what_privacy_was_spent_is_told(tmp_path: Path) -> None:
@@ -77,16 +86,16 @@ def test_what_privacy_was_spent_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_domain_held_out_has_one_result(tmp_path: Path) -> None:
-    none = {"seen": 0.5, "unseen": None, "sites": {}, "round": 1}
+    none: dict[str, Any] = {"seen": 0.5, "unseen": None, "sites": {}, "round": 1}
     told = card_of(finished(tmp_path, summary={"holdout": None, "zero_shot": none, "adapted": none}))
-    assert [one.dataset_split for one in ModelCard(told).data.eval_results] == ["seen"]
+    assert [one.dataset_split for one in read(told).eval_results or []] == ["seen"]
     assert "seen by no site" not in told
 
 
 def test_a_run_that_was_stopped_has_no_results(tmp_path: Path) -> None:
     told = card_of(finished(tmp_path, status="stopped"))
     assert "## Results" not in told
-    assert ModelCard(told).data.eval_results is None
+    assert read(told).eval_results is None
 
 
 def test_figures_of_other_classes_are_told_as_such(tmp_path: Path) -> None:

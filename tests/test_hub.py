@@ -21,6 +21,7 @@ from fedclip_flwr import clip
 from fedclip_flwr import hub as hubs
 from fedclip_flwr.errors import UserError
 
+Env = dict[str, str]
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
 FRESH = multiprocessing.get_context("forkserver")
@@ -46,7 +47,7 @@ class Hub(ThreadingHTTPServer):
         self.offers: list[dict[str, object]] = []
         self.asked: list[str] = []
         self.uploaded: dict[tuple[str, str], bytes] = {}
-        self.private: dict[str, bool | None] = {}
+        self.private: dict[str, bool] = {}
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -62,6 +63,8 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].replace("%2F", "/")
         self.server.asked.append(path)
         parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"] and len(parts) == 4:  # whether it is there, where it could not be made
+            return self.send(404, error="RepoNotFound")
         if parts[:2] == ["api", "models"]:
             name, what = "/".join(parts[2:4]), parts[4]
             if what == "discussions":
@@ -100,7 +103,7 @@ class Answer(BaseHTTPRequestHandler):
             made = f"{told['organization']}/{told['name']}"
             if made in self.server.gated:
                 return self.send(403)
-            self.server.private[made] = told.get("private")
+            self.server.private[made] = told.get("visibility") == "private" or bool(told.get("private"))
             return self.send(200, json.dumps({"url": f"https://huggingface.co/{made}"}).encode())
         if path == "/api/validate-yaml":
             return self.send(200, json.dumps({"errors": [], "warnings": []}).encode())
@@ -142,13 +145,13 @@ def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
     return done(tmp_path, found, *words, hub=hub)
 
 
-def done(tmp_path: Path, job: Callable[..., str], *words: str, hub: Hub | None = None, **more: str) -> str:
+def done(tmp_path: Path, job: Callable[..., str], *words: str, hub: Hub | None = None, more: Env | None = None) -> str:
     """The line that the job comes to in a process of its own, in an environment with `more`."""
     where = f"http://127.0.0.1:{hub.server_port if hub else 9}"
     env = {"HF_HOME": str(tmp_path / "cache"), "FEDCLIP_HOME": str(tmp_path / "home"), "HF_ENDPOINT": where}
     env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     ours, theirs = FRESH.Pipe(duplex=False)
-    process = FRESH.Process(target=answer, args=(env | more, job, words, theirs))
+    process = FRESH.Process(target=answer, args=(env | (more or {}), job, words, theirs))
     process.start()
     theirs.close()
     with ours:
@@ -260,25 +263,26 @@ def export(tmp_path: Path) -> str:
 
 
 def test_a_folder_is_uploaded_in_one_commit_without_other_files(hub: Hub, tmp_path: Path, export: str) -> None:
-    told = done(tmp_path, uploaded, export, "some/adapter", "private", hub=hub, HF_TOKEN="a-token")
+    told = done(tmp_path, uploaded, export, "some/adapter", "private", hub=hub, more={"HF_TOKEN": "a-token"})
     assert told == f"http://127.0.0.1:{hub.server_port}/some/adapter"
     names = {"README.md": b"README.md", "model/config.json": b"model/config.json"}
     assert hub.uploaded == {("some/adapter", name): data for name, data in names.items()}
     assert hub.private == {"some/adapter": True}
-    done(tmp_path, uploaded, export, "some/other", hub=hub, HF_TOKEN="a-token")
-    assert hub.private["some/other"] is None  # as the organisation has it
+    done(tmp_path, uploaded, export, "some/other", hub=hub, more={"HF_TOKEN": "a-token"})
+    assert not hub.private["some/other"]
 
 
 def test_an_upload_that_is_refused_is_told_with_the_remedy(hub: Hub, tmp_path: Path, export: str) -> None:
     hub.gated.add("other/adapter")
     logged_in = {"HF_TOKEN": "a-token"}
-    for name, env, told in (
+    refusals: list[tuple[str, Env, str]] = [
         ("some/adapter", {}, "nobody is logged in: run `hf auth login`, or set HF_TOKEN"),
         ("some/adapter", {"HF_TOKEN": "old"}, "the hub does not know the token: log in anew with `hf auth login`"),
         ("other/adapter", logged_in, "the token may not write there: log in with one that may"),
         ("some/adapter", logged_in | {"HF_HUB_OFFLINE": "1"}, "nothing is uploaded while HF_HUB_OFFLINE is set"),
         ("a/b/c", logged_in, "expected a name that the hub can have, such as ORG/NAME"),
-    ):
-        assert told in done(tmp_path, uploaded, export, name, hub=hub, **env)
-    assert "the hub can't be reached (" in done(tmp_path, uploaded, export, "some/adapter", **logged_in)
+    ]
+    for name, env, told in refusals:
+        assert told in done(tmp_path, uploaded, export, name, hub=hub, more=env)
+    assert "the hub can't be reached (" in done(tmp_path, uploaded, export, "some/adapter", more=logged_in)
     assert hub.uploaded == {}
