@@ -29,7 +29,13 @@ def finished(root: Path, *, status: str = "completed", summary: dict[str, Any] |
         "holdout": "sketch",
         "zero_shot": accuracies(0.5, 0.25),
         "adapted": accuracies(0.712345, 0.375) | {"round": 4},
-        "traffic": {"per_site_round_bytes": 2000.0, "full_model_bytes": 4_000_000, "times_less": 2000.0},
+        "traffic": {
+            "down_bytes": 6000,
+            "up_bytes": 4000,
+            "per_site_round_bytes": 2000.0,
+            "full_model_bytes": 4_000_000,
+            "times_less": 2000.0,
+        },
         "privacy": None,
         "failures": [],
     }
