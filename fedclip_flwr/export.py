@@ -44,6 +44,8 @@ class Wishes:
 
 def export(wishes: Wishes) -> str:
     """Writes the folder and says what there is, and how it is used."""
+    if not wishes.out:
+        raise UserError("--out: name the folder that is to be written")
     if wishes.private and not wishes.push:
         raise UserError("--private: nothing is uploaded without --push ORG/NAME")
     if wishes.onnx:
@@ -72,8 +74,9 @@ def export(wishes: Wishes) -> str:
 
 
 def check(out: Path) -> None:
-    """Raises where the folder can't be written to, or holds something else than an export."""
-    content.make_folder(out, "--out")
+    """Raises where the folder holds something else than an export."""
+    if not out.is_dir():
+        return
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     others = [name for name in found if name not in OWN]
     if not others and found not in ([], [CARD]) and not _is_export(out):

@@ -76,10 +76,8 @@ def evaluate(
 
 @app.command()
 def export(
-    out: Annotated[str, typer.Option("--out", "-o", help="The folder that is written.", show_default=False)],
-    run: Annotated[
-        str, typer.Argument(help="A run by its name, a folder, or a name on the hub.", show_default=False)
-    ] = "latest",
+    run: Annotated[str, typer.Argument(metavar="[RUN]", show_default=False)] = "latest",
+    out: Annotated[str, option("The folder that is written.", "--out", "-o")] = "",
     onnx: Annotated[bool, option("Also as ONNX: one file for images, adapter and classes.", "--onnx")] = False,
     with_sites: Annotated[bool, option("Name the sites and their sizes in the model card.", "--with-sites")] = False,
     push: Annotated[str, option("Also upload it to this ORG/NAME of the hub; for all to see, unless said.")] = "",
@@ -91,8 +89,9 @@ def export(
 ) -> None:
     """Write what was learnt to a folder, to be used elsewhere: adapter, settings, model card.
 
-    It is the latest run's, unless said. An older export there is replaced, but for a model card that was edited. The
-    frozen CLIP is not copied, except into the ONNX file; a model that was trained whole is.
+    RUN is a run by its name, a folder, or a name on the hub; the latest run unless said. An older export in the folder
+    is replaced, but for a model card that was edited. The frozen CLIP is not copied, except into the ONNX file; a model
+    that was trained whole is.
 
     Examples: fedclip export --out adapter; fedclip export 20260102-030405 --out adapter --onnx --push me/adapter
     """
