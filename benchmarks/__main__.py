@@ -51,6 +51,13 @@ BENCHMARKS = (
         "without a GPU the model takes far longer than reading the images, and none is started.",
     ),
     Benchmark(
+        "predicting",
+        ("--turns", "3"),
+        "Predictions",
+        "Of image files, beside transformers alone, which also opens and prepares them; of stored features; and from\n"
+        "the ONNX file, beside torch on all drawn pictures.",
+    ),
+    Benchmark(
         "warm_epoch",
         (),
         "A site's work by its parts",

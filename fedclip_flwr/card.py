@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fedclip_flwr import console, history
+from fedclip_flwr import console, content, history, saved
 from fedclip_flwr.data.presets import PRESETS
 
 LIBRARY, TASK = "fedclip-flwr", "zero-shot-image-classification"
@@ -22,7 +22,8 @@ def card_of(facts: Mapping[str, Any], origin: Path | None, sites: bool = False) 
     sizes told, only if that is allowed.
     """
     run = history.read(origin) if origin and (origin / history.SETTINGS).exists() else None
-    if origin and not run and (origin / "README.md").exists():
+    same = origin is not None and _made_for(origin) == [[*facts["class_names"]], [*facts["templates"]]]
+    if origin and same and not run and (origin / "README.md").exists():
         return ModelCard((origin / "README.md").read_text(encoding="utf-8"))
     settings = run.settings if run else {}
     summary = run.summary if run and run.completed else {}
@@ -37,7 +38,7 @@ def card_of(facts: Mapping[str, Any], origin: Path | None, sites: bool = False) 
     if run:
         parts.append("## Data and sites\n\n" + _data(settings, summary, sites))
     if summary:
-        parts.append("## Results\n\n" + _results(summary, sites))
+        parts.append("## Results\n\n" + _results(summary, sites) + OTHERS * (not same))
         parts.append("## Cost\n\n" + _cost(summary, settings))
     if run:
         parts.append("## How it was made\n\n" + _recipe(settings))
@@ -54,6 +55,18 @@ LIMITS = """- Results are of the data named here; on other images, cameras and p
   nothing about them can be learnt from it."""
 
 
+OTHERS = " These are figures of the run's own classes and prompts, which were others than those above."
+
+
+def _made_for(origin: Path) -> list[Any]:
+    """The class names and templates with which a folder's adapter or model was learnt."""
+    for name in (f"model/{saved.WHOLE}", saved.FACTS, saved.CONFIG, saved.WHOLE):
+        if (origin / name).exists():
+            found = content.read_json(origin / name)
+            return [list(found.get("class_names", ())), list(found.get("templates", ()))]
+    return []
+
+
 def _title(facts: Mapping[str, Any]) -> str:
     what = (
         "A CLIP, trained whole" if facts.get("kind") == "full-model" else f"An adapter ({facts.get('kind')}) for CLIP"
@@ -62,7 +75,8 @@ def _title(facts: Mapping[str, Any]) -> str:
 
 
 def _what(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    base = _shown_name(str(facts.get("model", "")))
+    base = model_name(facts)
+    base = "the small CLIP that comes with fedclip-flwr" if base == "bundled" else base
     revision = f" at {facts['model_revision'][:12]}" if facts.get("model_revision") else ""
     if facts.get("kind") == "full-model":
         return f"All of {base}{revision}, trained by federated averaging; no image left its site."
@@ -74,10 +88,16 @@ def _what(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _shown_name(name: str) -> str:
-    """A model or data set, without the folders of the machine that it was on."""
-    head, _, path = name.rpartition(":") if name.startswith(("folder:", "features:")) else ("", "", name)
-    return f"{head}:{Path(path).name}" if head else (Path(path).name if path.startswith("/") else path)
+def model_name(facts: Mapping[str, Any]) -> str:
+    """What the CLIP is called, without the folders of the machine that it was on: only the hub's have a revision."""
+    name = str(facts.get("model", ""))
+    return name if facts.get("model_revision") else Path(name).name
+
+
+def _data_name(name: str) -> str:
+    """The same of a data set."""
+    kind, colon, path = name.partition(":") if name.startswith(("folder:", "features:")) else ("", "", name)
+    return kind + colon + Path(path).name if colon else path
 
 
 def _classes(facts: Mapping[str, Any]) -> str:
@@ -89,7 +109,7 @@ def _classes(facts: Mapping[str, Any]) -> str:
 def _data(settings: Mapping[str, Any], summary: Mapping[str, Any], sites: bool) -> str:
     holdout = summary.get("holdout")
     examples: Mapping[str, Sequence[int]] = summary.get("examples", {})
-    lines = [f"- data: `{_shown_name(settings['data'])}`"]
+    lines = [f"- data: `{_data_name(settings['data'])}`"]
     if holdout:
         lines.append(f"- held out, seen by no site: {holdout}")
     lines.append(f"- sites: {len(examples) or settings.get('sites') or 'unknown'}")
@@ -113,7 +133,7 @@ def _results(summary: Mapping[str, Any], sites: bool) -> str:
 
 
 def _cost(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    return "A site sent and received " + console.cost(summary["traffic"], settings["method"])
+    return "Sent and received: " + console.cost(summary["traffic"], settings["method"])
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
@@ -122,7 +142,7 @@ def _recipe(settings: Mapping[str, Any]) -> str:
         *("codec", "fraction-train", "partition", "seed"),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
-    rows = [(f"`{key}`", str(settings[key])) for key in keys]
+    rows = [(f"`{key}`", str(settings[key] or (0 if key == "seed" else "the recipe's"))) for key in keys]
     return _table([("setting", "value"), *rows]) + (f"\n\nMade with {versions}." if versions else "")
 
 
@@ -148,17 +168,20 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _data_of_card(facts: Mapping[str, Any], settings: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardData:
     """What the hub reads of the card."""
-    base, data = str(facts.get("model", "")), str(settings.get("data", ""))
+    data = str(settings.get("data", ""))
     hub_data = PRESETS[data].hub_id if data in PRESETS else data if "/" in data and ":" not in data else None
-    name = _shown_name(data) or "unknown"
-    found = {"seen": "the sites' own test images", "unseen": "a domain that no site trained on"}
+    name = _data_name(data) or "unknown"
+    found = {"seen": "the sites' own test images", "unseen": "images of no site that trained"}
     results = [
-        EvalResult(TASK, hub_data or name, f"{name}: {what}", "accuracy", summary["adapted"][key])
+        EvalResult(  # without a split, the hub's library takes both for one data set
+            *(TASK, hub_data or name, f"{name}, {what}", "accuracy", round(summary["adapted"][key], 4)),
+            dataset_split=key,
+        )
         for key, what in found.items()
         if summary and summary["adapted"][key] is not None
     ]
     return ModelCardData(
-        base_model=base if "/" in base and not base.startswith("/") else None,
+        base_model=model_name(facts) if facts.get("model_revision") else None,
         datasets=[hub_data] if hub_data else None,
         library_name=LIBRARY,
         pipeline_tag=TASK,

@@ -323,7 +323,7 @@ class Clip:
         if not self._lower:
             there["pixel_values"] = there["pixel_values"].to(self.net.logit_scale.dtype)
         with self._precision():
-            return _unit(self.net.get_image_features(**there))
+            return unit(self.net.get_image_features(**there))
 
     @property
     def _lower(self) -> bool:
@@ -344,7 +344,7 @@ class Clip:
         """The prompts' features, a row for each."""
         parts = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
         with self._precision():
-            return torch.cat([_unit(self.net.get_text_features(**self._tokens(part))).cpu() for part in parts])
+            return torch.cat([unit(self.net.get_text_features(**self._tokens(part))).cpu() for part in parts])
 
     def _tokens(self, prompts: Sequence[str]) -> Any:
         """SigLIP learnt with texts that are filled up to their full length."""
@@ -390,12 +390,12 @@ class WholeModel(Learner):
     def _features(self, pixels: Tensor) -> Tensor:
         with self._precision():
             images = pixels * self.factor - self.shift
-            return _unit(self.net.get_image_features(pixel_values=images))
+            return unit(self.net.get_image_features(pixel_values=images))
 
     def against(self, classes: Classes) -> Classes:
         """Its own class features, scale and bias; those that are given are the frozen model's."""
         with self._precision():
-            features = _unit(self.net.get_text_features(**{name: getattr(self, name) for name in self._tokens}))
+            features = unit(self.net.get_text_features(**{name: getattr(self, name) for name in self._tokens}))
         text = F.normalize(features.view(self._templates, -1, features.shape[1]).mean(0), dim=-1)
         bias = getattr(self.net, "logit_bias", None)
         return Classes(text, self.net.logit_scale.exp(), 0.0 if bias is None else bias)
@@ -404,7 +404,7 @@ class WholeModel(Learner):
         return torch.autocast(self.factor.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
 
-def _unit(output: Any) -> Tensor:
+def unit(output: Any) -> Tensor:
     """Features as transformers returns them, in float32, of unit length."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import UserError, one_line
 
 REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*")
 """As git allows them, but for signs that nobody uses; the hub's library makes a path of it."""
@@ -85,3 +85,44 @@ def conversion(name: str) -> str | None:
     except (HTTPError, OSError):
         return None
     return next((offer.git_reference for offer in offers if offer.status in ("open", "draft")), None)
+
+
+def check_upload(name: str) -> None:
+    """Raises where nothing can be uploaded to that repository, as far as that is known here."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"--push {name}: expected a name that the hub can have, such as ORG/NAME") from None
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"--push {name}: nothing is uploaded while HF_HUB_OFFLINE is set: unset it")
+    if not get_token():
+        raise UserError(f"--push {name}: nobody is logged in: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, name: str, files: Sequence[str], message: str, *, private: bool | None = None) -> str:
+    """The address of the hub's model, made if need be, into which the folder's `files` (patterns) are uploaded."""
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    check_upload(name)
+    try:
+        place = HfApi().create_repo(name, private=private, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=place.repo_id, folder_path=folder, allow_patterns=[*files], commit_message=message
+        )
+    except HfHubHTTPError as error:
+        reason = f"the hub refused it ({one_line(error.server_message or error)})"
+        if error.response.status_code == 401:
+            reason = "the hub does not know the token: log in anew with `hf auth login`"
+        elif error.response.status_code == 403:
+            reason = "the token may not write there: log in with one that may, or name a repository of your own"
+    except (HTTPError, OSError) as error:
+        reason = f"the hub can't be reached ({one_line(error)}): check the network, then give the same command again"
+    else:
+        return str(place)
+    raise UserError(f"--push {name}: {reason}")

@@ -120,6 +120,11 @@ class FedCLIP(
         return self.vocabulary.class_names
 
     @property
+    def loaded(self) -> clip.Clip:
+        """The CLIP itself, with what prepares its images."""
+        return self._clip
+
+    @property
     def device(self) -> torch.device:
         return self.text.device
 
@@ -144,6 +149,11 @@ class FedCLIP(
         vocabulary = Vocabulary(names, templates)
         facts = {**self.facts, "class_names": list(names), "templates": list(templates), "prompts": vocabulary.prompts}
         return type(self)(self._clip, vocabulary, self.adapter, facts, self._origin)
+
+    @property
+    def origin(self) -> Path | None:
+        """The folder that it came from."""
+        return self._origin
 
     # Images
 
@@ -201,8 +211,7 @@ class FedCLIP(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         facts = {**self.facts, "fedclip_flwr": __version__}
-        if os.path.isabs(str(facts.get("model", ""))):  # where it was on this machine is of no use elsewhere
-            facts["model"] = Path(facts["model"]).name
+        facts["model"] = card.model_name(facts)  # where it was on this machine is of no use elsewhere
         if self.adapter is None:
             content.make_folder(save_directory / "model", "save_directory")
             for file in clip.files(self._clip.folder):

@@ -114,7 +114,7 @@ def _of_images(wishes: Wishes) -> tuple[Rows, int, int]:
         precision=wishes.precision,
     )
     if wishes.classes or wishes.prompt:
-        model = model.with_classes(_names(wishes.classes), wishes.prompt)
+        model = model.with_classes(names_of(wishes.classes), wishes.prompt)
     return model.stream_files(paths, wishes.top), len(paths), min(wishes.top, len(model.class_names))
 
 
@@ -127,7 +127,7 @@ def _listed(places: Sequence[str]) -> Iterator[str]:
             yield place
 
 
-def _names(classes: str) -> tuple[str, ...]:
+def names_of(classes: str) -> tuple[str, ...]:
     """From a comma list or a file."""
     path = Path(classes).expanduser()
     return read_names(str(path.absolute()) if classes and "," not in classes and path.is_file() else classes)

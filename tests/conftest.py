@@ -38,6 +38,7 @@ TOGETHER = (
     "test_deploy",
     "test_traffic",
     "test_hub",
+    "test_onnx_file",
     "test_pinned",
     "data/test_drawn",
     "report/",

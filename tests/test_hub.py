@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import multiprocessing
@@ -18,10 +19,12 @@ import pytest
 
 import fedclip_flwr
 from fedclip_flwr import clip
+from fedclip_flwr import hub as hubs
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
 from tests.learnt import saved_adapter
 
+Env = dict[str, str]
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
 FRESH = multiprocessing.get_context("forkserver")
@@ -35,7 +38,10 @@ def git_id(what: Path | bytes) -> str:
 
 
 class Hub(ThreadingHTTPServer):
-    """`folders` are served by repository and commit; `gated` ones are refused, `asked` has all paths."""
+    """`folders` are served by repository and commit; `gated` ones are refused, `asked` has all paths.
+
+    What is uploaded is in `uploaded`, by repository and path; `private` has whether a new repository is to be.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -43,6 +49,8 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.offers: list[dict[str, object]] = []
         self.asked: list[str] = []
+        self.uploaded: dict[tuple[str, str], bytes] = {}
+        self.private: dict[str, bool] = {}
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -58,6 +66,8 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].replace("%2F", "/")
         self.server.asked.append(path)
         parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"] and len(parts) == 4:  # whether it is there, where it could not be made
+            return self.send(404, error="RepoNotFound")
         if parts[:2] == ["api", "models"]:
             name, what = "/".join(parts[2:4]), parts[4]
             if what == "discussions":
@@ -71,19 +81,46 @@ class Answer(BaseHTTPRequestHandler):
                 return self.send(404, error="RevisionNotFound")
             if what == "revision":
                 return self.send(200, json.dumps({"id": name, "sha": commit}).encode())
-            root = self.server.folders[name, commit]
-            files = [(file, file.relative_to(root).as_posix()) for file in root.rglob("*") if file.is_file()]
-            tree = [{"type": "file", "path": p, "size": f.stat().st_size, "oid": git_id(f)} for f, p in files]
+            files = self.server.folders[name, commit].iterdir()
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": git_id(f)} for f in files]
             return self.send(200, json.dumps(tree).encode())
         if "resolve" not in parts:
             return self.send(404)
         name, commit = "/".join(parts[:2]), parts[3]
         if name in self.server.gated:
             return self.send(403, error="GatedRepo")
-        file = self.server.folders[name, commit].joinpath(*parts[4:])
+        file = self.server.folders[name, commit] / parts[4]
         if not file.exists():
             return self.send(404, error="EntryNotFound")
         return self.send(200, file.read_bytes(), commit)
+
+    def do_POST(self) -> None:
+        """Uploads: a repository is made, the ways are told in which its files come, and all come in one commit."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        name = "/".join(path.split("/")[3:5])
+        if self.headers["Authorization"] != "Bearer a-token":
+            return self.send(401)
+        if path == "/api/repos/create":
+            told = json.loads(body)
+            made = f"{told['organization']}/{told['name']}"
+            if made in self.server.gated:
+                return self.send(403)
+            self.server.private[made] = told.get("visibility") == "private" or bool(told.get("private"))
+            return self.send(200, json.dumps({"url": f"https://huggingface.co/{made}"}).encode())
+        if path == "/api/validate-yaml":
+            return self.send(200, json.dumps({"errors": [], "warnings": []}).encode())
+        if "/preupload/" in path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.send(200, json.dumps({"files": files}).encode())
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                data = base64.b64decode(line["value"]["content"])
+                self.server.uploaded[name, line["value"]["path"]] = data
+        commit = {"success": True, "commitOid": SHA, "commitUrl": f"https://huggingface.co/{name}/commit/{SHA}"}
+        return self.send(200, json.dumps(commit).encode())
 
     def send(self, status: int, body: bytes = b"", commit: str = "", error: str = "") -> None:
         self.send_response(status)
@@ -94,7 +131,7 @@ class Answer(BaseHTTPRequestHandler):
         if error:
             self.send_header("X-Error-Code", error)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
 
@@ -106,25 +143,18 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
 
 
-def find_model(*words: str) -> str:
-    folder = clip.find(*words).folder
-    return f"{folder.name} {sorted(f.name for f in folder.iterdir())}"
+def find(tmp_path: Path, *words: str, hub: Hub | None = None) -> str:
+    """What `clip.find` comes to in a process of its own; without a hub it can't be reached."""
+    return done(tmp_path, found, *words, hub=hub)
 
 
-def find_adapter(*words: str) -> str:
-    model = fedclip_flwr.FedCLIP.from_pretrained(words[0], revision=words[1] if words[1:] else "")
-    folder = model._origin
-    assert folder
-    return f"{folder.name} {sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if f.is_file())}"
-
-
-def find(tmp_path: Path, *words: str, hub: Hub | None = None, look: Callable[..., str] = find_model) -> str:
-    """What `look` comes to in a process of its own; without a hub it can't be reached."""
+def done(tmp_path: Path, job: Callable[..., str], *words: str, hub: Hub | None = None, more: Env | None = None) -> str:
+    """The line that the job comes to in a process of its own, in an environment with `more`."""
     where = f"http://127.0.0.1:{hub.server_port if hub else 9}"
     env = {"HF_HOME": str(tmp_path / "cache"), "FEDCLIP_HOME": str(tmp_path / "home"), "HF_ENDPOINT": where}
     env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     ours, theirs = FRESH.Pipe(duplex=False)
-    process = FRESH.Process(target=found, args=(env, look, words, theirs))
+    process = FRESH.Process(target=answer, args=(env | (more or {}), job, words, theirs))
     process.start()
     theirs.close()
     with ours:
@@ -134,13 +164,28 @@ def find(tmp_path: Path, *words: str, hub: Hub | None = None, look: Callable[...
     return told
 
 
-def found(env: dict[str, str], look: Callable[..., str], words: tuple[str, ...], to: Connection) -> None:
+def answer(env: dict[str, str], job: Callable[..., str], words: tuple[str, ...], to: Connection) -> None:
     assert "huggingface_hub" not in sys.modules
     os.environ |= env
     try:
-        to.send(look(*words))
+        to.send(job(*words))
     except UserError as error:
         to.send(str(error))
+
+
+def found(*words: str) -> str:
+    model = clip.find(*words)
+    return f"{model.folder.name} {sorted(f.name for f in model.folder.iterdir())}"
+
+
+def found_adapter(name: str, revision: str = "") -> str:
+    folder = fedclip_flwr.FedCLIP.from_pretrained(name, revision=revision).origin
+    assert folder
+    return f"{folder.name} {sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if f.is_file())}"
+
+
+def uploaded(folder: str, name: str, private: str = "") -> str:
+    return hubs.upload(Path(folder), name, ["README.md", "model/*"], "A message", private=bool(private) or None)
 
 
 def bundled(tmp_path: Path, without: str = "") -> Path:
@@ -216,16 +261,52 @@ def test_what_the_hub_refuses_is_told_with_the_remedy(hub: Hub, tmp_path: Path) 
     assert "neither a folder here nor a name" in find(tmp_path, "some/clip/too/deep", hub=hub)
 
 
+@pytest.fixture
+def export(tmp_path: Path) -> str:
+    """A folder with a file that is to be uploaded, one in a folder, and one that is not."""
+    folder = tmp_path / "export"
+    (folder / "model").mkdir(parents=True)
+    for name in ("README.md", "model/config.json", "notes.txt"):
+        (folder / name).write_text(name)
+    return str(folder)
+
+
+def test_a_folder_is_uploaded_in_one_commit_without_other_files(hub: Hub, tmp_path: Path, export: str) -> None:
+    told = done(tmp_path, uploaded, export, "some/adapter", "private", hub=hub, more={"HF_TOKEN": "a-token"})
+    assert told == f"http://127.0.0.1:{hub.server_port}/some/adapter"
+    names = {"README.md": b"README.md", "model/config.json": b"model/config.json"}
+    assert hub.uploaded == {("some/adapter", name): data for name, data in names.items()}
+    assert hub.private == {"some/adapter": True}
+    done(tmp_path, uploaded, export, "some/other", hub=hub, more={"HF_TOKEN": "a-token"})
+    assert not hub.private["some/other"]
+
+
+def test_an_upload_that_is_refused_is_told_with_the_remedy(hub: Hub, tmp_path: Path, export: str) -> None:
+    hub.gated.add("other/adapter")
+    logged_in = {"HF_TOKEN": "a-token"}
+    refusals: list[tuple[str, Env, str]] = [
+        ("some/adapter", {}, "nobody is logged in: run `hf auth login`, or set HF_TOKEN"),
+        ("some/adapter", {"HF_TOKEN": "old"}, "the hub does not know the token: log in anew with `hf auth login`"),
+        ("other/adapter", logged_in, "the token may not write there: log in with one that may"),
+        ("some/adapter", logged_in | {"HF_HUB_OFFLINE": "1"}, "nothing is uploaded while HF_HUB_OFFLINE is set"),
+        ("a/b/c", logged_in, "expected a name that the hub can have, such as ORG/NAME"),
+    ]
+    for name, env, told in refusals:
+        assert told in done(tmp_path, uploaded, export, name, hub=hub, more=env)
+    assert "the hub can't be reached (" in done(tmp_path, uploaded, export, "some/adapter", more=logged_in)
+    assert hub.uploaded == {}
+
+
 def test_an_adapter_comes_from_the_hub_and_then_from_the_cache(hub: Hub, tmp_path: Path, drawn: Features) -> None:
     saved_adapter(tmp_path / "learnt", drawn)
     hub.folders["some/adapter", SHA] = tmp_path / "out"
     fedclip_flwr.FedCLIP.from_pretrained(tmp_path / "learnt").save_pretrained(tmp_path / "out")
     (tmp_path / "out" / "training_args.bin").write_bytes(b"a pickle")
     told = f"{SHA} ['README.md', 'adapter.safetensors', 'config.json']"
-    assert find(tmp_path, "some/adapter", hub=hub, look=find_adapter) == told
-    assert find(tmp_path, "some/adapter", look=find_adapter) == told
-    assert "the hub has no revision v9 of it" in find(tmp_path, "some/adapter", "v9", hub=hub, look=find_adapter)
+    assert done(tmp_path, found_adapter, "some/adapter", hub=hub) == told
+    assert done(tmp_path, found_adapter, "some/adapter") == told
+    assert "the hub has no revision v9 of it" in done(tmp_path, found_adapter, "some/adapter", "v9", hub=hub)
     (tmp_path / "out" / "adapter.safetensors").unlink()
     hub.folders["some/half", SHA] = tmp_path / "out"
-    assert "lacks adapter.safetensors" in find(tmp_path, "some/half", hub=hub, look=find_adapter)
-    assert find(tmp_path, "some/none", hub=hub, look=find_adapter).startswith("some/none: the hub has no such model")
+    assert "lacks adapter.safetensors" in done(tmp_path, found_adapter, "some/half", hub=hub)
+    assert done(tmp_path, found_adapter, "some/none", hub=hub).startswith("some/none: the hub has no such model")

@@ -72,3 +72,30 @@ def evaluate(
     simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
     wishes = evaluate.Wishes(data, settings or [], adapter, classes, prompt, by_class, as_json, model, revision)
     typer.echo(evaluate.evaluate(wishes))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="[RUN]", show_default=False)] = "latest",
+    out: Annotated[str, option("The folder that is written.", "--out", "-o")] = "",
+    onnx: Annotated[bool, option("Also as ONNX: one file for images, adapter and classes.", "--onnx")] = False,
+    with_sites: Annotated[bool, option("Name the sites and their sizes in the model card.", "--with-sites")] = False,
+    push: Annotated[str, option("Also upload it to this ORG/NAME of the hub; for all to see, unless said.")] = "",
+    private: Annotated[bool, option("A new place on the hub is private.", "--private")] = False,
+    classes: Classes = "",
+    prompt: Prompt = "",
+    model: Model = "",
+    revision: Revision = "",
+) -> None:
+    """Write what was learnt to a folder, to be used elsewhere: adapter, settings, model card.
+
+    RUN is a run by its name, a folder, or a name on the hub; the latest run unless said. An older export in the folder
+    is replaced, but for a model card that was edited. The frozen CLIP is not copied, except into the ONNX file; a model
+    that was trained whole is.
+
+    Examples: fedclip export --out adapter; fedclip export 20260102-030405 --out adapter --onnx --push me/adapter
+    """
+    from fedclip_flwr import export  # not for --help: it brings torch
+
+    wishes = export.Wishes(run, out, onnx, with_sites, push, private, classes, prompt, model, revision)
+    typer.echo(export.export(wishes))
