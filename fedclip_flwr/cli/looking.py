@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -66,4 +67,6 @@ def report(
     """
     from fedclip_flwr import report  # not for --help: it brings torch and matplotlib
 
+    if sys.stderr.isatty():
+        typer.echo("Looking at what is there, and drawing: some seconds…", err=True)
     typer.echo(report.make(names or ["latest"], out, results_dir))

@@ -63,6 +63,8 @@ def _weights(story: Story, figures: Figures, found: dict[str, Any]) -> str:
         "mean over the images of a class; shown are the dimensions that are changed most. "
         f"{100 * told['common']:.0f} % of all that is changed is the same for all classes."
     )
+    if (blend := story.adapted.get("blend", 1.0)) != 1.0:
+        lead += f" Of what comes of it {100 * blend:.0f} % are taken, the rest is zero-shot’s own feature."
     names, rows = found["class_names"], []
     for number, *strongest in zip(told["classes"], told["rising"], told["falling"], strict=True):
         row = [names[number]]

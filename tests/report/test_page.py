@@ -194,3 +194,15 @@ def test_the_sentence_follows_the_figures(
         run.summary[key] |= dict(zip(("seen", "unseen"), values, strict=True))
     assert Story(run).sentence.endswith(told)
     assert page.tiles(Story(run)).count("over zero-shot") == sum(value is not None for value in adapted)
+
+
+def test_a_blend_is_told_with_the_weights(plain: Path) -> None:
+    found: dict[str, Any] = many_classes(None, 3)  # type: ignore[arg-type]
+    row = [[0, 1.0]]
+    found["weights"] = {"of": 4, "common": 0.5, "values": [[1.0]], "classes": [2], "rising": [row], "falling": [row]}
+    run = history.read(plain)
+    assert "are taken" not in "".join(heldout_sections.of(Story(run), {}, found, ""))
+    run.summary["adapted"]["blend"] = 0.25
+    text = "".join(heldout_sections.of(Story(run), {}, found, ""))
+    assert "Of what comes of it 25 % are taken" in text
+    assert "<td>class 2</td><td>0</td><td>+1.00</td>" in text
