@@ -83,7 +83,7 @@ class FedCLIP(
         super().__init__()
         self.net, self.adapter = loaded.net, adapter
         self.vocabulary, self.facts = vocabulary, dict(facts or {})
-        self._clip, self._origin = loaded, origin
+        self.loaded, self.origin = loaded, origin
         self._scale, self._bias = loaded.scale, loaded.bias
         self.register_buffer("text", encoding.class_features(loaded, vocabulary), persistent=False)
         self.eval().to(loaded.device)
@@ -120,11 +120,6 @@ class FedCLIP(
         return self.vocabulary.class_names
 
     @property
-    def loaded(self) -> clip.Clip:
-        """The CLIP itself, with what prepares its images."""
-        return self._clip
-
-    @property
     def device(self) -> torch.device:
         return self.text.device
 
@@ -148,18 +143,13 @@ class FedCLIP(
             raise UserError(f"prompt = {prompt!r}: expected a template with one {{}}, such as 'a photo of a {{}}'")
         vocabulary = Vocabulary(names, templates)
         facts = {**self.facts, "class_names": list(names), "templates": list(templates), "prompts": vocabulary.prompts}
-        return type(self)(self._clip, vocabulary, self.adapter, facts, self._origin)
-
-    @property
-    def origin(self) -> Path | None:
-        """The folder that it came from."""
-        return self._origin
+        return type(self)(self.loaded, vocabulary, self.adapter, facts, self.origin)
 
     # Images
 
     def prepare(self, images: Picture | Iterable[Picture]) -> dict[str, Tensor]:
         """What the model is called with: `model(**model.prepare(images))`."""
-        return self._clip.preparer()([_opened(image) for image in _several(images)])
+        return self.loaded.preparer()([_opened(image) for image in _several(images)])
 
     def predict(self, images: Picture | Iterable[Picture], top: int = 1) -> list[Prediction]:
         """Each image's `top` likeliest classes. Images are paths, PIL's, or tensors and arrays of pixels.
@@ -178,12 +168,12 @@ class FedCLIP(
                 yield found
             return
         remaining = iter(several)
-        while batch := list(islice(remaining, self._clip.batch_size)):
+        while batch := list(islice(remaining, self.loaded.batch_size)):
             yield from self._best(self._see(self.prepare(batch)), top)
 
     def stream_files(self, paths: Sequence[str], top: int = 1) -> Iterator[tuple[str, Prediction | None]]:
         """The same of files, read and decoded ahead; None for one that can't be read."""
-        work = ahead.Work(Files(paths), "files", self._clip.preparer(), self._clip.batch_size)
+        work = ahead.Work(Files(paths), "files", self.loaded.preparer(), self.loaded.batch_size)
         batches = ahead.batches(work, 0, len(paths), pinned=self.device.type == "cuda")
         first = 0
         with contextlib.closing(batches):
@@ -193,7 +183,7 @@ class FedCLIP(
                     yield paths[number], found.get(number)
 
     def forward(self, pixel_values: Tensor, **more: Tensor) -> Tensor:
-        features = self._clip.encode({"pixel_values": pixel_values, **more}).to(self.text.dtype)
+        features = self.loaded.encode({"pixel_values": pixel_values, **more}).to(self.text.dtype)
         adapted = features if self.adapter is None else self.adapter(features)
         return Classes(self.text, self._scale, self._bias).logits(adapted)
 
@@ -214,7 +204,7 @@ class FedCLIP(
         facts["model"] = card.model_name(facts)  # where it was on this machine is of no use elsewhere
         if self.adapter is None:
             content.make_folder(save_directory / "model", "save_directory")
-            for file in clip.files(self._clip.folder):
+            for file in clip.files(self.loaded.folder):
                 copy = partial(shutil.copyfile, file)
                 content.write_whole(save_directory / "model" / file.name, copy, "save_directory")
             saved.write_json(save_directory / "model" / saved.WHOLE, facts, "save_directory")
@@ -225,7 +215,7 @@ class FedCLIP(
 
     def generate_model_card(self, *args: Any, sites: bool = False, **more: Any) -> ModelCard:
         """The card, with the names and sizes of `sites` only if that is said."""
-        return card.card_of(self.facts, self._origin, sites)
+        return card.card_of(self.facts, self.origin, sites)
 
 
 class Learnt(NamedTuple):
