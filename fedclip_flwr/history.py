@@ -101,7 +101,10 @@ class Run:
 
     @property
     def bytes_per_site_round(self) -> float | None:
-        """Of the rounds so far, both ways."""
+        """Both ways; the mean over what was asked of sites, or before a run's end over its rounds so far."""
+        if self.completed:
+            told: float | None = self.summary["traffic"]["per_site_round_bytes"]
+            return told
         made = [line for line in self.metrics if line["round"] and line["sites"]]
         return sum(line["bytes"] / line["sites"] for line in made) / len(made) if made else None
 

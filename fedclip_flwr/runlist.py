@@ -85,7 +85,7 @@ def _facts(run: Run) -> dict[str, Any]:
             site: {"zero_shot": zero["holdout_sites"].get(site), "adapted": accuracy}
             for site, accuracy in adapted.get("holdout_sites", {}).items()
         },
-        "bytes_per_site_round": traffic.get("per_site_round_bytes", run.bytes_per_site_round),
+        "bytes_per_site_round": run.bytes_per_site_round,
         "bytes": traffic["down_bytes"] + traffic["up_bytes"] if traffic else sum(line["bytes"] for line in lines),
         "times_less": traffic.get("times_less"),
         "seconds": summary["seconds"]["total"] if run.completed else sum(line["seconds"] for line in lines),

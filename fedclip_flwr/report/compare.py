@@ -7,11 +7,12 @@ from pathlib import Path
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
+from fedclip_flwr.console import percent
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.history import Run
 from fedclip_flwr.report import PAGE, compare_plots, write_plots, write_text
 from fedclip_flwr.report.drawing import styled
-from fedclip_flwr.report.markup import aside, e, gain, page, percent, plots, section, setting, table
+from fedclip_flwr.report.markup import aside, e, gain, page, plots, section, setting, table
 from fedclip_flwr.report.story import Story
 
 OWN = ("resume", "results-dir")
@@ -68,18 +69,18 @@ def row(name: str, story: Story) -> list[str]:
     """What is told of a run in the table."""
     zero, adapted = story.zero, story.adapted
     own = ((adapted.get("personal_metrics") or {}).get("seen") or {}).get("accuracy")
-    less = f"{story.whole_bytes / story.round_bytes:,.0f}" if story.whole_bytes and story.round_bytes else "–"
+    less = f"{story.times_less:,.0f}" if story.times_less else "–"
     return [
         name,
         story.run.status,
-        str(story.rounds),
+        str(story.run.done),
         str(story.sites),
         *(text for key in ("seen", "unseen") for text in (percent(adapted[key]), gain(zero[key], adapted[key]))),
         percent(own),
         story.cost,
         less,
         f"{story.seconds['total']:.0f}",
-        "–" if story.epsilon is None else f"{story.epsilon:.2f}",
+        "–" if story.run.epsilon is None else f"{story.run.epsilon:.2f}",
     ]
 
 

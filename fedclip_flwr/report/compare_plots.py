@@ -22,7 +22,9 @@ def of_runs(stories: Stories) -> list[Plot]:
     made = [
         *(over_rounds(stories, key) for key in ("seen", "unseen")),
         *(reached(stories, key) for key in ("seen", "unseen")),
-        bars(stories, "runs-bytes", "Bytes of a site and round", lambda story: story.round_bytes, bytes_of),
+        bars(
+            stories, "runs-bytes", "Bytes of a site and round", lambda story: story.run.bytes_per_site_round, bytes_of
+        ),
         bars(
             stories, "runs-time", "Seconds in all", lambda story: story.seconds["total"], lambda value: f"{value:.1f} s"
         ),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from fedclip_flwr.console import percent
 from fedclip_flwr.report.heldout_plots import greatest, recalls
-from fedclip_flwr.report.markup import Figures, aside, details, e, percent, plots, section, table
+from fedclip_flwr.report.markup import Figures, aside, details, e, plots, section, table
 from fedclip_flwr.report.story import Story
 
 IMAGE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")

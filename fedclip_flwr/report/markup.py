@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedclip_flwr import console
 from fedclip_flwr.errors import shown
 from fedclip_flwr.report.theme import DARK, LIGHT, variables
 
@@ -21,17 +22,9 @@ def e(text: object) -> str:
     return html.escape(shown(text))
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
-
-
 def gain(zero: float | None, adapted: float | None) -> str:
-    """The difference of what is shown."""
-    return (
-        "–"
-        if zero is None or adapted is None
-        else f"{round(100 * adapted, 1) - round(100 * zero, 1):+.1f}".replace("-", "−")
-    )
+    """The difference of what is shown, with a true minus."""
+    return console.gain(zero, adapted).replace("-", "−")
 
 
 def setting(value: object) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedclip_flwr.config import Settings
-from fedclip_flwr.console import counted, left_out
-from fedclip_flwr.nodes import Failure
+from fedclip_flwr.console import counted, left_out, percent
 from fedclip_flwr.report import heldout_sections
 from fedclip_flwr.report.markup import (
     Figures,
@@ -17,7 +16,6 @@ from fedclip_flwr.report.markup import (
     e,
     gain,
     page,
-    percent,
     plots,
     section,
     setting,
@@ -64,7 +62,7 @@ def _as_far(story: Story) -> str:
     if not story.lines:
         return "It came to no round."
     return (
-        f"What is told here is what there is: {counted(story.rounds, 'round')} of {story.settings.num_server_rounds}."
+        f"What is told here is what there is: {counted(story.run.done, 'round')} of {story.settings.num_server_rounds}."
     )
 
 
@@ -74,11 +72,10 @@ def tiles(story: Story) -> str:
     for key, what in (("seen", "seen: the sites’ own images"), ("unseen", f"unseen: {story.holdout or 'held out'}")):
         zero, adapted = story.zero[key], story.adapted[key]
         if adapted is not None:
-            below = f"{gain(zero, adapted)} over {story.start} {percent(zero)}"
+            below = f"{gain(zero, adapted)} over {story.run.start} {percent(zero)}"
             made.append(tile(what, percent(adapted), unit="%", below=below, role=key))
-    if story.round_bytes is not None:
-        less = story.whole_bytes / story.round_bytes if story.whole_bytes else None
-        below = f"{less:,.0f} times less than FedAVG" if less else "there and back"
+    if story.run.bytes_per_site_round is not None:
+        below = f"{story.times_less:,.0f} times less than FedAVG" if story.times_less else "there and back"
         figure, unit = story.cost.split(" ")
         made.append(tile("bytes a site and round", figure, unit=unit, below=below))
     if story.lines:
@@ -89,12 +86,12 @@ def tiles(story: Story) -> str:
             else (f"{seconds / 60:.1f}", "min")
         )
         made.append(
-            tile("time", figure, unit=unit, below=f"{counted(story.rounds, 'round')}, {counted(story.sites, 'site')}")
+            tile("time", figure, unit=unit, below=f"{counted(story.run.done, 'round')}, {counted(story.sites, 'site')}")
         )
-    if story.epsilon is not None:
+    if story.run.epsilon is not None:
         who = {"local": "before anyone, the server too", "central": "before anyone but the server"}
         below = f"at δ = {story.settings.delta:g}, {who.get(story.settings.dp, '')}"
-        made.append(tile("privacy of a site: ε", f"{story.epsilon:.2f}", below=below))
+        made.append(tile("privacy of a site: ε", f"{story.run.epsilon:.2f}", below=below))
     return f'<div class="tiles" style="--tiles: {len(made)}">\n{chr(10).join(made)}\n</div>' if made else ""
 
 
@@ -134,16 +131,16 @@ def figures_table(story: Story) -> str:
 def cost(story: Story, figures: Figures) -> str:
     """What the run has taken."""
     lead = []
-    if story.round_bytes is not None:
+    if story.run.bytes_per_site_round is not None:
         lead.append(f"A site sends and receives {story.cost} in a round.")
-        if story.whole_bytes:
-            lead.append(f"FedAVG of the whole model takes {story.whole_bytes / story.round_bytes:,.0f} times as much.")
+        if story.times_less:
+            lead.append(f"FedAVG of the whole model takes {story.times_less:,.0f} times as much.")
     return section("cost", "Bytes and time", plots(figures, "bytes", ("time", "pace")), lead=e(" ".join(lead)))
 
 
 def failures(story: Story) -> str:
     """Who was left out, and whose updates were too long."""
-    told = left_out(Failure(**failure) for failure in story.run.summary.get("failures", []))
+    told = left_out(story.run.failures)
     scaled = [
         f"{site}: its updates were longer than those of the others, and counted less, in {counted(rounds, 'round')}"
         for site, rounds in story.run.summary.get("scaled", {}).items()
@@ -154,9 +151,9 @@ def failures(story: Story) -> str:
 
 def how(story: Story) -> str:
     """How it was run, and how to go on from here."""
-    facts, default, others = story.run.settings, Settings().as_run_config(), _others(story)
+    facts, default = story.run.settings, Settings().as_run_config()
     settings = {key: value for key, value in facts.items() if key not in OWN_FACTS}
-    rows = [(key, setting(value) or "–", setting(default[key]) or "–") for key, value in others.items()]
+    rows = [(key, setting(value) or "–", setting(default[key]) or "–") for key, value in story.run.changed.items()]
     changed = (
         table(["setting", "value", "default"], rows, words=3)
         if rows
@@ -179,20 +176,15 @@ def how(story: Story) -> str:
 
 def go_on(story: Story) -> str:
     """Commands that go on from here."""
-    given = [f"{key}={setting(value)}" for key, value in sorted(_others(story).items()) if key != "results-dir"]
+    given = [f"{key}={setting(value)}" for key, value in sorted(story.run.changed.items())]
     nodes = ["--nodes", str(story.sites)] if story.sites and story.settings.data != "none" else []
     lines = [("The same once more", ["run", *nodes, *given]), ("This report again", ["report", str(story.run.path)])]
-    if story.completed and story.settings.method != "full-model":
-        lines.insert(0, ("Images of your own, with what was learnt", ["predict", str(story.run.path), "IMAGES"]))
-    if not story.completed and story.run.status != "running" and story.rounds:
+    if story.completed:
+        predict = ["predict", "IMAGES", "--adapter", str(story.run.path)]
+        lines.insert(0, ("Images of your own, with what was learnt", predict))
+    if not story.completed and story.run.status != "running" and story.run.done:
         lines.insert(0, ("To go on from its last complete round", ["run", f"resume={story.run.name}"]))
     told = "\n".join(
         f"<dt>{e(name)}</dt><dd><code>{e(shlex.join(['fedclip', *words]))}</code></dd>" for name, words in lines
     )
     return f'<h3>How to go on</h3>\n<dl class="commands">\n{told}\n</dl>'
-
-
-def _others(story: Story) -> dict[str, Any]:
-    """The settings that are not as they are unless given."""
-    default = Settings().as_run_config()
-    return {key: value for key, value in story.run.settings.items() if key in default and value != default[key]}

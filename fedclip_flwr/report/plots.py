@@ -49,7 +49,7 @@ def rounds(story: Story) -> Plot | None:
         ends.append((known[-1][1], f"{'validation' if light else key} {100 * known[-1][1]:.1f}", role))
         if not light and (zero := story.zero[key]) is not None:
             axes.axhline(zero, color=LIGHT[role], linewidth=1.2, dashes=(4, 3), zorder=2)
-            ends.append((zero, f"{story.start} {100 * zero:.1f}", role))
+            ends.append((zero, f"{story.run.start} {100 * zero:.1f}", role))
         at = None if story.selected is None else dict(known).get(story.selected)
         if not light and at is not None and story.selected is not None:
             axes.plot(
@@ -82,7 +82,7 @@ def rounds(story: Story) -> Plot | None:
         "Accuracy over rounds, %",
         f"Accuracy after each of {last} rounds: {told}.{chosen}",
         figure,
-        f"Dashed: {story.start}.{chosen}",
+        f"Dashed: {story.run.start}.{chosen}",
     )
 
 
@@ -183,13 +183,13 @@ def spread(story: Story) -> Plot | None:
 
 def traffic(story: Story) -> Plot | None:
     """The bytes of the run against those of FedAVG, on a logarithmic scale."""
-    each, whole = story.round_bytes, story.whole_bytes
-    if not each or not story.rounds:
+    each, whole = story.run.bytes_per_site_round, story.whole_bytes
+    if not each or not story.run.done:
         return None
-    many = story.rounds * max(story.sites, 1)
+    many = story.run.done * max(story.sites, 1)
     rows = [
         ("a site and round", each, whole),
-        ("a site, all rounds", each * story.rounds, whole and whole * story.rounds),
+        ("a site, all rounds", each * story.run.done, whole and whole * story.run.done),
     ]
     if story.sites > 1:
         rows.append(("all sites and rounds", each * many, whole and whole * many))

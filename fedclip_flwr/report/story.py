@@ -13,9 +13,7 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.console import bytes_of, counted
 from fedclip_flwr.errors import shown
 from fedclip_flwr.history import Run
-from fedclip_flwr.metrics import mean_of
 from fedclip_flwr.saved import FACTS
-from fedclip_flwr.sites import starts_as_zero_shot
 
 NOTHING: dict[str, Any] = {"seen": None, "unseen": None, "sites": {}, "holdout_sites": {}, "metrics": {}}
 STATUS = {
@@ -52,13 +50,8 @@ class Story:
         """A sentence, for a run that was not completed; with why."""
         if self.completed:
             return ""
-        why = shown(self.run.summary.get("why", "")).rstrip(".")
+        why = shown(self.run.why).rstrip(".")
         return STATUS.get(self.run.status, "How this run ended is not known") + (f": {why}." if why else ".")
-
-    @property
-    def start(self) -> str:
-        """What round 0 is."""
-        return "zero-shot" if starts_as_zero_shot(self.settings) else "start"
 
     @cached_property
     def selected(self) -> int | None:
@@ -110,25 +103,6 @@ class Story:
         return int(max([told if isinstance(told, int) else 0, *seen]))
 
     @property
-    def rounds(self) -> int:
-        return int(self.run.summary.get("rounds") or max([0, *(line["round"] for line in self.lines)]))
-
-    @property
-    def epsilon(self) -> float | None:
-        spent = [line["epsilon"] for line in self.lines if line.get("epsilon") is not None]
-        private = self.run.summary.get("privacy") or {}
-        found: float | None = private.get("epsilon", spent[-1] if spent else None)
-        return found
-
-    @property
-    def round_bytes(self) -> float | None:
-        """Of a site, in a round, there and back."""
-        if self.completed:
-            told: float | None = self.run.summary["traffic"]["per_site_round_bytes"]
-            return told
-        return mean_of(line["bytes"] / line["sites"] for line in self.lines if line["round"] and line["sites"])
-
-    @property
     def whole_bytes(self) -> int | None:
         """The same with FedAVG of the whole model, where that is another thing."""
         return (
@@ -136,6 +110,12 @@ class Story:
             if self.settings.method == "full-model"
             else self.run.summary.get("traffic", {}).get("full_model_bytes")
         )
+
+    @property
+    def times_less(self) -> float | None:
+        """So many times as much are the bytes of a site and round with FedAVG of the whole model."""
+        each = self.run.bytes_per_site_round
+        return self.whole_bytes / each if self.whole_bytes and each else None
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -174,7 +154,7 @@ class Story:
         of = "the bundled CLIP" if model == "bundled" else model
         what = self.what[0].upper() + self.what[1:]
         prefix = "of" if self.settings.method == "full-model" else "for"
-        text = f"{what} {prefix} {of} was trained at {counted(self.sites, 'site')} in {counted(self.rounds, 'round')}"
+        text = f"{what} {prefix} {of} was trained at {counted(self.sites, 'site')} in {counted(self.run.done, 'round')}"
         text += f", with {self.holdout} held out" if self.holdout else ""
         parts: list[str] = []
         for key, where in (
@@ -194,7 +174,7 @@ class Story:
     @property
     def cost(self) -> str:
         """The bytes of a site and round."""
-        return "–" if self.round_bytes is None else bytes_of(self.round_bytes)
+        return "–" if self.run.bytes_per_site_round is None else bytes_of(self.run.bytes_per_site_round)
 
     @property
     def figures(self) -> str:
@@ -204,8 +184,12 @@ class Story:
             zero, adapted = self.zero[key], self.adapted[key]
             if zero is not None and adapted is not None:
                 told.append(f"{key} {100 * zero:.1f} → {100 * adapted:.1f} %")
-        if self.round_bytes is not None:
-            less = f", {self.whole_bytes / self.round_bytes:,.0f} times less than FedAVG" if self.whole_bytes else ""
+        if self.run.bytes_per_site_round is not None:
+            less = (
+                f", {self.whole_bytes / self.run.bytes_per_site_round:,.0f} times less than FedAVG"
+                if self.whole_bytes
+                else ""
+            )
             told.append(f"{self.cost} a site and round{less}")
-        state = "" if self.completed else f"{self.run.status} after {counted(self.rounds, 'round')}; "
+        state = "" if self.completed else f"{self.run.status} after {counted(self.run.done, 'round')}; "
         return f"{self.run.name}: {state}{'; '.join(told) or 'no round'}"
