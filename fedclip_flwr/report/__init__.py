@@ -9,6 +9,7 @@ All follow from the run alone: made again, they are the same to the byte.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedclip_flwr.report.drawing import Plot
     from fedclip_flwr.report.story import Story
 
+os.environ.setdefault("MPLCONFIGDIR", str(content.home() / "matplotlib"))  # a server's user may have no home
 PAGE, PLOTS = "report.html", "plots"
 Opened = tuple["Features", str | None]
 
