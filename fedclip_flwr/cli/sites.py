@@ -90,6 +90,7 @@ def doctor(
         option("At a site: instead, show all that a round would send, and send nothing.", "--show-outgoing"),
     ] = False,
     out: Annotated[str, option("With --show-outgoing: a folder for all of it, number by number.")] = "",
+    as_json: Annotated[bool, option("The findings as JSON: state, what, found, remedy.", "--json")] = False,
 ) -> None:
     """Look whether this machine is fit for its part in a federation of real sites, and say what to mend.
 
@@ -115,8 +116,12 @@ def doctor(
         host,
         on,
     )
-    if (show_outgoing and not node_config) or (out and not show_outgoing):
+    if (show_outgoing and (not node_config or as_json)) or (out and not show_outgoing):
         raise UserError("expected: fedclip doctor site --node-config … --show-outgoing, with or without --out")
     task = doctor.read(words or [], site, server, insecure)
-    fine = outgoing.show(task.run, task.node, out, typer.echo) if show_outgoing else doctor.examine(task, typer.echo)
+    fine = (
+        outgoing.show(task.run, task.node, out, typer.echo)
+        if show_outgoing
+        else doctor.examine(task, typer.echo, as_json)
+    )
     raise typer.Exit(0 if fine else 1)

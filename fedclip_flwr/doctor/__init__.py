@@ -5,6 +5,7 @@ It looks and changes nothing: nothing is encoded or downloaded, and no run is di
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,9 +68,9 @@ def read(words: Sequence[str], site: Site, server: Server, insecure: bool) -> Ta
     return Task(part, given, read_run(given, known), node)
 
 
-def examine(task: Task, tell: Callable[[str], None]) -> bool:
-    """Tells each finding; whether nothing has failed."""
-    ex = Examination(tell)
+def examine(task: Task, tell: Callable[[str], None], as_json: bool = False) -> bool:
+    """Tells each finding, or all at the end as JSON; whether nothing has failed."""
+    ex = Examination((lambda _: None) if as_json else tell)
     machine.examine(ex)
     needed = 0
     if isinstance(task.part, links.Server):
@@ -85,7 +86,7 @@ def examine(task: Task, tell: Callable[[str], None]) -> bool:
         else:
             ex.note("data", "not looked for", "give --node-config \"site='NAME' data='folder:/PATH'\"")
     ex.look("disk", machine.free, ex, needed)
-    tell(f"\n{ex.summary()}")
+    tell(json.dumps([finding._asdict() for finding in ex.findings], indent=2) if as_json else f"\n{ex.summary()}")
     return not ex.failed
 
 

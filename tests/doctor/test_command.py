@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def test_without_a_side_only_what_any_machine_needs_is_looked_at() -> None:
     assert [line.split()[1] for line in said.splitlines()[:2]] == ["Python", "packages"]
     assert "Fleet API" not in said
     assert "0 to mend" in said.splitlines()[-1]
+
+
+def test_a_program_gets_the_findings_as_json() -> None:
+    status, said = given("--json")
+    found = json.loads(said)
+    assert (status, [finding["what"] for finding in found[:2]]) == (0, ["Python", "packages"])
+    assert {"state", "what", "found", "remedy"} == {*found[0]}
+    status, said = given("site", "--json", "--root-certificates", "/nowhere", "--superlink", "localhost:1")
+    assert status == 1
+    assert [finding["state"] for finding in json.loads(said)].count("FAIL") > 0
+    assert given("site", "--node-config", "site='a'", "--show-outgoing", "--json")[0] == 2
 
 
 def test_a_site_that_is_ready_has_nothing_to_mend(secured: processes.SuperLink, tree: Path) -> None:
