@@ -95,7 +95,7 @@ def test_privacy_personal_adapters_and_holdout_sites_have_their_places(pages: di
 def test_a_run_that_failed_has_a_report_of_what_is_there_and_why(pages: dict[str, Path]) -> None:
     text = words(pages["failed"])
     assert "This run failed: answers that can be used: 0." in text
-    assert "3 rounds of 3" in text
+    assert "2 rounds of 3" in text
     assert "Accuracy over rounds" in text
     assert "Held-out images: sketch" in text
     assert "fedclip run resume=" in text
@@ -135,7 +135,7 @@ def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
     (run / "summary.json").write_text(json.dumps({"status": "running", "round": 2, "failures": []}))
-    assert "This run was killed." in words(report.write(history.read(run)))
+    assert "This run was killed: what ran it is gone, and could not write why." in words(report.write(history.read(run)))
 
 
 def test_a_server_without_images_says_in_a_line_why_parts_are_missing(plain: Path, tmp_path: Path) -> None:
