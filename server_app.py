@@ -122,8 +122,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             forget(session.key)
         validated = outcome.adapted.validation is not None
         console.say(console.closing(summary, settings, holdout, validated))
-        console.say(report.at_end(folder.path, features, holdout))
-        console.say(f"Run folder: {folder.path}")
+    console.say(report.at_end(folder.path, features, holdout))  # the run is complete, and everybody told
+    console.say(f"Run folder: {folder.path}")
 
 
 @dataclass(frozen=True)

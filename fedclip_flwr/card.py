@@ -147,9 +147,11 @@ def _recipe(settings: Mapping[str, Any]) -> str:
 
 
 def _privacy(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    lines = ["- what left a site: adapter tensors, numbers of images, accuracies and losses"]
-    if settings["method"] == "full-model":
-        lines = ["- what left a site: the model's weights, numbers of images, accuracies and losses"]
+    weights = "the model's weights" if settings["method"] == "full-model" else "adapter tensors"
+    lines = [
+        f"- what left a site: {weights}; its name, its domain, which classes it has, its numbers of images; "
+        "accuracies, losses, and the counts and sums that other figures need (by class only if its owner shares them)"
+    ]
     if settings["secure-aggregation"]:
         lines.append("- secure aggregation: the server saw only the sum of the sites' updates")
     if private := summary.get("privacy"):

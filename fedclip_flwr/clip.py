@@ -36,6 +36,8 @@ FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 """What a model consists of: settings, vocabulary, weights. Never a pickle."""
 Inputs = dict[str, Tensor]
 """Images as a model takes them."""
+OWN_CODE = {"trust_remote_code": False}
+"""A model may ask for code of its own: transformers would ask the user, and run it."""
 PART = 64
 """So many images are evaluated at once: more no longer fit into a CPU's caches."""
 MOST_BYTES = 2**26
@@ -239,10 +241,10 @@ class Clip:
         held = torch.float32 if place.type == "cuda" else self.dtype
         try:
             with _quiet_loading():
-                how: dict[str, Any] = {"dtype": held, "use_safetensors": True, "output_loading_info": True}
+                how: dict[str, Any] = {"dtype": held, "use_safetensors": True, "output_loading_info": True, **OWN_CODE}
                 self.net, loading = AutoModel.from_pretrained(model.folder, **how)
-                self._processor = AutoImageProcessor.from_pretrained(model.folder)
-                self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
+                self._processor = AutoImageProcessor.from_pretrained(model.folder, **OWN_CODE)
+                self._tokenizer = AutoTokenizer.from_pretrained(model.folder, **OWN_CODE)
         except Exception as error:  # of a damaged or foreign file, anything can come
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(

@@ -91,14 +91,8 @@ def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Feature
     """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model."""
     told = None if wishes.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
     if settings.data.startswith("features:"):
-        if learnt.whole:
-            raise UserError(f"{learnt.folder} is a whole model, which needs images; {settings.data} has only features")
         features = open_features(settings, told)
-        if features.classes.dim != learnt.facts["dim"]:
-            raise UserError(
-                f"{settings.data}: its features have {features.classes.dim} numbers, the adapter takes "
-                f"{learnt.facts['dim']}"
-            )
+        learnt.check_features(settings.data, features.model, features.classes.dim)
         return features, features
     own = source_of(settings)[0].class_names
     if told and (others := sorted({*own} - {*told.class_names})):
@@ -108,6 +102,8 @@ def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Feature
         )
     frozen = learnt.frozen(wishes.model)
     plain = open_features(_with(settings, frozen), told)
+    if not learnt.whole:
+        learnt.check_dim(plain.classes.dim, frozen.name)
     return plain, open_features(_with(settings, learnt.model()), told) if learnt.whole else plain
 
 

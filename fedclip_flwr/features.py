@@ -14,10 +14,9 @@ CLIP at all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+COUNTED = 500
+"""So many images are read to find some of them."""
 
 
 def results(settings: Settings) -> tuple[Path, str]:
@@ -260,16 +261,18 @@ class Encoded:
         """The domain's entry in the store."""
         return self._folder(precision) / f"{self._entry}-{self._source.content(domain)}.safetensors"
 
-    def pictures(self, domain: str, rows: Collection[int]) -> dict[int, Image]:
-        """The images of those rows of `examples`. Only where some are broken, those before them are read too."""
+    def pictures(self, domain: str, rows: Collection[int]) -> Iterator[tuple[int, Image]]:
+        """The images of those rows of `examples`, one by one.
+
+        Where some are broken, it has to be counted to them: then only those of the first few are given.
+        """
         if len(self.examples(domain).labels) == self.count(domain):
             found = ((row, next(self._source.pictures(domain, row, row + 1)).image) for row in rows)
         else:
-            readable = (picture.image for picture in self._source.pictures(domain) if picture.image is not None)
-            found = (
-                (row, image) for row, image in enumerate(islice(readable, max(rows, default=-1) + 1)) if row in rows
-            )
-        return {row: image for row, image in found if image is not None}
+            some = self._source.pictures(domain, 0, COUNTED)
+            readable = (picture.image for picture in some if picture.image is not None)
+            found = ((row, image) for row, image in enumerate(readable) if row in rows)
+        yield from ((row, image) for row, image in found if image is not None)
 
     def count(self, domain: str) -> int:
         return self._source.count(domain)

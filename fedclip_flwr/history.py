@@ -132,8 +132,8 @@ class Reader:
 
     def read(self) -> Run:
         """The run, whatever it has come to so far; the same object if nothing has changed."""
+        summary = self._latest(SUMMARY, _summary)  # first: it is written last
         settings, metrics = self._latest(SETTINGS, _settings), self._latest(METRICS, _metrics)
-        summary = self._latest(SUMMARY, _summary)
         last = self._run
         if not (last and last.settings is settings and last.metrics is metrics and last.summary is summary):
             self._run = last = Run(self.path, settings, metrics, summary)

@@ -104,7 +104,7 @@ def check_upload(name: str) -> None:
 
 
 def upload(folder: Path, name: str, files: Sequence[str], message: str, *, private: bool | None = None) -> str:
-    """The address of the hub's model, made if need be, into which the folder's `files` (patterns) are uploaded."""
+    """The address of the hub's model, made if need be, whose `files` (patterns) are then those of the folder."""
     from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -112,8 +112,16 @@ def upload(folder: Path, name: str, files: Sequence[str], message: str, *, priva
     check_upload(name)
     try:
         place = HfApi().create_repo(name, private=private, exist_ok=True)
+        if private and not HfApi().model_info(place.repo_id).private:  # it was there before
+            raise UserError(
+                f"--push {name} --private: it is there already, and for all to see: name another, or change it"
+            )
         HfApi().upload_folder(
-            repo_id=place.repo_id, folder_path=folder, allow_patterns=[*files], commit_message=message
+            repo_id=place.repo_id,
+            folder_path=folder,
+            allow_patterns=[*files],
+            delete_patterns=[*files],  # of an older one, which might be taken for this one's
+            commit_message=message,
         )
     except HfHubHTTPError as error:
         reason = f"the hub refused it ({one_line(error.server_message or error)})"

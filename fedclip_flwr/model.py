@@ -24,13 +24,13 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
 from fedclip_flwr import __version__, ahead, card, clip, content, encoding, history, hub, saved
-from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.adapters import ADAPTERS, Adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.files import Files
 from fedclip_flwr.data.images import decoded, of_pixels, read, upright
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import Classes
-from fedclip_flwr.vocabulary import Vocabulary, check_apart, check_plain, templates_of
+from fedclip_flwr.vocabulary import Vocabulary, templates_of, usable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,11 +108,8 @@ class FedCLIP(
         learnt = find_learnt(str(name), revision)
         found = learnt.model(model)
         made = cls(found.load(str(place), precision), learnt.vocabulary, learnt.adapter, learnt.facts, learnt.folder)
-        if learnt.adapter and (dim := made.text.shape[1]) != learnt.facts["dim"]:
-            raise UserError(
-                f"{learnt.folder}: its adapter takes features of {learnt.facts['dim']} numbers, those of {found.name} "
-                f"have {dim}"
-            )
+        if learnt.adapter:
+            learnt.check_dim(made.text.shape[1], found.name)
         return made
 
     @property
@@ -121,7 +118,7 @@ class FedCLIP(
 
     @property
     def device(self) -> torch.device:
-        return self.text.device
+        return self.loaded.device
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -131,17 +128,11 @@ class FedCLIP(
     def with_classes(self, names: Sequence[str] = (), prompt: str = "") -> FedCLIP:
         """The same for other classes, or the same classes with another `prompt`: a template with {} for the name.
 
-        Several templates have | between them.
+        Several templates have | between them. Both share the CLIP and the adapter: where one is moved, the other goes.
         """
-        names = tuple(names) or self.class_names
-        if len(set(names)) < len(names) or len(names) < 2:
-            raise UserError(f"classes: expected at least two names, each once, found {', '.join(names)}")
-        check_plain("a class", names)
-        check_apart(names)
         templates = templates_of(prompt) if prompt else self.vocabulary.templates
-        if any(template.count("{}") != 1 for template in templates):
-            raise UserError(f"prompt = {prompt!r}: expected a template with one {{}}, such as 'a photo of a {{}}'")
-        vocabulary = Vocabulary(names, templates)
+        vocabulary = usable(Vocabulary(tuple(names) or self.class_names, templates))
+        names = vocabulary.class_names
         facts = {**self.facts, "class_names": list(names), "templates": list(templates), "prompts": vocabulary.prompts}
         return type(self)(self.loaded, vocabulary, self.adapter, facts, self.origin)
 
@@ -183,14 +174,15 @@ class FedCLIP(
                     yield paths[number], found.get(number)
 
     def forward(self, pixel_values: Tensor, **more: Tensor) -> Tensor:
-        features = self.loaded.encode({"pixel_values": pixel_values, **more}).to(self.text.dtype)
-        adapted = features if self.adapter is None else self.adapter(features)
-        return Classes(self.text, self._scale, self._bias).logits(adapted)
+        features = self.loaded.encode({"pixel_values": pixel_values, **more})
+        if self.adapter is not None:
+            features = self.adapter(features.to(next(self.adapter.parameters()).dtype))
+        return Classes(self.text.to(features), self._scale, self._bias).logits(features)
 
     @torch.no_grad()
     def _see(self, inputs: clip.Inputs) -> Tensor:
         """Probabilities, on the device."""
-        return self(**inputs).softmax(dim=1) if inputs else self.text.new_empty(0, len(self.text))
+        return self(**inputs).softmax(dim=1) if inputs else torch.empty(0, len(self.text), device=self.device)
 
     def _best(self, probabilities: Tensor, top: int) -> Iterator[Prediction]:
         values, numbers = probabilities.float().topk(min(top, len(self.class_names)), dim=1)
@@ -211,6 +203,7 @@ class FedCLIP(
         else:
             state = {name: tensor.cpu().contiguous() for name, tensor in self.adapter.state_dict().items()}
             saved.write_tensors(save_directory / saved.TENSORS, state, int(facts.get("round", 0)), "save_directory")
+            facts["tensors"] = content.of_file(save_directory / saved.TENSORS)
         saved.write_json(save_directory / saved.CONFIG, facts, "save_directory")
 
     def generate_model_card(self, *args: Any, sites: bool = False, **more: Any) -> ModelCard:
@@ -229,6 +222,24 @@ class Learnt(NamedTuple):
     @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(tuple(self.facts["class_names"]), tuple(self.facts["templates"]))
+
+    def check_features(self, place: str, model: str, dim: int) -> None:
+        """Raises unless features that `model` has made, of so many numbers, are those that this can take."""
+        if self.whole:
+            raise UserError(f"{self.folder} is a whole model, which needs images; {place} has only features")
+        own = str(self.facts.get("model", ""))
+        if dim != self.facts["dim"] or Path(model).name != Path(own).name:
+            raise UserError(
+                f"{place}: its features were made by {model} and have {dim} numbers; the adapter is for {own}, with "
+                f"{self.facts['dim']}"
+            )
+
+    def check_dim(self, dim: int, name: str) -> None:
+        """Raises unless features of so many numbers, as that CLIP makes them, are what the adapter takes."""
+        if dim != self.facts["dim"]:
+            raise UserError(
+                f"{self.folder}: its adapter takes features of {self.facts['dim']} numbers, those of {name} have {dim}"
+            )
 
     def model(self, instead: str = "") -> clip.Model:
         """The CLIP that it goes with: the trained one, or the frozen one that the adapter was made for."""
@@ -258,18 +269,24 @@ def find_learnt(name: str, revision: str = "") -> Learnt:
         folder = history.find(name).path
     else:
         folder = hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, told=name, allow_patterns=HUB_FILES)
-    for whole in (folder / "model", folder):
-        if (whole / saved.WHOLE).exists():
-            return Learnt(folder, saved.load_whole(whole), None, whole)
+    if whole := _whole_in(folder):
+        return Learnt(folder, saved.load_whole(whole), None, whole)
     adapter, facts = saved.load_adapter(folder)
     return Learnt(folder, facts, adapter, None)
 
 
+def _whole_in(folder: Path) -> Path | None:
+    """Where in the folder a whole model is, unless what it tells first is that it holds an adapter."""
+    for path in (folder / saved.FACTS, folder / saved.CONFIG):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if content.read_json(path).get("kind") in ADAPTERS:
+                return None
+    return next((path for path in (folder / "model", folder) if (path / saved.WHOLE).exists()), None)
+
+
 def _lacks(folder: Path) -> str | None:
     """What a folder of the hub would have to hold and doesn't."""
-    weights = saved.TENSORS
-    if (folder / "model" / saved.WHOLE).exists():
-        weights = "model/model.safetensors"
+    weights = "model/model.safetensors" if _whole_in(folder) else saved.TENSORS
     return next((name for name in (saved.CONFIG, weights) if not (folder / name).exists()), None)
 
 

@@ -23,7 +23,7 @@ from fedclip_flwr.data.files import find_images
 from fedclip_flwr.errors import UserError, shown
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.learning import Classes, Examples, logits_of
-from fedclip_flwr.model import FedCLIP, Prediction, find_learnt
+from fedclip_flwr.model import FedCLIP, Learnt, Prediction, find_learnt
 from fedclip_flwr.vocabulary import read_names
 
 Rows = Iterator[tuple[str, Prediction | None]]
@@ -60,6 +60,8 @@ def predict(wishes: Wishes) -> int:
         raise UserError(f"--top {wishes.top}: expected at least 1")
     if wishes.out and not wishes.out.endswith((".csv", ".jsonl")):
         raise UserError(f"--out {wishes.out}: expected a name that ends with .csv or .jsonl")
+    if wishes.as_json and wishes.out.endswith(".csv"):
+        raise UserError(f"--json --out {wishes.out}: expected a name that ends with .jsonl, or no --json")
     stored = [place for place in wishes.images if place.startswith(STORED)]
     if stored and len(wishes.images) > 1:
         raise UserError(f"{stored[0]}: expected images, or one folder of features alone")
@@ -122,6 +124,8 @@ def _listed(places: Sequence[str]) -> Iterator[str]:
     """The places that are named; for - those that the standard input names, one in each line."""
     for place in places:
         if place == "-":
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors=AS_IT_IS)
             yield from (line for text in sys.stdin if (line := text.rstrip("\r\n")))
         else:
             yield place
@@ -139,28 +143,25 @@ def _of_features(wishes: Wishes, place: str) -> tuple[Rows, int, int]:
         if getattr(wishes, name) not in ("", "auto"):
             raise UserError(f"--{name}: stored features have their own; leave it out, or name the images")
     learnt = find_learnt(wishes.adapter, wishes.revision)
-    if learnt.adapter is None:
-        raise UserError(f"{learnt.folder} is a whole model, which needs images; {place} has only features")
     root = Path(place.removeprefix(STORED)).expanduser().absolute()
     folder = FeatureFolder(root, learnt.vocabulary)
-    if folder.dim != learnt.facts["dim"]:
-        raise UserError(f"{place}: its features have {folder.dim} numbers, the adapter takes {learnt.facts['dim']}")
+    learnt.check_features(place, folder.model, folder.dim)
     examples = {domain: folder.examples(domain) for domain in folder.domains}
-    rows = _of_rows(examples, folder, learnt.adapter, wishes.top)
+    rows = _of_rows(examples, folder, learnt, wishes.top)
     return rows, sum(map(folder.count, folder.domains)), min(wishes.top, len(learnt.vocabulary.class_names))
 
 
-def _of_rows(examples: dict[str, Examples], folder: FeatureFolder, adapter: Adapter, top: int) -> Rows:
+def _of_rows(examples: dict[str, Examples], folder: FeatureFolder, learnt: Learnt, top: int) -> Rows:
     """A row is called by its domain and its number there."""
     names = folder.vocabulary.class_names
     for domain, own in examples.items():
-        probabilities, numbers = likeliest(adapter, own, folder.classes.ready(), top)
+        probabilities, numbers = likeliest(learnt.adapter, own, folder.classes.ready(), top)
         for row, (found, shares) in enumerate(zip(numbers.tolist(), probabilities.tolist(), strict=True)):
             yield f"{domain}/{row}", Prediction(tuple(names[number] for number in found), tuple(shares))
 
 
 @torch.no_grad()
-def likeliest(adapter: Adapter, examples: Examples, classes: Classes, top: int) -> tuple[Tensor, Tensor]:
+def likeliest(adapter: Adapter | None, examples: Examples, classes: Classes, top: int) -> tuple[Tensor, Tensor]:
     """For each example the greatest probabilities and the numbers of their classes."""
     count, top = len(examples.labels), min(top, len(classes.text))
     parts = [

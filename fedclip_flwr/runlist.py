@@ -11,9 +11,9 @@ from fedclip_flwr import console, history
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError, one_line, shown
 from fedclip_flwr.history import Run
+from fedclip_flwr.report import PAGE
 
 DAMAGED = "damaged"
-REPORT = "report.html"
 NOTHING = "–"
 
 
@@ -58,7 +58,7 @@ def _facts(run: Run) -> dict[str, Any]:
         zero, adapted = ({part: line.get(part) for part in ("seen", "unseen")} for line in (first, last))
         traffic = {}
     own = adapted.get("personal") or {}
-    report = run.path / REPORT
+    report = run.path / PAGE
     return {
         "name": run.name,
         "path": str(run.path),

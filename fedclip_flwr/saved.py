@@ -19,10 +19,13 @@ from fedclip_flwr.adapters import ADAPTERS, Adapter, blank_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Features, Pixels
+from fedclip_flwr.vocabulary import Vocabulary, usable
 
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
 WHOLE, CONFIG = "fedclip.json", "config.json"
 """Facts like those of an adapter: beside a whole model, and under the name that the hub knows."""
+PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+"""What a model's files tell of the machine that they were on."""
 LARGEST = 2**16
 """No feature has so many numbers."""
 
@@ -72,8 +75,10 @@ def save_model(
 ) -> None:
     """The whole model of round `number`, in a folder that the setting `model` takes."""
     for file in clip.files(features.model_folder):
-        if file.name == "config.json":
-            write_json(folder / file.name, {**json.loads(file.read_text()), "dtype": "float32"}, setting)
+        if file.name in ("config.json", "tokenizer_config.json"):
+            facts = {key: value for key, value in json.loads(file.read_text()).items() if key not in PLACES}
+            more = {"dtype": "float32"} if file.name == "config.json" else {}
+            write_json(folder / file.name, {**facts, **more}, setting)
         elif not file.name.startswith("model"):  # the weights
             content.write_whole(folder / file.name, partial(shutil.copyfile, file), setting)
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
@@ -110,6 +115,8 @@ def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
         raise UserError(f"{path} can't be read ({one_line(error)})") from None
     if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
         raise UserError(f"{path} does not hold the {facts['kind']} adapter that adapter.json tells of")
+    if facts.get("tensors") not in (None, content.of_file(path)):
+        raise UserError(f"{path} is another one than {CONFIG} tells of: export it once more")
     if not all(tensorfile.all_finite(tensor) for tensor in state.values()):
         raise UserError(f"{path} has numbers that are not finite")
     adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
@@ -146,3 +153,7 @@ def _check_texts(facts: dict[str, Any]) -> None:
     for key in ("class_names", "templates"):
         if not isinstance(facts[key], list) or not all(isinstance(text, str) for text in facts[key]):
             raise ValueError(f"its {key} are no list of texts")
+    try:
+        usable(Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
+    except UserError as error:
+        raise ValueError(str(error)) from None

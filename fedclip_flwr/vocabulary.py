@@ -18,6 +18,7 @@ from fedclip_flwr.errors import UserError, shown
 
 SEPARATOR = "|"
 """Between the templates of an ensemble."""
+MOST_PROMPTS = 2**20
 MOST_BYTES = 2**24
 """Of a file of class names."""
 
@@ -36,6 +37,25 @@ class Vocabulary(NamedTuple):
     @property
     def key(self) -> str:
         return content.digest(json.dumps(self))
+
+
+def usable(vocabulary: Vocabulary) -> Vocabulary:
+    """The same; raises if no images can be told apart by it: it may come from anywhere."""
+    names, templates = vocabulary
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise UserError(f"classes: expected at least two names, each once, found {', '.join(names[:9]) or 'none'}")
+    check_plain("a class", names)
+    check_apart(names)
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise UserError(
+            f"prompt = {SEPARATOR.join(templates[:9])!r}: expected a template with one {{}} for the class name, "
+            "such as 'a photo of a {}'"
+        )
+    if len(names) * len(templates) > MOST_PROMPTS:
+        raise UserError(
+            f"{len(names):,} classes with {len(templates):,} templates: expected {MOST_PROMPTS:,} prompts at most"
+        )
+    return vocabulary
 
 
 def templates_of(prompt: str) -> tuple[str, ...]:

@@ -193,6 +193,20 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_code_that_a_model_brings_is_not_run_whatever_the_user_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(clip.BUNDLED, tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="can't be loaded"):
+        clip.find(str(folder)).load()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "told"),
     [

@@ -66,13 +66,20 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].replace("%2F", "/")
         self.server.asked.append(path)
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"] and len(parts) == 4:  # whether it is there, where it could not be made
-            return self.send(404, error="RepoNotFound")
+        if parts[:2] == ["api", "models"] and len(parts) == 4:
+            made = "/".join(parts[2:])
+            if made not in self.server.private:
+                return self.send(404, error="RepoNotFound")
+            return self.send(200, json.dumps({"id": made, "private": self.server.private[made]}).encode())
         if parts[:2] == ["api", "models"]:
             name, what = "/".join(parts[2:4]), parts[4]
             if what == "discussions":
                 page = {"discussions": self.server.offers, "count": len(self.server.offers), "start": 0}
                 return self.send(200, json.dumps(page).encode())
+            if what == "tree" and name in self.server.private:
+                paths = [path for repository, path in self.server.uploaded if repository == name]
+                there = [{"type": "file", "path": path, "size": 1, "oid": SHA} for path in paths]
+                return self.send(200, json.dumps(there).encode())
             revision = "/".join(parts[5:])
             commit = {"main": SHA, "refs/pr/7": CONVERTED}.get(revision, revision)
             if (name, SHA) not in self.server.folders:
@@ -106,8 +113,11 @@ class Answer(BaseHTTPRequestHandler):
             made = f"{told['organization']}/{told['name']}"
             if made in self.server.gated:
                 return self.send(403)
+            url = json.dumps({"url": f"https://huggingface.co/{made}"}).encode()
+            if made in self.server.private:
+                return self.send(409, url)
             self.server.private[made] = told.get("visibility") == "private" or bool(told.get("private"))
-            return self.send(200, json.dumps({"url": f"https://huggingface.co/{made}"}).encode())
+            return self.send(200, url)
         if path == "/api/validate-yaml":
             return self.send(200, json.dumps({"errors": [], "warnings": []}).encode())
         if "/preupload/" in path:
@@ -119,6 +129,8 @@ class Answer(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 data = base64.b64decode(line["value"]["content"])
                 self.server.uploaded[name, line["value"]["path"]] = data
+            if line["key"] == "deletedFile":
+                del self.server.uploaded[name, line["value"]["path"]]
         commit = {"success": True, "commitOid": SHA, "commitUrl": f"https://huggingface.co/{name}/commit/{SHA}"}
         return self.send(200, json.dumps(commit).encode())
 
@@ -279,6 +291,15 @@ def test_a_folder_is_uploaded_in_one_commit_without_other_files(hub: Hub, tmp_pa
     assert hub.private == {"some/adapter": True}
     done(tmp_path, uploaded, export, "some/other", hub=hub, more={"HF_TOKEN": "a-token"})
     assert not hub.private["some/other"]
+    told = done(tmp_path, uploaded, export, "some/other", "private", hub=hub, more={"HF_TOKEN": "a-token"})
+    assert "it is there already, and for all to see" in told
+
+
+def test_what_an_older_upload_has_left_is_removed(hub: Hub, tmp_path: Path, export: str) -> None:
+    hub.private["some/adapter"] = False
+    hub.uploaded = {("some/adapter", "model/old.safetensors"): b"", ("some/adapter", "own.txt"): b"somebody's"}
+    done(tmp_path, uploaded, export, "some/adapter", hub=hub, more={"HF_TOKEN": "a-token"})
+    assert {path for _, path in hub.uploaded} == {"README.md", "model/config.json", "own.txt"}
 
 
 def test_an_upload_that_is_refused_is_told_with_the_remedy(hub: Hub, tmp_path: Path, export: str) -> None:

@@ -169,6 +169,7 @@ def test_new_classes_need_only_words(folder: Path, features: Features, tree: Pat
         (["a", "A"], "", "would be different classes"),
         (["a", "b\n"], "", "give it a name of plain characters"),
         (["a", "b"], "no place", "expected a template with one {}"),
+        ([f"class {number}" for number in range(2**12)], "|".join(["a {}"] * 2**9), "prompts at most"),
     ],
 )
 def test_classes_that_cant_be_are_refused(folder: Path, names: list[str], prompt: str, told: str) -> None:
@@ -193,7 +194,9 @@ def test_it_moves_and_can_be_copied(folder: Path, tree: Path) -> None:
     model, path = FedCLIP.from_pretrained(folder), paths_of(tree)[0]
     wanted = model.predict(path, top=3)
     assert copy.deepcopy(model).predict(path, top=3) == wanted
+    other = model.with_classes(["tree", "cup"])
     half = model.to(torch.bfloat16)
+    assert len(other.predict(path)) == 1  # it has moved, too
     assert half.text.dtype == torch.bfloat16
     (found,) = half.predict(path, top=3)
     assert dict(zip(*found, strict=True)) == pytest.approx(dict(zip(*wanted[0], strict=True)), abs=0.1)
@@ -213,6 +216,28 @@ def test_what_is_saved_comes_back(folder: Path, tree: Path, tmp_path: Path) -> N
     other = model.with_classes(["tree", "cup"])
     other.save_pretrained(tmp_path / "other")
     assert FedCLIP.from_pretrained(tmp_path / "other").class_names == ("tree", "cup")
+
+
+def test_an_adapter_takes_the_place_of_a_whole_model_and_back(folder: Path, tree: Path, tmp_path: Path) -> None:
+    adapter = FedCLIP.from_pretrained(folder)
+    whole = FedCLIP(adapter.loaded, adapter.vocabulary, None, {**adapter.facts, "kind": "full-model"})
+    for model in (whole, adapter, whole):
+        model.save_pretrained(tmp_path / "out")
+        back = FedCLIP.from_pretrained(tmp_path / "out")
+        assert (back.adapter is None) == (model.adapter is None)
+        assert_same(back.predict(paths_of(tree)), model.predict(paths_of(tree)))
+
+
+def test_an_adapter_of_another_export_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = FedCLIP.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "out")
+    assert model.adapter
+    with torch.no_grad():
+        next(model.adapter.parameters()).add_(1)
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "adapter.safetensors").rename(tmp_path / "out" / "adapter.safetensors")
+    with pytest.raises(UserError, match=r"is another one than config\.json tells of: export it once more"):
+        FedCLIP.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", [small_clip, small_siglip])

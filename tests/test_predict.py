@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,13 +63,18 @@ def test_a_program_gets_json(folder: Path, tree: Path) -> None:
     assert sum(one["probability"] for one in first["top"]) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_file_is_written_whole_or_not_at_all(folder: Path, tree: Path, tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_not_at_all(
+    folder: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, lines, told = run(tree, "-a", folder, "-o", tmp_path / "new" / "found.jsonl")
     assert (code, lines) == (0, "")
     assert told.splitlines()[-1] == f"Predictions: {tmp_path / 'new' / 'found.jsonl'}"
     assert len((tmp_path / "new" / "found.jsonl").read_text().splitlines()) == 24
-    (tmp_path / "new" / "found.jsonl").chmod(0o444)
     (tmp_path / "file").write_text("")
+    before = (tmp_path / "new" / "found.jsonl").read_text()
+    monkeypatch.setattr(FedCLIP, "_best", lambda *_: 1 / 0)  # in the middle of it
+    assert run(tree, "-a", folder, "-o", tmp_path / "new" / "found.jsonl")[0] == 1
+    assert [path.read_text() for path in (tmp_path / "new").iterdir()] == [before]
     for out, why in (
         (tmp_path / "file" / "found.csv", "--out"),
         (tmp_path / "found.txt", "expected a name that ends with .csv or .jsonl"),
@@ -110,6 +116,15 @@ def test_a_name_that_is_no_text_and_one_with_commas_come_through(folder: Path, t
     assert done.returncode == 0
 
 
+def test_names_on_the_standard_input_may_be_no_text(folder: Path, tree: Path) -> None:
+    odd = tree / "photo" / "b\udcff.png"
+    (tree / "photo" / "car" / "0.png").rename(odd)
+    command = [sys.executable, "-c", "from fedclip_flwr.cli import app; app()", "predict", "-", "-a", str(folder)]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=os.fsencode(odd), capture_output=True, env=env)
+    assert done.stdout.splitlines()[1].startswith(os.fsencode(odd) + b",")
+
+
 def test_whoever_has_seen_enough_may_go(folder: Path, tree: Path) -> None:
     start = "from fedclip_flwr.cli import app; app()"
     names = [str(path) for path in tree.glob("*/*/*.png")] * 100
@@ -137,7 +152,7 @@ def test_other_classes_by_words_alone(folder: Path, tree: Path, tmp_path: Path) 
 def test_stored_features_need_no_clip(folder: Path, tree: Path, tmp_path: Path, features: Features) -> None:
     encode([f"data=folder:{tree}"], str(tmp_path / "made"))
     facts = json.loads((folder / "adapter.json").read_text())
-    (folder / "adapter.json").write_text(json.dumps({**facts, "model": "/gone"}))
+    (folder / "adapter.json").write_text(json.dumps({**facts, "model": "/gone/bundled"}))
     code, lines, told = run(f"features:{tmp_path / 'made'}", "-a", folder)
     rows = list(csv.DictReader(io.StringIO(lines)))
     assert (code, len(rows)) == (0, 24)
@@ -147,6 +162,10 @@ def test_stored_features_need_no_clip(folder: Path, tree: Path, tmp_path: Path, 
     assert labels == [features.vocabulary.class_names[number] for number in wanted]
     assert rows[-1]["image"] == "photo/11"
     assert "24 images" in told
+    (folder / "adapter.json").write_text(json.dumps({**facts, "model": "some/clip"}))
+    code, lines, told = run(f"features:{tmp_path / 'made'}", "-a", folder)
+    assert (code, lines) == (2, "")
+    assert "were made by bundled and have 128 numbers; the adapter is for some/clip, with 128" in told
 
 
 def test_the_likeliest_are_those_of_all_at_once() -> None:
@@ -170,6 +189,7 @@ def test_the_likeliest_are_those_of_all_at_once() -> None:
         (["{tree}", "--classes", "one"], "there is no such file, and a list would have commas"),
         (["{tree}", "--classes", "a,a"], "a more than once"),
         (["{tree}", "--prompt", "no place"], "expected a template with one {}"),
+        (["{tree}", "--json", "--out", "found.csv"], "expected a name that ends with .jsonl, or no --json"),
         (["{tree}", "--device", "cuda:77"], "device = 'cuda:77'"),
         (["{tree}", "--device", "gpu"], "device = 'gpu'"),
         (["{tree}", "--precision", "half"], "precision = 'half'"),

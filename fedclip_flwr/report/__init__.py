@@ -47,6 +47,7 @@ def write(run: Run, out: Path | None = None, opened: Opened | None = None) -> Pa
     from fedclip_flwr.report.story import Story
 
     folder = out or run.path
+    check_out(folder, run)
     story = Story(run)
     found, lacking = held_out(story, folder, opened)
     story = replace(story, domain=found["domain"] if found else None)
@@ -67,12 +68,18 @@ def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[st
         if holdout not in features.domains:
             raise UserError("the server of this run holds no held-out images itself")
         found = heldout.analyse(story.run.path, story.settings, features, holdout)
-    except UserError as error:
+    except Exception as error:  # what else there is to tell is told all the same
         if not (story.run.path / heldout.FILE).exists():
             return None, one_line(error)
         return heldout.kept(story.run.path, one_line(error))
     write_text(folder / heldout.FILE, heldout.as_text(found))
     return found, ""
+
+
+def check_out(folder: Path, *own: Run) -> None:
+    """Raises where another run is, whose report would be lost."""
+    if (folder / history.SETTINGS).exists() and folder.resolve() not in [run.path.resolve() for run in own]:
+        raise UserError(f"--out {folder}: a run is there, whose own report would be lost; name another folder")
 
 
 def write_plots(made: list[Plot], folder: Path) -> dict[str, tuple[Plot, str]]:

@@ -10,7 +10,7 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.console import percent
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.history import Run
-from fedclip_flwr.report import PAGE, compare_plots, write_plots, write_text
+from fedclip_flwr.report import PAGE, check_out, compare_plots, write_plots, write_text
 from fedclip_flwr.report.drawing import styled
 from fedclip_flwr.report.markup import aside, e, gain, page, plots, section, setting, table
 from fedclip_flwr.report.story import Story
@@ -24,8 +24,7 @@ def write(runs: Sequence[Run], out: Path | None) -> str:
     stories = [Story(run) for run in runs]
     names = named(runs)
     folder = out.expanduser().absolute() if out else content.home() / "reports" / content.file_name("_".join(names))
-    if any(folder == run.path for run in runs):
-        raise UserError(f"--out {folder}: a run is there, whose own report would be lost; name another folder")
+    check_out(folder)
     with styled():
         figures = write_plots(compare_plots.of_runs(dict(zip(names, stories, strict=True))), folder)
     parts = [

@@ -10,6 +10,7 @@ import contextlib
 import html
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -76,7 +77,8 @@ class Plot(NamedTuple):
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
     """Within it, plots are drawn and written."""
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # that the font lacks: the page has others
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
@@ -114,12 +116,17 @@ def inline(svg: str, name: str, says: str) -> str:
     used = {*re.findall(r'(?:url\(#|href="#)([^")]+)', body)}
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(url\(#|xlink:href="#)', lambda m: f"{m[1].replace('xlink:', '')}{name}-", body)
-    body = re.sub(r"font-family: [^;\"]+;? ?", "", re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", body))
+    body = re.sub(r'style="[^"]*"', _as_the_page, body)
     body = re.sub(r"\n\s*", "\n", body)
     for role, colour in LIGHT.items():
         body = body.replace(colour, f"var(--{role})")
     head = f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{html.escape(says)}">'
     return f"{head}<title>{html.escape(says)}</title>{body}"
+
+
+def _as_the_page(style: re.Match[str]) -> str:
+    """The style without a font of its own."""
+    return re.sub(r"font-family: [^;\"]+;? ?", "", re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", style[0]))
 
 
 def apart(positions: list[float], gap: float) -> list[float]:

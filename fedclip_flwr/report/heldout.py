@@ -83,6 +83,8 @@ def mark(folder: Path) -> str:
 
 def analyse(folder: Path, settings: Settings, features: Features, holdout: str) -> dict[str, Any]:
     """All that is told of the domain: zero-shot, and with what the run in the folder came to."""
+    if not len(features.examples(holdout).labels):
+        raise UserError(f"none of the images of {holdout} can be read")
     device = clip.pick_device(settings.device)
     examples, classes = features.examples(holdout), features.classes.ready(device)
     before = features.whole_model().to(device) if isinstance(features, Pixels) else None
@@ -91,14 +93,16 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
     names, labels = features.vocabulary.class_names, examples.labels
     rows = {"mended": changed(zero, adapted, labels), "spoilt": changed(adapted, zero, labels)}
     shown = [row for of_kind in rows.values() for row in of_kind[:SHOWN]]
-    images = features.pictures(holdout, shown) if isinstance(features, Encoded) else {}
+    images = {}
+    if isinstance(features, Encoded):
+        images = {row: thumbnail(image) for row, image in features.pictures(holdout, shown)}
 
     def card(row: int) -> dict[str, Any]:
         said = {"zero_shot": zero, "adapted": adapted}
         return {
             "true": int(labels[row]),
             **{who: [int(seen.found[row]), _rounded(seen.confidence[row])] for who, seen in said.items()},
-            "image": thumbnail(images[row]) if row in images else None,
+            "image": images.get(row),
         }
 
     return {

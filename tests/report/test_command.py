@@ -106,6 +106,18 @@ def test_a_comparison_does_not_take_the_place_of_a_runs_report(run: Path, tmp_pa
     assert "name another folder" in told
 
 
+def test_no_report_takes_the_place_of_another_runs(run: Path, tmp_path: Path, drawn: Features) -> None:
+    other = a_run(tmp_path / "other", drawn)
+    kept = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    (tmp_path / "latest").symlink_to(other)
+    for out in (other, tmp_path / "latest"):
+        for names in ([str(run)], [str(run), str(other)]):
+            done = CliRunner().invoke(app, ["report", *names, "--out", str(out)])
+            assert done.exit_code == 2
+            assert "a run is there, whose own report would be lost" in done.stderr
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == kept
+
+
 def test_a_report_that_can_not_be_made_costs_a_line_and_not_the_run(run: Path, drawn: Features) -> None:
     (run / "summary.json").write_text("{")
     assert report.at_end(run, drawn, "sketch").startswith("no report: ")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, recall_score
 
-from fedclip_flwr import content, history
+from fedclip_flwr import content, history, report
 from fedclip_flwr.adapters import make_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
@@ -112,23 +113,32 @@ def test_the_images_shown_are_those_that_are_told_of(plain: Path, drawn: Feature
     data = base64.b64decode(card["image"].removeprefix("data:image/jpeg;base64,"))
     shown = np.asarray(Image.open(io.BytesIO(data)).convert("L"), float)
     own = [row for row, label in enumerate(drawn.examples("sketch").labels.tolist()) if label == card["true"]]
-    near = min(
-        own, key=lambda row: np.abs(np.asarray(drawn.pictures("sketch", [row])[row].convert("L"), float) - shown).mean()
-    )
+    seen = dict(drawn.pictures("sketch", own))
+    near = min(own, key=lambda row: np.abs(np.asarray(seen[row].convert("L"), float) - shown).mean())
     logits = drawn.classes.ready().logits(drawn.examples("sketch").ready().features)
     assert logits.softmax(dim=1)[near].max().item() == pytest.approx(card["zero_shot"][1], abs=1e-3)
+
+
+def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_path: Path) -> None:
+    for path in (tree / "photo").rglob("*.png"):
+        path.write_bytes(b"no image")
+    features = open_features(Settings(data=f"folder:{tree}"), progress=False)
+    shutil.copytree(plain, tmp_path / "run")
+    (tmp_path / "run" / heldout.FILE).unlink(missing_ok=True)
+    page = report.write(history.read(tmp_path / "run"), opened=(features, "photo"))
+    assert "Nothing is told of single classes: none of the images of photo can be read." in page.read_text()
 
 
 def test_broken_images_do_not_shift_the_pictures_of_rows(tree: Path) -> None:
     whole = open_features(Settings(data=f"folder:{tree}"), progress=False)
     assert isinstance(whole, Encoded)
     first = next(whole._source.pictures("photo", 0, 1)).name
-    kept = [np.asarray(whole.pictures("photo", [row])[row]) for row in range(12)]
+    kept = [np.asarray(image) for _, image in whole.pictures("photo", range(12))]
     (tree / first).write_bytes(b"no image")
     broken = open_features(Settings(data=f"folder:{tree}"), progress=False)
     assert isinstance(broken, Encoded)
     left = [pixels for row, pixels in enumerate(kept) if row]
-    pictures = broken.pictures("photo", [0, 10, 3])
+    pictures = dict(broken.pictures("photo", [0, 10, 3]))
     assert len(broken.examples("photo").labels) == 11
     assert sorted(pictures) == [0, 3, 10]
     for image in pictures.values():
