@@ -12,8 +12,8 @@ from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_features, source_of
 from fedclip_flwr.learning import examine
+from fedclip_flwr.learnt import Learnt, find_learnt
 from fedclip_flwr.metrics import Quality, mean_figures
-from fedclip_flwr.model import Learnt, find_learnt
 from fedclip_flwr.precompute import TAKEN
 from fedclip_flwr.simulation import read_settings
 from fedclip_flwr.vocabulary import SEPARATOR

@@ -9,7 +9,6 @@ New classes need no images, only words (`with_classes`): the adapter stays, the 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,22 +22,20 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
-from fedclip_flwr import __version__, ahead, card, clip, content, encoding, history, hub, saved
-from fedclip_flwr.adapters import ADAPTERS, Adapter
+from fedclip_flwr import __version__, ahead, card, clip, content, encoding, saved
+from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.files import Files
 from fedclip_flwr.data.images import decoded, of_pixels, read, upright
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.learning import Classes
+from fedclip_flwr.learnt import find_learnt
 from fedclip_flwr.vocabulary import Vocabulary, templates_of, usable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     Picture = Image | str | os.PathLike[str] | Tensor | np.ndarray[Any, Any]
-
-log = logging.getLogger(__name__)
-HUB_FILES = (saved.CONFIG, saved.TENSORS, "README.md", *(f"model/{pattern}" for pattern in clip.FILES))
 
 
 class Prediction(NamedTuple):
@@ -209,85 +206,6 @@ class FedCLIP(
     def generate_model_card(self, *args: Any, sites: bool = False, **more: Any) -> ModelCard:
         """The card, with the names and sizes of `sites` only if that is said."""
         return card.card_of(self.facts, self.origin, sites)
-
-
-class Learnt(NamedTuple):
-    """What a folder holds: an adapter, or the `whole` model's folder; and what it was made for."""
-
-    folder: Path
-    facts: Mapping[str, Any]
-    adapter: Adapter | None
-    whole: Path | None
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return Vocabulary(tuple(self.facts["class_names"]), tuple(self.facts["templates"]))
-
-    def check_features(self, place: str, model: str, dim: int) -> None:
-        """Raises unless features that `model` has made, of so many numbers, are those that this can take."""
-        if self.whole:
-            raise UserError(f"{self.folder} is a whole model, which needs images; {place} has only features")
-        own = str(self.facts.get("model", ""))
-        if dim != self.facts["dim"] or Path(model).name != Path(own).name:
-            raise UserError(
-                f"{place}: its features were made by {model} and have {dim} numbers; the adapter is for {own}, with "
-                f"{self.facts['dim']}"
-            )
-
-    def check_dim(self, dim: int, name: str) -> None:
-        """Raises unless features of so many numbers, as that CLIP makes them, are what the adapter takes."""
-        if dim != self.facts["dim"]:
-            raise UserError(
-                f"{self.folder}: its adapter takes features of {self.facts['dim']} numbers, those of {name} have {dim}"
-            )
-
-    def model(self, instead: str = "") -> clip.Model:
-        """The CLIP that it goes with: the trained one, or the frozen one that the adapter was made for."""
-        return clip.find(str(self.whole)) if self.whole else self.frozen(instead)
-
-    def frozen(self, instead: str = "") -> clip.Model:
-        """The CLIP that it began with, or the one that is named `instead`."""
-        name = str(self.facts.get("model", ""))
-        try:
-            found = clip.find(instead or name, "" if instead else str(self.facts.get("model_revision") or ""))
-        except UserError as error:
-            raise error if instead else UserError(f"{error}; say where it is now with model") from None
-        known = self.facts.get("model_content")
-        if known and found.content(content.memory()) != known:
-            told = f"{self.folder} was made for another version of {name} than {found.folder} holds"
-            if not instead:
-                raise UserError(f"{told}: get that version, or say where it is with model")
-            log.warning("%s: predictions may be others", told)
-        return found
-
-
-def find_learnt(name: str, revision: str = "") -> Learnt:
-    """What lies in a folder, in that of a run by its name, or in a repository of the hub."""
-    if os.path.isdir(path := os.path.expanduser(name)):
-        folder = Path(path)
-    elif "/" not in name or name.startswith((".", "/", "~")):
-        folder = history.find(name).path
-    else:
-        folder = hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, told=name, allow_patterns=HUB_FILES)
-    if whole := _whole_in(folder):
-        return Learnt(folder, saved.load_whole(whole), None, whole)
-    adapter, facts = saved.load_adapter(folder)
-    return Learnt(folder, facts, adapter, None)
-
-
-def _whole_in(folder: Path) -> Path | None:
-    """Where in the folder a whole model is, unless what it tells first is that it holds an adapter."""
-    for path in (folder / saved.FACTS, folder / saved.CONFIG):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if content.read_json(path).get("kind") in ADAPTERS:
-                return None
-    return next((path for path in (folder / "model", folder) if (path / saved.WHOLE).exists()), None)
-
-
-def _lacks(folder: Path) -> str | None:
-    """What a folder of the hub would have to hold and doesn't."""
-    weights = "model/model.safetensors" if _whole_in(folder) else saved.TENSORS
-    return next((name for name in (saved.CONFIG, weights) if not (folder / name).exists()), None)
 
 
 def _several(images: Picture | Iterable[Picture]) -> Iterable[Picture]:

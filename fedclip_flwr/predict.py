@@ -23,7 +23,8 @@ from fedclip_flwr.data.files import find_images
 from fedclip_flwr.errors import UserError, shown
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.learning import Classes, Examples, logits_of
-from fedclip_flwr.model import FedCLIP, Learnt, Prediction, find_learnt
+from fedclip_flwr.learnt import Learnt, find_learnt
+from fedclip_flwr.model import FedCLIP, Prediction
 from fedclip_flwr.vocabulary import read_names
 
 Rows = Iterator[tuple[str, Prediction | None]]

@@ -17,6 +17,7 @@ from xdist.scheduler import LoadScopeScheduling
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.features import Features, open_features
+from tests.learnt import saved_adapter
 
 HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUGGING_FACE, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -96,3 +97,16 @@ def tree(tmp_path: Path) -> Path:
             for i in range(4):
                 picture(7, domain, figure, i)[0].save(root / domain / figure / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def features(tree: Path) -> Features:
+    """The tree's images as the bundled CLIP sees them."""
+    return open_features(Settings(data=f"folder:{tree}"), progress=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, features: Features) -> Path:
+    """One with an adapter for them."""
+    saved_adapter(tmp_path / "learnt", features)
+    return tmp_path / "learnt"

@@ -8,7 +8,9 @@ import torch
 
 from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.config import Settings
-from fedclip_flwr.features import Features
+from fedclip_flwr.features import Features, Pixels, open_features
+from fedclip_flwr.learning import Learner
+from fedclip_flwr.runs import RunFolder
 from fedclip_flwr.saved import save_adapter
 from fedclip_flwr.sites import new_adapter
 
@@ -30,3 +32,17 @@ def saved_adapter(folder: Path, features: Features, settings: Settings | None = 
     folder.mkdir(parents=True, exist_ok=True)
     save_adapter(folder, adapter.state_dict(), settings, features, 2)
     return adapter
+
+
+def whole_model_run(tree: Path, results: Path, change: float) -> tuple[Path, Learner, Pixels]:
+    """The folder of a run that trained the whole model, what it came to, and the tree's images as it takes them."""
+    settings = Settings(data=f"folder:{tree}", method="full-model", results_dir=str(results))
+    pixels = open_features(settings, progress=False)
+    assert isinstance(pixels, Pixels)
+    learner = pixels.whole_model()
+    with torch.no_grad():
+        for weight in learner.parameters():
+            weight.add_(change * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    with RunFolder(settings, "0123") as run:
+        run.adapter(2, learner.state_dict(), pixels)
+    return run.path, learner, pixels

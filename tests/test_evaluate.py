@@ -4,34 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
 from typer.testing import CliRunner
 
 from fedclip_flwr import simulation
 from fedclip_flwr.cli import app
-from fedclip_flwr.config import Settings
-from fedclip_flwr.features import Features, Pixels, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import logits_of
 from fedclip_flwr.precompute import encode
-from fedclip_flwr.runs import RunFolder
-from tests.learnt import saved_adapter
+from tests.learnt import saved_adapter, whole_model_run
 
 
 @pytest.fixture(autouse=True)
 def signals_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
-
-
-@pytest.fixture
-def features(tree: Path) -> Features:
-    return open_features(Settings(data=f"folder:{tree}"), progress=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, features: Features) -> Path:
-    saved_adapter(tmp_path / "learnt", features)
-    return tmp_path / "learnt"
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -97,16 +83,8 @@ def test_features_made_elsewhere_come_to_the_same(folder: Path, tree: Path, tmp_
 
 
 def test_a_whole_model_is_beside_what_it_began_with(tree: Path, tmp_path: Path) -> None:
-    settings = Settings(data=f"folder:{tree}", method="full-model", results_dir=str(tmp_path))
-    pixels = open_features(settings, progress=False)
-    assert isinstance(pixels, Pixels)
-    learner = pixels.whole_model()
-    with torch.no_grad():
-        for weight in learner.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    with RunFolder(settings, "0123") as begun:
-        begun.adapter(2, learner.state_dict(), pixels)
-    code, told, _ = run(tree, "-a", begun.path, "--json")
+    place, learner, pixels = whole_model_run(tree, tmp_path, 0.05)
+    code, told, _ = run(tree, "-a", place, "--json")
     assert code == 0
     found = logits_of(learner, pixels.examples("photo").ready(), pixels.classes).argmax(dim=1)
     facts = json.loads(told)

@@ -20,23 +20,12 @@ from fedclip_flwr import FedCLIP, clip, content
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features, Pixels, open_features
+from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import logits_of
 from fedclip_flwr.model import Prediction
 from fedclip_flwr.runs import RunFolder
-from tests.learnt import saved_adapter
+from tests.learnt import saved_adapter, whole_model_run
 from tests.models import small_clip, small_siglip, small_siglip2
-
-
-@pytest.fixture
-def features(tree: Path) -> Features:
-    return open_features(Settings(data=f"folder:{tree}"), progress=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, features: Features) -> Path:
-    saved_adapter(tmp_path / "learnt", features)
-    return tmp_path / "learnt"
 
 
 def paths_of(tree: Path, domain: str = "photo") -> list[str]:
@@ -283,18 +272,10 @@ def test_another_model_than_the_adapters_is_refused(
 
 
 def test_a_whole_model_is_its_own(tree: Path, tmp_path: Path) -> None:
-    settings = Settings(data=f"folder:{tree}", method="full-model", results_dir=str(tmp_path))
-    pixels = open_features(settings, progress=False)
-    assert isinstance(pixels, Pixels)
-    learner = pixels.whole_model()
-    with torch.no_grad():
-        for weight in learner.parameters():
-            weight.add_(0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    with RunFolder(settings, "0123") as run:
-        run.adapter(2, learner.state_dict(), pixels)
+    place, learner, pixels = whole_model_run(tree, tmp_path, 0.03)
     wanted = logits_of(learner, pixels.examples("photo").ready(), pixels.classes).softmax(dim=1)
-    for place in (run.path, run.path / "model"):
-        model = FedCLIP.from_pretrained(place)
+    for path in (place, place / "model"):
+        model = FedCLIP.from_pretrained(path)
         found = table(model.predict(paths_of(tree), top=3), model.class_names)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     model.save_pretrained(tmp_path / "out")

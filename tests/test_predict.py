@@ -17,21 +17,10 @@ from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.files import find_images
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import Classes, Examples, logits_of
 from fedclip_flwr.precompute import encode
 from tests.learnt import saved_adapter, strong_adapter
-
-
-@pytest.fixture
-def features(tree: Path) -> Features:
-    return open_features(Settings(data=f"folder:{tree}"), progress=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, features: Features) -> Path:
-    saved_adapter(tmp_path / "learnt", features)
-    return tmp_path / "learnt"
 
 
 def run(*arguments: object, given: str = "") -> tuple[int, str, str]:
