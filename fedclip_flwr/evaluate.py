@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedclip_flwr import clip, console, history
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.features import Features, open_features, source_of
 from fedclip_flwr.learning import examine
 from fedclip_flwr.learnt import Learnt, find_learnt
@@ -20,7 +22,7 @@ from fedclip_flwr.vocabulary import SEPARATOR
 
 OPTIONS = {"data", "model", "model-revision", "prompt", "class-names"}
 """Settings that this command has other ways for."""
-FIGURES = {"balanced_accuracy": "balanced", "macro_f1": "macro F1", "calibration_error": "calibration error"}
+FIGURES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "calibration_error": "calibration error"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Feature
     """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model."""
     told = None if wishes.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
     if settings.data.startswith("features:"):
+        learnt.check_features(settings.data, FeatureFolder(Path(settings.data.removeprefix("features:"))))
         features = open_features(settings, told)
-        learnt.check_features(settings.data, features.model, features.classes.dim)
         return features, features
     own = source_of(settings)[0].class_names
     if told and (others := sorted({*own} - {*told.class_names})):
@@ -142,20 +144,20 @@ def _facts(quality: Quality, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _table(found: dict[str, Pair]) -> str:
-    """A line for each domain, and their mean."""
-    rows = [(domain, f"{pair.zero.score.examples:,}", *_cells([pair])) for domain, pair in found.items()]
+    """Accuracy in each domain and the mean of these; then the means of what accuracy does not tell."""
+    rows = [(domain, f"{pair.zero.score.examples:,}", *_accuracies([pair])) for domain, pair in found.items()]
+    pairs = list(found.values())
     if len(found) > 1:
-        rows.append(("mean", "", *_cells(list(found.values()))))
-    heads = ["accuracy", "adapted", "gain", *(name for title in FIGURES.values() for name in (title, "adapted"))]
-    return console.table([("", "images", *heads), *rows])
+        rows.append(("mean", "", *_accuracies(pairs)))
+    means = [mean_figures(qualities) for qualities in zip(*pairs, strict=True)]
+    others = [(title, *(console.percent(figures[name]) for figures in means)) for name, title in FIGURES.items()]
+    accuracy = console.table([("accuracy, %", "images", "zero-shot", "adapted", "gain"), *rows])
+    return accuracy + "\n\n" + console.table([("in %, means", "zero-shot", "adapted"), *others])
 
 
-def _cells(pairs: Sequence[Pair]) -> list[str]:
-    zero = mean_figures(pair.zero for pair in pairs)
-    adapted = mean_figures(pair.adapted for pair in pairs)
-    first = [console.percent(zero["accuracy"]), console.percent(adapted["accuracy"])]
-    others = [console.percent(figures[name]) for name in FIGURES for figures in (zero, adapted)]
-    return [*first, console.gain(zero["accuracy"], adapted["accuracy"]), *others]
+def _accuracies(pairs: Sequence[Pair]) -> tuple[str, str, str]:
+    zero, adapted = (mean_figures(qualities)["accuracy"] for qualities in zip(*pairs, strict=True))
+    return console.percent(zero), console.percent(adapted), console.gain(zero, adapted)
 
 
 def _by_class(found: dict[str, Pair], names: Sequence[str]) -> str:
@@ -166,5 +168,7 @@ def _by_class(found: dict[str, Pair], names: Sequence[str]) -> str:
         for domain, pair in found.items()
     }
     for number, name in enumerate(names):
-        rows.append((name, *(console.percent(one[number]) for domain in found for one in recalls[domain])))
+        of_class = [one[number] for domain in found for one in recalls[domain]]
+        if any(recall is not None for recall in of_class):
+            rows.append((name, *map(console.percent, of_class)))
     return console.table(rows)

@@ -59,7 +59,7 @@ def export(wishes: Wishes) -> str:
     )
     told = _warned(model, wishes)
     if wishes.classes or wishes.prompt:
-        model = model.with_classes(names_of(wishes.classes), wishes.prompt)
+        model = model.with_classes(names_of(wishes.classes) or None, wishes.prompt)
     told += write(model, out, onnx=wishes.onnx, sites=wishes.sites)
     lines = [f"  {name:<28}{console.bytes_of(size):>8}" for name, size in _sizes(out)]
     parts = [f"Written to {out}:", *lines, *told]

@@ -148,9 +148,11 @@ class Reader:
             if value is None or now != mark:
                 value = understand(content.read_bytes(path, MOST_BYTES) if now else None)
         except OSError as error:
-            raise UserError(f"{path} can't be read ({one_line(error.strerror or error)})") from None
+            raise UserError(
+                f"{path} can't be read ({one_line(error.strerror or error)}): mend that, or name another run"
+            ) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({one_line(error)})") from None
+            raise UserError(f"{path} is damaged ({one_line(error)}): put back a copy, or name another run") from None
         self._known[name] = now, value
         self.changed = max(self.changed, now[0] / 1e9) if now else self.changed
         return value
@@ -184,8 +186,10 @@ def where(name: str | Path, root: Path | None = None) -> Path:
     there = names(root)
     if there and str(name) == "latest":  # where the file system has no links
         return root / there[-1]
+    if not there and str(name) == "latest":
+        raise UserError(f"there is no run in {root} yet: `fedclip run` makes one there")
     known = f"the latest in {root} are {', '.join(there[-3:])}" if there else f"there is none in {root}"
-    raise UserError(f"{name}: there is no such run, neither as a folder nor by name; {known}")
+    raise UserError(f"{str(name) or repr('')}: there is no such run, neither as a folder nor by name; {known}")
 
 
 def names(root: Path) -> list[str]:

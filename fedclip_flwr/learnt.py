@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from fedclip_flwr import clip, content, history, hub, saved
 from fedclip_flwr.adapters import ADAPTERS, Adapter
+from fedclip_flwr.console import some
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -30,15 +32,21 @@ class Learnt(NamedTuple):
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(tuple(self.facts["class_names"]), tuple(self.facts["templates"]))
 
-    def check_features(self, place: str, model: str, dim: int) -> None:
-        """Raises unless features that `model` has made, of so many numbers, are those that this can take."""
+    def check_features(self, place: str, folder: FeatureFolder) -> None:
+        """Raises unless the folder's features are such as this can take, and of its classes."""
         if self.whole:
             raise UserError(f"{self.folder} is a whole model, which needs images; {place} has only features")
         own = str(self.facts.get("model", ""))
-        if dim != self.facts["dim"] or Path(model).name != Path(own).name:
+        if folder.dim != self.facts["dim"] or Path(folder.model).name != Path(own).name:
             raise UserError(
-                f"{place}: its features were made by {model} and have {dim} numbers; the adapter is for {own}, with "
-                f"{self.facts['dim']}"
+                f"{place}: its features were made by {folder.model} and have {folder.dim} numbers; the adapter is for "
+                f"{own}, with {self.facts['dim']}"
+            )
+        if {*folder.vocabulary.class_names} != {*self.vocabulary.class_names}:
+            raise UserError(
+                f"{place} has the prompts of {some(folder.vocabulary.class_names)}, the adapter is for "
+                f"{some(self.vocabulary.class_names)}: make it again with these, fedclip encode class-names=…, or name "
+                "the images"
             )
 
     def check_dim(self, dim: int, name: str) -> None:
@@ -70,10 +78,11 @@ class Learnt(NamedTuple):
 
 def find_learnt(name: str, revision: str = "") -> Learnt:
     """What lies in a folder, in that of a run by its name, or in a repository of the hub."""
-    if os.path.isdir(path := os.path.expanduser(name)):
-        folder = Path(path)
-    elif "/" not in name or name.startswith((".", "/", "~")):
-        folder = history.find(name).path
+    here = os.path.isdir(path := os.path.expanduser(name))
+    if here or "/" not in name or name.startswith((".", "/", "~")):
+        folder = Path(path) if here else history.find(name).path
+        if revision:
+            raise UserError(f"revision {revision!r}: {folder} is here, and only what is on the hub has revisions")
     else:
         folder = hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, told=name, allow_patterns=HUB_FILES)
     if whole := _whole_in(folder):

@@ -122,13 +122,15 @@ class FedCLIP(
         self.net.eval()  # it is frozen
         return self
 
-    def with_classes(self, names: Sequence[str] = (), prompt: str = "") -> FedCLIP:
+    def with_classes(self, names: Sequence[str] | None = None, prompt: str = "") -> FedCLIP:
         """The same for other classes, or the same classes with another `prompt`: a template with {} for the name.
 
         Several templates have | between them. Both share the CLIP and the adapter: where one is moved, the other goes.
         """
+        if isinstance(names, str):
+            raise UserError(f"classes: expected a list of names, found the text {names!r}")
         templates = templates_of(prompt) if prompt else self.vocabulary.templates
-        vocabulary = usable(Vocabulary(tuple(names) or self.class_names, templates))
+        vocabulary = usable(Vocabulary(self.class_names if names is None else tuple(names), templates))
         names = vocabulary.class_names
         facts = {**self.facts, "class_names": list(names), "templates": list(templates), "prompts": vocabulary.prompts}
         return type(self)(self.loaded, vocabulary, self.adapter, facts, self.origin)
@@ -149,6 +151,7 @@ class FedCLIP(
     def stream(self, images: Picture | Iterable[Picture], top: int = 1) -> Iterator[Prediction]:
         """The same batch by batch, of any number of images, as they come."""
         several = _several(images)
+        check_top(top)
         if isinstance(several, list | tuple) and all(isinstance(image, str | os.PathLike) for image in several):
             for path, found in self.stream_files([os.fspath(path) for path in several], top):
                 if found is None:
@@ -161,6 +164,7 @@ class FedCLIP(
 
     def stream_files(self, paths: Sequence[str], top: int = 1) -> Iterator[tuple[str, Prediction | None]]:
         """The same of files, read and decoded ahead; None for one that can't be read."""
+        check_top(top)
         work = ahead.Work(Files(paths), "files", self.loaded.preparer(), self.loaded.batch_size)
         batches = ahead.batches(work, 0, len(paths), pinned=self.device.type == "cuda")
         first = 0
@@ -206,6 +210,11 @@ class FedCLIP(
     def generate_model_card(self, *args: Any, sites: bool = False, **more: Any) -> ModelCard:
         """The card, with the names and sizes of `sites` only if that is said."""
         return card.card_of(self.facts, self.origin, sites)
+
+
+def check_top(top: int) -> None:
+    if type(top) is not int or top < 1:
+        raise UserError(f"top = {top!r}: expected a whole number from 1 on")
 
 
 def _several(images: Picture | Iterable[Picture]) -> Iterable[Picture]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from fedclip_flwr.errors import UserError, shown
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.learning import Classes, Examples, logits_of
 from fedclip_flwr.learnt import Learnt, find_learnt
-from fedclip_flwr.model import FedCLIP, Prediction
+from fedclip_flwr.model import FedCLIP, Prediction, check_top
 from fedclip_flwr.vocabulary import read_names
 
 Rows = Iterator[tuple[str, Prediction | None]]
@@ -57,8 +58,7 @@ class Wishes:
 
 def predict(wishes: Wishes) -> int:
     """Writes the lines; the exit status: 1 if there are images that can't be read."""
-    if wishes.top < 1:
-        raise UserError(f"--top {wishes.top}: expected at least 1")
+    check_top(wishes.top)
     if wishes.out and not wishes.out.endswith((".csv", ".jsonl")):
         raise UserError(f"--out {wishes.out}: expected a name that ends with .csv or .jsonl")
     if wishes.as_json and wishes.out.endswith(".csv"):
@@ -106,7 +106,7 @@ def _written(path: Path, write: Callable[[TextIO], None]) -> None:
 
 def _of_images(wishes: Wishes) -> tuple[Rows, int, int]:
     """The lines of the images, how many there are, and how many classes each line has."""
-    paths = find_images(_listed(wishes.images))
+    paths = [path for place in wishes.images for path in (_listed() if place == "-" else find_images([place]))]
     if not paths:
         raise UserError("no images: name files or folders")
     model = FedCLIP.from_pretrained(
@@ -117,19 +117,16 @@ def _of_images(wishes: Wishes) -> tuple[Rows, int, int]:
         precision=wishes.precision,
     )
     if wishes.classes or wishes.prompt:
-        model = model.with_classes(names_of(wishes.classes), wishes.prompt)
+        model = model.with_classes(names_of(wishes.classes) or None, wishes.prompt)
     return model.stream_files(paths, wishes.top), len(paths), min(wishes.top, len(model.class_names))
 
 
-def _listed(places: Sequence[str]) -> Iterator[str]:
-    """The places that are named; for - those that the standard input names, one in each line."""
-    for place in places:
-        if place == "-":
-            if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(errors=AS_IT_IS)
-            yield from (line for text in sys.stdin if (line := text.rstrip("\r\n")))
-        else:
-            yield place
+def _listed() -> Iterator[str]:
+    """What the standard input names, one in each line; a file that is not there is as one that can't be read."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors=AS_IT_IS)
+    for line in filter(None, (text.rstrip("\r\n") for text in sys.stdin)):
+        yield from find_images([line]) if os.path.isdir(line) else [line]
 
 
 def names_of(classes: str) -> tuple[str, ...]:
@@ -145,8 +142,8 @@ def _of_features(wishes: Wishes, place: str) -> tuple[Rows, int, int]:
             raise UserError(f"--{name}: stored features have their own; leave it out, or name the images")
     learnt = find_learnt(wishes.adapter, wishes.revision)
     root = Path(place.removeprefix(STORED)).expanduser().absolute()
+    learnt.check_features(place, FeatureFolder(root))
     folder = FeatureFolder(root, learnt.vocabulary)
-    learnt.check_features(place, folder.model, folder.dim)
     examples = {domain: folder.examples(domain) for domain in folder.domains}
     rows = _of_rows(examples, folder, learnt, wishes.top)
     return rows, sum(map(folder.count, folder.domains)), min(wishes.top, len(learnt.vocabulary.class_names))

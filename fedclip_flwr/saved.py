@@ -102,9 +102,13 @@ def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
     if folder.is_dir() and not path.exists():
         path = folder / CONFIG
     if folder.is_dir() and not path.exists():
-        raise UserError(f"{folder} holds no adapter: its run came to no round; summary.json there tells how it ended")
+        if (folder / "settings.json").exists():
+            raise UserError(f"{folder} holds no adapter: its run came to no round; `fedclip runs {folder}` tells more")
+        raise UserError(f"{folder} holds no adapter: name a run, or a folder that `fedclip export` has written")
     try:
         facts = content.read_json(path)
+        if not isinstance(facts, dict):
+            raise ValueError("expected an object")
         adapter = _blank(facts)
         like = adapter.state_dict()
         path = folder / TENSORS

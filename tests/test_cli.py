@@ -39,6 +39,14 @@ def test_a_defect_is_a_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in fails" in told
 
 
+def test_ctrl_c_ends_a_command_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keys, "make", stopped)
+    assert run("keys", "folder") == (130, "\nStopped.\n")
+
+
 def test_help_has_an_example_for_each_command_and_needs_no_torch() -> None:
     (group,) = [app.registered_callback]
     assert group
@@ -48,6 +56,7 @@ def test_help_has_an_example_for_each_command_and_needs_no_torch() -> None:
         assert result.exit_code == 0
         assert f"fedclip {name}" in " ".join(result.stdout.split()), name
         assert "Example" in result.stdout, name
+        assert "\\[" not in result.stdout, name
     code = "import sys; from fedclip_flwr.cli import app; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert told.stdout == "False\n"

@@ -80,6 +80,10 @@ def test_features_made_elsewhere_come_to_the_same(folder: Path, tree: Path, tmp_
     code, made, _ = run(f"features:{tmp_path / 'made'}", "-a", folder, "--json")
     assert code == 0
     assert json.loads(made)["domains"] == json.loads(images)["domains"]
+    encode([f"data=folder:{tree}", "class-names=car,cat,fish,tree"], str(tmp_path / "other"))
+    code, _, told = run(f"features:{tmp_path / 'other'}", "-a", folder)
+    assert code == 2
+    assert "has the prompts of car, cat, fish, tree, the adapter is for car, cat, fish: make it again" in told
 
 
 def test_a_whole_model_is_beside_what_it_began_with(tree: Path, tmp_path: Path) -> None:

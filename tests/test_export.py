@@ -157,6 +157,8 @@ def test_a_model_that_was_trained_whole_is_in_the_export(tmp_path: Path) -> None
     for file in whole.loaded.folder.glob("token*"):
         (run / "model" / file.name).write_bytes(file.read_bytes())
     saved.write_json(run / "model" / saved.WHOLE, facts)
+    (run / saved.FACTS).unlink()
+    (run / saved.TENSORS).unlink()
     done = export(run, out)
     assert done.exit_code == 0, done.output
     assert names(out) == ["README.md", "config.json", "model"]
@@ -188,7 +190,7 @@ def test_what_is_uploaded_is_the_folder_with_its_card(tmp_path: Path, monkeypatc
 def test_what_cannot_be_exported_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
-    assert "there is no such run" in refused("latest", out)
+    assert "there is no run in" in refused("latest", out)
     assert "holds no adapter" in refused(tmp_path, out)
     assert refused("latest", Path(), "--out", "") == "--out: name the folder that is to be written\n"
     assert "--private: nothing is uploaded without --push" in refused("latest", out, "--private")

@@ -43,7 +43,7 @@ def test_a_run_that_is_not_there_is_told_with_those_that_are(name: str, tmp_path
         completed(tmp_path / f"2026010{day}-000000")
     with pytest.raises(UserError, match=r"no such run.*are 20260102-000000, 20260103-000000, 20260104-000000$"):
         history.find(name, tmp_path)
-    with pytest.raises(UserError, match="there is none in"):
+    with pytest.raises(UserError, match="there is no run in"):
         history.find("latest", tmp_path / "empty")
 
 

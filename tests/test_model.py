@@ -105,6 +105,17 @@ def test_what_is_no_image_is_told(folder: Path, image: Any, told: str) -> None:
         model.predict([image])
 
 
+@pytest.mark.parametrize("top", [0, -1, "x", 1.0])
+def test_so_many_classes_that_cant_be_are_refused(folder: Path, tree: Path, top: Any) -> None:
+    with pytest.raises(UserError, match="expected a whole number from 1 on"):
+        FedCLIP.from_pretrained(folder).predict(paths_of(tree), top=top)
+
+
+def test_what_is_here_has_no_revision(folder: Path) -> None:
+    with pytest.raises(UserError, match="only what is on the hub has revisions"):
+        FedCLIP.from_pretrained(folder, revision="main")
+
+
 def test_files_that_cant_be_read_are_left_out_and_told(folder: Path, tree: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
@@ -158,6 +169,8 @@ def test_new_classes_need_only_words(folder: Path, features: Features, tree: Pat
         (["a", "A"], "", "would be different classes"),
         (["a", "b\n"], "", "give it a name of plain characters"),
         (["a", "b"], "no place", "expected a template with one {}"),
+        ("zebra", "", "expected a list of names, found the text 'zebra'"),
+        ([], "", "expected at least two names, each once, found none"),
         ([f"class {number}" for number in range(2**12)], "|".join(["a {}"] * 2**9), "prompts at most"),
     ],
 )

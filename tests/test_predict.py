@@ -91,6 +91,9 @@ def test_names_come_from_the_standard_input_too(folder: Path, tree: Path) -> Non
     code, lines, _ = run("-", "-a", folder, given="\n".join(names) + "\n\n")
     assert code == 0
     assert [row["image"] for row in csv.DictReader(io.StringIO(lines))] == find_images(names)
+    code, lines, _ = run("-", "-a", folder, given=f"{names[0]}\nnowhere.png\n")
+    assert code == 1
+    assert [row["error"] for row in csv.DictReader(io.StringIO(lines))] == ["", "can't be read"]
 
 
 def test_a_name_that_is_no_text_and_one_with_commas_come_through(folder: Path, tree: Path, tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def test_the_likeliest_are_those_of_all_at_once() -> None:
     [
         (["nowhere.png"], "nowhere.png: there is no such file or folder"),
         (["{empty}"], "no images (.jpg"),
-        (["{tree}", "--top", "0"], "--top 0: expected at least 1"),
+        (["{tree}", "--top", "0"], "top = 0: expected a whole number from 1 on"),
         (["{tree}", "--classes", "one"], "there is no such file, and a list would have commas"),
         (["{tree}", "--classes", "a,a"], "a more than once"),
         (["{tree}", "--prompt", "no place"], "expected a template with one {}"),

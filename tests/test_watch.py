@@ -203,7 +203,7 @@ def test_without_a_terminal_there_is_a_line_for_each_round_and_one_at_the_end(tm
 def test_a_run_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, ["watch", "--results-dir", str(tmp_path)])
     assert (answer.exit_code, answer.stdout) == (2, "")
-    assert answer.stderr.startswith("latest: there is no such run")
+    assert answer.stderr.startswith("there is no run in ")
 
 
 def test_a_folder_that_is_damaged_or_gone_while_it_is_watched_is_told(tmp_path: Path) -> None:

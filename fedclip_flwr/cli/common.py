@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import traceback
+from functools import partial
 from typing import Annotated, Any
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from fedclip_flwr import __version__
 from fedclip_flwr.errors import UserError, one_line
@@ -27,6 +28,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("\nStopped.", err=True)
+            raise typer.Exit(130) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -39,6 +43,11 @@ class Commands(TyperGroup):
             raise typer.Exit(2 if told else 1) from None
 
 
+class Command(TyperCommand):
+    def get_help(self, ctx: click.Context) -> str:
+        return super().get_help(ctx).replace("\\[", "[")  # typer's own, for a markup that is not used
+
+
 app = typer.Typer(
     name="fedclip",
     cls=Commands,
@@ -46,6 +55,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+command = partial(app.command, cls=Command)
 
 
 def _version(wanted: bool) -> None:

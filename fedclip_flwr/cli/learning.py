@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedclip_flwr.cli.common import app, option
+from fedclip_flwr.cli.common import command, option
 from fedclip_flwr.config import Settings, meaning_of
 from fedclip_flwr.errors import UserError
 
@@ -21,7 +21,7 @@ def _settings() -> str:
     return "\b\n" + "\n".join(lines)
 
 
-@app.command(epilog=_settings())
+@command(epilog=_settings())
 def run(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     nodes: Annotated[
@@ -56,7 +56,7 @@ def run(
     raise typer.Exit(code)
 
 
-@app.command()
+@command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
@@ -74,7 +74,7 @@ def init(
     typer.echo(scaffold.init(folder, settings or []))
 
 
-@app.command()
+@command()
 def encode(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     out: Annotated[
@@ -94,7 +94,7 @@ def encode(
     typer.echo(precompute.encode(settings or [], out))
 
 
-@app.command()
+@command()
 def sweep(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     data: Annotated[

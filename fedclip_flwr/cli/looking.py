@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from fedclip_flwr.cli.common import app, option
+from fedclip_flwr.cli.common import command, option
 
 RESULTS_DIR = "Where run folders are, as the setting results-dir; FEDCLIP_HOME/runs unless said."
 
 
-@app.command()
+@command()
 def runs(
     names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", show_default=False)] = None,
     as_json: Annotated[
@@ -33,7 +33,7 @@ def runs(
     typer.echo(runlist.show(names or [], results_dir, as_json))
 
 
-@app.command()
+@command()
 def watch(
     run: Annotated[str, typer.Argument(metavar="[RUN]", show_default=False)] = "latest",
     results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
@@ -51,10 +51,13 @@ def watch(
     raise typer.Exit(watch.watch(run, results_dir))
 
 
-@app.command()
+@command()
 def report(
     names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", show_default=False)] = None,
-    out: Annotated[Path | None, option("The report's folder; that of the run unless said.")] = None,
+    out: Annotated[
+        Path | None,
+        option("The report's folder; that of the run unless said, of several runs one below FEDCLIP_HOME/reports."),
+    ] = None,
     results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
 ) -> None:
     """Write the report of a run as one page, with its plots as files; or put several runs side by side on one.

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fedclip_flwr.cli.common import app, option
+from fedclip_flwr.cli.common import command, option
 from fedclip_flwr.errors import UserError
 
 
-@app.command()
+@command()
 def keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
     server: Annotated[
@@ -34,7 +34,7 @@ def keys(
     typer.echo(keys.make(folder, server, site or [], days))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def server(given: typer.Context) -> None:
     """Start the server: Flower's SuperLink, which here lets no site speak for another one.
 
@@ -48,7 +48,7 @@ def server(given: typer.Context) -> None:
     superlink.start(given.args)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def site(given: typer.Context) -> None:
     """Start this site: Flower's SuperNode, which here runs no other code than what is installed on this machine.
 
@@ -63,7 +63,7 @@ def site(given: typer.Context) -> None:
     pinned.start(given.args)
 
 
-@app.command()
+@command()
 def doctor(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[server|site] [KEY=VALUE]...", show_default=False)

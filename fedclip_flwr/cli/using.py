@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedclip_flwr.cli.common import app, option
+from fedclip_flwr.cli.common import command, option
 
 Adapter = Annotated[
     str, option("A run by its name, a folder, or a name on the hub; the latest run unless said.", "--adapter", "-a")
@@ -19,7 +19,7 @@ Model = Annotated[str, option("Where its CLIP is, if that is no longer where it 
 Revision = Annotated[str, option("Of a name on the hub: a commit, tag or branch.")]
 
 
-@app.command()
+@command()
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", show_default=False)],
     adapter: Adapter = "latest",
@@ -36,8 +36,8 @@ def predict(
     """Tell what images show: a line for each, with the likeliest classes and their probabilities.
 
     Folders are searched to their ends; - reads names of files from the standard input; features:PATH takes a folder of
-    features. Lines come as the images are seen, CSV unless said. An image that can't be read has a line that says so,
-    and the exit status is then 1; 2 if nothing can be done.
+    features. Lines come as the images are seen, CSV unless said; with --out the file is there when all are done. An
+    image that can't be read has a line that says so, and the exit status is then 1; 2 if nothing can be done.
 
     Examples: fedclip predict photos --top 3; fedclip predict *.jpg --adapter 20260102-030405 --out found.csv; fedclip
     predict photos --classes zebra,lion --prompt "a photo of a {}"
@@ -48,7 +48,7 @@ def predict(
     raise typer.Exit(predict.predict(wishes))
 
 
-@app.command()
+@command()
 def evaluate(
     data: Annotated[str, typer.Argument(metavar="DATA", show_default=False)],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
@@ -63,7 +63,9 @@ def evaluate(
     """Measure on labelled images how well they are told apart: zero-shot beside adapted, domain by domain.
 
     DATA is what the setting data takes: a folder (domain/class/image or class/image), a data set, drawn, features:PATH.
-    Settings are device, precision, and those of a data set's columns. Features are stored, so a second time is quick.
+    Settings are device, precision, and those of a data set's columns. Images that can't be read are left out, and told.
+    Features are stored, so a second time is quick. With --classes, as many other words for the data's own classes are
+    taken in the order of these.
 
     Examples: fedclip evaluate images; fedclip evaluate drawn:7 --adapter 20260102-030405 --by-class --json
     """
@@ -74,7 +76,7 @@ def evaluate(
     typer.echo(evaluate.evaluate(wishes))
 
 
-@app.command()
+@command()
 def export(
     run: Annotated[str, typer.Argument(metavar="[RUN]", show_default=False)] = "latest",
     out: Annotated[str, option("The folder that is written.", "--out", "-o")] = "",

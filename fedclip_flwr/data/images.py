@@ -64,7 +64,9 @@ def decoded(data: bytes) -> Image.Image | None:
 def upright(image: Image.Image) -> Image.Image:
     """An opened image upright and in RGB, what is transparent on white."""
     if not isinstance(image, Image.Image):
-        raise UserError(f"a {type(image).__name__} is no image: expected a path, a PIL image, a tensor or an array")
+        raise UserError(
+            f"something of type {type(image).__name__} is no image: expected a path, a PIL image, a tensor or an array"
+        )
     try:
         return _rgb(ImageOps.exif_transpose(image))
     except OSError as error:

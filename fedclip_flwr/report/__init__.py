@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from fedclip_flwr.report.story import Story
 
 os.environ.setdefault("MPLCONFIGDIR", str(content.home() / "matplotlib"))  # a server's user may have no home
-PAGE, PLOTS = "report.html", "plots"
+PAGE, PLOTS, FILE = "report.html", "plots", "held_out.json"
+MARK = b"fedclip report</title>"
+"""By which a page is known for one of ours."""
 Opened = tuple["Features", str | None]
 
 
@@ -69,17 +71,24 @@ def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[st
             raise UserError("the server of this run holds no held-out images itself")
         found = heldout.analyse(story.run.path, story.settings, features, holdout)
     except Exception as error:  # what else there is to tell is told all the same
-        if not (story.run.path / heldout.FILE).exists():
+        if not (story.run.path / FILE).exists():
             return None, one_line(error)
         return heldout.kept(story.run.path, one_line(error))
-    write_text(folder / heldout.FILE, heldout.as_text(found))
+    write_text(folder / FILE, heldout.as_text(found))
     return found, ""
 
 
 def check_out(folder: Path, *own: Run) -> None:
-    """Raises where another run is, whose report would be lost."""
-    if (folder / history.SETTINGS).exists() and folder.resolve() not in [run.path.resolve() for run in own]:
+    """Raises where something else is: another run, whose report would be lost, or what is no report."""
+    if not folder.is_dir() or folder.resolve() in [run.path.resolve() for run in own]:
+        return
+    if (folder / history.SETTINGS).exists():
         raise UserError(f"--out {folder}: a run is there, whose own report would be lost; name another folder")
+    others = [name for name in sorted(os.listdir(folder)) if name not in (PAGE, PLOTS, FILE) and name[0] != "."]
+    if (folder / PAGE).exists() and MARK not in (folder / PAGE).read_bytes():
+        others.insert(0, PAGE)
+    if others:
+        raise UserError(f"--out {folder}: something else is there, such as {others[0]}; name another folder")
 
 
 def write_plots(made: list[Plot], folder: Path) -> dict[str, tuple[Plot, str]]:
@@ -106,6 +115,8 @@ def _write_bytes(data: bytes, path: Path) -> None:
 
 def make(names: list[str], out: Path | None = None, root: Path | None = None) -> str:
     """Writes the report of a run, or the comparison of several; what there is to say of it."""
+    if out is not None and not str(out).strip("."):
+        raise UserError("--out: name the folder that is to be written")
     runs = [history.find(name, root) for name in names]
     if len(runs) > 1:
         from fedclip_flwr.report import compare

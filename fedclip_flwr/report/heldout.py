@@ -24,12 +24,12 @@ from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Encoded, Features, Pixels, open_features
 from fedclip_flwr.learning import Classes, Examples, Learner, logits_of
 from fedclip_flwr.metrics import BINS, bins_of
+from fedclip_flwr.report import FILE
 from fedclip_flwr.saved import TENSORS, load_adapter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FILE = "held_out.json"
 PART = 4096
 """So many images are looked at at once."""
 SHOWN = 12

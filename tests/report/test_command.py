@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from fedclip_flwr import report
 from fedclip_flwr.cli import app
 from fedclip_flwr.features import Features
-from fedclip_flwr.report import heldout
 from tests.report.made import a_run
 from tests.report.test_page import words
 
@@ -34,7 +33,7 @@ def run(plain: Path, tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    names = [report.PAGE, heldout.FILE, *(f"{report.PLOTS}/{path.name}" for path in (folder / report.PLOTS).iterdir())]
+    names = [report.PAGE, report.FILE, *(f"{report.PLOTS}/{path.name}" for path in (folder / report.PLOTS).iterdir())]
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -54,7 +53,7 @@ def test_the_newest_run_is_taken_unless_said_and_out_names_another_folder(run: P
     before = sorted(run.iterdir())
     code, told = fedclip("--results-dir", run.parent, "--out", tmp_path / "there")
     assert (code, told.splitlines()[-1]) == (0, f"Report: {tmp_path / 'there' / 'report.html'}")
-    assert (tmp_path / "there" / heldout.FILE).exists()
+    assert (tmp_path / "there" / report.FILE).exists()
     assert sorted(run.iterdir()) == before
 
 
@@ -68,7 +67,7 @@ def test_where_the_data_is_not_at_hand_what_was_found_at_the_end_is_told(run: Pa
     assert code == 0
     assert "As it was analysed before; it can't be made again here" in text
     assert "Confusion, adapted" in text
-    (away / heldout.FILE).unlink()
+    (away / report.FILE).unlink()
     assert fedclip(away)[0] == 0
     assert "Nothing is told of single classes: data = 'folder:" in words(away / "report.html")
 
@@ -116,6 +115,20 @@ def test_no_report_takes_the_place_of_another_runs(run: Path, tmp_path: Path, dr
             assert done.exit_code == 2
             assert "a run is there, whose own report would be lost" in done.stderr
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == kept
+
+
+def test_no_report_lands_among_other_files(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name in ("notes.txt", "report.html"):
+        (tmp_path / "own" / name).write_text("mine")
+        code, told = fedclip(run, "--out", tmp_path / "own")
+        assert code == 2
+        assert f"something else is there, such as {name}" in told
+        assert [path.read_text() for path in (tmp_path / "own").iterdir()] == ["mine"]
+        (tmp_path / "own" / name).unlink()
+    for _ in range(2):
+        assert fedclip(run, "--out", tmp_path / "own")[0] == 0
+    assert fedclip(run, "--out", "")[0] == 2
 
 
 def test_a_report_that_can_not_be_made_costs_a_line_and_not_the_run(run: Path, drawn: Features) -> None:

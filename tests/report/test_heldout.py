@@ -124,7 +124,7 @@ def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_
         path.write_bytes(b"no image")
     features = open_features(Settings(data=f"folder:{tree}"), progress=False)
     shutil.copytree(plain, tmp_path / "run")
-    (tmp_path / "run" / heldout.FILE).unlink(missing_ok=True)
+    (tmp_path / "run" / report.FILE).unlink(missing_ok=True)
     page = report.write(history.read(tmp_path / "run"), opened=(features, "photo"))
     assert "Nothing is told of single classes: none of the images of photo can be read." in page.read_text()
 
@@ -167,7 +167,7 @@ def test_a_whole_model_is_analysed_with_what_it_has_learnt(tmp_path: Path, tree:
 def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, drawn: Features, tmp_path: Path) -> None:
     run = a_run(tmp_path, drawn)
     found = heldout.analyse(run, Settings(), drawn, "sketch")
-    (run / heldout.FILE).write_text(heldout.as_text(found))
+    (run / report.FILE).write_text(heldout.as_text(found))
     assert heldout.kept(run, "the disk is away") == (
         found,
         "As it was analysed before; it can't be made again here: the disk is away",
@@ -176,7 +176,7 @@ def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, dra
     nothing, why = heldout.kept(run, "the disk is away")
     assert nothing is None
     assert why == "the disk is away; and held_out.json is of an earlier round"
-    (run / heldout.FILE).write_text("{")
+    (run / report.FILE).write_text("{")
     assert "can't be read" in heldout.kept(run, "")[1]
 
 
