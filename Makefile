@@ -30,7 +30,7 @@ bench: .venv/ready  ## set up, then measure times, bytes and memory, and write d
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fedclip-flwr needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: run make PYTHON=python3.12 (or wherever a newer one is)")'
-	@echo 'setting up .venv, once: 2 to 3 minutes'
+	@echo 'setting up .venv, once: 3 to 4 minutes'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
