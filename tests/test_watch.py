@@ -212,7 +212,8 @@ def test_a_folder_that_is_damaged_or_gone_while_it_is_watched_is_told(tmp_path: 
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path: Path) -> None:
-    code = "import sys; from fedclip_flwr.cli import app; app()"
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also in the background
+    code = f"{heeded}; from fedclip_flwr.cli import app; app()"
     with going(tmp_path) as path:
         command = [sys.executable, "-c", code, "watch", str(path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
