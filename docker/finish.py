@@ -16,8 +16,11 @@ from pathlib import Path
 import fedclip_flwr
 
 PLACE = Path(sysconfig.get_path("purelib"))
-UNUSED = ("torch/bin/[!t]*", "torch/bin/test_*", "torch/include", "torch/test", "pyarrow/include", "**/tests")
-"""Other projects' tests and headers."""
+UNUSED = (
+    *("torch/bin/[!t]*", "torch/bin/test_*", "torch/include", "torch/test", "**/tests"),
+    *("pyarrow/include", "pyarrow/*flight*", "pyarrow/_pyarrow_cpp_tests*", "matplotlib/mpl-data/sample_data"),
+)
+"""Other projects' tests and headers, and the server that pyarrow has for tables."""
 
 
 def main(variant: str) -> None:
