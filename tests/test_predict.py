@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedclip_flwr import FedCLIP, predict
 from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
-from fedclip_flwr.data.files import find_images
+from fedclip_flwr.data.files import Files, find_images
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import Classes, Examples, logits_of
@@ -203,6 +203,16 @@ def test_what_cant_be_done_is_told_in_a_line(
     assert (code, lines) == (2, "")
     assert told in error
     assert len(error.splitlines()) == 1
+
+
+def test_files_are_told_apart_by_what_is_in_them_and_by_their_order(tree: Path) -> None:
+    one, other = (str(tree / "photo" / "car" / f"{number}.png") for number in range(2))
+    known = Files([one, other]).content("files")
+    assert known != Files([other, one]).content("files")
+    Path(one).rename(f"{one}.png")
+    assert known == Files([f"{one}.png", other]).content("files")
+    Path(other).write_bytes(b"changed")
+    assert known != Files([f"{one}.png", other]).content("files")
 
 
 def test_folders_are_searched_to_their_ends(tmp_path: Path) -> None:
