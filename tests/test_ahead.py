@@ -31,10 +31,25 @@ def broken(tree: Path) -> Path:
     return tree
 
 
-def children() -> list[int]:
-    """Those of this process; what `multiprocessing` keeps for other tests is none."""
-    pids = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in pids if b"multiprocessing" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+Workers = list[subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    """The workers that a test starts; this process may have other children, such as another test's browser."""
+    found: Workers = []
+
+    class Kept(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            found.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Kept)
+    return found
+
+
+def running(started: Workers) -> int:
+    return sum(process.poll() is None for process in started)
 
 
 def has_ended(pid: int) -> bool:
@@ -71,17 +86,17 @@ def test_some_rows_of_a_source_are_those_of_all(tree: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "drawn", pytest.param("preset", marks=pytest.mark.soak), "data set"])
 def test_workers_bring_the_same_batches_in_the_same_order(
-    broken: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    broken: Path, kind: str, started: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = ahead.Work(source_of(kind, broken), "photo", PREPARER, 2)
     alone = list(ahead.batches(work, 0, 12))
-    assert not children()
+    assert not started
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
     helped = []
     for batch in ahead.batches(work, 0, 12):
         helped.append(batch)
-        assert len(children()) == (2 if len(helped) > 1 else 0)
-    assert not children()
+        assert len(started) == (2 if len(helped) > 1 else 0)
+    assert running(started) == 0
     assert [batch[1:] for batch in helped] == [batch[1:] for batch in alone]
     assert sum(batch.rows for batch in helped) == 12
     for one, other in zip(helped, alone, strict=True):
@@ -101,7 +116,10 @@ def test_pixels_of_any_type_come_as_they_are(tree: Path, dtype: torch.dtype, mon
 
 
 def test_what_a_killed_worker_owes_is_done_without_it(
-    broken: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    broken: Path,
+    started: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     work = ahead.Work(ImageFolder(broken), "photo", PREPARER, 1)
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
@@ -109,21 +127,20 @@ def test_what_a_killed_worker_owes_is_done_without_it(
     for batch in ahead.batches(work, 0, 12):
         found.append(batch)
         if len(found) == 4:
-            os.kill(children()[0], signal.SIGKILL)
+            started[0].kill()
     assert [batch[1:] for batch in found] == [work.batch(row)[1:] for row in range(12)]
     assert all(batch.inputs.keys() == work.batch(row).inputs.keys() for row, batch in enumerate(found))
     assert caplog.text.count("its part is done without it") <= 1
 
 
-def test_workers_end_with_whoever_stops_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_end_with_whoever_stops_asking(started: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
     batches = ahead.batches(ahead.Work(Drawn(), "photo", LARGE, 4), 0, 400)
     next(batches)
     next(batches)
-    pids = children()
-    assert len(pids) == 2
+    assert running(started) == 2
     batches.close()
-    assert all(map(has_ended, pids))
+    assert running(started) == 0
 
 
 SCRIPT = """
