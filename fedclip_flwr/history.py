@@ -133,11 +133,20 @@ class Reader:
     def read(self) -> Run:
         """The run, whatever it has come to so far; the same object if nothing has changed."""
         summary = self._latest(SUMMARY, _summary)  # first: it is written last
-        settings, metrics = self._latest(SETTINGS, _settings), self._latest(METRICS, _metrics)
+        settings, metrics = self.settings(), self._latest(METRICS, _metrics)
         last = self._run
         if not (last and last.settings is settings and last.metrics is metrics and last.summary is summary):
-            self._run = last = Run(self.path, settings, metrics, summary)
+            last = Run(self.path, settings, metrics, summary)
+            ends, least = metrics[-1]["round"] if metrics else -1, last.done if last.completed else last.done - 1
+            if ends < least:
+                raise _damaged(self.path / METRICS, f"it lacks round {least}")
+            self._run = last
         return last
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was begun with; settings that it does not know are as they are unless given."""
+        found: dict[str, Any] = self._latest(SETTINGS, _settings)
+        return found
 
     def _latest(self, name: str, understand: Callable[[bytes | None], Any]) -> Any:
         """What the file tells: the same object if it has not been replaced."""
@@ -152,10 +161,14 @@ class Reader:
                 f"{path} can't be read ({one_line(error.strerror or error)}): mend that, or name another run"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({one_line(error)}): put back a copy, or name another run") from None
+            raise _damaged(path, one_line(error)) from None
         self._known[name] = now, value
         self.changed = max(self.changed, now[0] / 1e9) if now else self.changed
         return value
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is damaged ({why}): put back a copy, or name another run")
 
 
 def _mark(path: Path) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedclip_flwr import checkpoint, content
+from fedclip_flwr import checkpoint, content, history
 from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
@@ -102,7 +102,7 @@ class RunFolder:
         if self.before:
             self._round = self.before.standing.round
             self._lines = [json.dumps(line) + "\n" for line in self.before.metrics]
-        self._json("settings.json", self._facts)
+        self._json(history.SETTINGS, self._facts)
         self._write_lines()
         self._tell("running")
         _link(self.path.parent / "latest", self.path.name)
@@ -138,7 +138,7 @@ class RunFolder:
                 save_adapter(self.path, state, self._settings, features, number, self._setting, blend=blend)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self._json("summary.json", summary)
+        self._json(history.SUMMARY, summary)
         self._going = False
         self.trackers.finish(summary)
 
@@ -171,7 +171,7 @@ class RunFolder:
 
     def _tell(self, status: str, **more: str) -> None:
         failures = [failure._asdict() for failure in self._failures]
-        self._json("summary.json", {"status": status, **more, "round": self._round, "failures": failures})
+        self._json(history.SUMMARY, {"status": status, **more, "round": self._round, "failures": failures})
 
     def _json(self, name: str, facts: dict[str, Any]) -> None:
         with self._under_way():
@@ -180,7 +180,7 @@ class RunFolder:
     def _write_lines(self) -> None:
         with self._under_way():
             content.write_whole(
-                self.path / "metrics.jsonl", lambda part: part.write_text("".join(self._lines)), self._setting
+                self.path / history.METRICS, lambda part: part.write_text("".join(self._lines)), self._setting
             )
 
     @contextlib.contextmanager
@@ -195,8 +195,8 @@ class RunFolder:
 def _found(root: Path, name: str) -> Path:
     """The folder of a run that was begun before."""
     path = root / name
-    if not (path / "settings.json").is_file():
-        runs = sorted(found.parent.name for found in root.glob("[!.]*/settings.json") if found.parent.name != "latest")
+    if not (path / history.SETTINGS).is_file():
+        runs = history.names(root)
         there = f"the latest are {', '.join(runs[-3:])}" if runs else "there is none"
         raise UserError(f"resume = {name!r}: there is no such run in {root}; {there}")
     return path.resolve()
@@ -226,7 +226,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _check_settings(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """What the run was begun with: the same settings, but for those that are free."""
-    begun = _settings_of(path)
+    begun = history.Reader(path).settings()
     others = {key: begun[key] for key in Settings.keys() if key not in FREE and begun.get(key) != wanted[key]}  # noqa: SIM118
     if others:
         raise UserError(
@@ -238,19 +238,10 @@ def _check_settings(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def begun_with(settings: Settings) -> tuple[dict[str, Any], int | None]:
     """The settings of the run that is to go on, and how many sites it had, if it has met them."""
-    facts = _settings_of(_found(results(settings)[0], settings.resume))
+    facts = history.Reader(_found(results(settings)[0], settings.resume)).settings()
     sites = facts.get("sites")
     begun = {key: facts[key] for key in Settings.keys() if key not in ("resume", "results-dir")}  # noqa: SIM118
     return begun, sites if isinstance(sites, int) else None
-
-
-def _settings_of(path: Path) -> dict[str, Any]:
-    """What settings.json tells; settings that it does not know are as they are unless given."""
-    try:
-        facts: dict[str, Any] = json.loads((path / "settings.json").read_text())
-        return Settings().as_run_config() | facts
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"resume = {path.name!r}: {path / 'settings.json'} can't be read ({one_line(error)})") from None
 
 
 def _new_folder(root: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def summary(seen: float = 0.75, unseen: float | None = 0.5, **more: Any) -> dict
 
 
 def make(
-    path: Path, metrics: Sequence[dict[str, Any]] = (), told: dict[str, Any] | None = None, **settings: Any
+    path: Path, metrics: Iterable[dict[str, Any]] = (), told: dict[str, Any] | None = None, **settings: Any
 ) -> Path:
     """A run's folder: nothing holds it, so it is no longer running."""
     path.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,8 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
         ("metrics.jsonl", json.dumps(line(0, seconds=None)), "metrics.jsonl is damaged .a line is no round"),
         ("metrics.jsonl", json.dumps({**line(0), "seen": "much"}), "metrics.jsonl is damaged .a line is no round"),
         ("metrics.jsonl", "\ud800", "metrics.jsonl is damaged"),
+        ("metrics.jsonl", "", "metrics.jsonl is damaged .it lacks round 3"),
+        ("metrics.jsonl", "".join(f"{json.dumps(line(n))}\n" for n in range(3)), "it lacks round 3"),
         ("summary.json", '{"status": "comp', "summary.json is damaged"),
         ("summary.json", '{"failures": [3]}', "summary.json is damaged .failures"),
         ("summary.json", '{"failures": {}}', "summary.json is damaged .failures"),
@@ -88,6 +90,14 @@ def test_a_damaged_file_is_named(name: str, text: str, why: str, tmp_path: Path)
     with pytest.raises(UserError, match=why) as told:
         history.find("run", tmp_path)
     assert "\n" not in str(told.value)
+
+
+def test_a_round_that_is_complete_has_its_line_with_the_next_one(tmp_path: Path) -> None:
+    path = make(tmp_path / "run", [line(0), line(1)], {"status": "stopped", "round": 2})
+    assert history.read(path).done == 2
+    make(path, [line(0)], {"status": "stopped", "round": 2})
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged .it lacks round 1"):
+        history.read(path)
 
 
 @pytest.mark.parametrize("name", ["settings.json", "metrics.jsonl", "summary.json"])
@@ -148,7 +158,7 @@ def test_what_is_over_is_not_taken_for_killed_because_its_folder_was_read_before
     look = history.held
 
     def ends(folder: Path) -> bool:
-        (folder / "summary.json").write_text(json.dumps(summary()))
+        (folder / "summary.json").write_text(json.dumps(summary(rounds=0)))
         return look(folder)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -56,7 +56,7 @@ def test_without_a_run_it_says_how_to_make_one(tmp_path: Path) -> None:
 def test_one_run_is_told_in_a_few_lines(tmp_path: Path) -> None:
     private = summary(privacy={"dp": "central", "epsilon": 12.345, "delta": 1e-5}, failures=[FAILURE])
     private["adapted"] |= {"personal": {"art-0": 0.875}, "personal_metrics": {"seen": {"accuracy": 0.875}}}
-    path = make(tmp_path / "run", [line(0), line(1)], private, dp="central", prompt="a \x1b {}")
+    path = make(tmp_path / "run", map(line, range(4)), private, dp="central", prompt="a \x1b {}")
     (path / "report.html").touch()
     text = show(["run"], tmp_path, False)
     assert "\x1b" not in text

@@ -266,7 +266,7 @@ def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: 
     with pytest.raises(UserError, match="can't be read"):
         again(first.path, adapter="gate", seed=7)
     (first.path / "settings.json").write_text("{")
-    with pytest.raises(UserError, match=r"settings.json can't be read"):
+    with pytest.raises(UserError, match=r"settings.json is damaged .*put back a copy"):
         again(first.path, adapter="gate", seed=7)
 
 
