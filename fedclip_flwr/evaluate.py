@@ -71,6 +71,9 @@ def evaluate(wishes: Wishes) -> str:
     if wishes.by_class:
         parts.append(_by_class(found, names))
     parts.append(f"{learnt.folder} on {plain.model}; {console.counted(len(names), 'class')}; in %.")
+    if wishes.classes and {*(own := source_of(settings)[0].class_names)} - {*names}:
+        words = [f"{name} = {word}" for name, word in zip(own, names, strict=True)]
+        parts[-1] += f"\nThe data's classes, and the words for them: {console.some(words)}."
     if known:
         parts[-1] += f"\nThe run has learnt from parts of these: {', '.join(known)}."
     return "\n\n".join(parts)

@@ -74,6 +74,14 @@ def test_a_folder_may_have_fewer_classes_but_no_others(folder: Path, tree: Path)
     assert list(json.loads(told)["domains"]["photo"]["adapted"]["recall"]) == ["dog", "fish", "tree"]
 
 
+def test_words_for_the_datas_own_classes_are_told_beside_them(folder: Path, tree: Path) -> None:
+    code, told, _ = run(tree, "-a", folder, "--classes", "automobile,kitten,seafood")
+    assert code == 0
+    words = "the words for them: car = automobile, cat = kitten, fish = seafood."
+    assert told.splitlines()[-1] == f"The data's classes, and {words}"
+    assert "the words for them" not in run(tree, "-a", folder, "--classes", "fish,cat,car")[1]
+
+
 def test_features_made_elsewhere_come_to_the_same(folder: Path, tree: Path, tmp_path: Path) -> None:
     encode([f"data=folder:{tree}"], str(tmp_path / "made"))
     _, images, _ = run(tree, "-a", folder, "--json")
