@@ -18,9 +18,10 @@ import fedclip_flwr
 PLACE = Path(sysconfig.get_path("purelib"))
 UNUSED = (
     *("torch/bin/[!t]*", "torch/bin/test_*", "torch/include", "torch/test", "**/tests"),
-    *("pyarrow/include", "pyarrow/*flight*", "pyarrow/_pyarrow_cpp_tests*", "matplotlib/mpl-data/sample_data"),
+    *("pyarrow/include", "pyarrow/*flight*", "pyarrow/*s3*", "pyarrow/_pyarrow_cpp_tests*"),
+    "matplotlib/mpl-data/sample_data",
 )
-"""Other projects' tests and headers, and the server that pyarrow has for tables."""
+"""Other projects' tests and headers, and what pyarrow has for servers of tables and for Amazon's store."""
 
 
 def main(variant: str) -> None:
