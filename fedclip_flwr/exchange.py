@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto, recorddict_to_proto
+from flwr.common.serde_utils import metadata_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from torch import Tensor
 
 from fedclip_flwr.codecs import CODECS, State, packed_size
@@ -131,7 +132,8 @@ def reason(message: Message) -> str:
 def size(message: Message) -> int:
     """How many bytes the message has as Flower serialises it.
 
-    Arrays are not serialised for it, for that would take longer than to average them.
+    Arrays are not serialised for it, for that would take longer than to average them. Nor is another message made of
+    its metadata: Flower then marks these as not delivered, and a simulation, which shares them, delivers it again.
     """
     if message.has_error():
         return int(message_to_proto(message).ByteSize())
@@ -143,10 +145,8 @@ def size(message: Message) -> int:
         else:
             others[name] = record
     content = int(recorddict_to_proto(others).ByteSize()) + arrays
-    shell = message_to_proto(remove_content_from_message(message))
-    shell.ClearField("content")
     field = 1 + max(1, -(-content.bit_length() // 7)) + content  # its number, its length, and the content itself
-    return int(shell.ByteSize()) + field
+    return int(ProtoMessage(metadata=metadata_to_proto(message.metadata)).ByteSize()) + field
 
 
 @lru_cache(maxsize=64)

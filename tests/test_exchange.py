@@ -345,6 +345,16 @@ def test_the_size_of_a_message_is_that_of_its_bytes(kind: str) -> None:
             assert exchange.size(message) == len(message_to_proto(message).SerializeToString())
 
 
+def test_a_message_whose_size_is_taken_stays_delivered() -> None:
+    """In a simulation it would be delivered again: a site would do the work twice, and share two secrets."""
+    for content in (RecordDict(), RecordDict({"config": exchange.write_task("0123")})):
+        message = Message(content, 1, "train")
+        message.metadata.delivered_at = "2026-01-02T03:04:05"
+        before = dict(vars(message.metadata))
+        exchange.size(message)
+        assert vars(message.metadata) == before
+
+
 def test_the_size_of_a_message_is_that_of_its_tensors_and_little_more() -> None:
     state = make_adapter("attention", 64).state_dict()
     message = Message(RecordDict({"arrays": exchange.write_adapter(state)}), 1, "train")
