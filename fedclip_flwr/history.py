@@ -85,6 +85,12 @@ class Run:
         return int(self.summary.get("rounds", self.summary.get("round", 0)))
 
     @property
+    def lost(self) -> int:
+        """Rounds that have no line in `metrics`, as each has when the next one is complete, or the run."""
+        known = {line["round"] for line in self.metrics}
+        return sum(number not in known for number in range(self.done + self.completed))
+
+    @property
     def start(self) -> str:
         """What round 0 is: zero-shot, or only next to it (`sites.starts_as_zero_shot`, without torch)."""
         told = self.settings
@@ -136,11 +142,7 @@ class Reader:
         settings, metrics = self.settings(), self._latest(METRICS, _metrics)
         last = self._run
         if not (last and last.settings is settings and last.metrics is metrics and last.summary is summary):
-            last = Run(self.path, settings, metrics, summary)
-            ends, least = metrics[-1]["round"] if metrics else -1, last.done if last.completed else last.done - 1
-            if ends < least:
-                raise _damaged(self.path / METRICS, f"it lacks round {least}")
-            self._run = last
+            self._run = last = Run(self.path, settings, metrics, summary)
         return last
 
     def settings(self) -> dict[str, Any]:
@@ -161,14 +163,10 @@ class Reader:
                 f"{path} can't be read ({one_line(error.strerror or error)}): mend that, or name another run"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise _damaged(path, one_line(error)) from None
+            raise UserError(f"{path} is damaged ({one_line(error)}): put back a copy, or name another run") from None
         self._known[name] = now, value
         self.changed = max(self.changed, now[0] / 1e9) if now else self.changed
         return value
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is damaged ({why}): put back a copy, or name another run")
 
 
 def _mark(path: Path) -> tuple[int, ...]:

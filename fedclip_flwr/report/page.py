@@ -50,8 +50,9 @@ def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, lacking
 
 
 def head(story: Story) -> str:
-    """What was run, in a sentence, and how it ended if it did not come to its end."""
+    """What was run, in a sentence, how it ended if it did not come to its end, and whether something is lost."""
     status = f'<p class="status"><strong>{e(story.status)}</strong> {e(_as_far(story))}</p>' if story.status else ""
+    status += f'<p class="status">{e(story.gap)}</p>' if story.gap else ""
     return (
         f'<header>\n<p class="eyebrow">fedclip report · {e(story.run.name)}</p>\n<h1>{e(story.title)}</h1>\n'
         f'<p class="sentence">{e(story.sentence)}</p>\n{status}\n</header>'
@@ -59,7 +60,7 @@ def head(story: Story) -> str:
 
 
 def _as_far(story: Story) -> str:
-    if not story.lines:
+    if not (story.lines or story.run.done):
         return "It came to no round."
     return (
         f"What is told here is what there is: {counted(story.run.done, 'round')} of {story.settings.num_server_rounds}."

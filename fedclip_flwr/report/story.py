@@ -53,6 +53,12 @@ class Story:
         why = shown(self.run.why).rstrip(".")
         return STATUS.get(self.run.status, "How this run ended is not known") + (f": {why}." if why else ".")
 
+    @property
+    def gap(self) -> str:
+        """A sentence on rounds of which there is nothing to show."""
+        lost = self.run.lost
+        return f"metrics.jsonl has lost the lines of {counted(lost, 'round')}: they are not shown." if lost else ""
+
     @cached_property
     def selected(self) -> int | None:
         """The round whose adapter is the result, so far; of a whole model only a completed run tells it."""

@@ -140,6 +140,17 @@ def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path) -> None:
     )
 
 
+def test_rounds_that_metrics_jsonl_has_lost_are_told(plain: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    assert "has lost" not in words(report.write(history.read(run)))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for left, lost in ((lines[:-1], "1 round"), ([], f"{len(lines)} rounds")):
+        (run / "metrics.jsonl").write_text("".join(left))
+        told = words(report.write(history.read(run)))
+        assert f"metrics.jsonl has lost the lines of {lost}: they are not shown." in told
+
+
 def test_a_server_without_images_says_in_a_line_why_parts_are_missing(plain: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
