@@ -87,8 +87,8 @@ class Run:
     @property
     def lost(self) -> int:
         """Rounds that have no line in `metrics`, as each has when the next one is complete, or the run."""
-        known = {line["round"] for line in self.metrics}
-        return sum(number not in known for number in range(self.done + self.completed))
+        due = self.done + self.completed
+        return max(0, due - len({line["round"] for line in self.metrics if 0 <= line["round"] < due}))
 
     @property
     def start(self) -> str:

@@ -99,6 +99,8 @@ def test_rounds_whose_lines_are_lost_are_counted(tmp_path: Path) -> None:
     assert history.read(path).lost == 4
     (path / "summary.json").write_text(json.dumps({"status": "stopped", "round": 2}))
     assert history.read(path).lost == 2  # the line of round 2 would have come with round 3
+    (path / "summary.json").write_text(json.dumps({"status": "stopped", "round": 10**15}))
+    assert history.read(path).lost == 10**15  # at once
     (path / "summary.json").unlink()
     assert history.read(path).lost == 0
 
