@@ -27,7 +27,6 @@ class View(NamedTuple):
     width: int
     scheme: Literal["light", "dark"] = "light"
     height: int = 1500
-    scale: float = 1.0
 
 
 VIEWS = {"wide": View(1080), "narrow": View(390, height=1900), "dark": View(1080, "dark")}
@@ -38,17 +37,16 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def shoot(page: Path, view: View, to: Path, whole: bool = False) -> None:
+def shoot(page: Path, view: View, to: Path) -> None:
     """Writes what the reader sees as a PNG, in few colours so that it is small."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
         tab = chromium.new_page(
             viewport={"width": view.width, "height": view.height},
             color_scheme=view.scheme,
-            device_scale_factor=view.scale,
         )
         tab.goto(page.absolute().as_uri())
-        shot = tab.screenshot(full_page=whole)
+        shot = tab.screenshot()
         chromium.close()
     image = Image.open(io.BytesIO(shot)).convert("RGB")
     image.quantize(192, dither=Image.Dither.NONE).save(to, optimize=True)

@@ -51,7 +51,7 @@ def evaluate(wishes: Wishes) -> str:
     """The tables, or their facts as JSON."""
     learnt = find_learnt(wishes.adapter, wishes.revision)
     settings = _settings(wishes, learnt)
-    plain, adapted = _opened(settings, learnt, wishes)
+    plain, adapted, own = _opened(settings, learnt, wishes)
     found = _examined(plain, adapted, learnt, settings)
     if not found:
         raise UserError(f"{wishes.data}: there are no images in it that can be read")
@@ -71,7 +71,7 @@ def evaluate(wishes: Wishes) -> str:
     if wishes.by_class:
         parts.append(_by_class(found, names))
     parts.append(f"{learnt.folder} on {plain.model}; {console.counted(len(names), 'class')}; in %.")
-    if wishes.classes and {*(own := source_of(settings)[0].class_names)} - {*names}:
+    if {*own} - {*names}:
         words = [f"{name} = {word}" for name, word in zip(own, names, strict=True)]
         parts[-1] += f"\nThe data's classes, and the words for them: {console.some(words)}."
     if known:
@@ -92,13 +92,16 @@ def _settings(wishes: Wishes, learnt: Learnt) -> Settings:
     return settings
 
 
-def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Features, Features]:
-    """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model."""
+def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Features, Features, Sequence[str]]:
+    """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model.
+
+    And the classes' names in the data.
+    """
     told = None if wishes.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
     if settings.data.startswith("features:"):
         learnt.check_features(settings.data, FeatureFolder(Path(settings.data.removeprefix("features:"))))
         features = open_features(settings, told)
-        return features, features
+        return features, features, features.vocabulary.class_names
     own = source_of(settings)[0].class_names
     if told and (others := sorted({*own} - {*told.class_names})):
         raise UserError(
@@ -109,7 +112,7 @@ def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Feature
     plain = open_features(_with(settings, frozen), told)
     if not learnt.whole:
         learnt.check_dim(plain.classes.dim, frozen.name)
-    return plain, open_features(_with(settings, learnt.model()), told) if learnt.whole else plain
+    return plain, open_features(_with(settings, learnt.model()), told) if learnt.whole else plain, own
 
 
 def _with(settings: Settings, model: clip.Model) -> Settings:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedclip_flwr import content, store, tensorfile
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.learning import Classes, Examples
-from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, check_plain, numbering, templates_of
+from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, check_classes, check_plain, numbering, templates_of
 
 if TYPE_CHECKING:
     from fedclip_flwr.features import Encoded
@@ -57,14 +57,14 @@ class FeatureFolder:
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{told_of} is damaged ({one_line(error)})") from None
         check_plain(f"{told_of}: a domain", self.domains)
-        check_plain(f"{told_of}: a class", own.class_names)
+        try:
+            check_classes(own)  # else nobody could load what is learnt from them
+        except UserError as error:
+            raise UserError(f"{told_of}: {error}") from None
         if any(Path(name).name != name for name in self.domains):
             raise UserError(f"{told_of} names a domain that is no plain file name")
-        for what, names in (("domain", self.domains), ("class", own.class_names)):
-            if len(set(names)) < len(names):
-                raise UserError(f"{told_of} names a {what} twice")
-        if len(own.class_names) < 2 or not self.domains:
-            raise UserError(f"{told_of} must name two classes and a domain")
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise UserError(f"{told_of} must name a domain, and each once")
         if not (0 < self._scale <= MOST and abs(self._bias) <= MOST):
             raise UserError(
                 f"{told_of} has the logit_scale {self._scale:g} and the logit_bias {self._bias:g}: expected a scale "

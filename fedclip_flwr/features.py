@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fedclip_flwr import ahead, clip, content, data, encoding, growing, store, trackers
+from fedclip_flwr import ahead, clip, content, data, encoding, growing, store
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.errors import UserError, shown
@@ -162,6 +162,8 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
 
     One `UserError` tells everything that is wrong, beginning with the problems that are `known`.
     """
+    from fedclip_flwr import trackers  # not for sites, which tell none
+
     settings, found = Settings.read(given)
     problems = {**(known or {}), **found}
     features = holdout = None

@@ -6,11 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
@@ -25,6 +26,8 @@ ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
 """What a line of metrics.jsonl tells at least."""
 FAILURE = {"round", "site", "why"}
 """And a failure in summary.json."""
+PLACES = ("resume", "results-dir")
+"""Settings that say where runs are, and nothing of what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,7 @@ class Run:
         """The settings that are not as they are unless given, but for those that say where runs are."""
         plain = Settings().as_run_config()
         return {
-            key: self.settings[key]
-            for key, value in plain.items()
-            if self.settings[key] != value and key not in ("resume", "results-dir")
+            key: self.settings[key] for key, value in plain.items() if self.settings[key] != value and key not in PLACES
         }
 
     @property
@@ -102,8 +103,14 @@ class Run:
         """What has ended it before it was completed."""
         if self.status != "killed":
             return str(self.summary.get("why", ""))
-        how = f". It goes on after round {self.done} with resume={self.name!r}." if self.done else ""
+        how = f". It goes on after round {self.done} with {shlex.join(self.to_go_on)}." if self.done else ""
         return f"what ran it is gone, and could not write why{how}"
+
+    @property
+    def to_go_on(self) -> list[str]:
+        """The settings with which it goes on."""
+        root = self.path.parent
+        return [f"resume={self.name}", *([] if root == runs_folder().resolve() else [f"results-dir={root}"])]
 
     @property
     def bytes_per_site_round(self) -> float | None:
@@ -241,8 +248,9 @@ def _metrics(data: bytes | None) -> list[dict[str, Any]]:
         always = [line.get(key) for key in ("round", "sites", "bytes", "seconds")]
         if not (
             line.keys() >= ROUND
-            and all(isinstance(value, int | float) for value in always)
-            and all(isinstance(value, int | float | None) for value in line.values())
+            and all(map(_is_number, always))
+            and all(value is None or _is_number(value) for value in line.values())
+            and type(line["round"]) is int
         ):
             raise ValueError("a line is no round")
     return lines
@@ -255,7 +263,35 @@ def _summary(data: bytes | None) -> dict[str, Any]:
         raise ValueError("failures are not told as such")
     if not isinstance(told.get("rounds", told.get("round", 0)), int):
         raise ValueError("expected a number of rounds")
+    if not isinstance(told.get("privacy") or {}, dict):
+        raise ValueError("privacy is not told as such")
+    if told.get("status") == "completed":
+        _check_results(told)
     return told
+
+
+def _check_results(told: dict[str, Any]) -> None:
+    """Raises unless all is there that a completed run tells."""
+    try:
+        zero, adapted, traffic = told["zero_shot"], told["adapted"], told["traffic"]
+        shares = [
+            one
+            for of in (zero, adapted)
+            for one in (of["seen"], of["unseen"], *of["sites"].values(), *of["holdout_sites"].values())
+        ]
+        shares += (adapted["personal"] or {}).values()
+        counts = [adapted["round"], told["rounds"], told["seconds"]["total"]]
+        counts += [traffic[key] for key in ("down_bytes", "up_bytes", "per_site_round_bytes")]
+        known = "holdout" in told and isinstance(adapted["personal_metrics"] or {}, dict)
+    except (LookupError, TypeError, AttributeError):
+        known = False
+    if not (known and all(map(_is_number, counts)) and all(one is None or _is_number(one) for one in shares)):
+        raise ValueError("a completed run's results are not told as such")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one with which can be reckoned."""
+    return type(value) in (int, float) and abs(cast(float, value)) < 2**63  # no NaN, either
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class FedCLIP(
         place = clip.pick_device(device)
         learnt = find_learnt(str(name), revision)
         found = learnt.model(model)
-        made = cls(found.load(str(place), precision), learnt.vocabulary, learnt.adapter, learnt.facts, learnt.folder)
+        known = usable(learnt.vocabulary)  # of features that were made elsewhere, prompts may be in a word
+        made = cls(found.load(str(place), precision), known, learnt.adapter, learnt.facts, learnt.folder)
         if learnt.adapter:
             learnt.check_dim(made.text.shape[1], found.name)
         return made

@@ -54,7 +54,8 @@ def _facts(run: Run) -> dict[str, Any]:
     if run.completed:
         zero, adapted, traffic = summary["zero_shot"], summary["adapted"], summary["traffic"]
     else:  # as far as it has come
-        first, last = (lines or [{}])[0], (lines[1:] or [{}])[-1]
+        first = next((line for line in lines if line["round"] == 0), {})
+        last = next((line for line in reversed(lines) if line["round"]), {})
         zero, adapted = ({part: line.get(part) for part in ("seen", "unseen")} for line in (first, last))
         traffic = {}
     own = adapted.get("personal") or {}

@@ -19,7 +19,7 @@ from fedclip_flwr.adapters import ADAPTERS, Adapter, blank_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Features, Pixels
-from fedclip_flwr.vocabulary import Vocabulary, usable
+from fedclip_flwr.vocabulary import Vocabulary, check_classes
 
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
 WHOLE, CONFIG = "fedclip.json", "config.json"
@@ -158,6 +158,6 @@ def _check_texts(facts: dict[str, Any]) -> None:
         if not isinstance(facts[key], list) or not all(isinstance(text, str) for text in facts[key]):
             raise ValueError(f"its {key} are no list of texts")
     try:
-        usable(Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
+        check_classes(Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
     except UserError as error:
         raise ValueError(str(error)) from None

@@ -39,21 +39,29 @@ class Vocabulary(NamedTuple):
         return content.digest(json.dumps(self))
 
 
-def usable(vocabulary: Vocabulary) -> Vocabulary:
-    """The same; raises if no images can be told apart by it: it may come from anywhere."""
+def check_classes(vocabulary: Vocabulary) -> None:
+    """Raises unless it names classes in plain characters, two or more, each once: it may come from anywhere."""
     names, templates = vocabulary
     if len(set(names)) < len(names) or len(names) < 2:
         raise UserError(f"classes: expected at least two names, each once, found {', '.join(names[:9]) or 'none'}")
     check_plain("a class", names)
-    check_apart(names)
-    if not templates or any(template.count("{}") != 1 for template in templates):
-        raise UserError(
-            f"prompt = {SEPARATOR.join(templates[:9])!r}: expected a template with one {{}} for the class name, "
-            "such as 'a photo of a {}'"
-        )
+    if not templates:
+        raise UserError("there are no prompts")
     if len(names) * len(templates) > MOST_PROMPTS:
         raise UserError(
             f"{len(names):,} classes with {len(templates):,} templates: expected {MOST_PROMPTS:,} prompts at most"
+        )
+
+
+def usable(vocabulary: Vocabulary) -> Vocabulary:
+    """The same; raises if no images can be told apart by its prompts."""
+    names, templates = vocabulary
+    check_classes(vocabulary)
+    check_apart(names)
+    if any(template.count("{}") != 1 for template in templates):
+        raise UserError(
+            f"prompt = {SEPARATOR.join(templates[:9])!r}: expected a template with one {{}} for the class name, "
+            "such as 'a photo of a {}'"
         )
     return vocabulary
 

@@ -130,7 +130,8 @@ def curves(run: Run) -> list[str]:
         values = [line[part] for line in run.metrics if line[part] is not None]
         if values:
             first, last = values[0], values[-1]
-            gain = f"  {console.gain(first, last)} over {run.start}" if values[1:] else ""
+            known = values[1:] and run.metrics[0]["round"] == 0
+            gain = f"  {console.gain(first, last)} over {run.start}" if known else ""
             lines.append(f"{part:<7} {console.percent(first)} {curve(values)} {console.percent(last)}{gain}")
     if run.metrics:
         lines.append(f"traffic {console.bytes_of(sum(line['bytes'] for line in run.metrics))} so far")

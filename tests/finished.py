@@ -28,7 +28,7 @@ def finished(root: Path, *, status: str = "completed", summary: dict[str, Any] |
         "rounds": 5,
         "holdout": "sketch",
         "zero_shot": accuracies(0.5, 0.25),
-        "adapted": accuracies(0.712345, 0.375) | {"round": 4},
+        "adapted": accuracies(0.712345, 0.375) | {"round": 4, "personal": None, "personal_metrics": None},
         "traffic": {
             "down_bytes": 6000,
             "up_bytes": 4000,
@@ -37,6 +37,7 @@ def finished(root: Path, *, status: str = "completed", summary: dict[str, Any] |
             "times_less": 2000.0,
         },
         "privacy": None,
+        "seconds": {"encode": 1.0, "rounds": 2.0, "total": 4.0},
         "failures": [],
     }
     saved.write_json(folder / history.SUMMARY, {"status": status, **done, **(summary or {})})

@@ -86,7 +86,8 @@ def test_what_privacy_was_spent_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_domain_held_out_has_one_result(tmp_path: Path) -> None:
-    none: dict[str, Any] = {"seen": 0.5, "unseen": None, "sites": {}, "round": 1}
+    none: dict[str, Any] = {"seen": 0.5, "unseen": None, "sites": {}, "holdout_sites": {}, "round": 1}
+    none |= {"personal": None, "personal_metrics": None}
     told = card_of(finished(tmp_path, summary={"holdout": None, "zero_shot": none, "adapted": none}))
     assert [one.dataset_split for one in read(told).eval_results or []] == ["seen"]
     assert "seen by no site" not in told

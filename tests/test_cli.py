@@ -54,8 +54,7 @@ def test_help_has_an_example_for_each_command_and_needs_no_torch() -> None:
         name = command.callback.__name__ if command.callback else ""
         result = CliRunner().invoke(app, [name, "--help"])
         assert result.exit_code == 0
-        assert f"fedclip {name}" in " ".join(result.stdout.split()), name
-        assert "Example" in result.stdout, name
+        assert f"fedclip {name}" in " ".join(result.stdout.partition("Example")[2].split()), name
         assert "\\[" not in result.stdout, name
     code = "import sys; from fedclip_flwr.cli import app; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

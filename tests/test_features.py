@@ -318,14 +318,16 @@ def test_other_class_names_number_the_stored_labels_anew(tree: Path, no_encoding
     [
         ({"class_names": None}, "lacks 'class_names'"),
         ({"embedding_dim": "many"}, "damaged"),
-        ({"class_names": ["cat"]}, "two classes"),
+        ({"class_names": ["cat"]}, "expected at least two names, each once, found cat"),
+        ({"domains": []}, "must name a domain, and each once"),
+        ({"domains": ["a", "a"]}, "must name a domain, and each once"),
         ({"logit_scale": float("nan")}, "the logit_scale nan"),
         ({"domains": ["../a"]}, "no plain file name"),
         ({"domains": [""]}, "a domain is called ''"),
         ({"domains": ["a\0b"]}, "a domain is called"),
         ({"domains": "ab"}, "damaged .domains is no list"),
         ({"class_names": "cat"}, "damaged .class_names is no list"),
-        ({"class_names": ["cat", "cat"]}, "names a class twice"),
+        ({"class_names": ["cat", "cat"]}, "expected at least two names, each once, found cat, cat"),
         ({"class_names": ["cat", "\x1b[2J"]}, "a class is called"),
         ({"class_names": ["cat", "\ud800"]}, "a class is called"),
         ({"logit_scale": 10**400}, "damaged"),
@@ -341,7 +343,7 @@ def test_a_damaged_feature_folder_is_told(tmp_path: Path, changed: dict[str, Any
 
 
 def test_a_feature_folder_that_names_a_domain_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="names a domain twice"):
+    with pytest.raises(UserError, match="must name a domain, and each once"):
         open_features(Settings(data=f"features:{write_folder(tmp_path, domains=['a', 'a'])}"))
 
 

@@ -92,6 +92,13 @@ def test_a_run_that_was_not_completed_tells_why_and_how_far_it_came(tmp_path: Pa
     assert not any("report" in line for line in lines)
 
 
+def test_a_trained_round_is_not_taken_for_the_start_whose_line_is_lost(tmp_path: Path) -> None:
+    stopped = {"status": "stopped", "why": "it was ended from outside.", "round": 2, "failures": []}
+    make(tmp_path / "run", [line(1, 0.625), line(2, 0.75)], stopped)
+    (told,) = json.loads(show(["run"], tmp_path, True))
+    assert told["seen"] == {"zero_shot": None, "adapted": 0.75}
+
+
 def test_runs_side_by_side_tell_what_differs(tmp_path: Path) -> None:
     completed(tmp_path / "a", **{"secure-aggregation": True})
     make(tmp_path / "b", [line(0), line(1, 0.25, 0.25, epsilon=3.0)], None, seed=7, package="4567")

@@ -85,7 +85,7 @@ def check_out(folder: Path, *own: Run) -> None:
     if (folder / history.SETTINGS).exists():
         raise UserError(f"--out {folder}: a run is there, whose own report would be lost; name another folder")
     others = [name for name in sorted(os.listdir(folder)) if name not in (PAGE, PLOTS, FILE) and name[0] != "."]
-    if (folder / PAGE).exists() and MARK not in (folder / PAGE).read_bytes():
+    if (folder / PAGE).exists() and not ((folder / PAGE).is_file() and MARK in (folder / PAGE).read_bytes()):
         others.insert(0, PAGE)
     if others:
         raise UserError(f"--out {folder}: something else is there, such as {others[0]}; name another folder")

@@ -9,14 +9,11 @@ from fedclip_flwr import content
 from fedclip_flwr.config import Settings
 from fedclip_flwr.console import percent
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.history import Run
+from fedclip_flwr.history import PLACES, Run
 from fedclip_flwr.report import PAGE, check_out, compare_plots, write_plots, write_text
 from fedclip_flwr.report.drawing import styled
 from fedclip_flwr.report.markup import aside, e, gain, page, plots, section, setting, table
 from fedclip_flwr.report.story import Story
-
-OWN = ("resume", "results-dir")
-"""Settings that say nothing of what was learnt."""
 
 
 def write(runs: Sequence[Run], out: Path | None) -> str:
@@ -40,11 +37,11 @@ def write(runs: Sequence[Run], out: Path | None) -> str:
 
 
 def named(runs: Sequence[Run]) -> list[str]:
-    """The runs' names; with their folders where two have the same, and each only once."""
+    """The runs' names; their paths where two have the same, and each only once."""
     if len({run.path for run in runs}) < len(runs):
         raise UserError("the same run is given twice; give each once")
     names = [run.name for run in runs]
-    return names if len({*names}) == len(names) else [f"{run.path.parent.name}/{run.name}" for run in runs]
+    return names if len({*names}) == len(names) else [str(run.path) for run in runs]
 
 
 HEAD = [
@@ -96,7 +93,7 @@ def _settings(names: Sequence[str], stories: Sequence[Story]) -> str:
     def told(story: Story, key: str) -> str:
         return setting(story.run.settings.get(key, "–")) or "–"
 
-    keys = [key for key in Settings.keys() if key not in OWN]  # noqa: SIM118
+    keys = [key for key in Settings.keys() if key not in PLACES]  # noqa: SIM118
     different = [key for key in keys if len({str(told(story, key)) for story in stories}) > 1]
     packages = {str(story.run.settings.get("package")) for story in stories}
     note = aside("They were made with different versions of this package.") if len(packages) > 1 else ""

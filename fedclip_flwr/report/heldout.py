@@ -38,6 +38,8 @@ THUMBNAIL = 96
 STRONGEST = 3
 """So many dimensions of a class are named that rise most, and that fall most."""
 DIMENSIONS = 24
+KEPT = "learnt", "domain", "images", "class_names", "zero_shot", "adapted", "weights", "changed", "mended", "spoilt"
+"""What an analysis tells."""
 
 
 class Seen(NamedTuple):
@@ -59,7 +61,7 @@ def open_held_out(settings: Settings) -> tuple[Features, str]:
     return features, holdout
 
 
-def learnt(folder: Path, settings: Settings, features: Features) -> Learner:
+def learnt(folder: Path, features: Features) -> Learner:
     """What the run came to: its adapter, or its whole model."""
     if not isinstance(features, Pixels):
         adapter, facts = load_adapter(folder)
@@ -88,7 +90,7 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
     device = clip.pick_device(settings.device)
     examples, classes = features.examples(holdout), features.classes.ready(device)
     before = features.whole_model().to(device) if isinstance(features, Pixels) else None
-    after = learnt(folder, settings, features).to(device)
+    after = learnt(folder, features).to(device)
     zero, adapted = (seen_by(learner, examples, classes) for learner in (before, after))
     names, labels = features.vocabulary.class_names, examples.labels
     rows = {"mended": changed(zero, adapted, labels), "spoilt": changed(adapted, zero, labels)}
@@ -127,8 +129,10 @@ def kept(folder: Path, why: str) -> tuple[dict[str, Any] | None, str]:
     """The analysis that is kept in the run's folder, and a sentence on why it was not made again, or can't be used."""
     try:
         found = content.read_json(folder / FILE)
+        if lacking := [key for key in KEPT if key not in found]:
+            raise ValueError(f"it lacks {lacking[0]}")
         fits = found["learnt"] == mark(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return None, f"{why}; and {FILE} can't be read ({one_line(error)})"
     if not fits:
         return None, f"{why}; and {FILE} is of an earlier round"

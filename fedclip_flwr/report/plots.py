@@ -160,7 +160,7 @@ def spread(story: Story) -> Plot | None:
     """How many sites do how well, where they are too many to be shown one by one."""
     after = [value for value in story.adapted["sites"].values() if value is not None]
     before = [value for value in story.zero["sites"].values() if value is not None]
-    if len(after) + len(story.adapted["holdout_sites"]) <= MOST_ROWS:
+    if not (before and after) or len(after) + len(story.adapted["holdout_sites"]) <= MOST_ROWS:
         return None
     figure, axes = canvas(300)
     low = min([*after, *before])
@@ -171,7 +171,7 @@ def spread(story: Story) -> Plot | None:
     axes.set_xlabel("test accuracy, %")
     percent(axes, "x")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    means = [sum(values) / len(values) for values in (before or [0.0], after)]
+    means = [sum(values) / len(values) for values in (before, after)]
     return Plot(
         "spread",
         "How many sites do how well",

@@ -64,7 +64,7 @@ class Story:
         """The round whose adapter is the result, so far; of a whole model only a completed run tells it."""
         if self.completed:
             return int(self.run.summary["adapted"]["round"])
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             return int(content.read_json(self.run.path / FACTS)["round"])
         return None
 
@@ -130,12 +130,6 @@ class Story:
         return self.run.summary.get("seconds") or {"rounds": rounds, "total": rounds}
 
     @property
-    def gain(self) -> dict[str, float | None]:
-        """Of seen and unseen accuracy."""
-        both = {key: (self.zero[key], self.adapted[key]) for key in ("seen", "unseen")}
-        return {key: None if None in pair else pair[1] - pair[0] for key, pair in both.items()}
-
-    @property
     def what(self) -> str:
         """What was trained."""
         if self.settings.method == "full-model":
@@ -191,11 +185,7 @@ class Story:
             if zero is not None and adapted is not None:
                 told.append(f"{key} {100 * zero:.1f} → {100 * adapted:.1f} %")
         if self.run.bytes_per_site_round is not None:
-            less = (
-                f", {self.whole_bytes / self.run.bytes_per_site_round:,.0f} times less than FedAVG"
-                if self.whole_bytes
-                else ""
-            )
+            less = f", {self.times_less:,.0f} times less than FedAVG" if self.times_less else ""
             told.append(f"{self.cost} a site and round{less}")
         state = "" if self.completed else f"{self.run.status} after {counted(self.run.done, 'round')}; "
         return f"{self.run.name}: {state}{'; '.join(told) or 'no round'}"

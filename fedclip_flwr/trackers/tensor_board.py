@@ -27,7 +27,7 @@ class TensorBoard:
         self._add(0, file_version="brain.Event:2")
         if again:
             self._add(0, session_log=SessionLog(status=SessionLog.START))
-        rows = [f"| {key} | {value} |" for key, value in about.settings.items()]
+        rows = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in about.settings.items()]
         self._text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))
         for line in about.before:
             self.line(line)

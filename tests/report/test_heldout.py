@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,8 @@ def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, dra
     assert why == "the disk is away; and held_out.json is of an earlier round"
     (run / report.FILE).write_text("{")
     assert "can't be read" in heldout.kept(run, "")[1]
+    (run / report.FILE).write_text(json.dumps({"learnt": heldout.mark(run)}))
+    assert heldout.kept(run, "") == (None, "; and held_out.json can't be read (it lacks domain)")
 
 
 def test_data_that_are_no_longer_the_runs_are_told(plain: Path, tree: Path) -> None:
