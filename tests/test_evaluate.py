@@ -49,6 +49,13 @@ def test_the_table_shows_zero_shot_beside_adapted(folder: Path, tree: Path) -> N
     facts = json.loads(run(tree, "-a", folder, "--json")[1])["domains"]["photo"]
     zero, adapted = (100 * facts[key]["accuracy"] for key in ("zero_shot", "adapted"))
     row = next(line.split() for line in told.splitlines() if line.split()[:1] == ["photo"])
+    both = json.loads(run(tree, "-a", folder, "--json")[1])["domains"].values()
+    for title, name in (("mean", "accuracy"), ("balanced accuracy", "balanced_accuracy"), ("macro F1", "macro_f1")):
+        means = [sum(one[key][name] for one in both) / 2 for key in ("zero_shot", "adapted")]
+        shown = next(
+            line.strip().removeprefix(title).split() for line in told.splitlines() if line.strip().startswith(title)
+        )
+        assert shown[:2] == [f"{100 * mean:.1f}" for mean in means]
     assert code == 0
     assert row[:5] == ["photo", "12", f"{zero:.1f}", f"{adapted:.1f}", f"{round(adapted, 1) - round(zero, 1):+.1f}"]
     assert [line.split()[0] for line in told.splitlines()[1:4]] == ["cartoon", "photo", "mean"]
@@ -104,6 +111,11 @@ def test_a_whole_model_is_beside_what_it_began_with(tree: Path, tmp_path: Path) 
     assert facts["domains"]["photo"]["adapted"]["accuracy"] == pytest.approx(right)
     assert facts["domains"]["photo"]["zero_shot"]["accuracy"] > right
     assert facts["learnt_from"] == ["cartoon", "photo"]  # no summary tells that one was held out
+    summary = json.loads((place / "summary.json").read_text())
+    (place / "summary.json").write_text(json.dumps({**summary, "holdout": "photo"}))
+    assert json.loads(run(tree, "-a", place, "--json")[1])["learnt_from"] == ["cartoon"]
+    other = tree.rename(tree.with_name("other"))
+    assert json.loads(run(other, "-a", place, "--json")[1])["learnt_from"] == []
 
 
 @pytest.mark.parametrize(

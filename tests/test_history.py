@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from contextlib import suppress
 from itertools import product
@@ -48,9 +49,13 @@ def test_a_run_that_is_not_there_is_told_with_those_that_are(name: str, tmp_path
 
 
 def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> None:
-    names = ["20260102-000000", "20260101-000000", "20260101-000000-1", "20260101-000000-10", "20260101-000000-2"]
+    names = ["20260102-000000", "20260101-000000", "20260101-000000-1", "20260101-000000-2", "20260101-000000-10"]
+    before = 0.0
     for name in names:
-        completed(tmp_path / name)
+        made = completed(tmp_path / name)
+        while made.stat().st_ctime <= before:
+            os.utime(made)  # until the file system's clock has gone on
+        before = made.stat().st_ctime
     (tmp_path / "latest").symlink_to(names[0])
     (tmp_path / "half").mkdir()  # of a run that was killed before it wrote anything
     (tmp_path / ".hidden").mkdir()
@@ -75,12 +80,25 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
         ("metrics.jsonl", "3\n", "metrics.jsonl is damaged .expected an object"),
         ("metrics.jsonl", '{"round": 0}\n', "metrics.jsonl is damaged .a line is no round"),
         ("metrics.jsonl", json.dumps(line(0, seconds=None)), "metrics.jsonl is damaged .a line is no round"),
+        ("metrics.jsonl", json.dumps(line(0, bytes=10**400)), "metrics.jsonl is damaged .a line is no round"),
+        ("metrics.jsonl", json.dumps(line(0, seen=float("nan"))), "metrics.jsonl is damaged .a line is no round"),
+        ("metrics.jsonl", json.dumps({**line(0), "round": 0.5}), "metrics.jsonl is damaged .a line is no round"),
         ("metrics.jsonl", json.dumps({**line(0), "seen": "much"}), "metrics.jsonl is damaged .a line is no round"),
         ("metrics.jsonl", "\ud800", "metrics.jsonl is damaged"),
         ("summary.json", '{"status": "comp', "summary.json is damaged"),
         ("summary.json", '{"failures": [3]}', "summary.json is damaged .failures"),
         ("summary.json", '{"failures": {}}', "summary.json is damaged .failures"),
         ("summary.json", '{"round": "3"}', "summary.json is damaged .expected a number of rounds"),
+        ("summary.json", '{"privacy": [1]}', "summary.json is damaged .privacy"),
+        ("summary.json", '{"status": "completed"}', "summary.json is damaged .a completed run's results"),
+        (
+            "summary.json",
+            json.dumps({**summary(), "zero_shot": "x"}),
+            "summary.json is damaged .a completed run's results",
+        ),
+        ("summary.json", json.dumps(summary(unseen=math.inf)), "summary.json is damaged .a completed run's results"),
+        ("summary.json", json.dumps(summary(seconds=3)), "summary.json is damaged .a completed run's results"),
+        ("summary.json", json.dumps(summary(traffic={})), "summary.json is damaged .a completed run's results"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, text: str, why: str, tmp_path: Path) -> None:
@@ -149,11 +167,13 @@ def test_a_run_is_running_until_it_says_how_it_ended(tmp_path: Path) -> None:
     assert (run.status, run.why) == ("failed", "no sites")
 
 
-def test_a_killed_run_tells_how_it_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_tells_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"status": "running", "round": 2, "failures": [FAILURE]}
     run = history.read(make(tmp_path / "run", [line(0), line(1, bytes=3000)], told))
     assert (run.status, run.done) == ("killed", 2)
-    assert run.why.endswith("It goes on after round 2 with resume='run'.")
+    assert run.why.endswith(f"It goes on after round 2 with resume=run results-dir={tmp_path}.")
+    monkeypatch.setattr(history, "runs_folder", lambda: tmp_path)
+    assert history.find("run").why.endswith("It goes on after round 2 with resume=run.")
     assert run.failures == [(2, "photo-0", "no answer")]
     assert run.bytes_per_site_round == 1500
 
@@ -185,7 +205,7 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [*product(("adapter", "full-model"), ("default", "paper"), ("attention", "scale"))]
+    "settings", [*product(("adapter", "full-model"), ("default", "paper"), ("attention", "scale", "gate"))]
 )
 def test_round_0_is_called_as_the_run_calls_it(settings: tuple[str, str, str], tmp_path: Path) -> None:
     method, recipe, adapter = settings

@@ -26,6 +26,7 @@ from fedclip_flwr.federation import Line
 from fedclip_flwr.runs import RunFolder
 from fedclip_flwr.trackers import Trackers
 from fedclip_flwr.trackers.about import About
+from fedclip_flwr.trackers.tensor_board import TensorBoard
 from tests.test_running import PROJECT, fedclip
 from tests.test_runs import complete, started
 
@@ -209,6 +210,11 @@ def test_tensorboard_shows_a_run_that_went_on_as_one(tmp_path: Path) -> None:
     assert texts(tmp_path / "one")["status/text_summary"] == "completed"
 
 
+def test_tensorboard_has_several_prompts_in_one_cell(tmp_path: Path) -> None:
+    TensorBoard(About("one", tmp_path, {"prompt": "a {}|the {}"}, [])).end("stopped")
+    assert "| prompt | a {}&#124;the {} |" in texts(tmp_path)["settings/text_summary"]
+
+
 def test_mlflow_has_rounds_settings_and_the_result(tmp_path: Path) -> None:
     tell("mlflow", tmp_path / "one", range(3))
     (run,) = mlflow_runs(tmp_path)
@@ -277,6 +283,7 @@ def test_wandb_has_rounds_settings_and_the_result(tmp_path: Path, monkeypatch: p
     kinds = {record.WhichOneof("record_type") for record in records(file)}
     assert not kinds & {"output", "output_raw", "stats", "artifact"}
     assert no_secret_in(file)
+    assert not run.HasField("git")
 
 
 def test_a_wandb_run_that_went_on_offline_is_two_files_of_one_run(tmp_path: Path) -> None:
@@ -352,25 +359,27 @@ def test_a_tracker_that_fails_is_dropped_once_and_the_others_go_on(
     assert len(scalars(tmp_path / "one")["seen"]) == 4
 
 
+@pytest.mark.parametrize(("where", "end"), [("__init__", "stopped"), ("__init__", "completed"), ("line", "failed")])
 def test_a_tracker_that_hangs_holds_up_neither_rounds_nor_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     never = threading.Event()
 
     class Hanging(Failing):
-        def __init__(self, about: About) -> None:
-            never.wait()
+        pass
 
+    monkeypatch.setattr(Hanging, where, lambda *_: never.wait() and None)
     monkeypatch.setitem(trackers.TRACKERS, "wandb", ("wandb", Hanging))
-    monkeypatch.setattr(trackers, "READY", 0.01)
+    monkeypatch.setattr(trackers, "READY", 0.01 if where == "__init__" else trackers.READY)
     monkeypatch.setattr(trackers, "CUT_OFF", 0.01)
-    tell("wandb", tmp_path / "one", range(100), end="stopped")
+    monkeypatch.setattr(trackers, "DONE", math.inf)  # which no thread can be waited for
+    tell("wandb", tmp_path / "one", range(100), end=end)
     never.set()
     for thread in threading.enumerate():
         if thread.name == "wandb":
             thread.join()
     told = "tracking    wandb is not done with it, and may lack the end of this run\n"
-    assert capsys.readouterr().out == told  # and nothing later
+    assert capsys.readouterr().out.removeprefix("tracking    wandb: nowhere\n") == told  # and nothing later
 
 
 def test_on_a_full_disk_tensorboard_is_dropped_in_one_line(tmp_path: Path) -> None:
@@ -407,7 +416,12 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
 
 
 def test_nothing_of_a_tracker_is_imported_by_a_run_without_one() -> None:
-    script = "import sys, server_app; sys.exit(bool({'mlflow', 'wandb', 'tensorboard'} & sys.modules.keys()))"
+    script = (
+        "import sys, server_app; from pathlib import Path; from fedclip_flwr.config import Settings; "
+        "from fedclip_flwr.trackers import Trackers, check; check(''); told = Trackers(''); "
+        "told.begin('run', Path(), Settings(), []); told.line({}); told.finish({}); told.end('completed'); "
+        "sys.exit(bool({'mlflow', 'wandb', 'tensorboard'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT).returncode == 0
 
 

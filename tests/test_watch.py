@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_is_noticed_at_once_or_after_a_while_without_news(
     path = make(tmp_path / "run", [line(0)], RUNNING)
     (state,) = watch.follow(path, pytest.fail)
     assert state.status == "killed"
-    assert "It goes on after round 1 with resume='run'" in watch.ending(state)
+    assert "It goes on after round 1 with resume=run" in watch.ending(state)
 
     looks = 0
 
@@ -173,6 +173,12 @@ def test_the_screen_of_a_run_without_rounds_and_with_hostile_names_is_harmless(t
     assert "�[2J[bold]: a�b" in shown
 
 
+def test_what_was_gained_is_told_only_beside_the_start(tmp_path: Path) -> None:
+    lines = [line(0, 0.5), line(1, 0.6), line(2, 0.7)]
+    assert "+20.0 over" in watch.curves(history.read(make(tmp_path / "run", lines)))[0]
+    assert "over" not in watch.curves(history.read(make(tmp_path / "run", lines[1:])))[0]  # its line is lost
+
+
 def test_a_curve_spans_its_values() -> None:
     assert watch.curve([0.1, 0.2, 0.8]) == "▁▂█"
     assert watch.curve([0.5, 0.5]) == "▁▁"
@@ -244,3 +250,16 @@ def test_a_real_run_is_watched_to_its_end_without_torch(tmp_path: Path) -> None:
     assert (answer.returncode, answer.stderr) == (0, "")
     assert [text.split()[0] for text in lines[:5]] == [f"{path.name}:", "round", "0", "1", "2"]
     assert lines[-1].startswith(f"{path.name} completed after 2 rounds: seen ")
+
+
+def test_the_time_without_news_is_that_since_something_was_written(tmp_path: Path) -> None:
+    with going(tmp_path) as path:
+        for file in path.iterdir():
+            os.utime(file, (0, os.stat(file).st_mtime - 7200))
+        assert 7200 <= next(watch.follow(path)).quiet < 10_000
+
+
+def test_on_a_terminal_there_is_a_screen(tmp_path: Path) -> None:
+    screen = Console(file=StringIO(), force_terminal=True, width=100)
+    assert watch._live(watch.follow(completed(tmp_path / "run"), pytest.fail), screen).status == "completed"
+    assert "status  completed" in screen.file.getvalue()  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedclip_flwr import report
+from fedclip_flwr import console, history, report
 from fedclip_flwr.cli import app
 from fedclip_flwr.features import Features
 from tests.report.made import a_run
@@ -57,6 +58,15 @@ def test_the_newest_run_is_taken_unless_said_and_out_names_another_folder(run: P
     assert sorted(run.iterdir()) == before
 
 
+def test_runs_of_one_name_are_told_apart_by_their_paths(run: Path, tmp_path: Path) -> None:
+    both = [tmp_path / part / "runs" / "same" for part in ("one", "other")]
+    for path in both:
+        shutil.copytree(run, path)
+    assert fedclip(*both, "--out", tmp_path / "out")[0] == 0
+    text = words(tmp_path / "out" / "report.html")
+    assert all(text.count(str(path)) > 1 for path in both)
+
+
 def test_where_the_data_is_not_at_hand_what_was_found_at_the_end_is_told(run: Path, tmp_path: Path) -> None:
     assert fedclip(run)[0] == 0
     shutil.copytree(run, away := tmp_path / "elsewhere" / run.name)
@@ -84,6 +94,13 @@ def test_several_runs_are_put_side_by_side(run: Path, tmp_path: Path, drawn: Fea
     assert f"{run.name} attention" in text
     assert f"{other.name} scale" in text
     assert "Seen accuracy over rounds" in text
+    for made, sites in ((run, 3), (other, 4)):
+        facts = history.read(made).summary
+        zero, adapted = (facts[key]["unseen"] for key in ("zero_shot", "adapted"))
+        assert re.search(
+            rf"{made.name} completed 3 {sites} \S+ \S+ {100 * adapted:.1f} {re.escape(console.gain(zero, adapted))} ",
+            text,
+        )
 
 
 def test_what_can_not_be_reported_is_told_in_a_line(run: Path, tmp_path: Path) -> None:
@@ -126,6 +143,11 @@ def test_no_report_lands_among_other_files(run: Path, tmp_path: Path) -> None:
         assert f"something else is there, such as {name}" in told
         assert [path.read_text() for path in (tmp_path / "own").iterdir()] == ["mine"]
         (tmp_path / "own" / name).unlink()
+    (tmp_path / "own" / "report.html").mkdir()
+    code, told = fedclip(run, "--out", tmp_path / "own")
+    assert code == 2
+    assert "something else is there, such as report.html" in told
+    (tmp_path / "own" / "report.html").rmdir()
     for _ in range(2):
         assert fedclip(run, "--out", tmp_path / "own")[0] == 0
     assert fedclip(run, "--out", "")[0] == 2

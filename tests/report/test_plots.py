@@ -57,15 +57,22 @@ def test_of_many_sites_the_best_and_the_weakest_are_named_and_the_others_counted
     story = Story(history.read(a_run(tmp_path, drawn, sites=200, holdouts=["west"])))
     plot, svg = drawn_as(lambda: plots.sites(story))
     names = [text for text in texts(svg) if text.startswith("site-")]
-    by_accuracy = sorted(story.adapted["sites"], key=lambda name: story.adapted["sites"][name])
     assert len(names) == plots.MOST_ROWS
-    assert {by_accuracy[0]} <= {*names}
+    accuracies = [story.adapted["sites"][name] for name in names]
+    everywhere = sorted(story.adapted["sites"].values())
+    assert sorted(accuracies) == everywhere[:12] + everywhere[-12:]
     assert plot.heading == "The 12 best and the 12 weakest of 201 sites, %"
     assert plot.figure.get_size_inches()[1] * 72 < 600
     with styled():
         spread = plots.spread(story)
     assert spread
     assert spread.name == "spread"
+
+
+def test_where_only_holdout_sites_have_results_the_others_are_not_spread(tmp_path: Path, drawn: Features) -> None:
+    story = Story(history.read(a_run(tmp_path, drawn, sites=0, holdouts=[f"west-{number}" for number in range(30)])))
+    with styled():
+        assert plots.spread(story) is None
 
 
 def test_few_sites_are_all_there_with_the_holdouts_marked(tmp_path: Path, drawn: Features) -> None:
@@ -102,6 +109,19 @@ def test_confusion_is_readable_with_any_number_of_classes(classes: int, names: s
     assert max(sizes.values()) < 250_000
     rows = [text for plot in made if plot.name == "recall" for text in plot.figure.axes[0].get_yticklabels()]
     assert len(rows) == min(classes, plots.MOST_ROWS)
+
+
+def test_of_many_classes_those_are_shown_that_change_most() -> None:
+    count = plots.MOST_ROWS + 6
+    told = [[number, number, 9] for number in range(count)]
+    after = [*told[:-1], [count - 1, 0, 9]]  # only the last one has changed
+    found = {
+        "class_names": [f"c{n}" for n in range(count)],
+        "zero_shot": {"confusion": told},
+        "adapted": {"confusion": after},
+    }
+    _, svg = drawn_as(lambda: heldout_plots.recall(found))
+    assert f"c{count - 1}" in texts(svg)
 
 
 def test_cells_of_a_confusion_matrix_are_shares_of_their_row() -> None:
