@@ -1,0 +1,100 @@
+"""A stranger's machine for a page's commands: a clone, a home, images, and models of the hub in its cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from fedclip_flwr import clip
+from fedclip_flwr.data.drawn import picture
+from tests.documentation.pages import ROOT, Block
+
+HUB_MODELS = ("openai/clip-vit-base-patch32",)
+"""Models that the pages name: here they are the bundled one, in the hub's own cache."""
+CLASSES = ("bird", "car", "cat", "fish")
+
+
+def clone(place: Path) -> None:
+    """A copy of the tree with its environment."""
+    leave = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "docker-run")
+    shutil.copytree(ROOT, place, ignore=leave)
+    (place / ".venv").symlink_to(sys.prefix)
+    (place / ".venv" / "ready").touch()
+
+
+def images(folder: Path, domains: tuple[str, ...] = ("photo", "art", "sketch"), count: int = 10) -> None:
+    """A folder domain/class/image of drawn pictures."""
+    for domain in domains:
+        for figure in CLASSES:
+            (folder / domain / figure).mkdir(parents=True)
+            for number in range(count):
+                picture(7, domain, figure, number)[0].save(folder / domain / figure / f"{number}.png")
+
+
+def cached_models(cache: Path) -> None:
+    for name in HUB_MODELS:
+        folder = cache / "hub" / f"models--{name.replace('/', '--')}"
+        sha = "0123456789abcdef0123456789abcdef01234567"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(sha)
+        shutil.copytree(clip.BUNDLED, folder / "snapshots" / sha)
+
+
+def lay_out(place: Path) -> tuple[Path, dict[str, str]]:
+    """The clone, in which the commands are given, and their environment."""
+    home = place / "home"
+    (home / ".fedclip").mkdir(parents=True)
+    (home / ".fedclip" / "features").symlink_to(Path(os.environ["FEDCLIP_HOME"], "features").resolve())
+    cached_models(home / "huggingface")
+    tree = place / "fedclip-flwr"
+    clone(tree)
+    images(tree / "images")
+    (tree / "photos").mkdir()
+    for number, figure in enumerate(CLASSES):
+        picture(8, "photo", figure, number)[0].save(tree / "photos" / f"{figure}.jpg")
+    env = {key: value for key, value in os.environ.items() if key not in ("FEDCLIP_HOME", "FLWR_HOME")}
+    path = f"{Path(sys.prefix, 'bin')}{os.pathsep}{env['PATH']}"
+    return tree, env | {"HOME": str(home), "HF_HOME": str(home / "huggingface"), "PATH": path}
+
+
+def script(blocks: list[Block]) -> str:
+    """One session of bash that runs the blocks in their order and stops at what fails."""
+    lines = ["set -eo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
+    for block in blocks:
+        lines.append(f"echo '--- {block.place}' >&2")
+        if block.language == "python":
+            lines += ["python - <<'THE END'", block.text.rstrip(), "THE END"]
+            continue
+        text = block.text.rstrip()
+        if "with" in block.said:
+            text += f" {block.said['with']}"
+        lines.append(f"{{\n{text}\n}} &" if "background" in block.said else text)
+    return "\n".join(lines) + "\n"
+
+
+def run(blocks: list[Block], place: Path, before: str = "", **more: str) -> str:
+    """What such a session prints; an assertion tells what failed, with all that was said until then."""
+    tree, env = lay_out(place)
+    text = script(blocks) if not before else f"set -eo pipefail\n{before}\n{script(blocks)}"
+    (place / "session.sh").write_text(text)
+    process = subprocess.Popen(
+        ["bash", str(place / "session.sh")],
+        cwd=tree,
+        env=env | more,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        told, _ = process.communicate(timeout=600)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, told[-6000:]
+    return told
