@@ -126,7 +126,7 @@ def page(found: Sequence[tuple[Benchmark, str]], seconds: float) -> str:
         "# Benchmarks",
         "Times, bytes and memory. `make bench` writes this page: each table is what the command above it printed. How\n"
         "accurate adapters are, and figures of longer runs: [results.md](results.md).",
-        f"```\n{machine()}\nall of it: {seconds:.0f} s\n```",
+        f"```text\n{machine()}\nall of it: {seconds:.0f} s\n```",
     ]
     for benchmark, told in found:
         parts += [f"## {benchmark.title}", benchmark.text, f"`{benchmark.command}`", told]

@@ -199,7 +199,7 @@ def page(found: Mapping[str, Part]) -> str:
     rows = [row for part in faulty for row in part.rows]
     undone = " ".join(part.text for part in faulty if part.text)
     chunks = [
-        f"# Reliability\n\n{PROMISES}\n\n```\n{head}\ncontent of the package: {', '.join(packages)}\n```",
+        f"# Reliability\n\n{PROMISES}\n\n```text\n{head}\ncontent of the package: {', '.join(packages)}\n```",
         f"## Faults\n\n{FAULTS}\n\n{table(['fault', 'outcome'], rows)}\n\n{undone}".rstrip(),
         f"## Killed at random moments\n\n{KILLS} {parts['kills'].text}\n\n"
         + table(["run, and what is killed", "outcome"], parts["kills"].rows),

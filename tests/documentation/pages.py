@@ -1,9 +1,10 @@
 """The documentation as text: its pages, and the blocks of code in them with what is said of how they are tried.
 
-A block of `bash` or `python` is run by the tests, page by page and from the top, unless a comment above it says otherwise:
+A block of `bash` or `python` is run by the tests, page by page and from the top. Comments above it say more:
 
     <!-- background -->        it does not end by itself: the next blocks are run beside it
     <!-- with: --rounds 1 -->  its last command is run with these words added, for it would take too long
+    <!-- as: see.py photo -->  of Python: it is saved under that name and run with those words
     <!-- tried by: FILE -->    it is run elsewhere: FILE has each of its lines
 """
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from fedclip_flwr import clip
 from fedclip_flwr.data.drawn import picture
+from fedclip_flwr.data.presets import PRESETS
 from tests.documentation.pages import ROOT, Block
 
 HUB_MODELS = ("openai/clip-vit-base-patch32",)
@@ -23,16 +26,15 @@ def clone(place: Path) -> None:
     leave = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "docker-run")
     shutil.copytree(ROOT, place, ignore=leave)
     (place / ".venv").symlink_to(sys.prefix)
-    (place / ".venv" / "ready").touch()
 
 
-def images(folder: Path, domains: tuple[str, ...] = ("photo", "art", "sketch"), count: int = 10) -> None:
-    """A folder domain/class/image of drawn pictures."""
-    for domain in domains:
-        for figure in CLASSES:
-            (folder / domain / figure).mkdir(parents=True)
+def images(folder: Path, domains: Collection[str], classes: Collection[str], count: int) -> None:
+    """A folder domain/class/image of drawn pictures, whatever the classes are called."""
+    for domain, style in zip(domains, itertools.cycle(("photo", "art", "sketch"))):
+        for name, figure in zip(classes, itertools.cycle(CLASSES)):
+            (folder / domain / name).mkdir(parents=True)
             for number in range(count):
-                picture(7, domain, figure, number)[0].save(folder / domain / figure / f"{number}.png")
+                picture(7, style, figure, number)[0].save(folder / domain / name / f"{number}.png")
 
 
 def cached_models(cache: Path) -> None:
@@ -52,7 +54,9 @@ def lay_out(place: Path) -> tuple[Path, dict[str, str]]:
     cached_models(home / "huggingface")
     tree = place / "fedclip-flwr"
     clone(tree)
-    images(tree / "images")
+    images(tree / "images", ("photo", "art", "sketch"), CLASSES, 10)
+    pacs = PRESETS["pacs"]
+    images(home / ".fedclip" / "data" / "pacs", pacs.domains, pacs.class_names, 3)
     (tree / "photos").mkdir()
     for number, figure in enumerate(CLASSES):
         picture(8, "photo", figure, number)[0].save(tree / "photos" / f"{figure}.jpg")
@@ -67,7 +71,8 @@ def script(blocks: list[Block]) -> str:
     for block in blocks:
         lines.append(f"echo '--- {block.place}' >&2")
         if block.language == "python":
-            lines += ["python - <<'THE END'", block.text.rstrip(), "THE END"]
+            name, _, words = block.said.get("as", "from_the_page.py").partition(" ")
+            lines += [f"cat > {name} <<'THE END'", block.text.rstrip(), "THE END", f"python {name} {words}"]
             continue
         text = block.text.rstrip()
         if "with" in block.said:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,18 @@ import pytest
 from fedclip_flwr import simulation
 from tests.documentation import session
 from tests.documentation.pages import PAGES, ROOT, Block, blocks
+from tests.local_hub import local_hub
 
 RUN = ("bash", "python")
+WITH_RUN = "fedclip run --nodes 2 num-server-rounds=2"
 OF_THEIR_OWN = {"docs/deploy.md": "test_guide.py", "docs/extending.md": "test_extending.py"}
 """Pages that a test of their own follows."""
-BEFORE: dict[str, str] = {}
+BEFORE = {
+    "docs/methods.md": "fedclip encode data=folder:images --out features",
+    "docs/report.md": f"{WITH_RUN}\nfor name in 20261126-140212 20261126-141530; do "
+    "cp -r ~/.fedclip/runs/latest/ ~/.fedclip/runs/$name; done",
+    "docs/using.md": WITH_RUN,
+}
 """What a page takes to be there besides, as commands."""
 
 
@@ -27,12 +36,22 @@ PARTS = {str(path.relative_to(ROOT)): page_blocks(path) for path in PAGES}
 
 @pytest.mark.parametrize("page", [page for page, found in PARTS.items() if found and page not in OF_THEIR_OWN])
 def test_the_commands_of_a_page_work(page: str, tmp_path: Path) -> None:
-    before = BEFORE.get(page, "")
-    if any(re.search(r"^flwr ", block.text, re.MULTILINE) for block in PARTS[page]):
-        with simulation.temporary() as folder, simulation.superlink(Path(folder)) as env:
-            session.run(PARTS[page], tmp_path, before, FLWR_HOME=env["FLWR_HOME"])
-    else:
-        session.run(PARTS[page], tmp_path, before)
+    text = "".join(block.text for block in PARTS[page])
+    with ExitStack() as stack:
+        more = {}
+        if re.search(r"^flwr run ", text, re.MULTILINE):
+            more["FLWR_HOME"] = stack.enter_context(superlink())["FLWR_HOME"]
+        if "--push" in text:
+            hub = stack.enter_context(local_hub())
+            more |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "a-token", "HF_HUB_OFFLINE": "0"}
+        session.run(PARTS[page], tmp_path, BEFORE.get(page, ""), **more)
+
+
+@contextmanager
+def superlink() -> Iterator[dict[str, str]]:
+    """The environment of one that is not Flower's own in the background, which would stay."""
+    with simulation.temporary() as folder, simulation.superlink(Path(folder)) as env:
+        yield env
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -43,4 +62,4 @@ def test_each_block_says_what_it_is_and_what_is_tried_elsewhere_is_there(path: P
             there = (ROOT / where).read_text()
             missing = [command for command in block.commands if command not in there]
             assert not missing, f"{block.place}: {where} has no {missing}"
-        assert block.said.keys() <= {"tried by", "with", "background"}, block.place
+        assert block.said.keys() <= {"tried by", "with", "background", "as"}, block.place

@@ -1,0 +1,30 @@
+"""How Sphinx makes the documentation's site: `make docs` builds it into build/docs."""
+
+from __future__ import annotations
+
+from fedclip_flwr import __version__
+
+project = "fedclip-flwr"
+author = "the authors of fedclip-flwr"
+version = release = __version__
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
+exclude_patterns = ["README.md"]
+
+myst_heading_anchors = 4
+myst_links_external_new_tab = False
+suppress_warnings = ["myst.strikethrough"]
+
+nb_execution_mode = "force"  # the notebook's results are those of this package
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+
+html_theme = "furo"
+html_title = f"fedclip-flwr {version}"
+html_show_sourcelink = False
+html_copy_source = False
