@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo deploy-demo docker-demo docker-test test soak bench clean
+.PHONY: demo deploy-demo docker-demo docker-test test soak bench docs clean
 
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
@@ -12,26 +12,35 @@ deploy-demo: .venv/ready  ## set up, then the same with TLS, node keys and Super
 docker-demo:  ## the same in containers, with a network for each site: minutes the first time; needs Docker, and no set-up
 	$(PYTHON) docker/demo.py $(ARGS)
 
-docker-test: .venv/ready  ## set up, then run the tests with containers, which `test` leaves out
+docker-test: .venv/tools  ## set up, then run the tests with containers, which `test` leaves out
 	$(BIN)/pytest -m docker $(ARGS)
 
-test: .venv/ready  ## set up, then check style and types and run the tests, but those with containers and the long ones
+test: .venv/tools  ## set up, then check style and types and run the tests, but those with containers and the long ones
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 $(ARGS)
 
-soak: .venv/ready  ## set up, then the tests that `test` leaves out, and faults in real federations: docs/reliability.md
+soak: .venv/tools  ## set up, then the tests that `test` leaves out, and faults in real federations: docs/reliability.md
 	$(BIN)/pytest -m soak
 	$(BIN)/python -m reliability $(ARGS)
 
-bench: .venv/ready  ## set up, then measure times, bytes and memory, and write docs/benchmarks.md: a quarter of an hour
+bench: .venv/tools  ## set up, then measure times, bytes and memory, and write docs/benchmarks.md: a quarter of an hour
 	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: .venv/tools  ## set up, then make the documentation's site, its notebook run: build/docs/index.html; two minutes
+	$(BIN)/python docs/reference.py
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fedclip-flwr needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: run make PYTHON=python3.12 (or wherever a newer one is)")'
-	@echo 'setting up .venv, once: 3 to 4 minutes'
+	@echo 'setting up .venv, once: 2 to 3 minutes'
 	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[simulation]'
+	@touch $@
+
+.venv/tools: .venv/ready
+	@echo 'adding what tests, documentation and benchmarks need, once: a minute or two'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -28,3 +28,4 @@ html_theme = "furo"
 html_title = f"fedclip-flwr {version}"
 html_show_sourcelink = False
 html_copy_source = False
+nb_execution_in_temp = True

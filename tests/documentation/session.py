@@ -50,7 +50,9 @@ def lay_out(place: Path) -> tuple[Path, dict[str, str]]:
     """The clone, in which the commands are given, and their environment."""
     home = place / "home"
     (home / ".fedclip").mkdir(parents=True)
-    (home / ".fedclip" / "features").symlink_to(Path(os.environ["FEDCLIP_HOME"], "features").resolve())
+    features = Path(os.environ["FEDCLIP_HOME"], "features").resolve()
+    features.mkdir(exist_ok=True)
+    (home / ".fedclip" / "features").symlink_to(features)
     cached_models(home / "huggingface")
     tree = place / "fedclip-flwr"
     clone(tree)
