@@ -99,7 +99,7 @@ def run(blocks: list[Block], place: Path, before: str = "", **more: str) -> str:
         start_new_session=True,
     )
     try:
-        told, _ = process.communicate(timeout=600)
+        told, _ = process.communicate(timeout=3000)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
