@@ -109,7 +109,7 @@ def learn(message: Message, context: Context) -> Message:
     learner = received(task, desk, shelf)
     report = report_on(learner, desk, context)
     protected = masks(context) or desk.settings.dp != "off"
-    before = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()} if protected else {}
+    before = learner.on_cpu() if protected else {}
     learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
     trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
     trained = privacy.at_site(trained, before, desk.settings)

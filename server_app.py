@@ -65,7 +65,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         encoded = time.monotonic()
 
         learner = new_learner(settings, features)
-        start = {name: tensor.cpu().clone() for name, tensor in learner.state_dict().items()}
+        start = learner.on_cpu()
         learner.to(device)
 
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)

@@ -29,12 +29,13 @@ BATCHES, IMAGES = 1, 128
 SIZE = (500, 375)
 
 
-def write_model(folder: Path) -> clip.Model:
+def write_model(folder: Path, **config: Any) -> clip.Model:
+    """A CLIP with random weights: of ViT-B/32's size, or as its configuration says."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel  # not for --help: it has words
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(clip.BUNDLED)
-    CLIPModel(CLIPConfig()).save_pretrained(folder)
+    CLIPModel(CLIPConfig(**config)).save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return clip.find(str(folder))

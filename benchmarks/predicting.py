@@ -51,8 +51,8 @@ def write_images(folder: Path, count: int) -> list[str]:
     return paths
 
 
-def made(found: clip.Model, kind: str = "attention") -> FedCLIP:
-    loaded = found.load("cpu", "float32")
+def made(found: clip.Model, kind: str = "attention", device: str = "cpu", precision: str = "float32") -> FedCLIP:
+    loaded = found.load(device, precision)
     adapter = make_adapter(kind, found.dim, identity=False)
     facts = {"kind": kind, "model": found.name}
     return FedCLIP(loaded, Vocabulary(drawn.CLASSES, TEMPLATES), adapter, facts)
@@ -61,14 +61,15 @@ def made(found: clip.Model, kind: str = "attention") -> FedCLIP:
 class Bare:
     """Zero-shot predictions with transformers alone."""
 
-    def __init__(self, folder: Path, batch_size: int) -> None:
+    def __init__(self, folder: Path, batch_size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        self.net: Any = AutoModel.from_pretrained(folder).eval()
+        self.net: Any = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(device)
+        self.device, self.dtype = device, dtype
         self.processor, self.batch_size = AutoImageProcessor.from_pretrained(folder), batch_size
         tokens = AutoTokenizer.from_pretrained(folder)(
             [TEMPLATES[0].format(name) for name in drawn.CLASSES], padding=True, return_tensors="pt"
-        )
+        ).to(device)
         with torch.no_grad():
             self.text = F.normalize(self.net.get_text_features(**tokens).pooler_output, dim=1)
 
@@ -80,8 +81,8 @@ class Bare:
             for path in paths[first : first + self.batch_size]:
                 with Image.open(path) as image:
                     images.append(image.convert("RGB"))
-            inputs = self.processor(images=images, return_tensors="pt")
-            features = F.normalize(self.net.get_image_features(**inputs).pooler_output, dim=1)
+            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
+            features = F.normalize(self.net.get_image_features(pixel_values=pixels).pooler_output, dim=1)
             shares = (self.net.logit_scale.exp() * features @ self.text.T).softmax(dim=1)
             found += shares.argmax(dim=1).tolist()
         return found

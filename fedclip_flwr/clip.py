@@ -358,7 +358,8 @@ class Clip:
 
     def whole(self, prompts: Sequence[str], templates: int = 1, dtype: torch.dtype = torch.float32) -> WholeModel:
         """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""
-        return WholeModel(copy.deepcopy(self.net), self._processor, self._tokens(prompts), templates, dtype)
+        net = copy.deepcopy(self.net).to(memory_format=torch.contiguous_format)  # as tensors travel
+        return WholeModel(net, self._processor, self._tokens(prompts), templates, dtype)
 
 
 class WholeModel(Learner):

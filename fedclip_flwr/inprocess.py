@@ -155,15 +155,14 @@ def federate(
             selected, best, best_validated = number, copy.deepcopy(shared.state_dict()), validated
         if number == settings.num_server_rounds:
             break
-        before = copy.deepcopy(shared.state_dict())
+        before = shared.on_cpu()
         drawn = drawn_by_lot(able, settings.fraction_train, settings.seed, number + 1)
         weights = bounded({name: weight(able[name]) for name in drawn}, settings.max_site_weight)
         gathering = gather(before, sum(weights.values()))
         for name in drawn:
             own = copy.deepcopy(shared)
             learn(own, able[name], classes, settings, number + 1)
-            state = dict(own.state_dict())
-            state = at_site(state, before, settings)
+            state = at_site(own.on_cpu(), before, settings)
             if hostile:
                 state = hostile.sends(number + 1, name, state, before)
             gathering.add(name, carried(state, before, number + 1, "up", name), weights[name])

@@ -70,6 +70,10 @@ class Learner(nn.Module):
         """What its features are compared with; an adapter changes nothing there."""
         return classes
 
+    def on_cpu(self) -> dict[str, Tensor]:
+        """A copy of its state as states travel: there, wherever it computes."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.state_dict().items()}
+
 
 def class_loss(features: Tensor, labels: Tensor, classes: Classes) -> Tensor:
     """Cross-entropy over the class prompts."""

@@ -172,7 +172,7 @@ class Desk:
 
     def start(self) -> State:
         """What every site can begin with."""
-        return dict(new_learner(self.settings, self.features).state_dict())
+        return new_learner(self.settings, self.features).on_cpu()
 
     def blank(self) -> Learner:
         """What is learnt, to be filled with a state that came."""

@@ -97,6 +97,13 @@ def test_every_weight_of_a_whole_model_learns_and_the_frozen_one_stays(name: str
     assert torch.equal(loaded.encode_prompts(PROMPTS), before)
 
 
+def test_a_whole_model_lies_in_memory_as_tensors_travel_also_where_the_frozen_one_does_not() -> None:
+    loaded = clip.find("bundled").load("cpu")
+    loaded.net.to(memory_format=torch.channels_last)  # as on a GPU
+    assert not all(tensor.is_contiguous() for tensor in loaded.net.state_dict().values())
+    assert all(tensor.is_contiguous() for tensor in loaded.whole(PROMPTS).state_dict().values())
+
+
 def test_a_model_that_takes_images_of_any_shape_cannot_be_trained_whole(tmp_path: Path) -> None:
     loaded = clip.find(str(small_siglip2(tmp_path / "model"))).load()
     with pytest.raises(UserError, match="method = 'full-model': a siglip2 takes images in another form"):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -149,3 +150,31 @@ def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(
         unseen.append((result.selected.unseen or 0.0) - (result.zero_shot.unseen or 0.0))
     assert mean(seen) >= least
     assert mean(unseen) >= 0.02
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@GPU
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"codec": "int8"},
+        {"codec": "bfloat16"},
+        {"strategy": "fedadam"},
+        {"strategy": "fedmedian"},
+        {"dp": "local"},
+        {"dp": "central"},
+    ],
+    ids=str,
+)
+def test_on_a_gpu_updates_are_packed_noised_and_averaged_as_on_the_cpu(given: dict[str, Any]) -> None:
+    settings = replace(Settings(num_server_rounds=2, batch_size=4), **given)
+    there = [
+        replace(
+            site, train=site.train.ready("cuda"), validation=site.validation.ready("cuda"), test=site.test.ready("cuda")
+        )
+        for site in SITES
+    ]
+    found = federate(there, CLASSES.ready("cuda"), some(7, 99).ready("cuda"), settings)
+    assert found.selected.unseen is not None

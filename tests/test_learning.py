@@ -267,3 +267,11 @@ def test_a_site_with_few_steps_takes_larger_ones_but_not_in_the_paper() -> None:
 def test_seeds_are_the_same_on_every_machine() -> None:
     assert seed_of(0, "train", "art-0", 1) == 44286163806066768
     assert seed_of(0, "train", "art-0", 2) != seed_of(0, "train", "art-01", 2)
+
+
+def test_a_state_on_the_cpu_stays_as_it_was_when_learning_goes_on() -> None:
+    adapter = make_adapter("scale", 4)
+    state = adapter.on_cpu()
+    with torch.no_grad():
+        adapter.log_scale += 1.0  # type: ignore[operator]
+    assert torch.equal(state["log_scale"], torch.zeros(4))
