@@ -239,10 +239,6 @@ def agreement_table(bench: Bench, name: str, model: clip.Model, count: int) -> T
         if device != "cpu" or precision == "float32":
             loaded = model.load(device, precision)
             found[f"{device}, {precision}"] = torch.cat([*loaded.encode_images(images, 32)])
-            if device != "cpu" and precision == "float32":
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                    features = torch.cat([*loaded.encode_images(images, 32)])
-                found[f"{device}, {precision}, convolutions without TF32"] = features
             del loaded
             bench.free()
     known, rows, told = found["cpu, float32"], [], []
@@ -491,6 +487,7 @@ def sites_table(bench: Bench) -> Told:
             run = run_app(OURS, settings, link.env, nothing)
             took = time.perf_counter() - begun
         rows.append([device, data, f"{run.times[0] - begun:.1f} s", f"{middle([run]):.1f} s", f"{took:.1f} s"])
+        print("sites:", *rows[-1], flush=True)
     show(["three real sites", "with", "to the end of round 1", "a warm round", "all of it"], rows)
     return [(f"three real sites, {row[0]}: a warm round, all", f"{row[3]}, {row[4]}") for row in rows]
 

@@ -324,7 +324,7 @@ class Clip:
             there["pixel_values"] = there["pixel_values"].contiguous(memory_format=torch.channels_last)
         if not self._lower:
             there["pixel_values"] = there["pixel_values"].to(self.net.logit_scale.dtype)
-        with self._precision():
+        with self._precision(), _whole_convolutions():
             return unit(self.net.get_image_features(**there))
 
     @property
@@ -411,6 +411,17 @@ def unit(output: Any) -> Tensor:
     """Features as transformers returns them, in float32, of unit length."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1)
+
+
+@contextmanager
+def _whole_convolutions() -> Iterator[None]:
+    """In float32 a GPU computes convolutions in float32, too: by itself torch lets it cut numbers to 10 bits there."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -327,3 +327,15 @@ def test_a_batch_for_which_there_is_no_memory_is_encoded_in_parts(monkeypatch: p
     room = 0
     with pytest.raises(UserError, match="no memory left for a single image"):
         loaded.encode(inputs)
+
+
+def test_float32_is_not_cut_short_where_a_gpu_would_and_others_keep_their_choice() -> None:
+    seen = []
+    loaded = clip.find("bundled").load("cpu", "float32")
+    loaded.net.vision_model.embeddings.patch_embedding.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    before = torch.backends.cudnn.allow_tf32
+    next(loaded.encode_images([picture(1, "photo", "cat", 0)[0]]))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 is before is True
