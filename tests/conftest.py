@@ -21,9 +21,7 @@ from tests.learnt import saved_adapter
 
 HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUGGING_FACE, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-os.environ.setdefault(
-    "CUDA_VISIBLE_DEVICES", ""
-)  # what is compared to the bit is a CPU's: benchmarks/gpu.py has the rest
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # results are a CPU's, to the bit; GPUs: benchmarks/gpu.py
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # for a plain `flwr run`, too: see simulation.superlink
 atexit.register(shutil.rmtree, HUGGING_FACE, ignore_errors=True)
 
