@@ -16,6 +16,7 @@ from typing import Any, cast
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError, one_line
+from fedclip_flwr.kinds import KINDS
 
 MOST_BYTES = 2**28
 """Of one of a run's files."""
@@ -63,9 +64,14 @@ class Run:
         """What was trained, in a word or two."""
         if self.settings["method"] == "full-model":
             return "full-model"
-        return (
-            f"gate-{self.settings['adapter-rank']}" if self.settings["adapter"] == "gate" else self.settings["adapter"]
-        )
+        kind = str(self.settings["adapter"])
+        return f"{kind}-{self.settings['adapter-rank']}" if kind in KINDS and KINDS[kind].ranked else kind
+
+    @cached_property
+    def known(self) -> Settings:
+        """The settings that this version knows, as far as they can be used."""
+        keys = Settings.keys()
+        return Settings.read({key: value for key, value in self.settings.items() if key in keys})[0]
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -93,10 +99,8 @@ class Run:
 
     @property
     def start(self) -> str:
-        """What round 0 is: zero-shot, or only next to it (`sites.starts_as_zero_shot`, without torch)."""
-        told = self.settings
-        same = told["method"] == "full-model" or told["recipe"] == "default" or told["adapter"] == "scale"
-        return "zero-shot" if same else "start"
+        """What round 0 is: zero-shot, or only next to it."""
+        return "zero-shot" if self.known.starts_as_zero_shot else "start"
 
     @property
     def why(self) -> str:

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from fedclip_flwr import content
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import Settings, place_of
 from fedclip_flwr.console import bytes_of, counted
 from fedclip_flwr.errors import shown
 from fedclip_flwr.history import Run
+from fedclip_flwr.kinds import of_rank
 from fedclip_flwr.saved import FACTS
 
 NOTHING: dict[str, Any] = {"seen": None, "unseen": None, "sites": {}, "holdout_sites": {}, "metrics": {}}
@@ -31,11 +32,9 @@ class Story:
     run: Run
     domain: str | None = None
 
-    @cached_property
+    @property
     def settings(self) -> Settings:
-        """Those that this version knows, as far as they can be used."""
-        known = Settings.keys()
-        return Settings.read({key: value for key, value in self.run.settings.items() if key in known})[0]
+        return self.run.known
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -134,13 +133,13 @@ class Story:
         """What was trained."""
         if self.settings.method == "full-model":
             return "the whole model"
-        rank = f" of rank {self.settings.adapter_rank}" if self.settings.adapter == "gate" else ""
-        return f"{'an' if self.settings.adapter == 'attention' else 'a'} {self.settings.adapter} adapter{rank}"
+        kind, rank = self.settings.adapter, self.settings.adapter_rank
+        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} adapter{of_rank(kind, rank)}"
 
     @property
     def data(self) -> str:
         """The data, by the last part of its path."""
-        return self.settings.data.rstrip("/").rpartition("/")[2].removeprefix("folder:").removeprefix("features:")
+        return place_of(self.settings.data)[1].rstrip("/").rpartition("/")[2]
 
     @property
     def title(self) -> str:
