@@ -32,6 +32,8 @@ OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
 """The strategies in which the server makes a step of its own of the sites' mean."""
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 """Those that compare the sites' updates with each other."""
+CODECS = ("float32", "bfloat16", "int8")
+"""How tensors travel: whole, or as `codecs.py` packs differences."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Experiment trackers that a run can tell."""
 PLACES = ("folder:", "features:")
@@ -110,7 +112,7 @@ class Settings:
     clipping_norm: float = _setting(0.5, "of dp: the length to which updates are cut", least=1e-4, most=100.0)
     delta: float = _setting(1e-5, "of dp: the δ for which ε is told", least=1e-15, most=0.5)
     secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
-    codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
+    codec: str = _setting("float32", "how tensors travel", choices=CODECS)
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     early_stop: int = _setting(0, "rounds without a gain after which the run ends; 0 for never", least=0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
