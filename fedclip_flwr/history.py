@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -21,6 +22,8 @@ from fedclip_flwr.kinds import KINDS
 MOST_BYTES = 2**28
 """Of one of a run's files."""
 SETTINGS, METRICS, SUMMARY = "settings.json", "metrics.jsonl", "summary.json"
+FACTS = "adapter.json"
+"""What an adapter was made for, and in which round."""
 STATES = ("completed", "failed", "stopped", "running")
 """What summary.json may say of a run; one that is said to be running, and that nothing holds, was killed."""
 ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
@@ -90,6 +93,25 @@ class Run:
     def done(self) -> int:
         """Rounds that are complete."""
         return int(self.summary.get("rounds", self.summary.get("round", 0)))
+
+    @cached_property
+    def selected(self) -> int | None:
+        """The round whose adapter is the result, so far; of a whole model only a completed run tells it."""
+        if self.completed:
+            return int(self.summary["adapted"]["round"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            return int(content.read_json(self.path / FACTS)["round"])
+        return None
+
+    def line(self, number: int) -> dict[str, Any]:
+        """What `metrics` has of that round; nothing where it has lost it."""
+        return next((line for line in self.metrics if line["round"] == number), {})
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The line of the selected round so far, or of the last one where that is not known."""
+        last = self.metrics[-1]["round"] if self.metrics else 0
+        return self.line(last if self.selected is None else self.selected)
 
     @property
     def lost(self) -> int:
@@ -192,6 +214,13 @@ def _mark(path: Path) -> tuple[int, ...]:
 def runs_folder() -> Path:
     """Where runs are, unless results-dir says otherwise."""
     return content.home() / "runs"
+
+
+def results(settings: Settings) -> tuple[Path, str]:
+    """Where the run folders of a run with these settings go, and the setting that says so."""
+    if settings.results_dir:
+        return Path(settings.results_dir), "results-dir"
+    return runs_folder(), "FEDCLIP_HOME"
 
 
 def find(name: str | Path, root: Path | None = None) -> Run:
