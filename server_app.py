@@ -26,7 +26,7 @@ from fedclip_flwr.metrics import Quality
 from fedclip_flwr.nodes import Nodes, simulated
 from fedclip_flwr.runs import RunFolder, summary_of
 from fedclip_flwr.session import Session
-from fedclip_flwr.sites import new_learner, starts_as_zero_shot
+from fedclip_flwr.sites import new_learner
 from fedclip_flwr.strategy import AdapterFedAvg
 
 app = ServerApp()
@@ -109,7 +109,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
                 standing, link.left, strategy.memory, nodes.record, session.key, seconds(), resumed, folder.metrics
             )
 
-        watch = Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start", checkpoint)
+        watch = Watch(folder, features, "zero-shot" if settings.starts_as_zero_shot else "start", checkpoint)
         standing = before.standing if before else None
         try:
             outcome = federate(nodes, strategy, settings, start, quality_unseen, watch, standing)

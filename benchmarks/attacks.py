@@ -26,6 +26,7 @@ from statistics import mean
 import torch
 
 from benchmarks.common import at_least, machine, table
+from fedclip_flwr.adapters import ADAPTERS
 from fedclip_flwr.averaging import length_of
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import ROBUST, Settings
@@ -154,7 +155,7 @@ def compare(features: Features, many: int, seeds: int, rounds: int, adapter: str
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
-    parser.add_argument("--adapter", default="attention", choices=("attention", "gate", "scale"))
+    parser.add_argument("--adapter", default="attention", choices=ADAPTERS)
     parser.add_argument("--sites", type=at_least(3), default=10)
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--rounds", type=at_least(1), default=20)

@@ -10,6 +10,7 @@ prediction is exactly zero-shot (the paper starts from random weights, which is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -83,7 +84,12 @@ class Scale(Adapter):
         return self.log_scale.exp()
 
 
-ADAPTERS: dict[str, type[Attention | Gate | Scale]] = {"attention": Attention, "gate": Gate, "scale": Scale}
+ADAPTERS: dict[str, Callable[[int, int, float, bool], Adapter]] = {
+    "attention": Attention,
+    "gate": Gate,
+    "scale": Scale,
+}
+"""By the names in `kinds.py`; each is made of the features' dimension, the rank, the blend and the start."""
 
 
 def make_adapter(
@@ -100,7 +106,7 @@ def make_adapter(
 def blank_adapter(kind: str, dim: int, *, rank: int, blend: float) -> Adapter:
     """One without numbers, into which a state is to be put with `assign=True`: random ones would take a while."""
     with torch.device("meta"):
-        return ADAPTERS[kind](dim, rank, blend, identity=False)
+        return ADAPTERS[kind](dim, rank, blend, False)
 
 
 @lru_cache

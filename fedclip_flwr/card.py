@@ -9,7 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedclip_flwr import console, content, history, saved
+from fedclip_flwr.config import place_of
 from fedclip_flwr.data.presets import PRESETS
+from fedclip_flwr.kinds import of_rank
 
 LIBRARY, TASK = "fedclip-flwr", "zero-shot-image-classification"
 TAGS = ["adapter", "clip", "federated-learning", "flower", "model_hub_mixin"]
@@ -80,9 +82,10 @@ def _what(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     revision = f" at {facts['model_revision'][:12]}" if facts.get("model_revision") else ""
     if facts.get("kind") == "full-model":
         return f"All of {base}{revision}, trained by federated averaging; no image left its site."
-    rank = f" of rank {facts['rank']}" if facts.get("kind") == "gate" else ""
+    kind = str(facts.get("kind"))
+    adapter = f"{kind} adapter{of_rank(kind, facts['rank'])}"
     return (
-        f"A small {facts.get('kind')} adapter{rank} on the image features of {base}{revision}, which stays frozen. "
+        f"A small {adapter} on the image features of {base}{revision}, which stays frozen. "
         "Sites trained it together: only its numbers travelled, no image left its site "
         "([FedCLIP](https://arxiv.org/abs/2302.13485), with [Flower](https://flower.ai))."
     )
@@ -96,8 +99,8 @@ def model_name(facts: Mapping[str, Any]) -> str:
 
 def _data_name(name: str) -> str:
     """The same of a data set."""
-    kind, colon, path = name.partition(":") if name.startswith(("folder:", "features:")) else ("", "", name)
-    return kind + colon + Path(path).name if colon else path
+    head, path = place_of(name)
+    return head + Path(path).name if head else path
 
 
 def _classes(facts: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from fedclip_flwr import clip, content
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.baselines import METHODS, OWN, PUBLISHED
 from fedclip_flwr.config import unusable
 from fedclip_flwr.console import counted
@@ -18,7 +19,6 @@ from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.presets import PRESETS, fitting
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_run
-from fedclip_flwr.simulation import read_settings
 from fedclip_flwr.sweep import Plan, sweep
 from fedclip_flwr.tables import as_csv, markdown, rows
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_flwr.errors import UserError, shown
+from fedclip_flwr.kinds import KINDS
 
 
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
@@ -31,9 +32,12 @@ OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
 """The strategies in which the server makes a step of its own of the sites' mean."""
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 """Those that compare the sites' updates with each other."""
+CODECS = ("float32", "bfloat16", "int8")
+"""How tensors travel: whole, or as `codecs.py` packs differences."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Experiment trackers that a run can tell."""
-_PATH_DATA = ("folder:", "features:")
+PLACES = ("folder:", "features:")
+"""What begins the name of data that lies in a place of this machine; the path follows."""
 _DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
 _TRACK = {
     "pattern": r"(({0})( *, *({0}))*)?".format("|".join(TRACKERS)),
@@ -56,7 +60,7 @@ class Settings:
     domain_column: str = _setting("", "the same of domains")
     holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
-    adapter: str = _setting("attention", "the trainable part", choices=("attention", "gate", "scale"))
+    adapter: str = _setting("attention", "the trainable part", choices=tuple(KINDS))
     adapter_rank: int = _setting(4, "the gate's rank", least=1, most=2**14)
     blend: float | str = _setting(
         1.0,
@@ -108,7 +112,7 @@ class Settings:
     clipping_norm: float = _setting(0.5, "of dp: the length to which updates are cut", least=1e-4, most=100.0)
     delta: float = _setting(1e-5, "of dp: the δ for which ε is told", least=1e-15, most=0.5)
     secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
-    codec: str = _setting("float32", "how tensors travel", choices=("float32", "bfloat16", "int8"))
+    codec: str = _setting("float32", "how tensors travel", choices=CODECS)
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     early_stop: int = _setting(0, "rounds without a gain after which the run ends; 0 for never", least=0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
@@ -157,6 +161,11 @@ class Settings:
         return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
 
     @property
+    def starts_as_zero_shot(self) -> bool:
+        """Whether what is learnt predicts at first exactly as the frozen model does, and not only nearly so."""
+        return self.method == "full-model" or self.recipe != "paper" or KINDS[self.adapter].exact
+
+    @property
     def trained_blend(self) -> float:
         """The share of the adapted feature while adapters are trained."""
         return self.blend if isinstance(self.blend, float) else 1.0
@@ -177,6 +186,12 @@ class Settings:
     def as_run_config(self) -> dict[str, Any]:
         """The settings under the keys that `from_run_config` takes."""
         return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
+
+
+def place_of(data: str) -> tuple[str, str]:
+    """Which of the `PLACES` begins the data's name, and the path; of other data nothing, and its name."""
+    head = next((head for head in PLACES if data.startswith(head)), "")
+    return head, data.removeprefix(head)
 
 
 def meaning_of(field: dataclasses.Field[Any]) -> str:
@@ -259,8 +274,8 @@ def _check_text(key: str, value: str) -> None:
         raise ValueError("expected a template with one {} for the class name, such as 'a photo of a {}'")
     head, path = "", value
     if key == "data":
-        head = next((h for h in _PATH_DATA if value.startswith(h)), "")
-        path = value.removeprefix(head) if head or value.startswith((".", "~")) else ""
+        head, rest = place_of(value)
+        path = rest if head or value.startswith((".", "~")) else ""
         if head and not path:
             raise ValueError(f"expected a path after {head}")
     elif key in ("model", "class-names"):

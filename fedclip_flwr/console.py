@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
+from fedclip_flwr.kinds import of_rank
 from fedclip_flwr.session import HOLDOUT
 from fedclip_flwr.vocabulary import Vocabulary
 
@@ -103,7 +104,7 @@ def _trained(settings: Settings, features: Features, numbers: int, tensors: int)
     whole, holds = features.parameters, f"{numbers:,} numbers in {counted(tensors, 'tensor')}"
     if settings.method == "full-model":
         return f"the whole model: {holds}"
-    rank = f" of rank {settings.adapter_rank}" if settings.adapter == "gate" else ""
+    rank = of_rank(settings.adapter, settings.adapter_rank)
     blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
     share = f", {100 * numbers / whole:.2f} % of the model's {whole:,}" if whole else ""
     return f"{settings.adapter}{rank}: {holds}{share}{blend}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedclip_flwr import clip, console, history
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.featurefolder import FeatureFolder
@@ -17,7 +18,6 @@ from fedclip_flwr.learning import examine
 from fedclip_flwr.learnt import Learnt, find_learnt
 from fedclip_flwr.metrics import Quality, mean_figures
 from fedclip_flwr.precompute import TAKEN
-from fedclip_flwr.simulation import read_settings
 from fedclip_flwr.vocabulary import SEPARATOR
 
 OPTIONS = {"data", "model", "model-revision", "prompt", "class-names"}

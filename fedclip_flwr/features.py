@@ -29,6 +29,7 @@ from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.errors import UserError, shown
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.growing import NAMED, Growing
+from fedclip_flwr.history import results
 from fedclip_flwr.learning import RECIPES, Classes, Examples
 from fedclip_flwr.vocabulary import (
     Vocabulary,
@@ -46,13 +47,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 COUNTED = 500
 """So many images are read to find some of them."""
-
-
-def results(settings: Settings) -> tuple[Path, str]:
-    """Where run folders go, and the setting that says so."""
-    if settings.results_dir:
-        return Path(settings.results_dir), "results-dir"
-    return content.home() / "runs", "FEDCLIP_HOME"
 
 
 class Features(Protocol):

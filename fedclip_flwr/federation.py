@@ -31,7 +31,6 @@ from fedclip_flwr.metrics import Quality, Score, mean_accuracy, mean_of
 from fedclip_flwr.nodes import Nodes
 from fedclip_flwr.secure import MaskingError
 from fedclip_flwr.secure.server import SecureSum
-from fedclip_flwr.sites import starts_as_zero_shot
 from fedclip_flwr.strategy import AdapterFedAvg
 
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
@@ -280,7 +279,7 @@ def federate(
         reports = evaluated(line.round, state, nodes.good(), blend=blend)
         return with_reports(replace(line, unseen=unseen(state, blend)), reports)
 
-    zero_shot = whole(zero, start) if starts_as_zero_shot(settings) else blended(zero, start, 0.0)
+    zero_shot = whole(zero, start) if settings.starts_as_zero_shot else blended(zero, start, 0.0)
     adapted = whole(best, at.best_state)
     if settings.blend == "auto":
         plain = adapted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -16,10 +17,13 @@ from typing import Any, cast
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError, one_line
+from fedclip_flwr.kinds import KINDS
 
 MOST_BYTES = 2**28
 """Of one of a run's files."""
 SETTINGS, METRICS, SUMMARY = "settings.json", "metrics.jsonl", "summary.json"
+FACTS = "adapter.json"
+"""What an adapter was made for, and in which round."""
 STATES = ("completed", "failed", "stopped", "running")
 """What summary.json may say of a run; one that is said to be running, and that nothing holds, was killed."""
 ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
@@ -63,9 +67,14 @@ class Run:
         """What was trained, in a word or two."""
         if self.settings["method"] == "full-model":
             return "full-model"
-        return (
-            f"gate-{self.settings['adapter-rank']}" if self.settings["adapter"] == "gate" else self.settings["adapter"]
-        )
+        kind = str(self.settings["adapter"])
+        return f"{kind}-{self.settings['adapter-rank']}" if kind in KINDS and KINDS[kind].ranked else kind
+
+    @cached_property
+    def known(self) -> Settings:
+        """The settings that this version knows, as far as they can be used."""
+        keys = Settings.keys()
+        return Settings.read({key: value for key, value in self.settings.items() if key in keys})[0]
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -85,6 +94,25 @@ class Run:
         """Rounds that are complete."""
         return int(self.summary.get("rounds", self.summary.get("round", 0)))
 
+    @cached_property
+    def selected(self) -> int | None:
+        """The round whose adapter is the result, so far; of a whole model only a completed run tells it."""
+        if self.completed:
+            return int(self.summary["adapted"]["round"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            return int(content.read_json(self.path / FACTS)["round"])
+        return None
+
+    def line(self, number: int) -> dict[str, Any]:
+        """What `metrics` has of that round; nothing where it has lost it."""
+        return next((line for line in self.metrics if line["round"] == number), {})
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The line of the selected round so far, or of the last one where that is not known."""
+        last = self.metrics[-1]["round"] if self.metrics else 0
+        return self.line(last if self.selected is None else self.selected)
+
     @property
     def lost(self) -> int:
         """Rounds that have no line in `metrics`, as each has when the next one is complete, or the run."""
@@ -93,10 +121,8 @@ class Run:
 
     @property
     def start(self) -> str:
-        """What round 0 is: zero-shot, or only next to it (`sites.starts_as_zero_shot`, without torch)."""
-        told = self.settings
-        same = told["method"] == "full-model" or told["recipe"] == "default" or told["adapter"] == "scale"
-        return "zero-shot" if same else "start"
+        """What round 0 is: zero-shot, or only next to it."""
+        return "zero-shot" if self.known.starts_as_zero_shot else "start"
 
     @property
     def why(self) -> str:
@@ -188,6 +214,13 @@ def _mark(path: Path) -> tuple[int, ...]:
 def runs_folder() -> Path:
     """Where runs are, unless results-dir says otherwise."""
     return content.home() / "runs"
+
+
+def results(settings: Settings) -> tuple[Path, str]:
+    """Where the run folders of a run with these settings go, and the setting that says so."""
+    if settings.results_dir:
+        return Path(settings.results_dir), "results-dir"
+    return runs_folder(), "FEDCLIP_HOME"
 
 
 def find(name: str | Path, root: Path | None = None) -> Run:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam  # the function: torch.optim.Adam imports the compiler, which takes over a second
 
+from fedclip_flwr.kinds import KINDS
 from fedclip_flwr.metrics import Quality, Score, gain, quality_of, score_of
 
 
@@ -94,14 +95,13 @@ class Recipe:
     loss: Callable[[Tensor, Tensor, Classes], Tensor]
     learning_rate: Mapping[str, float]  # for each kind of adapter, and for the whole model
     weight_decay: float
-    identity: bool  # whether adapters start as the exact identity
     prompt: str
     first_choice: int = 0  # the first round that may be selected
     most_gain: float = 0.05  # of accuracy at a site, that counts when rounds are compared
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    width: int | None = None  # the dimension that attention's learning rate is meant for
+    width: int | None = None  # the dimension that the rates of wide adapters are meant for
     steps: int = 1  # an epoch of fewer takes steps that are as many times larger
 
     def rate(self, kind: str, dim: int, steps: int) -> float:
@@ -114,24 +114,22 @@ class Recipe:
         if kind == "full-model":
             return rate
         rate *= max(1.0, self.steps / max(steps, 1))
-        return rate * self.width / dim if self.width and kind == "attention" else rate
+        return rate * self.width / dim if self.width and KINDS[kind].wide else rate
 
 
 RECIPES = {
     "default": Recipe(
         loss=class_loss,
-        learning_rate={"attention": 1e-4, "gate": 1.4e-3, "scale": 4e-3, "full-model": 1e-5},
+        learning_rate={**{name: kind.learning_rate for name, kind in KINDS.items()}, "full-model": 1e-5},
         width=512,
         steps=10,
         weight_decay=0.0,
-        identity=True,
         prompt="a picture of a {}",
     ),
     "paper": Recipe(
         loss=contrastive_loss,
-        learning_rate=dict.fromkeys(("attention", "gate", "scale", "full-model"), 5e-5),
+        learning_rate=dict.fromkeys((*KINDS, "full-model"), 5e-5),
         weight_decay=0.2,
-        identity=False,
         prompt="a picture of a {}",
         first_choice=1,
         most_gain=1.0,

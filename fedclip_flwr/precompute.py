@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedclip_flwr import featurefolder
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.console import counted
 from fedclip_flwr.features import Encoded, open_run
-from fedclip_flwr.simulation import read_settings
 
 TAKEN = (
     "data",

@@ -54,9 +54,8 @@ def _facts(run: Run) -> dict[str, Any]:
     if run.completed:
         zero, adapted, traffic = summary["zero_shot"], summary["adapted"], summary["traffic"]
     else:  # as far as it has come
-        first = next((line for line in lines if line["round"] == 0), {})
-        last = next((line for line in reversed(lines) if line["round"]), {})
-        zero, adapted = ({part: line.get(part) for part in ("seen", "unseen")} for line in (first, last))
+        best = run.best if any(line["round"] for line in lines) else {}  # before that, nothing is adapted
+        zero, adapted = ({part: line.get(part) for part in ("seen", "unseen")} for line in (run.line(0), best))
         traffic = {}
     own = adapted.get("personal") or {}
     report = run.path / PAGE
@@ -74,7 +73,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "settings": run.changed,
         "rounds": run.done,
         "rounds_asked_for": run.wanted,
-        "selected_round": adapted["round"] if run.completed else None,
+        "selected_round": run.selected,
         "seen": {"zero_shot": zero.get("seen"), "adapted": adapted.get("seen")},
         "unseen": {"zero_shot": zero.get("unseen"), "adapted": adapted.get("unseen")},
         "personal": ((adapted.get("personal_metrics") or {}).get("seen") or {}).get("accuracy"),
@@ -122,7 +121,8 @@ def _one(read: Run, run: dict[str, Any]) -> str:
     """One run in a few lines, and its results by site."""
     changed = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in run["settings"].items())
     held_out = f", {run['holdout']} held out" if run["holdout"] else ""
-    selected = "" if run["selected_round"] is None else f"; round {run['selected_round']} was selected"
+    so_far = "" if read.completed else " so far"
+    selected = "" if run["selected_round"] is None else f"; round {run['selected_round']} was selected{so_far}"
     less = run["times_less"]
     lines = [
         ("status", run["status"] + (f": {run['why']}" if run["why"] else "")),

@@ -34,7 +34,7 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import one_line
-from fedclip_flwr.features import Features, Pixels, results
+from fedclip_flwr.features import Features, Pixels
 from fedclip_flwr.federation import Line, Outcome
 from fedclip_flwr.metrics import Quality, mean_accuracy, mean_figures
 from fedclip_flwr.nodes import Failure, Nodes
@@ -59,7 +59,7 @@ class RunFolder:
     """
 
     def __init__(self, settings: Settings, package: str) -> None:
-        root, self._setting = results(settings)
+        root, self._setting = history.results(settings)
         self._settings, self._lines = settings, list[str]()
         self._facts = {**settings.as_run_config(), "resume": "", "versions": _versions(), "package": package}
         self.with_other_package = False
@@ -238,7 +238,7 @@ def _check_settings(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def begun_with(settings: Settings) -> tuple[dict[str, Any], int | None]:
     """The settings of the run that is to go on, and how many sites it had, if it has met them."""
-    facts = history.Reader(_found(results(settings)[0], settings.resume)).settings()
+    facts = history.Reader(_found(history.results(settings)[0], settings.resume)).settings()
     sites = facts.get("sites")
     begun = {key: facts[key] for key in Settings.keys() if key not in ("resume", "results-dir")}  # noqa: SIM118
     return begun, sites if isinstance(sites, int) else None

@@ -19,9 +19,10 @@ from fedclip_flwr.adapters import ADAPTERS, Adapter, blank_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Features, Pixels
+from fedclip_flwr.history import FACTS as FACTS
 from fedclip_flwr.vocabulary import Vocabulary, check_classes
 
-TENSORS, FACTS = "adapter.safetensors", "adapter.json"
+TENSORS = "adapter.safetensors"
 WHOLE, CONFIG = "fedclip.json", "config.json"
 """Facts like those of an adapter: beside a whole model, and under the name that the hub knows."""
 PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_flwr import __version__, content
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.config import Settings, meaning_of, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.pinned import APPS
-from fedclip_flwr.simulation import read_settings
 
 DESCRIBED = "pyproject.toml"
 NAME = r"[A-Za-z]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"

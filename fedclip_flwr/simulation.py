@@ -27,14 +27,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedclip_flwr import content
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.config import Settings, unusable
-from fedclip_flwr.data.presets import PRESETS
 from fedclip_flwr.errors import UserError
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""
-DATA = ("drawn", *PRESETS)
-"""Data that is not looked for in the current folder."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -161,50 +159,6 @@ def _copied(app: Path, to: Path, include: Sequence[str]) -> Path:
             (to / file.relative_to(app)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to / file.relative_to(app))
     return to
-
-
-def read_settings(given: Sequence[str], here: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings from `key=value`, and what is wrong with texts that are nothing of the kind.
-
-    Paths become absolute if they are those of the machine `here`.
-    """
-    fields = Settings.keys()
-    settings: dict[str, Any] = {}
-    problems: dict[str, str] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            problems[text] = f"{text}: expected key=value"
-            continue
-        if key in settings:
-            problems[key] = f"{key}: given twice"
-        kind = type(fields[key].default) if key in fields else str
-        try:
-            settings[key] = _value(value, kind)
-        except ValueError:
-            settings[key] = value  # the settings' own check says what was expected
-        if kind is str and here and "\0" not in value:  # which no path has: the settings' own check says it
-            settings[key] = _absolute(key, value)
-    return settings, problems
-
-
-def _value(text: str, kind: type) -> Any:
-    if kind is bool:
-        return {"true": True, "false": False}[text] if text in ("true", "false") else text
-    return kind(text)
-
-
-def _absolute(key: str, value: str) -> str:
-    """The setting with an absolute path, where it is a path."""
-    head = next((h for h in ("folder:", "features:") if key == "data" and value.startswith(h)), "")
-    path = os.path.expanduser(value.removeprefix(head))  # pathlib's own raises for a user that is not there
-    named = {
-        "data": head or value.startswith((".", "~")) or (value not in DATA and os.path.isdir(path)),
-        "model": value != "bundled" and (value.startswith((".", "~")) or os.path.isdir(path)),
-        "class-names": value.startswith((".", "~")) or os.path.isfile(path),
-        "results-dir": True,
-    }
-    return head + str(Path(path).absolute()) if named.get(key) and value not in ("", head) else value
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 from fedclip_flwr import clip
 from fedclip_flwr.adapters import Adapter, blank_adapter, make_adapter
 from fedclip_flwr.codecs import State
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import Settings, place_of
 from fedclip_flwr.data.partition import shard
 from fedclip_flwr.data.presets import loose
 from fedclip_flwr.encoding import UnfinishedError
@@ -105,14 +105,9 @@ def new_adapter(settings: Settings, dim: int) -> Adapter:
         dim,
         rank=settings.adapter_rank,
         blend=settings.trained_blend,
-        identity=RECIPES[settings.recipe].identity,
+        identity=settings.starts_as_zero_shot,
         seed=settings.seed,
     )
-
-
-def starts_as_zero_shot(settings: Settings) -> bool:
-    """Whether what is learnt predicts at first exactly as the frozen model does, and not only nearly so."""
-    return settings.method == "full-model" or RECIPES[settings.recipe].identity or settings.adapter == "scale"
 
 
 def drawn_by_lot(names: Iterable[str], share: float, seed: int, number: int, least: int = 1) -> list[str]:
@@ -226,7 +221,7 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
             f"noise-multiplier = {settings.noise_multiplier:g} in the node config: the run has more, and tells what is "
             "spent by that; give at least as much"
         )
-    here_only = settings.data == "none" or settings.data.startswith(("folder:", "features:"))
+    here_only = settings.data == "none" or place_of(settings.data)[0]
     if not simulated and "data" not in node and here_only:
         raise UserError(
             "this site was not told where its data is: start its SuperNode with --node-config \"data='folder:/PATH'\""

@@ -24,10 +24,9 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.config import OPTIMIZED, Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Report, read_adapter, read_answer, reason, write_adapter
+from fedclip_flwr.kinds import KINDS
 
 OPTIMIZERS = dict(zip(OPTIMIZED, (FedAdam, FedYogi, FedAdagrad), strict=True))
-RATES = {"attention": 3e-3, "gate": 3e-2, "scale": 3e-2}
-"""The server's own learning rates: the best of six by validation on the drawn pictures, see docs/methods.md."""
 RATE_OF_MODEL = 3e-4
 MOMENTS = ("m_t", "v_t")
 """What Flower calls the means of the steps and of their squares, which such a strategy keeps."""
@@ -170,5 +169,5 @@ def optimizer_of(settings: Settings) -> Optimizer | None:
     """The server's, if the settings ask for one."""
     if settings.strategy not in OPTIMIZERS:
         return None
-    own = RATES[settings.adapter] if settings.method == "adapter" else RATE_OF_MODEL
+    own = KINDS[settings.adapter].server_rate if settings.method == "adapter" else RATE_OF_MODEL
     return Optimizer(settings.strategy, settings.server_learning_rate or own)

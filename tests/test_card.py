@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from fedclip_flwr import card, content, saved
+from fedclip_flwr.config import PLACES
 from tests.finished import finished
 
 
@@ -67,11 +68,11 @@ def test_no_site_is_named_unless_that_is_said(tmp_path: Path) -> None:
     assert "| ward-0 | 50.0 | 71.2 | +21.2 |" in named
 
 
-@pytest.mark.parametrize("kind", ["folder", "features"])
+@pytest.mark.parametrize("kind", PLACES)
 def test_no_folder_of_the_machine_is_told(kind: str, tmp_path: Path) -> None:
-    folder = finished(tmp_path, data=f"{kind}:/srv/hospital/images", results_dir="/srv/results", resume="/srv/runs/x")
+    folder = finished(tmp_path, data=f"{kind}/srv/hospital/images", results_dir="/srv/results", resume="/srv/runs/x")
     told = card_of(folder, sites=True, model="/home/somebody/clips/mine")
-    assert f"- data: `{kind}:images`" in told
+    assert f"- data: `{kind}images`" in told
     assert "image features of mine, which" in told
     assert not any(part in told for part in ("/srv", "hospital", "/home", "somebody", str(tmp_path)))
     assert read(told).get("datasets") is None

@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 
-from fedclip_flwr.config import Settings
+from fedclip_flwr import trackers
+from fedclip_flwr.adapters import ADAPTERS
+from fedclip_flwr.codecs import CODECS
+from fedclip_flwr.config import PLACES, TRACKERS, Settings
+from fedclip_flwr.data import LOCAL
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.learning import RECIPES
+from fedclip_flwr.robust import STRATEGIES
+from fedclip_flwr.strategy import OPTIMIZERS
 
 CONTRACT: dict[str, Any] = {
     "model": "bundled",
@@ -70,6 +77,16 @@ def test_the_app_has_the_same_settings() -> None:
 
 def test_every_setting_says_what_it_means() -> None:
     assert all(field.metadata["meaning"] for field in dataclasses.fields(Settings))
+
+
+def test_every_choice_is_one_that_is_there_and_all_that_are_there_can_be_chosen() -> None:
+    choices = {key: field.metadata.get("choices") for key, field in Settings.keys().items()}
+    assert choices["adapter"] == (*ADAPTERS,)
+    assert choices["codec"] == ("float32", *CODECS)
+    assert choices["recipe"] == (*RECIPES,)
+    assert choices["strategy"] == ("fedavg", "fedprox", *OPTIMIZERS, *STRATEGIES)
+    assert (*trackers.TRACKERS,) == TRACKERS
+    assert {*PLACES} == {*LOCAL, "features:"}
 
 
 def test_settings_are_frozen() -> None:

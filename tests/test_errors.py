@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pickle
 
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import LONGEST, UserError
-from fedclip_flwr.simulation import read_settings
 
 
 def test_what_a_file_is_called_breaks_no_line_and_steers_no_terminal() -> None:

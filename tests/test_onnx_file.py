@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from fedclip_flwr import clip, onnx_file
-from fedclip_flwr.adapters import Adapter, make_adapter
+from fedclip_flwr.adapters import ADAPTERS, Adapter, make_adapter
 from fedclip_flwr.content import own_app
 from fedclip_flwr.data import drawn
 from fedclip_flwr.errors import UserError
@@ -135,7 +135,13 @@ def test_the_model_stays_as_it_was(written: Written) -> None:
     assert all(weight.requires_grad for weight in written.model.adapter.parameters())
 
 
-@pytest.mark.parametrize(("make", "kind", "blend"), [(small_clip, "gate", 1.0), (small_siglip, "scale", 0.25)])
+@pytest.mark.parametrize(
+    ("make", "kind", "blend"),  # attention: above
+    [
+        *((small_clip, kind, 1.0) for kind in ADAPTERS if kind not in ("attention", "scale")),
+        (small_siglip, "scale", 0.25),
+    ],
+)
 def test_clip_and_siglip_with_the_other_adapters(make: Any, kind: str, blend: float, tmp_path: Path) -> None:
     model = made(str(make(tmp_path / "model")), kind, blend)
     onnx_file.write(model, tmp_path)

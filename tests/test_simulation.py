@@ -16,44 +16,6 @@ from fedclip_flwr.runs import RunFolder
 from tests.processes import until_gone
 
 
-def test_settings_get_their_types() -> None:
-    given = ["seed=3", "blend=1", "learning-rate=1e-4", "personalize=false", "holdout=", "prompt=a {} = b"]
-    settings, problems = simulation.read_settings(given)
-    assert settings == {
-        "seed": 3,
-        "blend": 1.0,
-        "learning-rate": 1e-4,
-        "personalize": False,
-        "holdout": "",
-        "prompt": "a {} = b",
-    }
-    assert not problems
-
-
-def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
-    (tmp_path / "clip").mkdir()
-    given = ["data=folder:images", "model=clip", "results-dir=~/out"]
-    assert simulation.read_settings(given)[0] == {
-        "data": f"folder:{tmp_path}/images",
-        "model": f"{tmp_path}/clip",
-        "results-dir": "/home/me/out",
-    }
-    assert simulation.read_settings(["data=features:/f", "model=bundled"])[0] == {
-        "data": "features:/f",
-        "model": "bundled",
-    }
-    assert simulation.read_settings(["data=drawn", "model=openai/clip", "results-dir="])[0]["results-dir"] == ""
-
-
-def test_what_is_no_setting_is_told() -> None:
-    assert simulation.read_settings(["seed", "=3", "adapter=gate", "adapter=scale"]) == (
-        {"adapter": "scale"},
-        {"seed": "seed: expected key=value", "=3": "=3: expected key=value", "adapter": "adapter: given twice"},
-    )
-
-
 def test_a_machine_of_a_real_site_cannot_simulate_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="extra `simulation`, or give --on NAME"):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fedclip_flwr import clip, encoding
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import PLACES, Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.session import Session
-from fedclip_flwr.sites import Desk, open_desk
+from fedclip_flwr.sites import Desk, open_desk, settings_at
 from fedclip_flwr.vocabulary import Vocabulary
 
 NAMES = ("car", "cat", "fish")
@@ -107,6 +107,13 @@ def test_where_the_server_has_no_images_a_site_needs_its_own(tree: Path) -> None
         desk(tree, {"site": "north"}, data="none")
     own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, data="none")
     assert own.site.class_numbers == [0, 1, 2]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_server_names_a_place_of_a_real_sites_machine(place: str) -> None:
+    with pytest.raises(UserError, match="was not told where its data is"):
+        settings_at({"data": f"{place}/etc"}, {"site": "north"})
+    assert settings_at({"data": "drawn"}, {"site": "north", "data": f"{place}/own"}).data == f"{place}/own"
 
 
 def test_a_site_that_encodes_in_slices_tells_of_all_its_images(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

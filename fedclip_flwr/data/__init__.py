@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fedclip_flwr import content
+from fedclip_flwr.config import place_of
 from fedclip_flwr.data.presets import PRESETS, Canonical, Preset, fitting, loose
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.vocabulary import check_plain
@@ -83,8 +84,9 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
         return Drawn(int(rest or 0)), None
     if data == "none":
         return NoImages(), None
-    if kind == "folder":
-        source = _local(Path(rest), data, columns)
+    head, path = place_of(data)
+    if head in LOCAL:
+        source = _local(head, Path(path), data, columns)
     elif data in PRESETS:
         source = _preset(data, columns)
     else:
@@ -100,26 +102,39 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
     return (Canonical(source, preset), preset) if preset else (source, None)
 
 
-def _local(root: Path, data: str, columns: Columns) -> Source:
+def _local(head: str, path: Path, data: str, columns: Columns) -> Source:
+    """What lies in that place."""
+    try:
+        return LOCAL[head](path, data, columns)
+    except PermissionError as error:
+        raise UserError(
+            f"data = {data!r}: this user may not look into {path} and all below ({error.strerror}: {error.filename}): "
+            "let it read the files and enter the folders"
+        ) from None
+    except OSError as error:
+        raise UserError(f"data = {data!r}: {path} can't be looked into ({error.strerror}: {error.filename})") from None
+
+
+def _folder(root: Path, data: str, columns: Columns) -> Source:
     """A tree of images or a data set."""
     from fedclip_flwr.data.dataset import DataSet, is_dataset
     from fedclip_flwr.data.folder import ImageFolder
 
-    try:
-        if not root.is_dir():
-            raise UserError(f"data = {data!r}: there is no such folder")
-        if is_dataset(root):
-            return DataSet(root, data, columns)
-        if given := [f"{name}-column" for name, column in columns._asdict().items() if column]:
-            raise UserError(f"{', '.join(given)}: {root} is no data set but a folder of images, and has no columns")
-        return ImageFolder(root)
-    except PermissionError as error:
-        raise UserError(
-            f"data = {data!r}: this user may not look into {root} and all below ({error.strerror}: {error.filename}): "
-            "let it read the files and enter the folders"
-        ) from None
-    except OSError as error:
-        raise UserError(f"data = {data!r}: {root} can't be looked into ({error.strerror}: {error.filename})") from None
+    if not root.is_dir():
+        raise UserError(f"data = {data!r}: there is no such folder")
+    if is_dataset(root):
+        return DataSet(root, data, columns)
+    if given := [f"{name}-column" for name, column in columns._asdict().items() if column]:
+        raise UserError(f"{', '.join(given)}: {root} is no data set but a folder of images, and has no columns")
+    return ImageFolder(root)
+
+
+LOCAL: dict[str, Callable[[Path, str, Columns], Source]] = {"folder:": _folder}
+"""By what begins the data's name (`config.PLACES`), but for features, which are no images: what opens that path.
+
+It is told the whole name too, for errors, and the columns. What is open must be plain, so that another process can have
+it, and quick to make: each process does so.
+"""
 
 
 def _of_hub(data: str, columns: Columns) -> Source:
@@ -138,7 +153,7 @@ def _preset(name: str, columns: Columns) -> Source:
 
     place, hub_id = content.home() / "data" / name, PRESETS[name].hub_id
     if place.is_dir():
-        return _local(place, name, columns)
+        return _local("folder:", place, name, columns)
     elsewhere = f"put its tree domain/class/image into {place}, or give data=folder:PATH"
     if not hub_id:
         raise UserError(f"data = {name!r}: the hub does not have it; {elsewhere}")

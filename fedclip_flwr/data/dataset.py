@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedclip_flwr import content, hub
+from fedclip_flwr.config import place_of
 from fedclip_flwr.data import FIND, Columns, Picture
 from fedclip_flwr.data.images import content_of, decoded, read
 from fedclip_flwr.errors import UserError
@@ -81,7 +82,7 @@ class DataSet:
     def __init__(self, root: Path, name: str, columns: Columns = FIND) -> None:
         self._root, self._told = root, f"data = {name!r}"
         self._columns = columns
-        self._name = name.removeprefix("folder:").rstrip("/").rpartition("/")[2] or "images"
+        self._name = place_of(name)[1].rstrip("/").rpartition("/")[2] or "images"
         files = sorted(os.path.relpath(path, root) for path in root.rglob("*") if path.is_file())
         state = content.state_of(root, files, self._name, *self._columns)
         facts = json.loads(content.remembered(state, lambda: json.dumps(self._look()), content.memory()))

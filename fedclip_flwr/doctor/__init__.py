@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from click import ClickException
 from flwr.common.config import parse_config_args
 
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.config import Settings, unusable
 from fedclip_flwr.doctor import holdings, links, machine
 from fedclip_flwr.doctor.endpoints import read_address
 from fedclip_flwr.doctor.findings import Examination
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.simulation import read_settings
 
 
 class Site(NamedTuple):

@@ -11,7 +11,8 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.console import bytes_of, some
 from fedclip_flwr.data import Source
 from fedclip_flwr.doctor.findings import Examination
-from fedclip_flwr.features import Encoded, Features, Pixels, open_features, results, source_of, told_by_server
+from fedclip_flwr.features import Encoded, Features, Pixels, open_features, source_of, told_by_server
+from fedclip_flwr.history import results
 from fedclip_flwr.precompute import TAKEN
 from fedclip_flwr.session import HOLDOUT
 from fedclip_flwr.sites import OWN, owners_words, settings_at

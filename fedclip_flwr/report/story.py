@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fedclip_flwr import content
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import Settings, place_of
 from fedclip_flwr.console import bytes_of, counted
 from fedclip_flwr.errors import shown
 from fedclip_flwr.history import Run
-from fedclip_flwr.saved import FACTS
+from fedclip_flwr.kinds import of_rank
 
 NOTHING: dict[str, Any] = {"seen": None, "unseen": None, "sites": {}, "holdout_sites": {}, "metrics": {}}
 STATUS = {
@@ -31,11 +29,9 @@ class Story:
     run: Run
     domain: str | None = None
 
-    @cached_property
+    @property
     def settings(self) -> Settings:
-        """Those that this version knows, as far as they can be used."""
-        known = Settings.keys()
-        return Settings.read({key: value for key, value in self.run.settings.items() if key in known})[0]
+        return self.run.known
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -59,19 +55,14 @@ class Story:
         lost = self.run.lost
         return f"metrics.jsonl has lost the lines of {counted(lost, 'round')}: they are not shown." if lost else ""
 
-    @cached_property
+    @property
     def selected(self) -> int | None:
-        """The round whose adapter is the result, so far; of a whole model only a completed run tells it."""
-        if self.completed:
-            return int(self.run.summary["adapted"]["round"])
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
-            return int(content.read_json(self.run.path / FACTS)["round"])
-        return None
+        return self.run.selected
 
     @cached_property
     def zero(self) -> Mapping[str, Any]:
         """The results of zero-shot; before a run's end those of its start."""
-        return self.run.summary["zero_shot"] if self.completed else self._line(0)
+        return self.run.summary["zero_shot"] if self.completed else _of_line(self.run.line(0))
 
     @cached_property
     def adapted(self) -> Mapping[str, Any]:
@@ -79,12 +70,7 @@ class Story:
         if self.completed:
             found: dict[str, Any] = self.run.summary["adapted"]
             return found
-        last = self.lines[-1]["round"] if self.lines else 0
-        return self._line(last if self.selected is None else self.selected)
-
-    def _line(self, number: int) -> dict[str, Any]:
-        line = next((line for line in self.lines if line["round"] == number), {})
-        return NOTHING | {key: line.get(key) for key in ("seen", "unseen")}
+        return _of_line(self.run.best)
 
     @property
     def personal(self) -> Mapping[str, float]:
@@ -134,13 +120,13 @@ class Story:
         """What was trained."""
         if self.settings.method == "full-model":
             return "the whole model"
-        rank = f" of rank {self.settings.adapter_rank}" if self.settings.adapter == "gate" else ""
-        return f"{'an' if self.settings.adapter == 'attention' else 'a'} {self.settings.adapter} adapter{rank}"
+        kind, rank = self.settings.adapter, self.settings.adapter_rank
+        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} adapter{of_rank(kind, rank)}"
 
     @property
     def data(self) -> str:
         """The data, by the last part of its path."""
-        return self.settings.data.rstrip("/").rpartition("/")[2].removeprefix("folder:").removeprefix("features:")
+        return place_of(self.settings.data)[1].rstrip("/").rpartition("/")[2]
 
     @property
     def title(self) -> str:
@@ -189,3 +175,8 @@ class Story:
             told.append(f"{self.cost} a site and round{less}")
         state = "" if self.completed else f"{self.run.status} after {counted(self.run.done, 'round')}; "
         return f"{self.run.name}: {state}{'; '.join(told) or 'no round'}"
+
+
+def _of_line(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a round's line tells of results."""
+    return NOTHING | {key: line.get(key) for key in ("seen", "unseen")}
