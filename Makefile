@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo deploy-demo docker-demo docker-test test soak bench docs clean
+.PHONY: demo deploy-demo docker-demo docker-test package-test test soak bench docs clean
 
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
@@ -14,6 +14,9 @@ docker-demo:  ## the same in containers, with a network for each site: minutes t
 
 docker-test: .venv/tools  ## set up, then run the tests with containers, which `test` leaves out
 	$(BIN)/pytest -m docker $(ARGS)
+
+package-test: .venv/tools  ## set up, then build wheel and sdist and use them with the oldest and newest dependencies: minutes
+	$(BIN)/pytest -m package --durations=0 $(ARGS)
 
 test: .venv/tools  ## set up, then check style and types and run the tests, but those with containers and the long ones
 	$(BIN)/ruff format --check .
