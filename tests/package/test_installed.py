@@ -64,7 +64,7 @@ def end(
 @pytest.fixture(scope="module")
 def run(end: Environment) -> Path:
     """The folder of the federation that `fedclip run` simulates by itself."""
-    end.do("fedclip", "run", "results-dir=runs")
+    assert "Warning" not in end.do("fedclip", "run", "results-dir=runs")
     return (end.work / "runs" / "latest").resolve()
 
 
