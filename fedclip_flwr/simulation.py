@@ -320,4 +320,7 @@ def status_of(number: str, env: Mapping[str, str], connection: str = CONNECTION)
         why = run["status-details"]
         told = why in ("", "N/A") or " failed with exception: " in why
         return f"{run['status']}" if told else f"{run['status']} ({why})"
-    return f"unknown ({answer.stdout.strip() or answer.stderr.strip()})"
+    said = answer.stdout.strip() or answer.stderr.strip()
+    with contextlib.suppress(json.JSONDecodeError, LookupError, TypeError):
+        said = str(json.loads(answer.stdout)["error-message"])
+    return f"unknown ({' '.join(said.split())})"

@@ -46,7 +46,16 @@ TOGETHER = (
     "report/",
 )
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
-FIRST = (*TOGETHER, "test_running", "test_sweep", "test_benchmarks", "test_encoding", "test_ahead", "test_features")
+FIRST = (
+    *TOGETHER,
+    "documentation/test_guide",
+    "test_running",
+    "test_sweep",
+    "test_benchmarks",
+    "test_encoding",
+    "test_ahead",
+    "test_features",
+)
 """What takes long is begun first there, so that at the end no process is alone with it."""
 
 

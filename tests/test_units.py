@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
-import string
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +12,7 @@ import pytest
 
 from deploy.processes import SuperLink, SuperNode
 from fedclip_flwr import keys, simulation
+from tests import units
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNITS = ("superlink", "supernode")
@@ -44,19 +42,10 @@ def test_a_unit_starts_again_however_often_and_leaves_gpus_alone(name: str) -> N
 
 
 def started_by(name: str, more: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """A unit's command as systemd would take it apart, and its environment; `more` stands in for the example file's."""
-    text = unit(name).replace("\\\n", " ")
-    told = dict(re.findall(r"^(\w+)=(.*)$", (DEPLOY / f"{name}.env").read_text(), re.MULTILINE))
+    """A unit's command and environment; `more` stands in for the example file's variables."""
+    told = units.variables((DEPLOY / f"{name}.env").read_text())
     assert more.keys() <= told.keys()
-    values = {key: "".join(shlex.split(value)) for key, value in told.items()} | dict(more)
-    (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
-    words: list[str] = []
-    for word in shlex.split(command):
-        words += (
-            values[word[1:]].split() if re.fullmatch(r"\$\w+", word) else [string.Template(word).substitute(values)]
-        )
-    lines = re.findall(r"^Environment=(.*)$", text, re.MULTILINE)
-    return words, dict(pair.split("=", 1) for line in lines for pair in line.split())
+    return units.started_by(unit(name), {**told, **more})
 
 
 def test_what_the_units_start_finds_each_other(tmp_path: Path) -> None:

@@ -1,0 +1,304 @@
+"""docs/deploy.md, followed to the letter: a server, two sites, and a new server, each on a machine of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedclip_flwr.data.drawn import picture
+from tests.documentation import session
+from tests.documentation.machine import SERVER, Hall, Shell, why_not
+from tests.documentation.pages import ROOT, blocks
+
+SITES = ("north", "south")
+CLASSES = {"benign": "cat", "malignant": "fish"}
+NAME = ("-c", "user.name=a reader", "-c", "user.email=reader@example.org")
+
+
+class Guide:
+    """The commands of the page, block by block; it knows which were asked for."""
+
+    def __init__(self) -> None:
+        self.blocks = [block for block in blocks(ROOT / "docs" / "deploy.md") if block.language == "bash"]
+        self.asked: set[str] = set()
+
+    def __call__(self, words: str, site: str = "north", but: str = "\0", more: str = "", **given: str) -> str:
+        """Those of the one block with these words `but` not these, for that site.
+
+        `given` is what stands for a placeholder, `more` the words that are added, instead of the page's own.
+        """
+        (block,) = [block for block in self.blocks if words in block.text and but not in block.text]
+        self.asked.add(block.place)
+        text = block.text.rstrip().replace("north", site)
+        for placeholder, value in given.items():
+            assert placeholder in text
+            text = text.replace(placeholder, value)
+        more = more or block.said.get("with", "")
+        return f"{text} {more}" if more else text
+
+    @property
+    def forgotten(self) -> list[str]:
+        return [block.place for block in self.blocks if block.place not in self.asked]
+
+
+class Federation:
+    """The machines, and what their administrators do again and again."""
+
+    def __init__(self, place: Path, stack: ExitStack) -> None:
+        self.guide = Guide()
+        self.stack = stack
+        self.hall = stack.enter_context(closing(Hall(place)))
+        self.at: dict[str, Shell] = {}
+        self.packages: dict[str, str] = {}
+
+    def machine(self, name: str, number: int, called: str = "", like: str = "") -> Shell:
+        self.at[name] = self.stack.enter_context(closing(self.hall.machine(called or name, number, like)))
+        return self.at[name]
+
+    def log_in(self, name: str) -> None:
+        """In the clone; the package there has to be that of all the others."""
+        self.at[name].run("cd ~/fedclip-flwr")
+        self.packages[name] = package(self.at[name].run(self.guide("export PATH")))
+        assert len({*self.packages.values()}) == 1, self.packages
+
+    def until(self, name: str, condition: str) -> None:
+        """Waits for what somebody who types does not notice: a server that starts, a site that connects."""
+        self.at[name].run(f"until {condition}; do sleep 0.2; done")
+
+    def begin(self, command: str, words: str) -> None:
+        """At the server, as one that goes on beside the next; until it says that."""
+        self.at["server"].run(f"set -m; {{ {command}\n}} >/tmp/shown 2>&1 </dev/null &")
+        self.until("server", f"grep {words} /tmp/shown || ! kill -0 %1")
+
+    def shown(self) -> str:
+        """What that shows until its end."""
+        return self.at["server"].run("wait %1 || true; set +m; cat /tmp/shown")
+
+    def number(self, status: str) -> str:
+        """That of the latest run, which has this status."""
+        told = self.at["server"].run(self.guide("flwr list"))
+        latest = re.search(r"^│ (\d+) +│ \S+ +│ \S+ +│ (\S+) +│", told, re.MULTILINE)
+        assert latest
+        assert latest[2] == status
+        return latest[1]
+
+    def result(self) -> dict[str, Any]:
+        """The summary of the latest run, which both sites have completed."""
+        told: dict[str, Any] = json.loads(self.at["server"].run("cat /var/lib/fedclip/runs/latest/summary.json"))
+        assert told["status"] == "completed"
+        assert told["adapted"]["sites"].keys() == {*SITES}
+        return told
+
+    def connected(self, *sites: str) -> None:
+        """Waits until as many are online."""
+        self.until("server", f"[ $(flwr supernode list hospitals | grep -c online) = {len(sites)} ]")
+
+    def online(self, *sites: str) -> str:
+        """What `doctor` tells at the server when these sites are there, and none that is not."""
+        at = self.at["server"]
+        self.connected(*sites)
+        told = at.run(self.guide("fedclip doctor server"))
+        assert told.endswith(" 0 to mend\n"), told
+        for site in sites:
+            assert re.search(rf"^ok +{site} +node \d+ is online$", told, re.MULTILINE), told
+        return told
+
+
+def package(told: str) -> str:
+    """The hash of the package, as `doctor` tells it."""
+    (found,) = re.findall(r"^ok +this package .* content (\w+):", told, re.MULTILINE)
+    return str(found)
+
+
+def origin(place: Path) -> Path:
+    """This tree as a repository that can be cloned."""
+    session.clone(place)
+    (place / ".venv").unlink()
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "The agreed one"]):
+        subprocess.run(["git", *NAME, *words], cwd=place, check=True)
+    return place
+
+
+def wheels(place: Path) -> Path:
+    """What builds the package: pip would fetch it, but machines have no way out."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(place), *needed], check=True)
+    return place
+
+
+def images(place: Path) -> Path:
+    for site in SITES:
+        for name, figure in CLASSES.items():
+            (place / site / name).mkdir(parents=True)
+            for number in range(20):
+                seed = 7 + SITES.index(site)
+                picture(seed, "photo", figure, number)[0].save(place / site / name / f"{number}.png")
+    return place
+
+
+def test_who_follows_the_guide_has_a_federation_and_keeps_it(tmp_path: Path) -> None:
+    if why := why_not():
+        pytest.skip(why)
+    with ExitStack() as stack:
+        hall = tmp_path / "hall"
+        hall.mkdir()
+        federation = Federation(hall, stack)
+        for folder in (origin(tmp_path / "origin"), wheels(tmp_path / "wheels"), images(tmp_path / "images")):
+            federation.hall.post(folder)
+        install(federation)
+        server(federation)
+        for site in SITES:
+            join(federation, site)
+        run(federation)
+        go_on(federation)
+        verify(federation)
+        renew(federation)
+        move(federation)
+        update(federation)
+        leave(federation)
+        assert not federation.guide.forgotten
+
+
+def install(federation: Federation) -> None:
+    """Once: the other machines have a copy of that disk."""
+    new = federation.machine("new", 9)
+    new.run("git clone --quiet /mnt/origin fedclip-flwr; cd fedclip-flwr")
+    told = new.run(federation.guide("python3 -m venv"))
+    assert "Successfully installed fedclip-flwr" in told
+    federation.at.pop("new").close()
+
+
+def server(federation: Federation) -> None:
+    guide, at = federation.guide, federation.machine("server", 1, like="new")
+    federation.log_in("server")
+    at.run(guide("server/* /etc/fedclip"))
+    at.run(guide("deploy/superlink.env"))
+    federation.until("server", "ss -tln | grep -q :9092")
+    at.run(guide("[superlink.hospitals]"))
+    told = at.run(guide("fedclip doctor server"))
+    assert told.endswith(" 0 to mend\n"), told
+
+
+def join(federation: Federation, site: str) -> None:
+    """A site, as both its administrator and the server's do it."""
+    guide, server = federation.guide, federation.at["server"]
+    at = federation.machine(site, 2 + SITES.index(site), like="new")
+    federation.log_in(site)
+    at.run(guide("fedclip keys ~/fedclip-keys --site", site))
+    at.run(f"cp ~/fedclip-keys/sites/{site}/node.pub /mnt/")
+    server.run("cp /mnt/node.pub ~; cp /etc/fedclip/ca.crt /mnt/")
+    server.run(guide("flwr supernode register", site))
+    at.run("cp /mnt/ca.crt ~")
+    at.run(guide("node.* ~/ca.crt", site))
+    at.run(f"cp -r /mnt/images/{site} /data/")
+    at.run(guide("editor", site))
+    told = at.run(guide("as=", site))
+    assert told.endswith(" 0 to mend\n"), told
+    assert re.search("^ok +registration ", told, re.MULTILINE)
+    at.run(guide("fedclip encode", site))
+    at.run(guide("journalctl -a", site))
+
+
+def run(federation: Federation) -> None:
+    """With Ctrl-C as soon as there is something to see."""
+    guide, at = federation.guide, federation.at["server"]
+    federation.online(*SITES)
+    federation.begin(guide("fedclip run --on hospitals", but="resume"), "zero-shot")
+    at.run("kill -INT %1")
+    assert "No longer shown, but the run goes on" in federation.shown()
+    told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
+    assert "selected by validation" in told
+    federation.number("finished:completed")
+    assert federation.result()["rounds"] == 1
+
+
+def go_on(federation: Federation) -> None:
+    """A run whose server is started anew comes to its end."""
+    guide, at = federation.guide, federation.at["server"]
+    federation.begin(guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=100"), "zero-shot")
+    at.run(guide("systemctl restart fedclip-superlink", but="mv"))
+    told = federation.shown()
+    assert re.search(r"^The run did not complete: .*\. If it came to a round, resume=latest", told, re.MULTILINE)
+    federation.connected(*SITES)
+    assert "going on after round" in at.run(guide("resume=latest"))
+    assert federation.result()["rounds"] == 2
+
+
+def verify(federation: Federation) -> None:
+    """What a site's administrator looks at."""
+    guide, at = federation.guide, federation.at["north"]
+    told = at.run(guide("git status"))
+    assert "The agreed one" in told
+    assert "nothing to commit" in told
+    assert package(told) == federation.packages["north"]
+    outgoing = at.run(guide("--show-outgoing"))
+    assert "bytes" in outgoing
+    assert re.fullmatch(rf"(ESTAB .*{SERVER}\]?:9092 .*\n)+", at.run(guide("ss -tpn")))
+    came = at.run(guide("journalctl -u fedclip-supernode"))
+    assert "Receiving: train message" in came
+
+
+def renew(federation: Federation) -> None:
+    """The certificate is another one; sites come back."""
+    federation.at["server"].run(federation.guide("server.crt.old"))
+    told = federation.at["server"].run("cmp ~/fedclip-keys/server/server.crt.old /etc/fedclip/server.crt || true")
+    assert " differ: " in told
+    federation.connected(*SITES)
+
+
+def move(federation: Federation) -> None:
+    """To a new machine, which has another address: sites find it by its name."""
+    guide, old = federation.guide, federation.at["server"]
+    runs = old.run("ls /var/lib/fedclip/runs")
+    old.run(guide("umask 077"))
+    old.run("cp ~/fedclip-backup.tar.gz /mnt/")
+    old.close()
+    new = federation.machine("server", 4, "new-server", like="new")
+    for at in federation.at.values():
+        at.run(f"sed -i s/{SERVER}/10.9.0.4/ /etc/hosts")
+    federation.log_in("server")
+    new.run("cp /mnt/fedclip-backup.tar.gz ~")
+    new.run(guide("tar -C / -xzf"))
+    federation.online(*SITES)
+    assert new.run("ls /var/lib/fedclip/runs") == runs
+
+
+def update(federation: Federation) -> None:
+    """All come to another version, with which they find each other again; that run is stopped."""
+    guide, before = federation.guide, federation.packages["server"]
+    origin = f"{federation.hall.place}/post/origin"
+    federation.hall.shell.run(f"cd {origin}; echo '# later' >> fedclip_flwr/errors.py")
+    federation.hall.shell.run(f"git {shlex.join(NAME)} commit --quiet --all --message Later")
+    commands = {name: guide("git pull") for name in federation.at}
+    commands["server"] = commands["server"].replace("supernode", "superlink")
+    with ThreadPoolExecutor() as pool:
+        told = pool.map(lambda name: federation.at[name].run(commands[name]), commands)
+        (found,) = {package(one) for one in told}
+    assert found != before
+    federation.begin(guide("fedclip run --on", but="resume", more="num-server-rounds=100"), "zero-shot")
+    federation.at["server"].run(guide("flwr stop", RUN=federation.number("running")))
+    shown = federation.shown()
+    assert "The run did not complete: finished:stopped" in shown
+    for site in SITES:
+        assert re.search(rf"^ +{site} +{site} +24 ", shown, re.MULTILINE)
+
+
+def leave(federation: Federation) -> None:
+    """For good."""
+    guide, at = federation.guide, federation.at["server"]
+    federation.at["south"].run(guide("systemctl disable"))
+    told = at.run(guide("fedclip doctor server"))
+    left = re.search(r"south +node (\d+) is offline", told)
+    assert left, told
+    at.run(guide("unregister", NUMBER=left[1]))
+    federation.online("north")
