@@ -130,7 +130,7 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def environment(bench: Bench) -> Told:
     """The machine, and what `fedclip doctor` finds."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    print(f"{name}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; {machine()}\n")
+    print(f"{name}, CUDA {torch.version.cuda}; {machine()}\n")
     first = bench.seconds(lambda: torch.ones(8, device=bench.device).sum().item())
     done = subprocess.run(
         ["fedclip", "doctor"], env=simulation.commands_found(os.environ), capture_output=True, text=True, timeout=120
