@@ -66,7 +66,7 @@ class Bare:
 
         self.net: Any = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(device)
         self.device, self.dtype = device, dtype
-        self.processor, self.batch_size = AutoImageProcessor.from_pretrained(folder), batch_size
+        self.processor, self.batch_size = AutoImageProcessor.from_pretrained(folder, backend="pil"), batch_size
         tokens = AutoTokenizer.from_pretrained(folder)(
             [TEMPLATES[0].format(name) for name in drawn.CLASSES], padding=True, return_tensors="pt"
         ).to(device)

@@ -243,7 +243,8 @@ class Clip:
             with _quiet_loading():
                 how: dict[str, Any] = {"dtype": held, "use_safetensors": True, "output_loading_info": True, **OWN_CODE}
                 self.net, loading = AutoModel.from_pretrained(model.folder, **how)
-                self._processor = AutoImageProcessor.from_pretrained(model.folder, **OWN_CODE)
+                # Not what happens to be installed: torchvision would come to other pixels for the same file.
+                self._processor = AutoImageProcessor.from_pretrained(model.folder, backend="pil", **OWN_CODE)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder, **OWN_CODE)
         except Exception as error:  # of a damaged or foreign file, anything can come
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

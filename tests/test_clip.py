@@ -339,3 +339,16 @@ def test_float32_is_not_cut_short_where_a_gpu_would_and_others_keep_their_choice
     next(loaded.encode_images([picture(1, "photo", "cat", 0)[0]]))
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 is before is True
+
+
+def test_images_are_prepared_by_pillow_whatever_else_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    load = AutoImageProcessor.from_pretrained
+
+    def watched(*words: Any, **named: Any) -> Any:
+        asked.append(named.get("backend"))
+        return load(*words, **named)
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", watched)
+    clip.find("bundled").load("cpu")
+    assert asked == ["pil"]
