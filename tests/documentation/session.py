@@ -22,10 +22,12 @@ CLASSES = ("bird", "car", "cat", "fish")
 
 
 def clone(place: Path) -> None:
-    """A copy of the tree with its environment."""
+    """A copy of the tree with its environment, which is taken as it is, whatever has changed since it was made."""
     leave = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "docker-run")
     shutil.copytree(ROOT, place, ignore=leave)
     (place / ".venv").symlink_to(sys.prefix)
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(place / name, (0, 0))
 
 
 def images(folder: Path, domains: Collection[str], classes: Collection[str], count: int) -> None:
