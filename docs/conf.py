@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from fedclip_flwr import __version__
 
 project = "fedclip-flwr"
@@ -23,6 +25,8 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+
+logging.getLogger("alembic").setLevel(logging.WARNING)  # comes with Flower, and tells of its plugins
 
 html_theme = "furo"
 html_title = f"fedclip-flwr {version}"

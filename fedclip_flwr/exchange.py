@@ -1,6 +1,7 @@
 """What travels between a site and the server, as Flower records, and what is checked when it arrives.
 
 What may leave a site is told by `may_leave`, and nothing else: `check_outgoing` looks at every reply before it goes.
+What the server sends, and what comes of it::
 
     QUERY     what the run is about  →  who the site is and how much it holds; or how far it has come with encoding
               (with secure aggregation three more, see `secure/`)
