@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from pathlib import Path
 
 from fedclip_flwr import __version__
 
@@ -16,6 +19,8 @@ myst_heading_anchors = 4
 myst_links_external_new_tab = False
 suppress_warnings = ["myst.strikethrough"]
 
+# The notebook's commands are those of this environment.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 nb_execution_mode = "force"  # the notebook's results are those of this package
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
