@@ -71,7 +71,7 @@ def lay_out(place: Path) -> tuple[Path, dict[str, str]]:
 
 def script(blocks: list[Block]) -> str:
     """One session of bash that runs the blocks in their order and stops at what fails."""
-    lines = ["set -eo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
+    lines = ["set -eo pipefail", "trap 'for job in $(jobs -p); do kill -- -$job; done' EXIT"]
     for block in blocks:
         lines.append(f"echo '--- {block.place}' >&2")
         if block.language == "python":
@@ -81,7 +81,8 @@ def script(blocks: list[Block]) -> str:
         text = block.text.rstrip()
         if "with" in block.said:
             text += f" {block.said['with']}"
-        lines.append(f"{{\n{text}\n}} &" if "background" in block.said else text)
+        # Each of those has a group of processes of its own, which is ended as a whole.
+        lines.append(f"set -m\n{{\n{text}\n}} &\nset +m" if "background" in block.said else text)
     return "\n".join(lines) + "\n"
 
 
