@@ -30,11 +30,14 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+default_role = "code"  # as docstrings write names
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # comes with Flower, and tells of its plugins
 
 html_theme = "furo"
 html_title = f"fedclip-flwr {version}"
 html_show_sourcelink = False
+html_show_copyright = False
 html_copy_source = False
 nb_execution_in_temp = True
