@@ -62,7 +62,8 @@ class Bare:
     """Zero-shot predictions with transformers alone."""
 
     def __init__(self, folder: Path, batch_size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         self.net: Any = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(device)
         self.device, self.dtype = device, dtype

@@ -233,7 +233,10 @@ class Clip:
     """
 
     def __init__(self, model: Model, device: str = "auto", precision: str = "auto") -> None:
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer
+
+        # Before 5.18, transformers itself gives that only where torchvision is installed.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         place, self.dtype = pick_device(device), pick_precision(precision, model, device)
         self.folder = model.folder

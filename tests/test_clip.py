@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from fedclip_flwr import clip
 from fedclip_flwr.data.drawn import CLASSES, picture

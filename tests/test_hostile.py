@@ -17,7 +17,7 @@ WAYS = ("garbage", "endless", "nameless", "partless")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of one round came to, with an honest site and a hostile one of each kind."""
     sites = {"honest": {}, **{way: {"HOSTILE": way, "PYTHONPATH": str(HOSTILE)} for way in WAYS}}
-    settings = {"adapter": "scale", "num-server-rounds": 1, "round-timeout": 30.0}
+    settings = {"adapter": "scale", "num-server-rounds": 1, "round-timeout": 60.0}
     return completed(tmp_path_factory.mktemp("hostile"), sites, 60, {}, **settings)
 
 
@@ -33,7 +33,7 @@ def test_a_run_with_hostile_sites_is_completed_by_the_others(told: dict[str, Any
     [
         ("garbage", "its answer can't be put together"),
         ("endless", "bytes and more, expected at most"),
-        ("partless", "no answer within 30 s"),
+        ("partless", "no answer within 60 s"),
     ],
 )
 def test_each_is_named_with_what_it_did(told: dict[str, Any], way: str, why: str) -> None:
