@@ -22,6 +22,7 @@ BEFORE = {
     "docs/methods.md": "fedclip encode data=folder:images --out features",
     "docs/report.md": f"{WITH_RUN}\nfor name in 20261126-140212 20261126-141530; do "
     "cp -r ~/.fedclip/runs/latest/ ~/.fedclip/runs/$name; done",
+    "docs/start.md": WITH_RUN,
     "docs/using.md": WITH_RUN,
 }
 """What a page takes to be there besides, as commands."""
