@@ -29,7 +29,7 @@ def commands(path: Path) -> Iterator[str]:
     found += [line for block in blocks(path) if block.language in ("text", "bash") for line in block.commands]
     for line in found:
         command = line.removeprefix(".venv/bin/").removeprefix("$as ")
-        if re.match(r"(fedclip|flwr|make|python) [^ ]", command) and "…" not in command:
+        if re.match(r"(fedclip|flwr|make|python) [^ A-Z]", command) and "…" not in command:
             yield command
 
 
