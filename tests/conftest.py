@@ -44,6 +44,7 @@ TOGETHER = (
     "test_pinned",
     "data/test_drawn",
     "report/",
+    "documentation/test_site",
 )
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
 FIRST = (
