@@ -152,7 +152,7 @@ def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(
     assert mean(unseen) >= 0.02
 
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that is not hidden: CUDA_VISIBLE_DEVICES=0")
 
 
 @GPU
