@@ -13,7 +13,6 @@ project = "fedclip-flwr"
 author = "the authors of fedclip-flwr"
 version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
-exclude_patterns = ["README.md"]
 
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
@@ -22,6 +21,7 @@ suppress_warnings = ["myst.strikethrough"]
 # The notebook's commands are those of this environment.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 nb_execution_mode = "force"  # the notebook's results are those of this package
+nb_execution_in_temp = True
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
@@ -40,4 +40,3 @@ html_title = f"fedclip-flwr {version}"
 html_show_sourcelink = False
 html_show_copyright = False
 html_copy_source = False
-nb_execution_in_temp = True

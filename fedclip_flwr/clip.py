@@ -395,7 +395,7 @@ class WholeModel(Learner):
         return torch.cat([self._features(part) for part in torch.split(pixels, PART)])
 
     def _features(self, pixels: Tensor) -> Tensor:
-        with self._precision():
+        with self._precision(), _whole_convolutions():
             images = pixels * self.factor - self.shift
             return unit(self.net.get_image_features(pixel_values=images))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedclip_flwr import clip, content
 from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.baselines import METHODS, OWN, PUBLISHED
-from fedclip_flwr.config import unusable
+from fedclip_flwr.config import STORED, unusable
 from fedclip_flwr.console import counted
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.presets import PRESETS, fitting
@@ -134,7 +134,7 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
 
 def _unfit(name: str, data: str, given: Mapping[str, object]) -> str:
     """Why the method can't be tried on the data or with these settings; empty if it can."""
-    if METHODS[name].whole_model and data.startswith("features:"):
+    if METHODS[name].whole_model and data.startswith(STORED):
         return f"needs images, and {data} has only their features"
     if "blend" in given and (METHODS[name].whole_model or "blend" in METHODS[name].settings):
         return "leaves no room for another blend; leave one of them out"

@@ -36,7 +36,9 @@ CODECS = ("float32", "bfloat16", "int8")
 """How tensors travel: whole, or as `codecs.py` packs differences."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Experiment trackers that a run can tell."""
-PLACES = ("folder:", "features:")
+STORED = "features:"
+"""Begins the name of data that are features already."""
+PLACES = ("folder:", STORED)
 """What begins the name of data that lies in a place of this machine; the path follows."""
 _DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
 _TRACK = {
@@ -61,7 +63,7 @@ class Settings:
     holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
     adapter: str = _setting("attention", "the trainable part", choices=tuple(KINDS))
-    adapter_rank: int = _setting(4, "the gate's rank", least=1, most=2**14)
+    adapter_rank: int = _setting(4, "the rank, of adapters that have one (`gate`)", least=1, most=2**14)
     blend: float | str = _setting(
         1.0,
         "share of the adapted feature; `auto` is chosen by validation after the last round",

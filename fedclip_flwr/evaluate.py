@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fedclip_flwr import clip, console, history
 from fedclip_flwr.arguments import read_settings
-from fedclip_flwr.config import Settings, unusable
+from fedclip_flwr.config import STORED, Settings, unusable
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.features import Features, open_features, source_of
@@ -85,11 +85,10 @@ def _settings(wishes: Wishes, learnt: Learnt) -> Settings:
     given, wrong = read_settings(wishes.settings)
     for key in given.keys() - ({*TAKEN} - OPTIONS):
         wrong.setdefault(key, f"{key}: expected columns, device or precision here; leave it out")
-    prompt = wishes.prompt or SEPARATOR.join(learnt.facts["templates"])
-    settings, unfit = Settings.read({**data, **given, "prompt": prompt})
+    settings, unfit = Settings.read({**data, **given, "prompt": wishes.prompt})
     if problems := {**problems, **wrong, **unfit}:
         raise unusable(problems.values())
-    return settings
+    return settings if settings.prompt else replace(settings, prompt=SEPARATOR.join(learnt.facts["templates"]))
 
 
 def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Features, Features, Sequence[str]]:
@@ -98,8 +97,8 @@ def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Feature
     And the classes' names in the data.
     """
     told = None if wishes.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
-    if settings.data.startswith("features:"):
-        learnt.check_features(settings.data, FeatureFolder(Path(settings.data.removeprefix("features:"))))
+    if settings.data.startswith(STORED):
+        learnt.check_features(settings.data, FeatureFolder(Path(settings.data.removeprefix(STORED))))
         features = open_features(settings, told)
         return features, features, features.vocabulary.class_names
     own = source_of(settings)[0].class_names

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedclip_flwr import ahead, clip, content, data, encoding, growing, store
-from fedclip_flwr.config import Settings, unusable
+from fedclip_flwr.config import STORED, Settings, unusable
 from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.errors import UserError, shown
 from fedclip_flwr.featurefolder import FeatureFolder
@@ -38,6 +38,7 @@ from fedclip_flwr.vocabulary import (
     read_names,
     renamed,
     templates_of,
+    usable,
 )
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def open_features(
         raise UserError("data = 'none': so class-names must tell the classes, as a comma list or a file")
     check_apart(names)
     prompt = settings.prompt or (preset.prompt if preset else RECIPES[settings.recipe].prompt)
-    vocabulary = told or Vocabulary(names, templates_of(prompt))
+    vocabulary = usable(told or Vocabulary(names, templates_of(prompt)))
     return (Pixels if whole else Encoded)(
         source,
         clip.find(settings.model, settings.model_revision),
@@ -172,7 +173,7 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
             return None
 
     check("device", look=lambda: clip.pick_device(settings.device))
-    if not settings.data.startswith("features:"):
+    if not settings.data.startswith(STORED):
         check("model", "model-revision", look=lambda: clip.find(settings.model, settings.model_revision))
     features = check("data", "model", "prompt", look=lambda: open_features(settings))
     if features:

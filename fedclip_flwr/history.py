@@ -30,7 +30,7 @@ ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
 """What a line of metrics.jsonl tells at least."""
 FAILURE = {"round", "site", "why"}
 """And a failure in summary.json."""
-PLACES = ("resume", "results-dir")
+WHERE = ("resume", "results-dir")
 """Settings that say where runs are, and nothing of what is learnt."""
 
 
@@ -81,7 +81,7 @@ class Run:
         """The settings that are not as they are unless given, but for those that say where runs are."""
         plain = Settings().as_run_config()
         return {
-            key: self.settings[key] for key, value in plain.items() if self.settings[key] != value and key not in PLACES
+            key: self.settings[key] for key, value in plain.items() if self.settings[key] != value and key not in WHERE
         }
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedclip_flwr import featurefolder
 from fedclip_flwr.arguments import read_settings
+from fedclip_flwr.config import STORED
 from fedclip_flwr.console import counted
 from fedclip_flwr.features import Encoded, open_run
 
@@ -32,7 +33,7 @@ def encode(given: Sequence[str], out: str = "") -> str:
     settings, problems = read_settings(given)
     for key in settings.keys() - {*TAKEN} - problems.keys():
         problems[key] = f"{key}: encoding has no use for it; leave it out"
-    if str(settings.get("data", "")).startswith("features:"):
+    if str(settings.get("data", "")).startswith(STORED):
         problems["data"] = f"data = {settings['data']!r}: these are features already; name the images"
     _, features, _ = open_run(settings, problems)
     if not isinstance(features, Encoded):

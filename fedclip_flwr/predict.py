@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fedclip_flwr import content
 from fedclip_flwr.adapters import Adapter
+from fedclip_flwr.config import STORED
 from fedclip_flwr.console import counted
 from fedclip_flwr.data.files import find_images
 from fedclip_flwr.errors import UserError, shown
@@ -32,7 +33,6 @@ Rows = Iterator[tuple[str, Prediction | None]]
 """What an image is called, and what it shows; None if it can't be read."""
 PART = 1024
 """So many stored features at once: more no longer fit into a CPU's caches."""
-STORED = "features:"
 OFTEN = 64
 """After so many lines whoever reads them gets them."""
 AS_IT_IS = "surrogateescape"

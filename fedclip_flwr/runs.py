@@ -240,7 +240,7 @@ def begun_with(settings: Settings) -> tuple[dict[str, Any], int | None]:
     """The settings of the run that is to go on, and how many sites it had, if it has met them."""
     facts = history.Reader(_found(history.results(settings)[0], settings.resume)).settings()
     sites = facts.get("sites")
-    begun = {key: facts[key] for key in Settings.keys() if key not in ("resume", "results-dir")}  # noqa: SIM118
+    begun = {key: facts[key] for key in Settings.keys() if key not in history.WHERE}  # noqa: SIM118
     return begun, sites if isinstance(sites, int) else None
 
 

@@ -25,7 +25,7 @@ from fedclip_flwr.vocabulary import Vocabulary, check_classes
 TENSORS = "adapter.safetensors"
 WHOLE, CONFIG = "fedclip.json", "config.json"
 """Facts like those of an adapter: beside a whole model, and under the name that the hub knows."""
-PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+OF_A_MACHINE = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 """What a model's files tell of the machine that they were on."""
 LARGEST = 2**16
 """No feature has so many numbers."""
@@ -77,7 +77,7 @@ def save_model(
     """The whole model of round `number`, in a folder that the setting `model` takes."""
     for file in clip.files(features.model_folder):
         if file.name in ("config.json", "tokenizer_config.json"):
-            facts = {key: value for key, value in json.loads(file.read_text()).items() if key not in PLACES}
+            facts = {key: value for key, value in json.loads(file.read_text()).items() if key not in OF_A_MACHINE}
             more = {"dtype": "float32"} if file.name == "config.json" else {}
             write_json(folder / file.name, {**facts, **more}, setting)
         elif not file.name.startswith("model"):  # the weights

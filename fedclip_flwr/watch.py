@@ -130,7 +130,7 @@ def curves(run: Run) -> list[str]:
         values = [line[part] for line in run.metrics if line[part] is not None]
         if values:
             first, last = values[0], values[-1]
-            known = values[1:] and run.metrics[0]["round"] == 0
+            known = values[1:] and run.line(0).get(part) is not None
             gain = f"  {console.gain(first, last)} over {run.start}" if known else ""
             lines.append(f"{part:<7} {console.percent(first)} {curve(values)} {console.percent(last)}{gain}")
     if run.metrics:

@@ -52,7 +52,7 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
     assert "it broke" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", dict.fromkeys([*(benchmark.name for benchmark in BENCHMARKS), "scale"]))
+@pytest.mark.parametrize("name", dict.fromkeys([*(benchmark.name for benchmark in BENCHMARKS), "gpu", "scale"]))
 def test_every_benchmark_has_help_and_refuses_what_it_does_not_know(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

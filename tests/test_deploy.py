@@ -1,4 +1,4 @@
-"""Three sites over gRPC with TLS and node keys, as make deploy-demo has them; and who is not let in."""
+"""Three sites over gRPC with TLS and node keys, for real; and who is not let in."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The containers of `docker/`, real ones, as make docker-demo has them: a server and three sites with TLS, keys and a
-network for each.
+"""The containers of `docker/`, real ones: a server and three sites with TLS, keys and a network for each.
 
 They take minutes and need a Docker engine: `pytest -m docker` runs them, a plain `pytest` leaves them out.
 """

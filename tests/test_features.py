@@ -291,6 +291,11 @@ def test_a_site_with_features_has_the_runs_classes_in_its_own_order(tmp_path: Pa
             open_features(settings, Vocabulary(names, prompts))
 
 
+def test_images_are_not_encoded_for_prompts_that_are_told_in_a_word(tree: Path) -> None:
+    with pytest.raises(UserError, match="prompt = 'those of a list': expected a template with one"):
+        open_features(Settings(data=f"folder:{tree}"), Vocabulary(("car", "cat", "fish"), ("those of a list",)))
+
+
 def test_classes_that_differ_only_in_their_spelling_are_refused(tree: Path) -> None:
     (tree / "photo" / "cat").rename(tree / "photo" / "Cat")
     with pytest.raises(UserError, match="'Cat' and 'cat' would be different classes"):

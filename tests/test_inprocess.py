@@ -168,7 +168,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that
     ],
     ids=str,
 )
-def test_on_a_gpu_updates_are_packed_noised_and_averaged_as_on_the_cpu(given: dict[str, Any]) -> None:
+def test_a_federation_on_a_gpu_ends_whatever_packs_noises_or_averages_its_updates(given: dict[str, Any]) -> None:
     settings = replace(Settings(num_server_rounds=2, batch_size=4), **given)
     there = [
         replace(

@@ -12,6 +12,8 @@ from fedclip_flwr.kinds import KINDS, of_rank
 from fedclip_flwr.learning import RECIPES
 from fedclip_flwr.sites import new_adapter
 
+RANDOM_STARTS = {("attention", "paper"), ("gate", "paper")}
+"""As the paper's code has it; the others begin with weights of exactly 1."""
 UNIT = F.normalize(torch.randn(50, 12, generator=torch.Generator().manual_seed(1)), dim=-1)
 
 
@@ -38,6 +40,7 @@ def test_rates_are_for_a_width_where_layers_are_as_wide_as_the_features(kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_settings_know_whether_an_adapter_starts_as_zero_shot(kind: str, recipe: str) -> None:
     settings = Settings(adapter=kind, recipe=recipe)
+    assert settings.starts_as_zero_shot == ((kind, recipe) not in RANDOM_STARTS)
     adapted = new_adapter(settings, 12)(UNIT)
     assert torch.allclose(adapted, UNIT, rtol=0, atol=1e-6) == settings.starts_as_zero_shot
     assert Settings(method="full-model", adapter=kind, recipe=recipe).starts_as_zero_shot

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ from tests.learnt import saved_adapter, strong_adapter
 def run(*arguments: object, given: str = "") -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["predict", *map(str, arguments)], input=given)
     return result.exit_code, result.stdout, result.stderr
+
+
+def evaluated(data: str, adapter: Path) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["evaluate", data, "--adapter", str(adapter), "--json"])
+    assert result.exit_code == 0, result.stderr
+    domains: dict[str, Any] = json.loads(result.stdout)["domains"]
+    return domains
 
 
 def test_each_image_has_a_line_with_what_it_shows(folder: Path, tree: Path) -> None:
@@ -143,18 +151,20 @@ def test_other_classes_by_words_alone(folder: Path, tree: Path, tmp_path: Path) 
         assert {row["label"], row["label_2"], row["label_3"]} == {"tree", "fish", "cup"}
 
 
-def test_features_whose_prompts_are_told_in_a_word_are_learnt_from_and_predicted(
+def test_features_whose_prompts_are_told_in_a_word_are_learnt_from_predicted_and_evaluated(
     folder: Path, tree: Path, tmp_path: Path
 ) -> None:
     encode([f"data=folder:{tree}"], str(tmp_path / "made"))
     made, file = f"features:{tmp_path / 'made'}", tmp_path / "made" / "features.json"
     code, wanted, _ = run(made, "-a", folder)
     assert code == 0
+    figures = evaluated(made, folder)
     file.write_text(json.dumps({**json.loads(file.read_text()), "prompt": "those of a list"}))
     saved_adapter(tmp_path / "other", open_features(Settings(data=made)))
     code, lines, _ = run(made, "-a", tmp_path / "other")
     assert code == 0
     assert lines == wanted
+    assert evaluated(made, tmp_path / "other") == figures
     code, _, told = run(tree, "-a", tmp_path / "other")
     assert code == 2
     assert "prompt = 'those of a list': expected a template with one {}" in told

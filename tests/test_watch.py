@@ -177,6 +177,10 @@ def test_what_was_gained_is_told_only_beside_the_start(tmp_path: Path) -> None:
     lines = [line(0, 0.5), line(1, 0.6), line(2, 0.7)]
     assert "+20.0 over" in watch.curves(history.read(make(tmp_path / "run", lines)))[0]
     assert "over" not in watch.curves(history.read(make(tmp_path / "run", lines[1:])))[0]  # its line is lost
+    late = [line(0, 0.5, None), line(1, 0.6, 0.4), line(2, 0.7, 0.5)]  # there was nobody with an unseen domain at first
+    seen, unseen, _ = watch.curves(history.read(make(tmp_path / "run", late)))
+    assert "+20.0 over" in seen
+    assert "over" not in unseen
 
 
 def test_a_curve_spans_its_values() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedclip_flwr import content, hub
-from fedclip_flwr.config import place_of
+from fedclip_flwr.config import PLACES, place_of
 from fedclip_flwr.data import FIND, Columns, Picture
 from fedclip_flwr.data.images import content_of, decoded, read
 from fedclip_flwr.errors import UserError
@@ -56,7 +56,7 @@ def from_hub(name: str, told: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
             f"{told}: expected drawn, drawn:SEED, pacs, vlcs, office-home, a Hugging Face data set, "
-            "folder:PATH or features:PATH"
+            + " or ".join(f"{head}PATH" for head in PLACES)
         )
     return hub.snapshot(name, kind="dataset", revision="", lacks=_lacks, told=told, ignore_patterns=NO_DATA)
 

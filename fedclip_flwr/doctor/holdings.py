@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedclip_flwr import clip, content, data
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import STORED, Settings
 from fedclip_flwr.console import bytes_of, some
 from fedclip_flwr.data import Source
 from fedclip_flwr.doctor.findings import Examination
@@ -64,7 +64,7 @@ def _features(ex: Examination, settings: Settings, told: Vocabulary | None) -> F
     if device:
         ex.ok("device", f"{device}, as device = {settings.device!r} has it")
     model = source = None
-    if images := not settings.data.startswith("features:"):
+    if images := not settings.data.startswith(STORED):
         model = ex.look("model", clip.find, settings.model, settings.model_revision)
         if model:
             mark = model.content(content.memory())[:12]

@@ -9,7 +9,7 @@ from fedclip_flwr import content
 from fedclip_flwr.config import Settings
 from fedclip_flwr.console import percent
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.history import PLACES, Run
+from fedclip_flwr.history import WHERE, Run
 from fedclip_flwr.report import PAGE, check_out, compare_plots, write_plots, write_text
 from fedclip_flwr.report.drawing import styled
 from fedclip_flwr.report.markup import aside, e, gain, page, plots, section, setting, table
@@ -93,7 +93,7 @@ def _settings(names: Sequence[str], stories: Sequence[Story]) -> str:
     def told(story: Story, key: str) -> str:
         return setting(story.run.settings.get(key, "–")) or "–"
 
-    keys = [key for key in Settings.keys() if key not in PLACES]  # noqa: SIM118
+    keys = [key for key in Settings.keys() if key not in WHERE]  # noqa: SIM118
     different = [key for key in keys if len({str(told(story, key)) for story in stories}) > 1]
     packages = {str(story.run.settings.get("package")) for story in stories}
     note = aside("They were made with different versions of this package.") if len(packages) > 1 else ""

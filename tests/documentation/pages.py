@@ -5,7 +5,7 @@ A block of `bash` or `python` is run by the tests, page by page and from the top
     <!-- background -->        it does not end by itself: the next blocks are run beside it
     <!-- with: --rounds 1 -->  its last command is run with these words added, for it would take too long
     <!-- as: see.py photo -->  of Python: it is saved under that name and run with those words
-    <!-- tried by: FILE -->    it is run elsewhere: FILE has each of its lines
+    <!-- tried by: FILE -->    it is run elsewhere: FILE, a page or .ci/run, has each of its lines
 """
 
 from __future__ import annotations

@@ -22,12 +22,19 @@ CLASSES = ("bird", "car", "cat", "fish")
 
 
 def clone(place: Path) -> None:
-    """A copy of the tree with its environment, which is taken as it is, whatever has changed since it was made."""
+    """A copy of the tree, without an environment."""
     leave = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "docker-run")
     shutil.copytree(ROOT, place, ignore=leave)
-    (place / ".venv").symlink_to(sys.prefix)
-    for name in ("pyproject.toml", "constraints.txt"):
-        os.utime(place / name, (0, 0))
+
+
+def environment(place: Path) -> None:
+    """The one of these tests, as make leaves it: whatever has changed since it was made, none is set up."""
+    place.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (place / path.name).symlink_to(path)
+    for name in ("ready", "tools"):
+        (place / name).unlink(missing_ok=True)
+        (place / name).touch()
 
 
 def images(folder: Path, domains: Collection[str], classes: Collection[str], count: int) -> None:
@@ -58,6 +65,7 @@ def lay_out(place: Path) -> tuple[Path, dict[str, str]]:
     cached_models(home / "huggingface")
     tree = place / "fedclip-flwr"
     clone(tree)
+    environment(tree / ".venv")
     images(tree / "images", ("photo", "art", "sketch"), CLASSES, 10)
     pacs = PRESETS["pacs"]
     images(home / ".fedclip" / "data" / "pacs", pacs.domains, pacs.class_names, 3)
@@ -69,9 +77,27 @@ def lay_out(place: Path) -> tuple[Path, dict[str, str]]:
     return tree, env | {"HOME": str(home), "HF_HOME": str(home / "huggingface"), "PATH": path}
 
 
+def in_background(blocks: Collection[Block]) -> bool:
+    return any("background" in block.said for block in blocks)
+
+
+def alone() -> list[str]:
+    """What begins a command that has the machine's ports for itself, and with which all that it started ends."""
+    user = [] if os.geteuid() == 0 else ["--map-root-user"]
+    spaces = [*user, "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
+    return ["unshare", *spaces, "bash", "-c", 'ip link set lo up && exec "$@"', "bash"]
+
+
+def why_not_alone() -> str:
+    """Why that can't be here; nothing if it can."""
+    if missing := [tool for tool in ("unshare", "ip") if not shutil.which(tool)]:
+        return f"not installed here: {', '.join(missing)}"
+    return subprocess.run([*alone(), "true"], capture_output=True, text=True).stderr.strip()
+
+
 def script(blocks: list[Block]) -> str:
     """One session of bash that runs the blocks in their order and stops at what fails."""
-    lines = ["set -eo pipefail", "trap 'for job in $(jobs -p); do kill -- -$job; done' EXIT"]
+    lines = ["set -eo pipefail"]
     for block in blocks:
         lines.append(f"echo '--- {block.place}' >&2")
         if block.language == "python":
@@ -81,8 +107,7 @@ def script(blocks: list[Block]) -> str:
         text = block.text.rstrip()
         if "with" in block.said:
             text += f" {block.said['with']}"
-        # Each of those has a group of processes of its own, which is ended as a whole.
-        lines.append(f"set -m\n{{\n{text}\n}} &\nset +m" if "background" in block.said else text)
+        lines.append(f"{{\n{text}\n}} &" if "background" in block.said else text)
     return "\n".join(lines) + "\n"
 
 
@@ -92,7 +117,7 @@ def run(blocks: list[Block], place: Path, before: str = "", **more: str) -> str:
     text = script(blocks) if not before else f"set -eo pipefail\n{before}\n{script(blocks)}"
     (place / "session.sh").write_text(text)
     process = subprocess.Popen(
-        ["bash", str(place / "session.sh")],
+        [*(alone() if in_background(blocks) else []), "bash", str(place / "session.sh")],
         cwd=tree,
         env=env | more,
         stdin=subprocess.DEVNULL,

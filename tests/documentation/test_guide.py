@@ -126,7 +126,6 @@ def package(told: str) -> str:
 def origin(place: Path) -> Path:
     """This tree as a repository that can be cloned."""
     session.clone(place)
-    (place / ".venv").unlink()
     for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "The agreed one"]):
         subprocess.run(["git", *NAME, *words], cwd=place, check=True)
     return place
@@ -135,7 +134,10 @@ def origin(place: Path) -> Path:
 def wheels(place: Path) -> Path:
     """What builds the package: pip would fetch it, but machines have no way out."""
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(place), *needed], check=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(place)]
+    done = subprocess.run([*pip, *needed], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        pytest.skip(f"pip can't fetch what builds the package: {done.stderr.strip()}")
     return place
 
 
@@ -216,13 +218,13 @@ def run(federation: Federation) -> None:
     """With Ctrl-C as soon as there is something to see."""
     guide, at = federation.guide, federation.at["server"]
     federation.online(*SITES)
-    federation.begin(guide("fedclip run --on hospitals", but="resume"), "zero-shot")
+    federation.begin(guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=30"), "zero-shot")
     at.run("kill -INT %1")
     assert "No longer shown, but the run goes on" in federation.shown()
     told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
     assert "selected by validation" in told
     federation.number("finished:completed")
-    assert federation.result()["rounds"] == 1
+    assert federation.result()["rounds"] == 30
 
 
 def go_on(federation: Federation) -> None:
@@ -234,7 +236,7 @@ def go_on(federation: Federation) -> None:
     assert re.search(r"^The run did not complete: .*\. If it came to a round, resume=latest", told, re.MULTILINE)
     federation.connected(*SITES)
     assert "going on after round" in at.run(guide("resume=latest"))
-    assert federation.result()["rounds"] == 2
+    assert federation.result()["rounds"] == 30
 
 
 def verify(federation: Federation) -> None:
