@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo deploy-demo docker-demo docker-test package-test test soak bench docs clean
+.PHONY: demo deploy-demo docker-demo docker-test docs-test package-test test soak bench docs clean
 
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
@@ -18,7 +18,10 @@ docker-test: .venv/tools  ## set up, then run the tests with containers, which `
 package-test: .venv/tools  ## set up, then build wheel and sdist and use them with the oldest and newest dependencies: minutes
 	$(BIN)/pytest -m package --durations=0 $(ARGS)
 
-test: .venv/tools  ## set up, then check style and types and run the tests, but those with containers and the long ones
+docs-test: .venv/tools  ## set up, then build the documentation's site, follow its links, and run the commands of its pages
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m documentation $(ARGS)
+
+test: .venv/tools  ## set up, then check style and types and run the tests, but those of the other targets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -12,8 +12,6 @@ from fedclip_flwr.kinds import KINDS, of_rank
 from fedclip_flwr.learning import RECIPES
 from fedclip_flwr.sites import new_adapter
 
-RANDOM_STARTS = {("attention", "paper"), ("gate", "paper")}
-"""As the paper's code has it; the others begin with weights of exactly 1."""
 UNIT = F.normalize(torch.randn(50, 12, generator=torch.Generator().manual_seed(1)), dim=-1)
 
 
@@ -40,10 +38,15 @@ def test_rates_are_for_a_width_where_layers_are_as_wide_as_the_features(kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_settings_know_whether_an_adapter_starts_as_zero_shot(kind: str, recipe: str) -> None:
     settings = Settings(adapter=kind, recipe=recipe)
-    assert settings.starts_as_zero_shot == ((kind, recipe) not in RANDOM_STARTS)
     adapted = new_adapter(settings, 12)(UNIT)
     assert torch.allclose(adapted, UNIT, rtol=0, atol=1e-6) == settings.starts_as_zero_shot
     assert Settings(method="full-model", adapter=kind, recipe=recipe).starts_as_zero_shot
+
+
+def test_only_the_papers_layers_start_as_something_else() -> None:
+    both = [(kind, recipe) for kind in ("attention", "gate", "scale") for recipe in ("default", "paper")]
+    others = {pair for pair in both if not Settings(adapter=pair[0], recipe=pair[1]).starts_as_zero_shot}
+    assert others == {("attention", "paper"), ("gate", "paper")}
 
 
 @pytest.mark.parametrize("kind", KINDS)

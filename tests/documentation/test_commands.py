@@ -36,6 +36,7 @@ def page_blocks(path: Path) -> list[Block]:
 PARTS = {str(path.relative_to(ROOT)): page_blocks(path) for path in PAGES}
 
 
+@pytest.mark.documentation
 @pytest.mark.parametrize("page", [page for page, found in PARTS.items() if found and page not in OF_THEIR_OWN])
 def test_the_commands_of_a_page_work(page: str, tmp_path: Path) -> None:
     text = "".join(block.text for block in PARTS[page])

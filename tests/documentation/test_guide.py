@@ -151,6 +151,7 @@ def images(place: Path) -> Path:
     return place
 
 
+@pytest.mark.documentation
 def test_who_follows_the_guide_has_a_federation_and_keeps_it(tmp_path: Path) -> None:
     if why := why_not():
         pytest.skip(why)

@@ -13,6 +13,8 @@ import pytest
 
 from tests.documentation.pages import PAGES, ROOT
 
+pytestmark = pytest.mark.documentation
+
 
 class Links(HTMLParser):
     """What a page links to, what it loads, and the places in it that can be linked to."""
