@@ -33,6 +33,7 @@ from fedclip_flwr.errors import UserError
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""
+RAY_IS_LATE = "The current node timed out during startup"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -291,7 +292,7 @@ def _works(group: int) -> bool:
 
 def _show(command: list[str], env: Mapping[str, str]) -> str | None:
     """Runs `flwr run --stream` and passes on what the app says; the run's number, if one was started."""
-    number, shown = None, 0.0
+    number, shown, late = None, 0.0, False
     env = {**env, "PYTHONUNBUFFERED": "1"}  # what comes is shown when it comes
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
     try:
@@ -305,6 +306,10 @@ def _show(command: list[str], env: Mapping[str, str]) -> str | None:
                         continue
                     line, shown = line[:-1] + "\n", time.monotonic()
                 print(line, end="", flush=True)
+                late = late or RAY_IS_LATE in line
+        if late:  # far above in its trace
+            word = "Ray, which simulates sites, did not start in time: is this machine busy? Try again."
+            print(word, file=sys.stderr)
     finally:
         process.terminate()
         process.wait()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray._private import node
 
 from fedclip_flwr import simulation
 from fedclip_flwr.config import Settings
@@ -85,6 +86,15 @@ def test_what_flower_says_is_not_held_back_until_the_end(capfd: pytest.CaptureFi
     assert simulation._show([sys.executable, "-c", told], without) == "7"
 
     assert capfd.readouterr().out == "at once: True\n"
+
+
+def test_who_simulates_on_a_busy_machine_is_told_what_came_too_late(capfd: pytest.CaptureFixture[str]) -> None:
+    late = simulation.RAY_IS_LATE
+    assert late in Path(node.__file__).read_text()
+    hint = "Ray, which simulates sites, did not start in time: is this machine busy? Try again.\n"
+    for said, told in ((f"{late}. This could", hint), ("A trace", "")):
+        simulation._show([sys.executable, "-c", f"print({said!r}); print('More')"], os.environ)
+        assert capfd.readouterr() == (f"{said}\nMore\n", told)
 
 
 @pytest.mark.parametrize(
