@@ -27,6 +27,9 @@ def read_settings(given: Sequence[str], here: bool = True) -> tuple[dict[str, An
         if not equals or not key:
             problems[text] = f"{text}: expected key=value"
             continue
+        if key == "nodes":
+            problems[key] = f"{text}: how many sites are simulated is told by --nodes"
+            continue
         if key in settings:
             problems[key] = f"{key}: given twice"
         kind = type(fields[key].default) if key in fields else str

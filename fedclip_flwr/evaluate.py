@@ -104,8 +104,8 @@ def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Feature
     own = source_of(settings)[0].class_names
     if told and (others := sorted({*own} - {*told.class_names})):
         raise UserError(
-            f"{wishes.data} has classes that the run did not know: {console.some(others)}; name all of the data's with "
-            "--classes, which takes words alone"
+            f"{wishes.data} has classes that {learnt.folder} did not know: {console.some(others)}; name another run "
+            "with --adapter, or words for all of the data's classes with --classes"
         )
     frozen = learnt.frozen(wishes.model)
     plain = open_features(_with(settings, frozen), told)

@@ -156,7 +156,7 @@ class FedCLIP(
         if isinstance(several, list | tuple) and all(isinstance(image, str | os.PathLike) for image in several):
             for path, found in self.stream_files([os.fspath(path) for path in several], top):
                 if found is None:
-                    raise UserError(f"{path} can't be read as an image")
+                    raise _unreadable(path)
                 yield found
             return
         remaining = iter(several)
@@ -225,12 +225,16 @@ def _several(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
     return images
 
 
+def _unreadable(path: str) -> UserError:
+    return UserError(f"{path} can't be read as an image" if os.path.exists(path) else f"{path}: there is no such file")
+
+
 def _opened(image: Picture) -> Image:
     """The image as a file's is read: upright, in RGB."""
     if isinstance(image, str | os.PathLike):
         found = decoded(read(Path(image)))
         if found is None:
-            raise UserError(f"{os.fspath(image)} can't be read as an image")
+            raise _unreadable(os.fspath(image))
         return found
     if isinstance(image, Tensor):
         image = image.detach().cpu().movedim(0, -1)

@@ -197,7 +197,7 @@ def _found(root: Path, name: str) -> Path:
     path = root / name
     if not (path / history.SETTINGS).is_file():
         runs = history.names(root)
-        there = f"the latest are {', '.join(runs[-3:])}" if runs else "there is none"
+        there = f"the latest are {', '.join(runs[-3:])}" if runs else "nothing was run there yet"
         raise UserError(f"resume = {name!r}: there is no such run in {root}; {there}")
     return path.resolve()
 

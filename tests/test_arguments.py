@@ -39,7 +39,12 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_no_setting_is_told() -> None:
-    assert read_settings(["seed", "=3", "adapter=gate", "adapter=scale"]) == (
+    assert read_settings(["seed", "=3", "adapter=gate", "adapter=scale", "nodes=6"]) == (
         {"adapter": "scale"},
-        {"seed": "seed: expected key=value", "=3": "=3: expected key=value", "adapter": "adapter: given twice"},
+        {
+            "seed": "seed: expected key=value",
+            "=3": "=3: expected key=value",
+            "adapter": "adapter: given twice",
+            "nodes": "nodes=6: how many sites are simulated is told by --nodes",
+        },
     )

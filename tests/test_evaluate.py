@@ -75,7 +75,7 @@ def test_a_folder_may_have_fewer_classes_but_no_others(folder: Path, tree: Path)
         path.rename(path.with_name("dog"))
     code, _, told = run(tree, "-a", folder)
     assert code == 2
-    assert "has classes that the run did not know: dog; name all of the data's with --classes" in told
+    assert f"has classes that {folder} did not know: dog; name another run with --adapter, or words for all" in told
     code, told, _ = run(tree, "-a", folder, "--classes", "dog,fish,tree", "--prompt", "the {}", "--json")
     assert code == 0
     assert list(json.loads(told)["domains"]["photo"]["adapted"]["recall"]) == ["dog", "fish", "tree"]

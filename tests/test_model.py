@@ -90,7 +90,7 @@ def test_a_picture_that_lies_on_its_side_is_turned(folder: Path, tree: Path) -> 
 @pytest.mark.parametrize(
     ("image", "told"),
     [
-        ("missing.png", "missing.png can't be read as an image"),
+        ("missing.png", "missing.png: there is no such file"),
         (torch.zeros(1, 8, 8), r"pixels of shape \(8, 8, 1\): expected colours last"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\): expected colours last"),
         (torch.full((3, 8, 8), 2.0), "not all from 0 to 1"),

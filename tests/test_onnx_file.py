@@ -20,13 +20,13 @@ from PIL import Image
 
 from fedclip_flwr import clip, onnx_file
 from fedclip_flwr.adapters import ADAPTERS, Adapter, make_adapter
-from fedclip_flwr.content import own_app
 from fedclip_flwr.data import drawn
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.model import FedCLIP
 from fedclip_flwr.vocabulary import Vocabulary
 from tests.models import small_clip, small_siglip, small_siglip2
 
+DOCS = Path(__file__).parents[1] / "docs"
 CLASSES = Vocabulary(("cat", "dog", "fish"), ("a picture of a {}", "a photo of a {}"))
 BLOCKED = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'fedclip_flwr', 'onnx'))\n"
 
@@ -94,7 +94,7 @@ def test_any_number_of_images_goes_in_at_once(written: Written) -> None:
 def test_the_example_in_the_docs_runs_without_torch_and_without_this_package(written: Written, tmp_path: Path) -> None:
     code = next(
         block
-        for block in re.findall(r"```python\n(.*?)```", (own_app() / "docs" / "using.md").read_text(), re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", (DOCS / "using.md").read_text(), re.DOTALL)
         if "onnxruntime" in block
     )
     paths = []

@@ -257,7 +257,7 @@ def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: 
         again(first.path)
     with pytest.raises(UserError, match=f"there is no such run in {tmp_path}; the latest are {first.path.name}"):
         again(tmp_path / "yesterday")
-    with pytest.raises(UserError, match=r"there is no such run in .*; there is none"):
+    with pytest.raises(UserError, match=r"there is no such run in .*; nothing was run there yet"):
         started(tmp_path / "empty", resume="latest")
     with pytest.raises(UserError, match="too few sites"), again(first.path, adapter="gate", seed=7):
         raise UserError("too few sites")

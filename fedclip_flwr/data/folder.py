@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from fedclip_flwr import content
+from fedclip_flwr.console import counted
 from fedclip_flwr.data import Picture
 from fedclip_flwr.data.images import content_of, decoded, mark, read
 from fedclip_flwr.errors import UserError, shown
@@ -112,7 +113,7 @@ def _tell_of_others(root: Path, endings: tuple[str, ...]) -> None:
     """Says, once in a process, how many files are not taken for images."""
     if endings:
         kinds = ", ".join(shown(ending)[:20] or "none" for ending in sorted(set(endings))[:8])
-        log.warning("%s: %s files are not taken for images, by their endings: %s", root, f"{len(endings):,}", kinds)
+        log.warning("%s: not taken for images are %s, by their endings: %s", root, counted(len(endings), "file"), kinds)
 
 
 def _elsewhere(root: Path) -> str:

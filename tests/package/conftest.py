@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 TREE = Path(__file__).parents[2]
 OURS = ("FEDCLIP_", "FLWR_", "PYTEST_", "PYTHON")
@@ -105,7 +106,10 @@ def metadata(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Distribut
     return Distribution.at(described)
 
 
-def lowest(needed: Requirement) -> str:
-    """The oldest version that will do: `name==version`."""
-    (version,) = (bound.version for bound in needed.specifier if bound.operator in (">=", "~=", "=="))
-    return f"{needed.name}=={version}"
+def lowest(needed: Iterable[Requirement]) -> list[str]:
+    """The oldest version of each that will do: `name==version`."""
+    found: dict[str, Version] = {}
+    for one in needed:
+        (version,) = (Version(bound.version) for bound in one.specifier if bound.operator in (">=", "~=", "=="))
+        found[one.name] = max(version, found.get(one.name, version))
+    return [f"{name}=={version}" for name, version in found.items()]
