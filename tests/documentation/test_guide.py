@@ -219,13 +219,13 @@ def run(federation: Federation) -> None:
     """With Ctrl-C as soon as there is something to see."""
     guide, at = federation.guide, federation.at["server"]
     federation.online(*SITES)
-    federation.begin(guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=30"), "zero-shot")
+    federation.begin(guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=10"), "zero-shot")
     at.run("kill -INT %1")
     assert "No longer shown, but the run goes on" in federation.shown()
     told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
     assert "selected by validation" in told
     federation.number("finished:completed")
-    assert federation.result()["rounds"] == 30
+    assert federation.result()["rounds"] == 10
 
 
 def go_on(federation: Federation) -> None:
@@ -237,7 +237,7 @@ def go_on(federation: Federation) -> None:
     assert re.search(r"^The run did not complete: .*\. If it came to a round, resume=latest", told, re.MULTILINE)
     federation.connected(*SITES)
     assert "going on after round" in at.run(guide("resume=latest"))
-    assert federation.result()["rounds"] == 30
+    assert federation.result()["rounds"] == 10
 
 
 def verify(federation: Federation) -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.package
 
 EXTRAS = {
     "oldest": ("simulation", "privacy"),
-    "oldest for ONNX": ("simulation", "onnx"),  # which asks for a newer torch
+    "oldest for ONNX": ("simulation", "privacy", "onnx"),  # which asks for a newer torch
     "newest": ("simulation", "privacy", "onnx"),
 }
 TOOLS = ("hypothesis", "mypy", "pytest", "pytest-xdist")
