@@ -41,7 +41,8 @@ SLICE = 60.0
 """Seconds for which a site encodes before it tells how far it has come; less where the server does not wait so long."""
 
 log = logging.getLogger("fedclip_flwr")
-logging.getLogger("flwr").setLevel(logging.ERROR)
+flowers = logging.getLogger("flwr")
+flowers.setLevel(max(flowers.level, logging.ERROR))  # a ServerApp in this process, which gave up, may want less of it
 warnings.filterwarnings("ignore", category=FutureWarning, module="ray")  # a tip for Ray's own users
 
 

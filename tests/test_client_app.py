@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,6 +59,19 @@ def asked(
     node_config = {"site": "north", "data": f"folder:{tree}", **node}
     context = Context(1, 2, node_config, RecordDict(), settings.as_run_config())
     return client_app.app(Message(task, 2, kind), context)
+
+
+@pytest.mark.parametrize("before", [logging.INFO, logging.CRITICAL])
+def test_a_client_app_that_is_loaded_late_brings_no_traces_of_flower_back(before: int) -> None:
+    """A simulation may load it when its ServerApp has given up: see `federation.refuse`."""
+    flowers = logging.getLogger("flwr")
+    level = flowers.level
+    try:
+        flowers.setLevel(before)
+        runpy.run_path(client_app.__file__)
+        assert flowers.level == max(before, logging.ERROR)
+    finally:
+        flowers.setLevel(level)
 
 
 def test_a_hello_tells_who_is_there(tree: Path) -> None:
