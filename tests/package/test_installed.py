@@ -117,7 +117,8 @@ print(json.dumps([found.label, found.probabilities[0]]))
 
 def test_an_export_is_loaded_in_python(end: Environment, run: Path, tree: Path) -> None:
     end.do("fedclip", "export", run, "--out", "adapter", *(["--onnx"] if writes_onnx(end) else []))
-    assert (end.work / "adapter" / "model.onnx").exists() == writes_onnx(end)
+    if writes_onnx(end):
+        assert (end.work / "adapter" / "model.onnx").stat().st_size > 0
     image = tree / "photo" / "car" / "0.png"
     told = json.loads(end.do("fedclip", "predict", image, "-a", run, "--json"))
     label, probability = json.loads(end.do("python", "-c", PREDICTED, image))
