@@ -6,7 +6,7 @@ BIN := .venv/bin
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
 
-deploy-demo: .venv/ready  ## set up, then the same with TLS, node keys and SuperNodes, compared with a simulation: a minute
+deploy-demo: .venv/ready  ## set up, then the same with TLS, node keys and SuperNodes, compared with a simulation: two minutes
 	$(BIN)/python -m deploy.demo $(ARGS)
 
 docker-demo:  ## the same in containers, with a network for each site: minutes the first time; needs Docker, and no set-up
