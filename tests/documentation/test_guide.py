@@ -137,7 +137,7 @@ def wheels(place: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(place)]
     done = subprocess.run([*pip, *needed], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        pytest.skip(f"pip can't fetch what builds the package: {done.stderr.strip()}")
+        pytest.fail(f"pip can't fetch what builds the package; it needs a package index:\n{done.stderr}", False)
     return place
 
 
