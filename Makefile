@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo deploy-demo docker-demo docker-test docs-test package-test test soak bench docs clean
+.PHONY: demo deploy-demo docker-demo docker-test docs-test federation-test package-test test soak bench docs clean
 
 demo: .venv/ready  ## set up, then simulate a federation; for another one: make demo ARGS="--nodes 4 data=folder:images"
 	$(BIN)/fedclip run $(ARGS)
@@ -12,29 +13,35 @@ deploy-demo: .venv/ready  ## set up, then the same with TLS, node keys and Super
 docker-demo:  ## the same in containers, with a network for each site: minutes the first time; needs Docker, and no set-up
 	$(PYTHON) docker/demo.py $(ARGS)
 
-docker-test: .venv/tools  ## set up, then run the tests with containers, which `test` leaves out
-	$(BIN)/pytest -m docker $(ARGS)
-
-package-test: .venv/tools  ## set up, then build wheel and sdist and use them with the oldest and newest dependencies: minutes
-	$(BIN)/pytest -m package --durations=0 $(ARGS)
-
-docs-test: .venv/tools  ## set up, then build the documentation's site, follow its links, and run the commands of its pages
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m documentation $(ARGS)
-
-test: .venv/tools  ## set up, then check style and types and run the tests, but those of the other targets
+test: .venv/tools  ## set up, then check style and types and run the tests, but those of the other targets: some minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 $(ARGS)
+	$(PYTEST) -n 3 $(ARGS)
 
-soak: .venv/tools  ## set up, then the tests that `test` leaves out, and faults in real federations: docs/reliability.md
+federation-test: .venv/tools  ## set up, then run the tests with further real federations, over Ray and over gRPC: some minutes
+	$(PYTEST) -n 4 -m 'federation and not soak' $(ARGS)
+
+docker-test: .venv/all  ## set up, then run the tests with containers; needs Docker
+	$(BIN)/pytest -m docker $(ARGS)
+
+package-test: .venv/all  ## set up, then build wheel and sdist and use them with the oldest and newest dependencies: minutes
+	$(BIN)/pytest -m package --durations=0 $(ARGS)
+
+docs-test: .venv/all  ## set up, then build the documentation's site, follow its links, and run the commands of its pages
+	$(PYTEST) -n 3 -m documentation $(ARGS)
+
+soak: .venv/all  ## set up, then all tests twice in random order, those that the others leave out, and faults: docs/reliability.md
+	$(PYTEST) -n 3 --shuffle 1
+	$(PYTEST) -n 3 --shuffle 2
+	$(BIN)/python -m tests.mutation
 	$(BIN)/pytest -m soak
 	$(BIN)/python -m reliability $(ARGS)
 
-bench: .venv/tools  ## set up, then measure times, bytes and memory, and write docs/benchmarks.md: a quarter of an hour
+bench: .venv/all  ## set up, then measure times, bytes and memory, and write docs/benchmarks.md: a quarter of an hour
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: .venv/tools  ## set up, then make the documentation's site, its notebook run: build/docs/index.html; two minutes
+docs: .venv/all  ## set up, then make the documentation's site, its notebook run: build/docs/index.html; two minutes
 	$(BIN)/python docs/reference.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
@@ -46,7 +53,12 @@ docs: .venv/tools  ## set up, then make the documentation's site, its notebook r
 	@touch $@
 
 .venv/tools: .venv/ready
-	@echo 'adding what tests, documentation and benchmarks need, once: a minute or two'
+	@echo 'adding what tests need, once: half a minute'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+.venv/all: .venv/tools
+	@echo 'adding all extras and what documentation and benchmarks need, once: a minute or two'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +18,7 @@ from xdist.scheduler import LoadScopeScheduling
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.features import Features, open_features
+from tests import budget
 from tests.learnt import saved_adapter
 
 HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
@@ -34,29 +36,22 @@ settings.load_profile("quick")  # another one: --hypothesis-profile=soak
 
 
 TOGETHER = (
-    "test_reliability",
-    "test_hostile",
-    "doctor/",
     "test_deploy",
+    "test_hostile",
+    "test_reliability",
+    "test_secure",
     "test_traffic",
+    "test_superlink",
+    "documentation/test_site",
+    "documentation/test_extending",
+    "doctor/",
+    "report/",
     "test_hub",
     "test_onnx_file",
-    "test_pinned",
     "data/test_drawn",
-    "report/",
-    "documentation/test_site",
 )
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
-FIRST = (
-    *TOGETHER,
-    "documentation/test_guide",
-    "test_running",
-    "test_sweep",
-    "test_benchmarks",
-    "test_encoding",
-    "test_ahead",
-    "test_features",
-)
+FIRST = (*TOGETHER[:6], "documentation/", "test_running", *TOGETHER, "test_sweep")
 """What takes long is begun first there, so that at the end no process is alone with it."""
 
 
@@ -75,8 +70,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
     return scheduling
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests in each, in random order")
+    budget.pytest_addoption(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    budget.pytest_configure(config)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
+    if (seed := config.getoption("shuffle")) is not None:
+        keys = {name: Random(f"{seed} {name}").random() for item in items for name in (item.nodeid, item.path.name)}
+        items.sort(key=lambda item: (keys[item.path.name], keys[item.nodeid]))
+    elif hasattr(config, "workerinput"):
         items.sort(key=lambda item: place(item.nodeid, FIRST))
 
 

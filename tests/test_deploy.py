@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,74 +23,64 @@ from deploy.processes import SuperLink, SuperNode, supernode
 from fedclip_flwr import keys, simulation
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
+from tests.extras import needs
 from tests.processes import alive, until_gone
 
 PROJECT = Path(__file__).parent.parent
 
 
 class Seen(NamedTuple):
-    """A federation that ran: with one SuperNode beside it whose key nobody registered, and one without TLS."""
+    """A federation that ran, and the same one simulated."""
 
     link: SuperLink
     deployed: Outcome
     simulated: Outcome
-    stranger: SuperNode
-    open: SuperNode
-    online: int
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Iterator[Seen]:
     place = tmp_path_factory.mktemp("deployed")
-    given = ["num-server-rounds=2", "min-sites=3"]
+    given = ["num-server-rounds=1", "min-sites=3"]
     for domain in drawn.domains:  # encoded here, and not at each site in turn
         drawn.examples(domain)
     with ExitStack() as stack:
         stack.enter_context(pytest.MonkeyPatch.context()).setattr(simulation, "stop_in_order", lambda word: None)
         link = stack.enter_context(demo.federation(place))
-        stranger, other = stack.enter_context(intruders(link))
-        deployed = demo.run(link, place, given)
-        yield Seen(link, deployed, demo.run(None, place, given), stranger, other, link.online())
+        yield Seen(link, demo.run(link, place, given), demo.run(None, place, given))
 
 
-@contextmanager
-def intruders(link: SuperLink) -> Iterator[tuple[SuperNode, SuperNode]]:
-    """One with a key of this CA that was not registered, one that speaks no TLS; both have been turned away."""
-    assert link.keys
-    keys.make(link.keys, sites=["stranger"])
-    with (
-        supernode(link, "stranger", "site='stranger'") as stranger,
-        supernode(link, "open", "site='open'", options=["--insecure"]) as other,
-    ):
-        stranger.process.wait(60)
-        deadline = time.monotonic() + 60
-        while "attempt failed" not in other.log.read_text():
-            assert time.monotonic() < deadline, other.log.read_text()
-            time.sleep(0.1)
-        yield stranger, other
-
-
+@needs("simulation")
 def test_sites_over_tls_come_to_what_their_simulation_comes_to(seen: Seen) -> None:
     assert demo.difference(seen.deployed, seen.simulated) == pytest.approx(0, abs=1e-6)
     assert "The same adapter" in demo.check(seen.deployed, seen.simulated)
     for run in (seen.deployed, seen.simulated):
         assert run.summary["status"] == "completed"
-        assert run.summary["adapted"]["round"] == 2
+        assert run.summary["adapted"]["round"] == 1
         assert run.summary["failures"] == []
     assert "over TLS" in demo.told(seen.deployed, seen.simulated)
 
 
+@pytest.mark.federation
 def test_a_supernode_whose_key_nobody_registered_is_refused(seen: Seen) -> None:
-    assert seen.stranger.process.returncode != 0
-    assert "No SuperNode found with the given public key" in seen.stranger.log.read_text()
+    assert seen.link.keys
+    keys.make(seen.link.keys, sites=["stranger"])  # of this CA
+    with supernode(seen.link, "stranger", "site='stranger'") as stranger:
+        assert stranger.process.wait(60) != 0
+        assert "No SuperNode found with the given public key" in stranger.log.read_text()
+    assert seen.link.online() == len(SITES)
 
 
+@pytest.mark.federation
 def test_a_supernode_without_tls_is_refused(seen: Seen) -> None:
-    assert "attempt failed" in seen.open.log.read_text()
-    assert seen.online == len(SITES)
-    assert seen.deployed.summary["adapted"]["sites"].keys() == {*SITES}
+    with supernode(seen.link, "open", "site='open'", options=["--insecure"]) as other:
+        deadline = time.monotonic() + 60
+        while "attempt failed" not in other.log.read_text():
+            assert time.monotonic() < deadline, other.log.read_text()
+            time.sleep(0.1)
+    assert seen.link.online() == len(SITES)
 
 
+@pytest.mark.federation
 def test_a_site_runs_no_other_code_than_its_owners(seen: Seen, tmp_path: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()
@@ -151,6 +141,7 @@ def at_work(node: SuperNode) -> bool:
     return False
 
 
+@needs("simulation")
 def test_adapters_that_are_not_the_same_are_told(seen: Seen, tmp_path: Path) -> None:
     shutil.copytree(seen.deployed.folder, tmp_path / "other")
     path = tmp_path / "other" / "adapter.safetensors"
@@ -165,10 +156,15 @@ def test_adapters_that_are_not_the_same_are_told(seen: Seen, tmp_path: Path) -> 
         demo.check(Outcome(tmp_path / "other", 1.0), seen.simulated)
 
 
-def test_wrong_settings_are_told_before_anything_starts() -> None:
-    done = subprocess.run([sys.executable, "-m", "deploy.demo", "min-sites=4"], cwd=PROJECT, capture_output=True)
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert b"there are 3 sites" in done.stderr
+@needs("simulation")
+def test_wrong_settings_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo", "min-sites=4"])
+    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
+    with pytest.raises(SystemExit, match="there are 3 sites"):
+        demo.main()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.soak

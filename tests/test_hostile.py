@@ -9,6 +9,8 @@ import pytest
 
 from tests.deployed import completed
 
+pytestmark = pytest.mark.federation
+
 HOSTILE = Path(__file__).parent / "hostile"
 WAYS = ("garbage", "endless", "nameless", "partless")
 

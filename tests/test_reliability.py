@@ -31,6 +31,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield one
 
 
+@pytest.mark.federation
 def test_a_server_app_killed_while_it_writes_the_checkpoint_goes_on_to_the_same_result(real: Federation) -> None:
     said: list[str] = []
     killed = faults.server_app_killed("while it writes", WHILE_WRITING, 2)

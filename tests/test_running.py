@@ -18,12 +18,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from deploy.processes import superlink, supernode
 from fedclip_flwr import content, simulation
 from fedclip_flwr.adapters import tensor_names
-from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.exchange import may_leave
@@ -33,6 +31,8 @@ from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.sites import new_learner
 from fedclip_flwr.sweep import Cell, solve
 from tests.processes import alive, kill, until_gone
+
+pytestmark = pytest.mark.federation
 
 PROJECT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -242,43 +242,6 @@ def test_wrong_settings_end_a_flwr_run_as_failed_with_one_message(flower: dict[s
         assert told in printed
     assert "Traceback" not in printed
     assert "zero-shot" not in printed
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (
-            ["adapter=attn", "learning-rate=-1", "epochs", "seed=x"],
-            ["attention, gate", "at least 0", "key=value", "seed"],
-        ),
-        (["holdout=moon"], ["no such domain; the data has art, cartoon, photo, sketch"]),
-        (["data=folder:/there/is/none"], ["no such folder"]),
-        (["personalize=maybe"], ["true or false"]),
-        (["--nodes", "3", "min-sites=5"], ["there are 3 sites"]),
-        (["--nodes", "0"], ["expected at least 1"]),
-        (["results-dir=/proc/none"], ["let results-dir name another folder"]),
-        (["data=none"], ["class-names must tell the classes"]),
-        (["--on", "hospitals", "data=folder:images", "alpha=0"], ["expected an absolute path", "more than 0"]),
-    ],
-)
-def test_fedclip_run_tells_what_is_wrong_before_anything_starts(
-    given: list[str], told: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(PROJECT)
-    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
-    done = CliRunner().invoke(app, ["run", *given])
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 + len(told)
-    assert all(text in done.stderr for text in told)
-
-
-def test_a_superlink_has_sites_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(PROJECT)
-    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
-    done = CliRunner().invoke(app, ["run", "--on", "hospitals", "--nodes", "3"])
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == "--nodes 3: the SuperLink hospitals has its own sites; leave it out\n"
 
 
 @pytest.mark.soak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-from typer.testing import CliRunner
 
-from fedclip_flwr import clip, simulation
-from fedclip_flwr.cli import app
+from fedclip_flwr import clip
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.features import open_features
@@ -24,6 +21,8 @@ from tests.data.test_dataset import save_to_disk, table
 from tests.models import small_siglip
 from tests.test_features import write_folder
 from tests.test_running import completed, fedclip, read, run_folder
+
+pytestmark = pytest.mark.federation
 
 
 def known_pictures() -> dict[str, Image.Image]:
@@ -170,23 +169,3 @@ def test_fedclip_run_ends_with_an_error_when_the_run_fails(broken: str, told: st
     summary = read(run_folder(tmp_path / "runs"), "summary.json")
     assert summary["status"] == "failed"
     assert told.removeprefix("This run can't go on. ") in summary["why"]
-
-
-def test_the_settings_say_what_is_wrong_with_data_and_model_before_anything_starts(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tree.parent)
-    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
-
-    def told(*given: str) -> str:
-        done = CliRunner().invoke(app, ["run", *given])
-        assert done.exit_code == 2
-        return done.stderr
-
-    shutil.copytree(clip.BUNDLED, tmp_path / "half")
-    (tmp_path / "half" / "model.safetensors").unlink()
-    assert "lacks model.safetensors" in told("data=tree", "class-names=a,b", f"model={tmp_path}/half")
-    assert "class-names has 2 names and lacks car, cat, fish" in told("data=tree", "class-names=a,b")
-    missing = told("data=pacs")
-    assert len(missing.splitlines()) == 2
-    assert "hf download --repo-type dataset flwrlabs/pacs" in missing

@@ -102,6 +102,7 @@ def test_sites_take_the_bundle_of_the_folder(study: Path) -> None:
     pinned.check(bundle.read_bytes())
 
 
+@pytest.mark.federation
 def test_a_run_from_the_folder_has_its_settings(study: Path, tmp_path: Path) -> None:
     command = [str(FEDCLIP), "run", "--nodes", "2", f"results-dir={tmp_path}/runs"]
     done = subprocess.run(command, cwd=study, capture_output=True, text=True)

@@ -51,7 +51,10 @@ def over_grpc(place: Path) -> dict[str, Any]:
     return deployed.completed(place, {f"site-{n}": {} for n in range(SITES)}, 200, env, **settings)
 
 
-@pytest.fixture(scope="module", params=[over_ray, pytest.param(over_grpc, marks=pytest.mark.soak)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(over_ray, marks=pytest.mark.federation), pytest.param(over_grpc, marks=pytest.mark.soak)],
+)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What was written down of a run in which two of ten sites drop out in each step once."""
     place = tmp_path_factory.mktemp("secure")

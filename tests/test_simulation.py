@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ray._private import node
+from typer.testing import CliRunner
 
-from fedclip_flwr import simulation
+from fedclip_flwr import clip, simulation
+from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.runs import RunFolder
+from tests.extras import needs
 from tests.processes import until_gone
+
+PROJECT = Path(__file__).parent.parent
 
 
 def test_a_machine_of_a_real_site_cannot_simulate_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +28,7 @@ def test_a_machine_of_a_real_site_cannot_simulate_and_says_what_it_lacks(monkeyp
         simulation.prepared(3, [])
 
 
+@needs("simulation")
 def test_a_run_that_was_stopped_before_it_met_its_sites_asks_how_many_there_are(tmp_path: Path) -> None:
     results = f"results-dir={tmp_path}"
     with RunFolder(Settings(results_dir=str(tmp_path)), "0123") as run:
@@ -53,10 +59,70 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
         simulation.app_folder()
 
 
+@needs("simulation")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            ["adapter=attn", "learning-rate=-1", "epochs", "seed=x"],
+            ["attention, gate", "at least 0", "key=value", "seed"],
+        ),
+        (["holdout=moon"], ["no such domain; the data has art, cartoon, photo, sketch"]),
+        (["data=folder:/there/is/none"], ["no such folder"]),
+        (["personalize=maybe"], ["true or false"]),
+        (["--nodes", "3", "min-sites=5"], ["there are 3 sites"]),
+        (["--nodes", "0"], ["expected at least 1"]),
+        (["results-dir=/proc/none"], ["let results-dir name another folder"]),
+        (["data=none"], ["class-names must tell the classes"]),
+        (["--on", "hospitals", "data=folder:images", "alpha=0"], ["expected an absolute path", "more than 0"]),
+    ],
+)
+def test_fedclip_run_tells_what_is_wrong_before_anything_starts(
+    given: list[str], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
+    done = CliRunner().invoke(app, ["run", *given])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 + len(told)
+    assert all(text in done.stderr for text in told)
+
+
+@needs("simulation")
+def test_the_settings_say_what_is_wrong_with_data_and_model_before_anything_starts(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree.parent)
+    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
+
+    def told(*given: str) -> str:
+        done = CliRunner().invoke(app, ["run", *given])
+        assert done.exit_code == 2
+        return done.stderr
+
+    shutil.copytree(clip.BUNDLED, tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors").unlink()
+    assert "lacks model.safetensors" in told("data=tree", "class-names=a,b", f"model={tmp_path}/half")
+    assert "class-names has 2 names and lacks car, cat, fish" in told("data=tree", "class-names=a,b")
+    missing = told("data=pacs")
+    assert len(missing.splitlines()) == 2
+    assert "hf download --repo-type dataset flwrlabs/pacs" in missing
+
+
+def test_a_superlink_has_sites_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
+    done = CliRunner().invoke(app, ["run", "--on", "hospitals", "--nodes", "3"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "--nodes 3: the SuperLink hospitals has its own sites; leave it out\n"
+
+
 TOLD_TO_STOP = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from fedclip_flwr import simulation
+from fedclip_flwr import clip, simulation
+from fedclip_flwr.cli import app
 
 class Popen(subprocess.Popen):
     def __init__(self, *words, **options):
@@ -90,6 +156,7 @@ def test_what_flower_says_is_not_held_back_until_the_end(capfd: pytest.CaptureFi
 
 def test_who_simulates_on_a_busy_machine_is_told_what_came_too_late(capfd: pytest.CaptureFixture[str]) -> None:
     late = simulation.RAY_IS_LATE
+    node = pytest.importorskip("ray._private.node", reason="not installed: the extra simulation")
     assert late in Path(node.__file__).read_text()
     hint = "Ray, which simulates sites, did not start in time: is this machine busy? Try again.\n"
     for said, told in ((f"{late}. This could", hint), ("A trace", "")):

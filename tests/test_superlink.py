@@ -18,6 +18,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from deploy.processes import SuperLink, superlink
 from fedclip_flwr import keys, simulation
 
+pytestmark = pytest.mark.federation
+
 
 class Speaker:
     """Whoever has a site's keys, and speaks to the SuperLink with them."""

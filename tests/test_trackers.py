@@ -457,6 +457,7 @@ def test_a_run_may_go_on_with_another_tracker(tmp_path: Path) -> None:
     assert scalars(run.path)["seen"] == [(0, 0.0)]
 
 
+@pytest.mark.federation
 def test_a_federation_is_told_to_two_trackers(tmp_path: Path, tree: Path) -> None:
     """The user's environment reaches the process of the run."""
     given = [f"data=folder:{tree}", "num-server-rounds=2", "batch-size=4", "holdout=", "track=tensorboard,mlflow"]

@@ -26,6 +26,8 @@ from fedclip_flwr.adapters import make_adapter, tensor_names
 from fedclip_flwr.exchange import may_leave
 from fedclip_flwr.features import Features
 
+pytestmark = pytest.mark.federation
+
 SITE, ROUNDS = "art-0", 1
 ADAPTER = make_adapter("attention", 128).state_dict()
 NAMES = [name.encode() for name in (SITE, *ADAPTER, "num-examples", "ArrayRecord", "flwr.proto.Fleet")]

@@ -48,6 +48,7 @@ def started_by(name: str, more: Mapping[str, str]) -> tuple[list[str], dict[str,
     return units.started_by(unit(name), {**told, **more})
 
 
+@pytest.mark.federation
 def test_what_the_units_start_finds_each_other(tmp_path: Path) -> None:
     """With the folders and ports of a test, but else as they are."""
     keys.make(tmp_path / "keys", "localhost", ["north"])

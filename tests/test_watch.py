@@ -236,6 +236,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path: Path) -> None:
         assert history.read(path).status == "running"
 
 
+@pytest.mark.federation
 def test_a_real_run_is_watched_to_its_end_without_torch(tmp_path: Path) -> None:
     given = ["run", "--nodes", "2", "num-server-rounds=2", f"results-dir={tmp_path}"]
     watching = (

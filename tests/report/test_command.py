@@ -160,6 +160,7 @@ def test_a_report_that_can_not_be_made_costs_a_line_and_not_the_run(run: Path, d
     assert report.at_end(run, drawn, "sketch").startswith("no report: ")
 
 
+@pytest.mark.federation
 def test_a_run_ends_with_its_report(tmp_path: Path, tree: Path) -> None:
     given = ["--nodes", "2", f"data=folder:{tree}", "num-server-rounds=2", f"results-dir={tmp_path}"]
     done = subprocess.run([BIN / "fedclip", "run", *given], env={**os.environ}, capture_output=True, text=True)
