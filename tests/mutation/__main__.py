@@ -1,4 +1,4 @@
-"""Whether the tests notice when the code is wrong: each mutation of `table.py` is made in a copy, and its tests are run.
+"""Whether tests notice that code is wrong: each mutation of `table.py` is made in a copy, and its tests are run.
 
     python -m tests.mutation [WORDS …]
 
