@@ -1,7 +1,7 @@
 """A plugin that keeps the suite fast: no test may take longer than a minute, nor all together longer than a budget.
 
 `pytest --longest 60 --budget 400` fails otherwise. The seconds are those of the machine on which `SPEED` was measured:
-on a slower one they are as many times longer.
+where a piece of work takes longer, before the tests or after them, more seconds are allowed in proportion.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Budget:
     """What the tests have taken, and whether that is too long."""
 
     def __init__(self, longest: float | None, budget: float | None) -> None:
-        slower = max(1.0, _work() / SPEED)
-        self._longest, self._budget = (limit and limit * slower for limit in (longest, budget))
+        self._longest, self._budget = longest, budget
+        self._slower = max(1.0, _work() / SPEED)
         self._calls: dict[str, float] = {}
         self._files: Counter[str] = Counter()
 
@@ -45,16 +45,18 @@ class Budget:
     def _problems(self) -> list[str]:
         total = sum(self._files.values())
         found = [
-            f"{test} took {took:.0f} s: at most {self._longest:.0f} s are allowed"
+            f"{test} took {took:.0f} s: at most {self._longest * self._slower:.0f} s are allowed"
             for test, took in self._calls.items()
-            if self._longest and took > self._longest
+            if self._longest and took > self._longest * self._slower
         ]
-        if self._budget and total > self._budget:
-            found.append(f"the tests took {total:.0f} s together: at most {self._budget:.0f} s are allowed")
+        if self._budget and total > self._budget * self._slower:
+            most = self._budget * self._slower
+            found.append(f"the tests took {total:.0f} s together: at most {most:.0f} s are allowed")
         return found
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self._slower = max(self._slower, _work() / SPEED)
         if self._problems() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -62,8 +64,8 @@ class Budget:
         terminalreporter.section("time")
         for file, took in self._files.most_common(SHOWN):
             terminalreporter.line(f"{took:6.1f} s  {file}")
-        limit = f", at most {self._budget:.0f} s are allowed" if self._budget else ""
-        terminalreporter.line(f"{sum(self._files.values()):6.1f} s  all tests and their fixtures{limit}")
+        terminalreporter.line(f"{sum(self._files.values()):6.1f} s  all tests and their fixtures")
+        terminalreporter.line(f"{self._slower:6.2f}    times the seconds are allowed that the limits say")
         for problem in self._problems():
             terminalreporter.line(f"TOO SLOW: {problem}", red=True)
 
