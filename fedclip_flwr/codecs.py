@@ -36,8 +36,9 @@ def _unpack_bfloat16(packed: Tensor, shape: torch.Size) -> Tensor:
 def _pack_int8(tensor: Tensor, chance: torch.Generator) -> list[Tensor]:
     rows = _rows(tensor)
     factors = rows.abs().amax(dim=1, keepdim=True) / 127
-    numbers = (rows / factors.clamp_min(torch.finfo(torch.float32).tiny)).clamp(-127, 127)
-    return [factors, (numbers + torch.rand(rows.shape, generator=chance)).floor().to(torch.int8)]
+    numbers = rows / factors.clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (numbers + torch.rand(rows.shape, generator=chance)).floor()
+    return [factors, rounded.clamp(-127, 127).to(torch.int8)]  # after rounding: in float32, 127 + 0.9999999 is 128
 
 
 def _unpack_int8(packed: Tensor, shape: torch.Size) -> Tensor:

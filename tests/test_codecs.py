@@ -34,6 +34,13 @@ def test_int8_by_hand() -> None:
     assert all(tensor.abs().max() < 1e-5 for tensor in parcel.left.values())
 
 
+def test_int8_never_turns_the_largest_number_into_its_negative() -> None:
+    """127 and a fraction just below 1 is 128 in float32, which int8 would take for -128."""
+    for value in (127.0, -127.0):
+        arrives = wrap("int8", {"a": torch.full((10**6,), value)}, {"a": torch.zeros(10**6)}, {}, 0).arrives["a"]
+        assert (arrives - value).abs().max() <= 1
+
+
 def test_bfloat16_by_hand() -> None:
     """1 + 2⁻⁷ can be told with seven bits of mantissa, 1 + 2⁻⁹ can't: it becomes 1."""
     zero = {"a": torch.zeros(2)}
