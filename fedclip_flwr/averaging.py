@@ -6,6 +6,9 @@ and those beyond all measure are left out. Each is added to a sum as it comes an
 grow with the number of sites. As the median is known only at the end, there is a sum for each length, in steps of 19 %:
 the bound is the next step, and what is longer comes out between that and the step below.
 
+Of an even number of updates, two are in the middle. The shorter one sets the bound: so the longer half of the updates
+can't raise it. The longer one says what is left out: so the shorter half can have the others scaled down, not left out.
+
 `Held` keeps the updates instead, for those of Flower's strategies that compare them with each other.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from statistics import median
+from statistics import median_high, median_low
 from typing import NamedTuple, Protocol
 
 import torch
@@ -140,11 +143,12 @@ class Lengths:
     def verdict(self) -> Verdict:
         if not self._lengths:
             return Verdict({}, {}, [])
-        usual = median(self._lengths.values())
+        usual = median_low(self._lengths.values())
         longest = step_of(self._limit * usual)
+        farthest = step_of(self._limit * median_high(self._lengths.values())) + STEPS * math.log2(BEYOND)
         steps = {site: step_of(length) for site, length in self._lengths.items()}
         shares = {step: 2 ** ((longest - step) / STEPS) for step in {*steps.values()} if step > longest}
-        shares |= {step: 0.0 for step, share in shares.items() if share < 1 / BEYOND}
+        shares |= {step: 0.0 for step in shares if step > farthest}
         why = "its update is {:,.0f} times as long as the sites' median, max-update-norm = {:g}"
         return Verdict(
             shares,
@@ -222,6 +226,6 @@ def gather_of(settings: Settings) -> Gather:
 
 
 def bounded(claims: Mapping[str, float], most: float) -> dict[str, float]:
-    """The sites' weights, none of them more than so many times their median."""
-    largest = most * median(claims.values()) if claims and most else math.inf
+    """The sites' weights, none of them more than so many times their median: the lower one, as for lengths."""
+    largest = most * median_low(claims.values()) if claims and most else math.inf
     return {site: min(claim, largest) for site, claim in claims.items()}

@@ -90,7 +90,7 @@ class Settings:
     proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
     max_update_norm: float = _setting(
         3.0,
-        "longer updates than so many times the sites' median are scaled down to it, ten times longer ones left out; "
+        "longer updates than so many times the sites' lower median are scaled down to it, far longer ones left out; "
         "0 for no limit; for adapters",
         least=0.0,
     )
@@ -100,7 +100,7 @@ class Settings:
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
     max_site_weight: float = _setting(
         3.0,
-        "with site-weights = examples, a site counts for at most so many times the median; 0 for no limit",
+        "with site-weights = examples, a site counts for at most so many times the lower median; 0 for no limit",
         least=0.0,
     )
     dp: str = _setting(

@@ -93,7 +93,29 @@ def test_updates_beyond_all_measure_are_left_out_and_named() -> None:
     found = gathered({"one": (1, 0, 0), "two": (3, 0, 0), "three": (2, 0, 0), "far": (0, -5000, 0)}, limit=3.0)
     assert flat(found) == pytest.approx([2.0, 0.0, 0.0])
     assert list(found.left_out) == ["far"]
-    assert found.left_out["far"].startswith("its update is 2,000 times as long as the sites' median, max-update-norm")
+    assert found.left_out["far"].startswith("its update is 2,500 times as long as the sites' median, max-update-norm")
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_half_of_the_sites_can_not_move_the_limit_by_long_updates(many: int) -> None:
+    """The limit is 2, the fourth step. 5000 lies within the 50th, and is scaled down by 46 steps."""
+    honest = {f"one {n}": (1, 0, 0) for n in range(many)}
+    found = gathered({**honest, **{f"far {n}": (0, -5000, 0) for n in range(many)}})
+    assert flat(found) == pytest.approx([1 / 2, -5000 / 2**11.5 / 2, 0.0])
+    assert 2 / 2**0.25 < 5000 / 2**11.5 <= 2
+    assert list(found.scaled) == [f"far {n}" for n in range(many)]
+    assert not found.left_out
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_half_of_the_sites_can_not_have_the_others_left_out_by_short_updates(many: int) -> None:
+    """But they can have them scaled down: nobody can tell which half is honest."""
+    tiny = {f"tiny {n}": (0, 1e-6, 0) for n in range(many)}
+    found = gathered({**tiny, **{f"one {n}": (1, 0, 0) for n in range(many)}})
+    assert max(map(abs, flat(found))) <= 2e-6
+    assert list(found.scaled) == [f"one {n}" for n in range(many)]
+    assert not found.left_out
+    assert not gathered({**tiny, **{f"one {n}": (1, 0, 0) for n in range(many + 1)}}).scaled
 
 
 def test_without_a_limit_all_count_whole() -> None:
@@ -181,3 +203,8 @@ def test_a_claim_counts_for_at_most_so_many_times_the_median() -> None:
     assert bounded({"a": 10, "b": 30, "c": 10**9}, 10.0) == {"a": 10, "b": 30, "c": 300}
     assert bounded({"a": 10, "b": 10**9}, 0.0) == {"a": 10, "b": 10**9}
     assert bounded({}, 10.0) == {}
+
+
+def test_half_of_the_sites_can_not_raise_the_bound_by_large_claims() -> None:
+    assert bounded({"a": 100, "b": 10**9}, 3.0) == {"a": 100, "b": 300}
+    assert bounded({"a": 10**9, "b": 100, "c": 10**9, "d": 10}, 3.0) == {"a": 300, "b": 100, "c": 300, "d": 10}

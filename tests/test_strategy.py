@@ -47,14 +47,14 @@ def mean(replies: list[Message], **options: Any) -> list[float]:
 
 
 def test_sites_count_the_same_or_by_their_examples() -> None:
-    replies = [reply(1, [1.0, 0.0]), reply(2, [5.0, 4.0])]
-    assert mean(replies) == [3.0, 2.0]
-    assert mean(replies, claims=EXAMPLES.__getitem__) == [2.0, 1.0]  # (30·1 + 10·5) / 40, (30·0 + 10·4) / 40
+    replies = [reply(1, [3.0, 0.0]), reply(2, [5.0, 4.0])]
+    assert mean(replies) == [4.0, 2.0]
+    assert mean(replies, claims=EXAMPLES.__getitem__) == [3.5, 1.0]  # (30·3 + 10·5) / 40, (30·0 + 10·4) / 40
 
 
 def test_what_a_site_claims_later_changes_nothing_of_its_weight() -> None:
-    replies = [reply(1, [1.0, 0.0]), reply(2, [5.0, 4.0], examples=10**9)]
-    assert mean(replies, claims=EXAMPLES.__getitem__) == [2.0, 1.0]
+    replies = [reply(1, [3.0, 0.0]), reply(2, [5.0, 4.0], examples=10**9)]
+    assert mean(replies, claims=EXAMPLES.__getitem__) == [3.5, 1.0]
 
 
 def test_a_claim_of_a_billion_examples_counts_for_three_times_the_median() -> None:
