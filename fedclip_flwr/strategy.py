@@ -85,7 +85,7 @@ class AdapterFedAvg(FedAvg):
         self._claims = claims if settings.site_weights == "examples" else lambda site: 1.0
         self._most, self._classes = settings.max_site_weight, classes
         self._optimizer, self._sent = optimizer_of(settings), like
-        self._asked: list[int] = []
+        self._asked: list[str] = []
         self.reports: dict[str, Report] = {}
         self.dropped: dict[str, str] = {}
         self.scaled: Sequence[str] = ()
@@ -105,14 +105,14 @@ class AdapterFedAvg(FedAvg):
     ) -> Iterable[Message]:
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._sent = read_adapter(arrays, self.like)
-        self._asked = [message.metadata.dst_node_id for message in messages]
+        self._asked = [self.names[message.metadata.dst_node_id] for message in messages]
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What comes of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
-        asked = [self.names[node] for node in self._asked or self.names]
+        asked, self._asked = self._asked, []  # the next round may ask nobody, without `configure_train`
         weights = bounded({site: self._claims(site) for site in asked}, self._most)
         gathering = self._gather(self._sent, sum(weights.values()))
 

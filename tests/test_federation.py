@@ -343,6 +343,42 @@ def test_a_site_may_come_back_as_another_node() -> None:
     assert not running.nodes.failures
 
 
+def only_trainer_leaves(returns: bool) -> Running:
+    """Of south and poor only south can train. After round 1 it comes back as node 7 and leaves as soon as it is met;
+    in the second attempt at round 2 it is there again, if it `returns`."""
+    site, poor = Site("south"), Site("poor", train=0)
+
+    def south(message: Message) -> Message | None:
+        if (message.metadata.dst_node_id, message.metadata.message_type) == (9, MessageType.TRAIN):
+            running.grid.nodes = {5: poor_site, 7: south}
+        elif message.metadata.dst_node_id == 7:
+            del running.grid.nodes[7]
+        return site(message)
+
+    def poor_site(message: Message) -> Message | None:
+        if returns and [*running.grid.nodes] == [5]:
+            running.grid.nodes[8] = site
+        return poor(message)
+
+    running = Running({5: poor_site, 9: south})
+    return running
+
+
+def test_a_round_in_which_nobody_can_be_asked_to_train_is_repeated() -> None:
+    running = only_trainer_leaves(returns=True)
+    running.run()
+    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [line for line in running.said if "the round is repeated" in line] == [
+        "round 2: answers that can be used: 0, min-sites = 1 are needed; the round is repeated"
+    ]
+
+
+def test_a_run_in_which_nobody_can_be_asked_to_train_any_more_ends_in_words() -> None:
+    running = only_trainer_leaves(returns=False)
+    with pytest.raises(UserError, match=r"round 2: .*: 0, min-sites = 1 are needed; it was tried 3 times"):
+        running.run()
+
+
 def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "AGAIN", 0.0)
     mended = Site("mended")

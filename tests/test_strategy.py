@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,10 +34,18 @@ def failed(node: int, why: str) -> Message:
     return Message(Error(2, why), reply_to=Message(RecordDict(), node, MessageType.TRAIN))
 
 
+def asking(one: AdapterFedAvg, nodes: Iterable[int]) -> AdapterFedAvg:
+    """The strategy in a round in which it has asked these nodes to train the adapter that it began with."""
+    grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [*nodes]))
+    list(one.configure_train(1, write_adapter(one.like), ConfigRecord(), grid))
+    return one
+
+
 def strategy(claims: Callable[[str], float] | None = None, **settings: Any) -> AdapterFedAvg:
+    """In a round in which all were asked."""
     if claims:
-        return AdapterFedAvg(LIKE, NAMES, Settings(site_weights="examples", **settings), claims, classes=7)
-    return AdapterFedAvg(LIKE, NAMES, Settings(**settings), classes=7)
+        settings["site_weights"] = "examples"
+    return asking(AdapterFedAvg(LIKE, NAMES, Settings(**settings), claims or EXAMPLES.__getitem__, classes=7), NAMES)
 
 
 def mean(replies: list[Message], **options: Any) -> list[float]:
@@ -90,7 +98,8 @@ def test_replies_are_let_go_of_as_they_come() -> None:
             most = max(most, len(there))
             yield one
 
-    arrays, _ = AdapterFedAvg(LIKE, {n: f"site {n}" for n in range(100)}, Settings()).aggregate_train(1, replies())
+    names = {n: f"site {n}" for n in range(100)}
+    arrays, _ = asking(AdapterFedAvg(LIKE, names, Settings()), names).aggregate_train(1, replies())
     assert arrays is not None
     assert arrays["w"].numpy().tolist() == [1.0, 49.5]
     assert most <= 2  # the one that comes, and the one that was looked at last
@@ -129,6 +138,26 @@ def test_a_site_counts_once_and_a_node_that_nobody_knows_never() -> None:
     assert arrays is not None
     assert arrays["w"].numpy().tolist() == [1.0, 1.0]
     assert one.dropped == {"c": "it answered twice", "node 7": "nobody knows this node"}
+
+
+def test_a_site_that_was_not_asked_does_not_count() -> None:
+    one = asking(strategy(), [1, 2])
+    arrays, _ = one.aggregate_train(1, [reply(1, [1.0, 1.0]), reply(3, [9.0, 9.0])])
+    assert arrays is not None
+    assert arrays["w"].numpy().tolist() == [1.0, 1.0]
+    assert one.dropped == {"b": "it was not asked"}
+
+
+def test_who_was_asked_is_forgotten_after_the_round() -> None:
+    """Node 2 leaves for good during round 1; nobody is asked in round 2."""
+    names = dict(NAMES)
+    one = asking(AdapterFedAvg(LIKE, names, Settings()), [1, 2])
+    del names[2]
+    arrays, _ = one.aggregate_train(1, [reply(1, [1.0, 1.0])])
+    assert arrays is not None
+    assert one.aggregate_train(2, []) == (None, None)
+    assert one.aggregate_train(2, [reply(1, [1.0, 1.0])]) == (None, None)
+    assert one.dropped == {"c": "it was not asked"}
 
 
 def test_a_site_that_trained_on_nothing_reports_but_does_not_count() -> None:
@@ -224,9 +253,7 @@ def test_the_mean_does_not_depend_on_sites_that_are_not_asked() -> None:
     found = []
     for names in ({1: "a", 2: "b"}, {1: "a", 2: "b", 3: "gone"}):
         like = {"w": torch.zeros(1000)}
-        made = AdapterFedAvg(like, names, Settings(site_weights="examples"), CLAIMS.__getitem__)
-        grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [1, 2]))
-        list(made.configure_train(1, write_adapter(like), ConfigRecord(), grid))
+        made = asking(AdapterFedAvg(like, names, Settings(site_weights="examples"), CLAIMS.__getitem__), [1, 2])
         replies = [reply(node, state) for node, state in ((1, first.tolist()), (2, second.tolist()))]
         arrays, _ = made.aggregate_train(1, replies)
         assert arrays is not None
