@@ -37,8 +37,6 @@ gc.enable()
 MANY = 50_000
 """Images of a site, from which on adapters learn with more than one thread: on a busy machine threads mostly wait for
 each other, and that costs far more than they ever save for fewer."""
-SLICE = 60.0
-"""Seconds for which a site encodes before it tells how far it has come; less where the server does not wait so long."""
 
 log = logging.getLogger("fedclip_flwr")
 flowers = logging.getLogger("flwr")
@@ -81,7 +79,7 @@ def hello(message: Message, context: Context) -> Message:
     if masks(context) and not context.run_config.get("secure-aggregation"):
         raise UserError("this site gives its updates only in runs with secure-aggregation = true")
     try:
-        with encoding.at_most(min(SLICE, float(context.run_config["round-timeout"]) / 4)):
+        with encoding.at_most(exchange.slice_of(float(context.run_config["round-timeout"]))):
             desk = desk_of(context, task)
     except encoding.UnfinishedError as error:
         name = str(context.node_config.get("site") or f"node {context.node_id}")

@@ -44,6 +44,11 @@ BLAMES = 701
 """That of one that can't go on for what another site has sent it; the reason is that one's number."""
 
 
+def slice_of(round_timeout: float) -> float:
+    """Seconds for which a site encodes until it answers a hello with its progress."""
+    return min(60.0, round_timeout / 4)
+
+
 class ExchangeError(ValueError):
     """A record that is not what it should be; the text says why in one line."""
 

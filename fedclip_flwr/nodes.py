@@ -5,6 +5,7 @@ On Flower's public `Grid`. Node ids are random in every simulation: what must be
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedclip_flwr import exchange
 from fedclip_flwr.codecs import State
+from fedclip_flwr.console import some
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Hello, Progress, Report
 from fedclip_flwr.inbox import Inbox
@@ -29,6 +31,8 @@ SIMULATED_AT_ONCE = 40
 """So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them."""
 AGAIN = 10.0
 """Seconds after which a real site whose hello would not do is greeted again: its owner may have mended it."""
+OPENING = 60.0
+"""Seconds that a real site may take to start a process and to open its data, besides those for which it encodes."""
 
 
 class Failure(NamedTuple):
@@ -106,7 +110,8 @@ class Nodes:
         self.link = link
         self._room = SIMULATED_AT_ONCE if simulated(grid) else sys.maxsize
         self._timeout, self.say = timeout, say
-        self._greeted: set[int] = set()
+        self._patience = math.inf if simulated(grid) else exchange.slice_of(timeout) + OPENING
+        self._greeted: dict[int, float] = {}  # when
         self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
         self._encoding: dict[int, Progress] = {}
@@ -159,12 +164,13 @@ class Nodes:
         """Meets whoever is there, until so many sites take part, with the `expected`, and every hello is answered.
 
         The time that it may take begins anew whenever a site has encoded another hundredth of its images: by what it
-        says itself, but nobody is waited for without end. The expected may be missing at the end of it.
+        says itself, but nobody is waited for without end. The expected may be missing at the end of it. Nodes that do
+        not answer within the time that a working site needs are only waited for if there are too few sites without.
         """
         wait, steps = _Wait(self._timeout), 0
         while (
             (news := self.meet(number))
-            or self._hellos_under_way
+            or self._may_answer_soon
             or len(self._present) < count
             or not self._connected().keys() >= {*expected}
         ):
@@ -189,6 +195,12 @@ class Nodes:
             )
         if not any(hello.train for hello in self.hellos.values()):
             raise UserError("no site has an example to learn from: use more data or fewer sites")
+        if silent := [f"node {node}" for node in sorted(self._hellos_under_way.values())]:
+            self.say(
+                (f"round {number}: " if number else "")
+                + f"going on without {some(silent)}: no answer to the hello so far; "
+                "a site that answers takes part from the next round on"
+            )
 
     def meet(self, number: int = 0) -> bool:
         """Greets nodes not met yet and takes in those that have answered; whether there was any of either."""
@@ -196,7 +208,7 @@ class Nodes:
         strangers = [node for node in self._grid.get_node_ids() if node not in self._greeted]
         next_ones = strangers[: self._room - len(self._hellos_under_way)]
         new = self._push(Message(self._greeting, node, MessageType.QUERY) for node in next_ones)
-        self._greeted |= set(new.values())
+        self._greeted |= dict.fromkeys(new.values(), time.monotonic())
         self._all_greeted = len(new) == len(strangers)
         self._hellos_under_way |= new
         answers = self._pull(self._hellos_under_way)
@@ -211,7 +223,7 @@ class Nodes:
                 self._steps += done > self._furthest.get(node, -1)
                 self._furthest[node] = max(done, self._furthest.get(node, -1))
                 self._encoding[node] = hello
-                self._greeted.discard(node)  # to be asked again
+                self._greeted.pop(node, None)  # to be asked again
                 continue
             self._encoding.pop(node, None)
             if why := self._objection(hello):
@@ -220,7 +232,7 @@ class Nodes:
                 continue
             for gone in [other for other, name in self.names.items() if name == hello.site]:
                 del self.names[gone]
-                self._greeted.discard(gone)  # if it comes back, there are two of that name, and it is told
+                self._greeted.pop(gone, None)  # if it comes back, there are two of that name, and it is told
             self.names[node] = hello.site
             self._last_failed.discard(hello.site)  # of that name, another node may have been refused
             self.hellos[hello.site] = hello
@@ -236,7 +248,13 @@ class Nodes:
             now = time.monotonic()
             for node in [node for node, when in self._refused.items() if now - when >= AGAIN]:
                 del self._refused[node]
-                self._greeted.discard(node)
+                self._greeted.pop(node, None)
+
+    @property
+    def _may_answer_soon(self) -> bool:
+        """Whether a hello is under way to a node that is not overdue."""
+        now = time.monotonic()
+        return any(now - self._greeted[node] < self._patience for node in self._hellos_under_way.values())
 
     @property
     def _holdings(self) -> dict[str, list[int]]:

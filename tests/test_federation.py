@@ -656,6 +656,107 @@ def test_a_site_that_does_not_get_on_with_encoding_is_not_waited_for() -> None:
     assert "stuck: 7 of 400 images encoded" in running.nodes.readiness
 
 
+class Clock:
+    """Stands for the module `time`: it goes on only while somebody sleeps, and what is due then happens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._due: list[tuple[float, Callable[[], None]]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        while self._due and min(self._due)[0] <= self.now:
+            self._due.pop(self._due.index(min(self._due)))[1]()
+
+    def later(self, seconds: float, do: Callable[[], None]) -> None:
+        self._due.append((self.now + seconds, do))
+
+
+def answering_after(running: Running, clock: Clock, seconds: float, answer: Answer) -> Answer:
+    """A node that takes so many seconds to answer."""
+
+    def slow(message: Message) -> Message | None:
+        if reply := answer(message):
+            clock.later(seconds, lambda: running.grid.late(reply))
+        return None
+
+    return slow
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(nodes, "time", clock)
+    return clock
+
+
+def test_a_node_that_does_not_answer_its_hello_holds_up_the_start_no_longer_than_a_working_site_would(
+    clock: Clock,
+) -> None:
+    """A site that encodes answers after a minute; another minute is given to it for its start."""
+    running = Running({5: Site("north"), 7: lambda _: None, 9: lambda _: None}, round_timeout=600.0)
+    running.nodes.wait_for(1)
+    assert 120 <= clock.now < 125
+    assert running.said[-1] == (
+        "going on without node 7, node 9: no answer to the hello so far; a site that answers takes part from the next "
+        "round on"
+    )
+    assert not running.nodes.failures
+
+
+def test_a_node_that_answers_its_hello_after_the_start_takes_part(clock: Clock) -> None:
+    late = Site("late")
+    running = Running({5: Site("north")}, round_timeout=600.0)
+    running.grid.nodes[9] = answering_after(running, clock, 130.0, late)
+    running.nodes.wait_for(1)
+    assert set(running.nodes.hellos) == {"north"}
+    running.grid.nodes[9] = late
+    clock.sleep(10.0)
+    running.go_on()
+    assert late.trained_in == [1, 2, 3]
+
+
+def test_a_node_that_does_not_answer_is_waited_for_where_sites_are_missing(clock: Clock) -> None:
+    running = Running({5: Site("north"), 9: lambda _: None}, round_timeout=600.0, min_sites=2)
+    with pytest.raises(UserError, match=r"after 60\d s: 1, min-sites = 2"):
+        running.nodes.wait_for(2)
+
+
+def test_a_node_that_does_not_answer_is_waited_for_where_it_may_be_a_site_of_before(clock: Clock) -> None:
+    running = Running({5: Site("north")}, round_timeout=600.0)
+    running.grid.nodes[9] = answering_after(running, clock, 500.0, Site("south"))
+    running.nodes.wait_for(1, expected=["north", "south"])
+    assert set(running.nodes.hellos) == {"north", "south"}
+    assert not [line for line in running.said if "going on" in line]
+
+
+def test_a_site_that_tells_its_progress_after_each_slice_is_waited_for(clock: Clock) -> None:
+    """Six slices of a minute, each told some seconds late."""
+    site, told = Site("slow"), list[int]()
+
+    def encoding(message: Message) -> Message | None:
+        if message.metadata.message_type == MessageType.QUERY and len(told) < 6:
+            told.append(len(told))
+            return Message(exchange.write_progress(Progress("slow", 10 * len(told), 100)), reply_to=message)
+        return site(message)
+
+    running = Running({5: Site("north")}, round_timeout=600.0)
+    running.grid.nodes[9] = answering_after(running, clock, 70.0, encoding)
+    running.nodes.wait_for(1)
+    assert set(running.nodes.hellos) == {"north", "slow"}
+
+
+def test_a_simulated_site_is_waited_for_till_the_timeout(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "simulated", lambda grid: True)
+    running = Running({5: Site("north")}, round_timeout=600.0)
+    running.grid.nodes[9] = answering_after(running, clock, 500.0, Site("south"))
+    running.nodes.wait_for(1)
+    assert set(running.nodes.hellos) == {"north", "south"}
+
+
 def test_a_hello_tells_what_the_run_is_about_and_later_messages_only_the_key() -> None:
     told: list[exchange.Task] = []
 
