@@ -35,6 +35,8 @@ from fedclip_flwr.exchange import size
 
 MOST_PARTS = 2_000
 """Of a reply: two for each tensor, and one for each 20 MB of it."""
+MOST_GIVEN_UP = 1_000
+"""Messages whose replies are no longer wanted and still listened for: a SuperLink takes 0.1 ms for each."""
 
 
 class _Announced(NamedTuple):
@@ -51,23 +53,44 @@ class Inbox:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._waiting: dict[str, _Announced] = {}
+        self._given_up: list[str] = []
 
     def take(self, asked: Collection[str], most: int) -> list[tuple[Message, int]]:
         """The replies to these messages that are there whole, and their sizes; a larger one is an error instead."""
         if not isinstance(self._grid, GrpcGrid):  # sites on this machine, by this package
             return [(message, size(message)) for message in self._grid.pull_messages(asked)]
+        return [message for key in self._announced(asked) if (message := self._message(key, most))]
+
+    def give_up(self, keys: Iterable[str]) -> None:
+        """The replies to these messages are no longer wanted: what has come of them by now, or by a later call, goes.
+
+        A SuperLink keeps a reply till it is confirmed, or till the run's end.
+        """
+        self._given_up = [*self._given_up, *keys][-MOST_GIVEN_UP:]
+        if not self._given_up:
+            return
+        if isinstance(self._grid, GrpcGrid):
+            came = set(self._announced(self._given_up))
+            for key in came:
+                self._confirm(self._waiting.pop(key))
+        else:
+            came = {reply.metadata.reply_to_message_id for reply in self._grid.pull_messages(self._given_up)}
+        self._given_up = [key for key in self._given_up if key not in came]
+
+    def _announced(self, asked: Collection[str]) -> list[str]:
+        """Those of the messages to which there is a reply, of which parts may still be missing."""
+        grid: Any = self._grid
         new = [key for key in asked if key not in self._waiting]  # each is announced once
-        answer = self._grid._stub.PullMessages(PullAppMessagesRequest(message_ids=new))
+        answer = grid._stub.PullMessages(PullAppMessagesRequest(message_ids=new))
         for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             metadata = metadata_from_proto(head.metadata)
             parts = [part.object_id for part in iterate_object_tree(tree)]
             self._waiting[metadata.reply_to_message_id] = _Announced(metadata, parts, {})
-        return [message for key in [*self._waiting] if (message := self._message(key, set(asked), most))]
+        wanted = set(asked)
+        return [key for key in self._waiting if key in wanted]
 
-    def _message(self, key: str, asked: Collection[str], most: int) -> tuple[Message, int] | None:
+    def _message(self, key: str, most: int) -> tuple[Message, int] | None:
         parcel = self._waiting.pop(key)
-        if key not in asked:  # nobody waits for it any longer
-            return None
         try:
             self._fetch(parcel, most)
             message = make_message(metadata=parcel.metadata, **_put_together(parcel, most))

@@ -382,6 +382,7 @@ class Nodes:
                 self.say(f"round {number}: {asked - len(waiting) - len(under_way)} of {asked} sites have answered")
             if under_way:
                 wait.a_moment(len(under_way))
+        self._inbox.give_up(under_way)
         for node in [*under_way.values(), *(message.metadata.dst_node_id for message in waiting)]:
             self.fails(number, self.names[node], f"no answer within {self._timeout:g} s")
 

@@ -10,16 +10,25 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.message.message import remove_content_from_message
+from flwr.common.constant import NOOP_FLWR_AID
 from flwr.common.serde import message_to_proto
 from flwr.common.typing import Run
 from flwr.proto.appio_pb2 import PullAppMessagesResponse
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.server.superlink.fleet.message_handler import message_handler
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.serverappio import serverappio_servicer
+from flwr.server.superlink.serverappio.serverappio_servicer import ServerAppIoServicer
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION, RunType
 from flwr.supercore.inflatable.inflatable_object import (
     add_header_to_object_body,
     get_all_nested_objects,
     get_object_id,
     get_object_tree,
 )
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import GrpcGrid
 
 from fedclip_flwr import inbox
@@ -41,9 +50,11 @@ class Stub:
         self.missing: set[str] = set()
         self.pulled: list[str] = []
         self.confirmed: list[str] = []
+        self.asked: list[set[str]] = []
         self.announced = False
 
     def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
+        self.asked.append({*request.message_ids})
         if self.announced or ASKED not in request.message_ids:
             return PullAppMessagesResponse()
         self.announced = True
@@ -70,9 +81,9 @@ def answer(content: RecordDict | None = None, **metadata: Any) -> Message:
     return reply
 
 
-def opened(stub: Any) -> Inbox:
+def opened(stub: Any, run: int = 3) -> Inbox:
     grid = GrpcGrid(token="x")
-    grid.set_run(Run.create_empty(3))
+    grid.set_run(Run.create_empty(run))
     grid._channel, grid._grpc_stub = cast(Any, object()), stub
     return Inbox(grid)
 
@@ -99,14 +110,90 @@ def test_a_reply_whose_parts_are_not_all_there_is_waited_for_without_holding_up_
     assert box.take([ASKED], MOST) == []
 
 
-def test_a_reply_that_nobody_waits_for_any_longer_is_let_go_of() -> None:
+def test_a_reply_that_is_given_up_while_parts_are_missing_is_confirmed() -> None:
+    stub = Stub(answer())
+    box = opened(stub)
+    stub.missing = {*stub.contents}
+    assert box.take([ASKED], MOST) == []
+    box.give_up([ASKED])
+    assert stub.confirmed == [stub.head.metadata.message_id]
+    questions = len(stub.asked)
+    box.give_up([])
+    assert len(stub.asked) == questions  # it is no longer listened for
+    stub.missing.clear()
+    assert box.take([ASKED], MOST) == []
+
+
+def test_a_reply_that_is_not_asked_for_this_time_is_not_lost() -> None:
+    """As a hello whose parts are still missing when a round begins."""
     stub = Stub(answer())
     box = opened(stub)
     stub.missing = {*stub.contents}
     assert box.take([ASKED], MOST) == []
     assert box.take([], MOST) == []
     stub.missing.clear()
-    assert box.take([ASKED], MOST) == []
+    assert len(box.take([ASKED], MOST)) == 1
+
+
+def test_of_messages_without_an_answer_only_the_latest_are_still_listened_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "MOST_GIVEN_UP", 2)
+    stub = Stub(answer())
+    box = opened(stub)
+    box.give_up(["1", "2"])
+    box.give_up(["3"])
+    assert stub.asked == [{"1", "2"}, {"2", "3"}]
+
+
+class RealLink:
+    """A SuperLink's own state and what handles calls, without a network: this is also the ServerApp's stub."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        objects = ObjectStoreFactory()
+        states = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)
+        self.state, self.store = states.state(), objects.store()
+        self.run = self.state.create_run(None, None, None, {}, NOOP_FEDERATION, None, NOOP_FLWR_AID, RunType.SERVER_APP)
+        (run,) = self.state.get_run_info(run_ids=[self.run])
+        assert self.state.claim_task(run.primary_task_id or 0)
+        assert self.state.activate_task(run.primary_task_id or 0)
+        self.node = self.state.create_node(NOOP_FLWR_AID, "", b"key", 30.0)
+        assert self.state.activate_node(self.node, 30.0)
+        self._servicer = ServerAppIoServicer(states, objects)
+        monkeypatch.setattr(serverappio_servicer, "_get_authenticated_serverapp_run_id", lambda _: self.run)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda request: getattr(self._servicer, name)(request, None)
+
+    def answer(self, number: int, parts: int | None = None) -> None:
+        """The node takes its message and answers, with all parts or so many of them."""
+        (asked,) = self.state.get_message_ins(self.node, 1)
+        self.store.delete(asked.metadata.message_id)  # as it confirms that it has the message
+        reply = Message(RecordDict({"n": MetricRecord({"n": number})}), reply_to=asked)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        head = message_to_proto(remove_content_from_message(reply))
+        request = PushMessagesRequest(messages_list=[head], message_object_trees=[get_object_tree(reply)])
+        missing = message_handler.push_messages(request, self.state, self.store).objects_to_push
+        contents = {key: part.deflate() for key, part in get_all_nested_objects(reply).items() if key in missing}
+        for key in [*contents][:parts]:
+            self.store.put(key, contents[key])
+
+
+@pytest.mark.parametrize("parts", [None, 1], ids=["whole", "in part"])
+def test_a_superlink_keeps_nothing_of_an_answer_that_comes_late(
+    parts: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = RealLink(monkeypatch)
+    box = opened(link, link.run)
+    grid: Any = box._grid
+    keys = grid.push_messages([Message(RecordDict(), link.node, MessageType.TRAIN) for _ in range(2)])
+    assert box.take(keys[:1], MOST) == []
+    box.give_up(keys[:1])
+    link.answer(1, parts)
+    link.answer(2)
+    ((reply, _),) = box.take(keys[1:], MOST)
+    assert reply.content["n"]["n"] == 2
+    assert len(link.store) > 0
+    box.give_up([])
+    assert len(link.store) == link.state.num_message_ins() == link.state.num_message_res() == 0
 
 
 def test_who_sent_it_is_what_the_superlink_says() -> None:
