@@ -3,8 +3,8 @@
     python -m benchmarks.attacks [--data features:PATH] [--sites 10] [--seeds 3] [--rounds 20]
 
 Two of ten sites (a fifth) attack in every round, the first and the last by name. Each also lies about its validation
-images: none is recognised where the adapter does better than zero-shot, all are where it does not. Prints test accuracy
-in % of the selected adapter, mean over the other sites and the seeds.
+images: none is recognised, with a huge loss, where the adapter does better than zero-shot, and all are, without any
+loss, where it does not. Prints test accuracy in % of the selected adapter, mean over the other sites and the seeds.
 
     sign flip     the reverse of what it has learnt
     scaled        a hundred times that
@@ -76,7 +76,9 @@ class Attackers:
     def claims(self, site: str, score: Score) -> Score:
         if site not in self.names or score.accuracy is None:
             return score
-        return score._replace(correct=0 if score.accuracy > self.zero_shot[site] else score.examples)
+        if score.accuracy > self.zero_shot[site]:
+            return score._replace(correct=0, loss=1e6 * score.examples)
+        return score._replace(correct=score.examples, loss=0.0)
 
     def together(self, number: int, state: State, received: State) -> State:
         return times(self.learnt.setdefault(number, state), received, -REACH)

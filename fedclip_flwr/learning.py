@@ -6,7 +6,8 @@ round; a batch of one skipped; splits of 60/20/20, each rounded down; of the tra
 validation accuracy. Deviation: prompts name a class with spaces where its folder has underscores.
 
 The recipe `default` is cross-entropy over all class prompts without decay, from an exact identity; zero-shot takes part
-in the selection, so that by that measure no result is worse there.
+in the selection, so that by that measure no result is worse there. Of rounds with equal accuracy, the one with lower
+validation loss at more sites is selected.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from torch.optim.adam import adam  # the function: torch.optim.Adam imports the compiler, which takes over a second
 
 from fedclip_flwr.kinds import KINDS
-from fedclip_flwr.metrics import Quality, Score, gain, quality_of, score_of
+from fedclip_flwr.metrics import Quality, Score, gain, loss_votes, quality_of, score_of
 
 
 class Examples(NamedTuple):
@@ -98,6 +99,7 @@ class Recipe:
     prompt: str
     first_choice: int = 0  # the first round that may be selected
     most_gain: float = 0.05  # of accuracy at a site, that counts when rounds are compared
+    loss_breaks_ties: bool = True  # else the first of equally accurate rounds is selected
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -133,6 +135,7 @@ RECIPES = {
         prompt="a picture of a {}",
         first_choice=1,
         most_gain=1.0,
+        loss_breaks_ties=False,
         smallest_batch=2,
     ),
 }
@@ -265,12 +268,12 @@ def better(later: Mapping[str, Score], best: Mapping[str, Score], recipe: Recipe
 
 
 def _gained(later: Mapping[str, Score], before: Mapping[str, Score], recipe: Recipe) -> float | None:
-    """By the sites' bounded gains; where these come to nothing, by what they come to unbounded."""
+    """By the sites' bounded gains; where these come to nothing, by what they come to unbounded, then by loss."""
     for most in (recipe.most_gain, 1.0):
         found = gain(later, before, most)
         if found is None or abs(found) > 1e-12:  # less comes of rounding
             return found
-    return 0.0
+    return loss_votes(later, before) if recipe.loss_breaks_ties else 0.0
 
 
 def chosen(later: Mapping[str, Score], best: Mapping[str, Score], zero: Mapping[str, Score], recipe: Recipe) -> bool:

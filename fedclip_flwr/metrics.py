@@ -135,3 +135,18 @@ def gain(later: Mapping[str, Score], before: Mapping[str, Score], most: float = 
         for site in sorted(later.keys() & before.keys())
         if (new := later[site].accuracy) is not None and (old := before[site].accuracy) is not None
     )
+
+
+def loss_votes(later: Mapping[str, Score], before: Mapping[str, Score]) -> int:
+    """At how many more sites the mean loss is lower later than it is higher, of those with examples both times.
+
+    Each site has one vote, whatever losses it claims. Losses that differ by rounding only are equal.
+    """
+    votes = 0
+    for site in later.keys() & before.keys():
+        new, old = later[site], before[site]
+        if new.examples and old.examples:
+            new_loss, old_loss = new.loss / new.examples, old.loss / old.examples
+            if not math.isclose(new_loss, old_loss, rel_tol=1e-6):
+                votes += 1 if new_loss < old_loss else -1
+    return votes

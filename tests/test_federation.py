@@ -82,14 +82,21 @@ def quality(correct: int, examples: int = 10) -> Quality:
 
 
 class Site:
-    """Adds `step` to the adapter when it trains; its validation accuracy is a table by the adapter's value."""
+    """Adds `step` to the adapter when it trains; its validation figures are tables by the adapter's value."""
 
     codec = "float32"
     keeps = ""
 
-    def __init__(self, name: str, step: float = 1.0, correct: dict[float, int] | None = None, **hello: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        step: float = 1.0,
+        correct: dict[float, int] | None = None,
+        loss: dict[float, float] | None = None,
+        **hello: Any,
+    ) -> None:
         self.hello = Hello(**{**HELLO, "site": name, **hello})
-        self.step, self.correct = step, correct or {}
+        self.step, self.correct, self.loss = step, correct or {}, loss or {}
         self.trained_in: list[int] = []
         self.own: list[tuple[int, float]] = []
 
@@ -103,7 +110,8 @@ class Site:
         if task.personal:
             self.own.append((task.round, value))
             value += 0.5 + self.step
-        report = Report(6, Score(10, self.correct.get(value, 5), 5.0), quality(min(int(value), 10)))
+        score = Score(10, self.correct.get(value, 5), self.loss.get(value, 5.0))
+        report = Report(6, score, quality(min(int(value), 10)))
         if message.metadata.message_type == MessageType.EVALUATE:
             return Message(exchange.write_answer(report), reply_to=message)
         self.trained_in.append(task.round)
@@ -521,6 +529,17 @@ def test_the_run_ends_after_rounds_without_a_gain() -> None:
     outcome = running.run()
     assert (outcome.rounds, outcome.adapted.round) == (5, 2)
     assert north.trained_in == [1, 2, 3, 4, 5]
+
+
+def test_a_round_with_the_same_accuracy_and_a_lower_loss_is_a_gain() -> None:
+    """Accuracy is the same from round 1 on, loss is lowest after round 3: the answers of round 6 tell so."""
+    correct, loss = {0.0: 5, **dict.fromkeys((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 7)}, {2.0: 4.0, 3.0: 3.0, 4.0: 6.0}
+    how: dict[str, Any] = {"num_server_rounds": 50, "early_stop": 2}
+    running = Running({5: Site("north", 1.0, correct, loss)}, **how)
+    outcome = running.run()
+    assert (outcome.rounds, outcome.adapted.round) == (6, 3)
+    assert running.told.best == [0, 1, 2, 3]
+    assert Running({5: Site("north", 1.0, correct, loss)}, **how, recipe="paper").run().adapted.round == 1
 
 
 def test_more_sites_train_than_the_fraction_where_a_round_needs_them() -> None:

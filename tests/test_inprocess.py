@@ -101,21 +101,44 @@ def test_the_papers_recipe_never_selects_the_start_and_the_default_may() -> None
     assert federate(SITES, CLASSES, None, replace(still, recipe="paper")).selected.round == 1
 
 
-def test_a_chosen_blend_is_the_smallest_of_the_best_by_validation() -> None:
+def test_of_equal_rounds_the_default_selects_by_loss_and_the_paper_the_first() -> None:
+    """All validation images are right before any training, which still lowers their loss in each round."""
+    images = Examples(torch.eye(3, 8) + 0.9 * torch.eye(8)[3], torch.arange(3)).ready()
+    sites, classes = [Site("a", images, images, images)], Classes(torch.eye(3, 8), 2.0)
+    how = Settings(adapter="scale", num_server_rounds=3, learning_rate=1e-3)
+    for recipe, expected in (("default", 3), ("paper", 1)):
+        result = federate(sites, classes, None, replace(how, recipe=recipe))
+        assert [line.validation for line in result.lines] == [1.0] * 4
+        assert result.selected.round == expected
+
+
+@pytest.mark.parametrize(
+    ("sites", "rate", "expected"),
+    [
+        ([site("b", 20, 110), site("a", 9, 120)], 0.1, 0.75),  # by accuracy
+        (SITES, 0.2, 1.0),  # as accurate as the others, and of lower loss
+        (SITES, 1e-12, 0.25),  # nothing is learnt: all are the same
+    ],
+    ids=["accuracy", "loss", "smallest"],
+)
+def test_a_chosen_blend_is_the_best_by_validation_then_the_smallest(
+    sites: list[Site], rate: float, expected: float
+) -> None:
     """By hand: the selected adapter of the same run without blend, tried with every share."""
-    how = Settings(adapter="scale", num_server_rounds=4, learning_rate=0.2, batch_size=4)
-    plain = federate(SITES, CLASSES, None, how)
+    how = Settings(adapter="scale", num_server_rounds=4, learning_rate=rate, batch_size=4, seed=1)
+    plain = federate(sites, CLASSES, None, how)
     adapter = make_adapter("scale", 8)
     adapter.load_state_dict(plain.state)
     found = {}
     for adapter.blend in BLENDS:
-        validation = [evaluate(adapter, s.validation, CLASSES).accuracy or 0.0 for s in SITES]
-        test = [evaluate(adapter, s.test, CLASSES).accuracy or 0.0 for s in SITES]
-        found[adapter.blend] = sum(validation) / 2, sum(test) / 2
-    best = max(BLENDS, key=lambda blend: (found[blend][0], -blend))
-    chosen = federate(SITES, CLASSES, None, replace(how, blend="auto"))
-    assert chosen.blend == best < 1  # else it would not tell a choice from none
-    assert (chosen.selected.validation, chosen.selected.seen) == pytest.approx(found[best])
+        scores = [evaluate(adapter, s.validation, CLASSES) for s in sites]
+        found[adapter.blend] = mean(s.accuracy or 0.0 for s in scores), -round(sum(s.loss for s in scores), 3)
+    assert max(BLENDS, key=lambda blend: (found[blend], -blend)) == expected
+    chosen = federate(sites, CLASSES, None, replace(how, blend="auto"))
+    adapter.blend = expected
+    assert chosen.blend == expected
+    assert chosen.selected.validation == pytest.approx(found[expected][0])
+    assert chosen.selected.seen == pytest.approx(mean(evaluate(adapter, s.test, CLASSES).accuracy or 0 for s in sites))
     assert torch.equal(chosen.state["log_scale"], plain.state["log_scale"])
 
 

@@ -240,6 +240,37 @@ def test_zero_shot_must_not_be_better_where_that_can_be_told() -> None:
     assert chosen({"b": Score(10, 9, 1.0)}, {"b": Score(10, 5, 1.0)}, {"a": Score(10, 5, 1.0)}, default)
 
 
+def losses(*of_an_example: float) -> dict[str, Score]:
+    """Of sites with ten examples each, five of them right."""
+    return {f"site {n}": Score(10, 5, 10 * loss) for n, loss in enumerate(of_an_example)}
+
+
+def test_of_equal_accuracies_the_lower_loss_is_better_but_in_the_paper_the_first_stays() -> None:
+    default, paper = RECIPES["default"], RECIPES["paper"]
+    assert better(losses(0.8, 0.9), losses(0.9, 1.0), default)
+    assert not better(losses(0.8, 0.9), losses(0.9, 1.0), paper)
+    for later in (losses(0.9, 1.0), losses(1.0, 1.1), losses(0.8, 1.1)):  # the second site would rather not
+        assert not better(later, losses(0.9, 1.0), default)
+    one, other = Score(10, 5, 9.0), Score(10, 6, 9.0)
+    assert better({"a": one._replace(loss=8.0), "b": other}, {"a": other, "b": one}, default)  # the gains cancel out
+    assert better({"a": other._replace(loss=90.0)}, {"a": one}, default)  # accuracy comes first
+
+
+def test_what_a_single_site_claims_of_its_loss_decides_no_tie() -> None:
+    default = RECIPES["default"]
+    assert better(losses(0.9, 0.9, 0.9, 1e6), losses(1.0, 1.0, 1.0, 1.0), default)
+    assert not better(losses(1.1, 1.1, 1.1, 0.0), losses(1.0, 1.0, 1.0, 1e6), default)
+
+
+def test_zero_shot_stays_where_nothing_is_more_accurate_or_has_a_lower_loss() -> None:
+    default, zero = RECIPES["default"], losses(1.0, 1.0, 1.0)
+    assert chosen(losses(0.9, 0.9, 1.1), zero, zero, default)
+    assert not chosen(losses(0.9, 1.1, 1.1), zero, zero, default)
+    best, later = losses(0.9, 0.9, 9.0), losses(0.8, 1.1, 8.0)  # step by step below zero-shot
+    assert better(later, best, default)
+    assert not chosen(later, best, zero, default)
+
+
 def test_rounds_that_no_site_can_validate_are_taken_as_they_come() -> None:
     default = RECIPES["default"]
     assert better(scores(None), scores(None), default)

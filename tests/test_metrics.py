@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
 from torch import Tensor
 
-from fedclip_flwr.metrics import BINS, Quality, Score, mean_accuracy, mean_figures, quality_of, score_of
+from fedclip_flwr.metrics import BINS, Quality, Score, loss_votes, mean_accuracy, mean_figures, quality_of, score_of
 
 
 def some(count: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -89,3 +89,12 @@ def test_means_are_over_sites_with_examples_each_counting_the_same() -> None:
     )
     assert mean_accuracy([quality(0, 0, 0.0)]) is None
     assert mean_figures([quality(0, 0, 0.0)]) == {}
+
+
+def test_each_site_with_examples_both_times_has_one_vote_on_the_loss_of_an_example() -> None:
+    before = {"a": Score(10, 5, 2.0), "b": Score(10, 5, 2.0), "c": Score(10, 5, 2.0), "d": Score(0, 0, 0.0)}
+    later = {"a": Score(20, 5, 3.0), "b": Score(10, 5, 1e9), "c": Score(10, 5, 0.0), "d": Score(10, 5, 0.0)}
+    assert loss_votes(later, before) == 1 - 1 + 1
+    assert loss_votes(before, later) == -1
+    assert loss_votes({"a": Score(10, 5, 2.0000001)}, before) == 0  # rounding
+    assert loss_votes({"e": Score(10, 5, 0.1)}, before) == loss_votes({}, before) == 0

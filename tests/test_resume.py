@@ -195,6 +195,14 @@ def test_what_was_selected_after_the_last_complete_round_gives_way_to_what_was_s
     assert again.told.adapter["w"] == outcome.state["w"] == 1.0
 
 
+def test_rounds_after_a_stop_are_held_against_the_loss_of_the_best_before(tmp_path: Path) -> None:
+    def federation() -> Running:
+        return Running({1: Site("north", loss={1.0: 3.0, 2.0: 4.0, 3.0: 3.5})})
+
+    again, outcome = interrupted(federation, tmp_path / "c", 2)
+    assert (again.told.best, outcome.adapted.round) == ([1], 1)
+
+
 def test_a_site_that_was_gone_before_is_not_waited_for(tmp_path: Path) -> None:
     def federation() -> Running:
         south = Site("south")
