@@ -21,7 +21,7 @@ from flwr.common.constant import ErrorCode
 from fedclip_flwr import content, encoding, exchange, privacy, secure
 from fedclip_flwr.adapters import Adapter, tensor_names
 from fedclip_flwr.codecs import CODECS
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import ReadError, UserError
 from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
 from fedclip_flwr.learning import Learner, evaluate, examine
 from fedclip_flwr.link import Shelf, forget
@@ -61,9 +61,11 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError | MaskingError)
         why = exchange.one_line(error if expected else f"{type(error).__name__}: {error}")
+        log.error("this site answers with an error: %s", why, exc_info=None if expected else error)  # the trace stays
+        if isinstance(error, ReadError):
+            why = exchange.one_line(error.unnamed)
         if message.metadata.message_type == MessageType.QUERY and (name := context.node_config.get("site")):
             why = exchange.one_line(f"{name}: {why}")  # the server knows its number only
-        log.error("this site answers with an error: %s", why, exc_info=None if expected else error)  # the trace stays
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, why), reply_to=message)
     finally:
         torch.cuda.empty_cache()  # others on this GPU may need it before the next message comes

@@ -14,18 +14,29 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import ReadError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = Path(__file__).parent
+T = TypeVar("T")
 NO_MATTER_OF_ROOM = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+UNREADABLE = "unreadable"
+"""In the place of a hash: the file can't be read, and won't be until it is changed."""
+LASTING = {
+    *(errno.EACCES, errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENODEV, errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EPERM),
+}
+"""Errors that last until somebody changes the file; others may pass, such as those of a network share."""
+TRIES, PAUSE = 3, 0.1
+"""So often what may pass is tried, with so many seconds between."""
 
 
 def own_app() -> Path:
@@ -68,6 +79,12 @@ def remember(name: str, text: str, memory: Path) -> None:
         write_whole(memory / name, lambda path: path.write_text(f"{digest(text)}\n{text}", encoding="utf-8"))
 
 
+def forget(name: str, memory: Path) -> None:
+    """What was remembered under that name turned out to be wrong."""
+    with contextlib.suppress(OSError):
+        (memory / name).unlink(missing_ok=True)
+
+
 def remembered(name: str, make: Callable[[], str], memory: Path) -> str:
     """The text of that name, made if need be."""
     text = recall(name, memory)
@@ -95,12 +112,14 @@ def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
 
 
 def _facts(path: Path) -> str:
-    """What can't stay the same when the file is written to."""
+    """What can't stay the same when the file is written to, or when this user may read it from now on."""
     try:
-        s = path.stat()
+        s = patiently(path, path.stat)
     except OSError:
-        return "unreadable"
-    return f"{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}"
+        return UNREADABLE
+    facts = f"{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}"
+    readable = os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+    return facts if readable else f"{facts}/{UNREADABLE}"
 
 
 def of_bytes(data: bytes) -> str:
@@ -109,11 +128,35 @@ def of_bytes(data: bytes) -> str:
 
 
 def of_file(path: Path) -> str:
-    try:
+    """The hash of its bytes; `UNREADABLE` of what is no file, a link to nothing, or nothing for this user."""
+
+    def hashed() -> str:
         with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # no permission, a link to nothing, a folder: whoever opens it will say so
-        return "unreadable"
+
+    try:
+        return patiently(path, hashed)
+    except OSError:
+        return UNREADABLE
+
+
+def patiently(name: object, read: Callable[[], T]) -> T:
+    """What `read` gives. An error that may pass is waited for a little, and then raised as a `ReadError`.
+
+    One that lasts is raised as it is.
+    """
+    for number in range(TRIES):
+        if number:
+            time.sleep(PAUSE)
+        try:
+            return read()
+        except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in LASTING:
+                raise
+            found = error
+    why = found.strerror if isinstance(found, OSError) and found.strerror else str(found) or "out of memory"
+    remedy = "see that its disk or network share answers and that there is memory left, then try again"
+    raise ReadError(name, f"can't be read now ({why})", remedy) from found
 
 
 def opened(path: Path) -> BufferedReader:

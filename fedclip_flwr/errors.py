@@ -41,3 +41,18 @@ class FaultError(UserError):
     def __init__(self, found: str, remedy: str) -> None:
         super().__init__(f"{found}: {remedy}")
         self.found, self.remedy = found, remedy
+
+
+class ReadError(UserError):
+    """A file that can't be read now, and perhaps later.
+
+    `unnamed` says so without the file's name: that may tell a class or a person, and does not leave a site.
+    """
+
+    def __init__(self, name: object, found: str, remedy: str) -> None:
+        super().__init__(f"{name} {found}: {remedy}")
+        self.unnamed = f"a file {found}: {remedy}"
+        self._given = str(name), found, remedy
+
+    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str, str]]:  # it may come from another process
+        return ReadError, self._given

@@ -232,7 +232,7 @@ def _unreadable(path: str) -> UserError:
 def _opened(image: Picture) -> Image:
     """The image as a file's is read: upright, in RGB."""
     if isinstance(image, str | os.PathLike):
-        found = decoded(read(Path(image)))
+        found = content.patiently(image, partial(decoded, read(Path(image))))
         if found is None:
             raise _unreadable(os.fspath(image))
         return found

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import pickle
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +24,8 @@ from fedclip_flwr.data.dataset import DataSet
 from fedclip_flwr.data.drawn import Drawn
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.data.presets import Canonical, Preset
+from fedclip_flwr.errors import ReadError
+from tests.failing import failing
 from tests.pixels import LARGE, PREPARER
 
 
@@ -131,6 +136,22 @@ def test_what_a_killed_worker_owes_is_done_without_it(
     assert [batch[1:] for batch in found] == [work.batch(row)[1:] for row in range(12)]
     assert all(batch.inputs.keys() == work.batch(row).inputs.keys() for row, batch in enumerate(found))
     assert caplog.text.count("its part is done without it") <= 1
+
+
+def test_an_error_of_a_worker_is_the_callers_own(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has raised is gone; what it was to bring is asked for here, and fails here too."""
+    (tree / "photo" / "car" / "0.png").rename(tree / "photo" / "car" / "a.png")
+    work = ahead.Work(ImageFolder(tree), "photo", PREPARER, 2)
+    list(work.source.pictures("photo", 0, 0))
+    failing(monkeypatch, "a.png", OSError(errno.EIO, "Input/output error"))
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(os, "dup", lambda _: theirs.detach())
+    with ours:
+        ahead._send(ours, pickle.dumps((work, [0, 2])))
+        with pytest.raises(ReadError):
+            ahead.serve()
+        with pytest.raises(ReadError, match=r"a.png can't be read now"):
+            list(ahead._received(work, [0, 2], [ours], False))
 
 
 def test_workers_end_with_whoever_stops_asking(started: Workers, monkeypatch: pytest.MonkeyPatch) -> None:

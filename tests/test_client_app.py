@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import runpy
 import subprocess
@@ -24,6 +25,7 @@ from fedclip_flwr.saved import load_adapter
 from fedclip_flwr.session import Session
 from fedclip_flwr.sites import new_adapter, new_learner, open_desk
 from fedclip_flwr.vocabulary import Vocabulary
+from tests.failing import failing
 
 NAMES = ("car", "cat", "fish")
 SETTINGS = Settings(seed=7, local_epochs=2)
@@ -236,6 +238,20 @@ def test_what_goes_wrong_is_answered_as_an_error_of_one_line(
     assert told in str(reply.error.reason)
     assert str(reply.error.reason).startswith("north: ") == (kind == "query")
     assert "\n" not in str(reply.error.reason)
+
+
+def test_an_image_that_cannot_be_read_now_is_answered_without_its_name_and_is_asked_for_again(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tree / "photo" / "cat" / "0.png").rename(tree / "photo" / "cat" / "Smith.png")
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "Smith.png", OSError(errno.EIO, "Input/output error"))
+        reply = asked("query", tree)
+    assert str(reply.error.reason).startswith("north: a file can't be read now (Input/output error): see that its disk")
+    assert "photo/cat/Smith.png can't be read now" in caplog.text
+    hello = exchange.read_hello(asked("query", tree).content)
+    assert isinstance(hello, exchange.Hello)
+    assert hello.train + hello.validation + hello.test == 22
 
 
 def test_a_surprise_is_answered_in_one_line_and_its_trace_stays_here(

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from fedclip_flwr import content
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import ReadError, UserError
+from tests.failing import failing
+
+PASSING: list[Exception] = [
+    OSError(number, os.strerror(number)) for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)
+]
+PASSING += [OSError("no number"), MemoryError()]
 
 
 def test_parts_are_told_apart() -> None:
@@ -45,3 +53,60 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"disk full.*make room"):
         content.write_whole(path, fail)
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_what_fails_for_a_moment_is_tried_again(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_text("x")
+    tries = failing(monkeypatch, "a", error, times=2)
+    assert content.of_file(tmp_path / "a") == content.of_bytes(b"x")
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_what_goes_on_failing_is_an_error_of_one_line_and_nothing_is_remembered_of_it(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_text("x")
+    intact = content.of_files(tmp_path, ["a"], tmp_path / "other memory")
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "a", error)
+        with pytest.raises(
+            ReadError, match=r"a can't be read now \(.+\): see that its disk .*, then try again$"
+        ) as told:
+            content.of_files(tmp_path, ["a"], tmp_path / "memory")
+    assert "\n" not in str(told.value)
+    assert str(tmp_path) not in told.value.unnamed
+    assert not (tmp_path / "memory").exists()
+    assert content.of_files(tmp_path, ["a"], tmp_path / "memory") == intact
+
+
+def test_a_state_that_cannot_be_asked_for_now_is_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("x")
+    state = content.state_of(tmp_path, ["a"])
+    monkeypatch.setattr(content, "PAUSE", 0.0)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Path, "stat", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(ReadError):
+            content.state_of(tmp_path, ["a"])
+    assert content.state_of(tmp_path, ["a"]) == state
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENXIO])
+def test_what_lasts_is_not_tried_again(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = failing(monkeypatch, "a", OSError(number, os.strerror(number)))
+    assert content.of_file(tmp_path / "a") == "unreadable"
+    assert len(tries) == 1
+
+
+def test_a_file_that_may_be_read_from_now_on_has_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times may be the same: of a user who is let into a group."""
+    (tmp_path / "a").write_text("x")
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "a", PermissionError(errno.EACCES, "Permission denied"))
+        meanwhile.setattr(os, "access", lambda *_, **__: False)
+        forbidden = content.of_files(tmp_path, ["a"], tmp_path / "memory")
+        assert content.of_files(tmp_path, ["a"], tmp_path / "memory") == forbidden
+    assert content.of_files(tmp_path, ["a"], tmp_path / "memory") != forbidden

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from fedclip_flwr import ahead, clip
 from fedclip_flwr.config import Settings
+from fedclip_flwr.data.folder import ImageFolder
+from fedclip_flwr.errors import ReadError
 from fedclip_flwr.features import Encoded, open_features
+from tests.failing import failing
 
 ENCODE = """
 import os, signal, sys
@@ -83,6 +87,24 @@ def test_after_a_kill_one_batch_at_most_is_encoded_twice(
     assert code == -9
     again, found = resumed(tree, tmp_path / "store")
     assert 12 <= first + again <= 12 + 2
+    assert found == expected
+
+
+def test_after_an_image_that_could_not_be_read_encoding_goes_on_where_it_was(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip, "PART", 2)
+    _, expected = resumed(tree, tmp_path / "other")
+    last = list(ImageFolder(tree).pictures("photo"))[-1].name
+    (tree / last).rename(tree / "photo" / "fish" / "last.png")
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "last.png", OSError(errno.EIO, "Input/output error"), after=1)
+        made = opened(tree)
+        with pytest.raises(ReadError, match=r"last.png can't be read now"):
+            made.examples("photo")
+        assert made.stored("photo") == 8
+    again, found = resumed(tree, tree / "store")
+    assert again == 4
     assert found == expected
 
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import LONGEST, UserError
+from fedclip_flwr.errors import LONGEST, ReadError, UserError
 
 
 def test_what_a_file_is_called_breaks_no_line_and_steers_no_terminal() -> None:
@@ -24,3 +25,10 @@ def test_several_problems_have_a_line_each_also_after_a_journey_between_processe
     assert len(str(error).splitlines()) == 1 + len({**problems, **found})
     assert "\x1b" not in str(error)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_an_error_of_a_file_comes_whole_from_another_process() -> None:
+    error = ReadError(Path("cat/0.png"), "can't be read now", "try again")
+    there = pickle.loads(pickle.dumps(error))
+    assert str(there) == str(error) == "cat/0.png can't be read now: try again"
+    assert there.unnamed == "a file can't be read now: try again"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import Classes, Examples, logits_of
 from fedclip_flwr.precompute import encode
+from tests.failing import failing
 from tests.learnt import saved_adapter, strong_adapter
 
 
@@ -92,6 +94,13 @@ def test_what_cant_be_read_has_a_line_and_the_others_too(folder: Path, tree: Pat
     assert f"1 can't be read: {broken}" in told.splitlines()[-1]
     _, lines, _ = run(broken, "-a", folder, "--json")
     assert json.loads(lines) == {"image": str(broken), "error": "can't be read"}
+
+
+def test_one_that_cannot_be_read_now_has_a_line_too(folder: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, "3.png", OSError(errno.EIO, "Input/output error"))
+    code, lines, _ = run(tree / "photo" / "car", "-a", folder)
+    assert code == 1
+    assert [row["error"] for row in csv.DictReader(io.StringIO(lines))] == [""] * 3 + ["can't be read"]
 
 
 def test_names_come_from_the_standard_input_too(folder: Path, tree: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fedclip_flwr import content, hub
 from fedclip_flwr.config import PLACES, place_of
 from fedclip_flwr.data import FIND, Columns, Picture
-from fedclip_flwr.data.images import content_of, decoded, read
+from fedclip_flwr.data.images import changed, content_of, known, read
 from fedclip_flwr.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -84,11 +84,12 @@ class DataSet:
         self._columns = columns
         self._name = place_of(name)[1].rstrip("/").rpartition("/")[2] or "images"
         files = sorted(os.path.relpath(path, root) for path in root.rglob("*") if path.is_file())
-        state = content.state_of(root, files, self._name, *self._columns)
-        facts = json.loads(content.remembered(state, lambda: json.dumps(self._look()), content.memory()))
+        self._state = content.state_of(root, files, self._name, *self._columns)
+        facts = json.loads(content.remembered(self._state, lambda: json.dumps(self._look()), content.memory()))
         self.class_names = tuple(facts["class_names"])
         self._domains: Mapping[str, dict[str, Any]] = facts["domains"]
         self.domains = tuple(sorted(self._domains))
+        self._fit: set[str] = set()
 
     def content(self, domain: str) -> str:
         return str(self._domains[domain]["content"])
@@ -97,9 +98,14 @@ class DataSet:
         return int(self._domains[domain]["count"])
 
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
-        table, rows = self._opened, self._rows[domain]
-        for label, _, number in rows[start:stop]:
-            yield Picture(f"row {number}", label, decoded(table.image(number)))
+        if domain not in self._fit:
+            if self.content(domain) != _content_of(self._rows.get(domain, [])):
+                content.forget(self._state, content.memory())
+                raise changed(f"one of the images in {self._root}")
+            self._fit.add(domain)
+        for label, hashed, number in self._rows[domain][start:stop]:
+            image = known(f"{self._root}: row {number}", self._opened.image(number), hashed)
+            yield Picture(f"row {number}", label, image)
 
     def _look(self) -> dict[str, Any]:
         """What is to be remembered of the data set."""
@@ -110,10 +116,7 @@ class DataSet:
             raise UserError(f"{self._told}: only one class there; expected at least two")
         if without := len(self._opened.labels) - sum(map(len, rows.values())):
             log.warning("%s: %s rows without a label or a domain are left out", self._told, f"{without:,}")
-        domains = {
-            domain: {"count": len(own), "content": content_of((row.label, row.mark) for row in own)}
-            for domain, own in rows.items()
-        }
+        domains = {domain: {"count": len(own), "content": _content_of(own)} for domain, own in rows.items()}
         return {"class_names": self._opened.class_names, "domains": domains}
 
     @cached_property
@@ -140,6 +143,10 @@ class DataSet:
         return {domain: sorted(rows) for domain, rows in found.items()}
 
 
+def _content_of(rows: Iterable[Row]) -> str:
+    return content_of((row.label, row.mark) for row in rows)
+
+
 class _Table:
     """An opened data set: images by row, and the class number and the domain of each row, None where it has none."""
 
@@ -150,6 +157,7 @@ class _Table:
             loaded = datasets.load_from_disk(str(root))
         else:
             loaded = datasets.load_dataset(str(root))
+        self._root = root
         splits = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
         alike = [split for split in splits if split.features == splits[0].features]
         table = datasets.concatenate_datasets(alike)
@@ -165,7 +173,8 @@ class _Table:
 
     def image(self, row: int) -> bytes:
         """As it is stored; empty if there is none."""
-        stored = self._images[row][self._image] or {"bytes": b""}
+        name = f"{self._root}: row {row}"
+        stored = content.patiently(name, lambda: self._images[row][self._image]) or {"bytes": b""}
         if stored["bytes"] is not None:
             return bytes(stored["bytes"])
         return read(Path(stored["path"])) if stored["path"] else b""

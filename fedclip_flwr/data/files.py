@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from fedclip_flwr.content import digest
+from fedclip_flwr import content
 from fedclip_flwr.data import Picture
 from fedclip_flwr.data.folder import ENDINGS
 from fedclip_flwr.data.images import decoded, mark, read
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import ReadError, UserError
 
 
 def find_images(places: Iterable[str]) -> list[str]:
@@ -52,11 +53,15 @@ class Files:
         self._paths = paths
 
     def content(self, domain: str) -> str:
-        return digest(*(mark(Path(path)) for path in self._paths))
+        return content.digest(*(mark(Path(path)) for path in self._paths))
 
     def count(self, domain: str) -> int:
         return len(self._paths)
 
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
         for number, path in enumerate(self._paths[start:stop], start):
-            yield Picture(path, number, decoded(read(Path(path))))
+            try:
+                image = content.patiently(path, partial(decoded, read(Path(path))))
+            except ReadError:  # nothing is stored: who asks for it again gets it, once it can be read
+                image = None
+            yield Picture(path, number, image)

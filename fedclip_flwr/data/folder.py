@@ -10,10 +10,9 @@ from itertools import filterfalse
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from fedclip_flwr import content
 from fedclip_flwr.console import counted
 from fedclip_flwr.data import Picture
-from fedclip_flwr.data.images import content_of, decoded, mark, read
+from fedclip_flwr.data.images import ImageFiles
 from fedclip_flwr.errors import UserError, shown
 
 log = logging.getLogger(__name__)
@@ -39,14 +38,17 @@ class ImageFolder:
         if len(depths) > 1:
             one, other = (next(path for path in found if len(path.parts) == depth) for depth in (2, 3))
             raise UserError(f"{told}: images at different depths, such as {one} and {other}; expected {LAYOUTS}")
-        self._files: dict[str, list[tuple[str, str]]] = {}
+        files_of: dict[str, list[tuple[str, str]]] = {}
         for path in found:
             domain = path.parts[0] if depths == {3} else root.name or "images"
-            self._files.setdefault(domain, []).append((str(path), path.parts[-2]))
-        self.domains = tuple(sorted(self._files))
-        self.class_names = tuple(sorted({label for files in self._files.values() for _, label in files}))
-        self._numbers = {label: number for number, label in enumerate(self.class_names)}
-        self._sorted: dict[str, list[tuple[int, str, str]]] = {}
+            files_of.setdefault(domain, []).append((str(path), path.parts[-2]))
+        self.domains = tuple(sorted(files_of))
+        self.class_names = tuple(sorted({label for files in files_of.values() for _, label in files}))
+        numbers = {label: number for number, label in enumerate(self.class_names)}
+        self._files = {
+            domain: ImageFiles(root, [(name, numbers[label]) for name, label in files])
+            for domain, files in files_of.items()
+        }
         if len(self.class_names) < 2:
             raise UserError(
                 f"{told}: only one class ({self.class_names[0]}) there; expected at least two, as {LAYOUTS}"
@@ -54,27 +56,13 @@ class ImageFolder:
 
     def content(self, domain: str) -> str:
         """Of the images, and of the class numbers that they have in this tree."""
-        names, numbers = zip(*((name, str(self._numbers[label])) for name, label in self._files[domain]), strict=True)
-        return content.remembered(
-            content.state_of(self._root, names, *numbers),
-            lambda: content_of((label, hashed) for label, hashed, _ in self._rows(domain)),
-            content.memory(),
-        )
+        return self._files[domain].content
 
     def count(self, domain: str) -> int:
         return len(self._files[domain])
 
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
-        for label, _, name in self._rows(domain)[start:stop]:
-            yield Picture(name, label, decoded(read(self._root / name)))
-
-    def _rows(self, domain: str) -> list[tuple[int, str, str]]:
-        """The images' class numbers, hashes and names, in that order; the files are read for it once."""
-        if domain not in self._sorted:
-            self._sorted[domain] = sorted(
-                (self._numbers[label], mark(self._root / name), name) for name, label in self._files[domain]
-            )
-        return self._sorted[domain]
+        return self._files[domain].pictures(start, stop)
 
 
 def _files(root: Path, depth: int, links: bool = True) -> Iterator[PurePosixPath]:

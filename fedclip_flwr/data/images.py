@@ -6,7 +6,8 @@ Whoever made the file may wish us ill: a few bytes can claim to be more pixels t
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fedclip_flwr import content
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.content import UNREADABLE
+from fedclip_flwr.data import Picture
+from fedclip_flwr.errors import ReadError, UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What Pillow may take it for: others start programs (EPS), or are nothing that images of data sets are kept in."""
@@ -26,30 +29,34 @@ LONGEST = 100
 """So many times as long as wide: a model's processor would make the short side fit first."""
 STRIP = 2**22
 """So many pixels at once are put on white."""
+OUT_OF_MEMORY = "out of memory"
+"""How Pillow tells of a decoder's error that is not the data's."""
 SCANNED = 2**31
 """Pixels of a JPEG, times its scans: each is drawn over all of it, also if there is nothing in it. Usual are 10."""
 
 
 def read(path: Path) -> bytes:
-    """The image's file; nothing if it can't be read."""
+    """The image's file; nothing if there is none to read (`content.LASTING`). `ReadError` if it can't be read now."""
     try:
-        return content.read_bytes(path, MOST_BYTES)
+        return content.patiently(path, lambda: content.read_bytes(path, MOST_BYTES))
     except OSError:
         return b""
 
 
 def mark(path: Path) -> str:
-    """The hash of the image's file; the same word for all that `read` does not read."""
+    """The hash of the image's file; the same word for all of which `read` gives nothing."""
     try:
-        if path.stat().st_size <= MOST_BYTES:
-            return content.of_file(path)
+        size = content.patiently(path, path.stat).st_size
     except OSError:
-        pass
-    return "unreadable"
+        return UNREADABLE
+    return content.of_file(path) if size <= MOST_BYTES else UNREADABLE
 
 
 def decoded(data: bytes) -> Image.Image | None:
-    """The image upright and in RGB, what is transparent on white; None if it can't be read."""
+    """The image upright and in RGB, what is transparent on white; None if that is no image.
+
+    What the machine lacks (memory, open files) is raised: the data may be those of an image all the same.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if not _reasonable(image, data):
@@ -57,8 +64,23 @@ def decoded(data: bytes) -> Image.Image | None:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
-    except Exception:  # decoders raise whatever they like on damaged files
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or OUT_OF_MEMORY in str(error):
+            raise
         return None
+
+
+def known(name: object, data: bytes, hashed: str) -> Image.Image | None:
+    """The same of data that had that hash when they were looked at: what is made of them is stored under it."""
+    if content.of_bytes(data) != hashed:
+        raise changed(name)
+    return content.patiently(name, partial(decoded, data))
+
+
+def changed(name: object) -> ReadError:
+    return ReadError(
+        name, "is not what it was a while ago", "see that it is there and that nobody writes to it, then try again"
+    )
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -120,3 +142,43 @@ def _on_white(image: Image.Image) -> Image.Image:
 def content_of(rows: Iterable[tuple[int, str]]) -> str:
     """The hash of images, given by class number and hash of the bytes: whatever their names and places are."""
     return content.digest(*(f"{label} {mark}" for label, mark in sorted(rows)))
+
+
+class ImageFiles:
+    """The image files of a domain: their order and their content follow from images and class numbers alone."""
+
+    def __init__(self, root: Path, files: Sequence[tuple[str, int]]) -> None:
+        """`files` are names below `root`, each with the number of its class."""
+        self._root, self._files = root, files
+        self._content = self._state = ""
+        self._rows: list[tuple[int, str, str]] = []
+        self._fit = False
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def content(self) -> str:
+        """The hash of the images and their class numbers, remembered; it stays the same as long as this object does."""
+        if not self._content:
+            names, numbers = zip(*((name, str(number)) for name, number in self._files), strict=True)
+            self._state = content.state_of(self._root, names, *numbers)
+            self._content = content.remembered(self._state, self._content_of_rows, content.memory())
+        return self._content
+
+    def pictures(self, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        """Those rows. Raises if they are no longer those that `content` is of: it is what they are stored under."""
+        if not self._fit:
+            if self.content != self._content_of_rows():
+                content.forget(self._state, content.memory())
+                raise changed(f"one of the images in {self._root}")
+            self._fit = True
+        for number, hashed, name in self._rows[start:stop]:
+            path = self._root / name
+            yield Picture(name, number, None if hashed == UNREADABLE else known(path, read(path), hashed))
+
+    def _content_of_rows(self) -> str:
+        """The files are read for it once."""
+        if not self._rows:
+            self._rows = sorted((number, mark(self._root / name), name) for name, number in self._files)
+        return content_of((number, hashed) for number, hashed, _ in self._rows)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import torch
 from fedclip_flwr.data import Columns, open_source
 from fedclip_flwr.data.dataset import DataSet
 from fedclip_flwr.data.folder import ImageFolder
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import ReadError, UserError
+from tests.failing import failing
 
 CLASSES = ["fish", "car", "cat"]
 
@@ -83,6 +85,32 @@ def test_images_with_a_file_that_describes_them(tree: Path, tmp_path: Path) -> N
     source, _ = open_source(f"folder:{tmp_path}")
     assert source.domains == ("cartoon", "photo")
     assert source.content("photo") == ImageFolder(tree).content("photo")
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_image_of_a_data_set_that_cannot_be_read_now_is_an_error_and_nothing_is_lost(
+    tree: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted((tree / "photo").rglob("*.png"))
+    lines = [json.dumps({"file_name": f"{i}.png", "label": path.parent.name}) for i, path in enumerate(paths)]
+    for i, path in enumerate(paths):
+        shutil.copy(path, tree / f"{i}.png")
+    shutil.rmtree(tree / "cartoon")
+    shutil.rmtree(tree / "photo")
+    (tree / "metadata.jsonl").write_text("\n".join(lines))
+
+    def images() -> list[bytes]:
+        return [picture.image.tobytes() for picture in DataSet(tree, "tree").pictures("tree") if picture.image]
+
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "7.png", OSError(errno.ESTALE, "Stale file handle"), after=after)
+        with pytest.raises(ReadError, match=r"7.png can't be read now"):
+            images()
+    whole = images()
+    assert len(whole) == 12
+    failing(monkeypatch, "7.png", PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(ReadError, match=r"one of the images in .* is not what it was"):
+        images()
 
 
 def opened(made: datasets.Dataset, tmp_path: Path, columns: Columns = Columns()) -> DataSet:  # noqa: B008

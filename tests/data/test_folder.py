@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -11,8 +12,9 @@ from PIL import Image
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data import Columns, open_source, pick_holdout
 from fedclip_flwr.data.folder import ImageFolder
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.errors import ReadError, UserError
 from fedclip_flwr.features import open_features
+from tests.failing import failing
 
 
 def test_a_tree_is_read_in_sorted_order(tree: Path) -> None:
@@ -155,6 +157,83 @@ def test_the_content_tells_class_numbers_apart(tree: Path, tmp_path: Path) -> No
     before = ImageFolder(tree).content("photo")
     (tree / "cartoon" / "bird").mkdir()
     shutil.copy(tree / "cartoon" / "cat" / "0.png", tree / "cartoon" / "bird")
+    assert ImageFolder(tree).content("photo") != before
+
+
+IO = OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def image_of(tree: Path, name: str) -> Path:
+    """An image with a name that no other one has."""
+    return (tree / "photo" / "cat" / "0.png").rename(tree / "photo" / "cat" / name)
+
+
+def labels(tree: Path) -> list[int]:
+    features = open_features(Settings(data=f"folder:{tree}"), root=tree / "store", progress=False)
+    return features.examples("photo").labels.tolist()
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_image_that_cannot_be_read_for_a_moment_is_not_left_out(
+    tree: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when the content is looked at, nor when it is encoded."""
+    image_of(tree, "a.png")
+    tries = failing(monkeypatch, "a.png", IO, after=after, times=2)
+    assert labels(tree) == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(tries) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "after"), [(IO, 0), (IO, 1), (FileNotFoundError(errno.ENOENT, "gone"), 1), (MemoryError(), 1)]
+)
+def test_one_that_cannot_be_read_at_all_now_is_an_error_and_nothing_is_lost(
+    tree: Path, error: Exception, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the error is, an image that could be read when the content was looked at is not left out of it."""
+    path = image_of(tree, "a.png")
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "a.png", error, after=after)
+        with pytest.raises(ReadError, match=f"^{path} ") as told:
+            labels(tree)
+    assert "\n" not in str(told.value)
+    assert not list((tree / "store").glob("*/images-*.safetensors"))
+    assert labels(tree) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_what_is_left_out_for_want_of_permission_is_encoded_once_it_may_be_read(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_of(tree, "a.png")
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "a.png", PermissionError(errno.EACCES, "Permission denied"))
+        meanwhile.setattr(os, "access", lambda path, *_, **__: Path(path).name != "a.png")
+        assert labels(tree) == [0] * 4 + [1] * 3 + [2] * 4
+    assert labels(tree) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_images_that_are_no_longer_those_whose_content_is_remembered_are_not_stored_under_it(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_of(tree, "a.png")
+    whole = ImageFolder(tree).content("photo")
+    source = ImageFolder(tree)
+    with monkeypatch.context() as meanwhile:
+        failing(meanwhile, "a.png", PermissionError(errno.EACCES, "Permission denied"))
+        with pytest.raises(ReadError, match=r"one of the images in .* is not what it was a while ago"):
+            list(source.pictures("photo"))
+    assert ImageFolder(tree).content("photo") == whole
+
+
+def test_an_image_that_is_written_to_meanwhile_is_not_stored_under_its_old_content(tree: Path) -> None:
+    path, other = image_of(tree, "a.png"), tree / "photo" / "cat" / "1.png"
+    source = ImageFolder(tree)
+    before, rows = source.content("photo"), source.pictures("photo")
+    assert next(rows).image is not None
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(ReadError, match=f"^{path} is not what it was a while ago: see that .* nobody writes to it"):
+        list(rows)
+    assert source.content("photo") == before
     assert ImageFolder(tree).content("photo") != before
 
 

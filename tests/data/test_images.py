@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from fedclip_flwr.data import images
 from fedclip_flwr.data.images import content_of, decoded, mark, read
+from fedclip_flwr.errors import ReadError
+from tests.failing import failing
 
 
 def stored(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -113,6 +116,21 @@ def test_what_cannot_be_read_is_none(data: bytes) -> None:
     assert decoded(data) is None
 
 
+LACKS = [MemoryError(), OSError(errno.EMFILE, "Too many open files"), ImageFile._get_oserror(-9, encoder=False)]
+
+
+@pytest.mark.parametrize("error", LACKS)
+def test_what_the_machine_lacks_makes_no_image_a_broken_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored(Image.new("RGB", (4, 4)), "BMP")
+
+    def lacks(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lacks)
+    with pytest.raises(type(error)):
+        decoded(data)
+
+
 def png(width: int, height: int) -> bytes:
     """All black, in a thousandth of its size."""
 
@@ -161,6 +179,17 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         file.truncate(2**40)
     for path in tmp_path.iterdir():
         assert (read(path), mark(path)) == (b"", "unreadable")
+
+
+def test_a_file_that_cannot_be_read_now_is_not_one_without_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    failing(monkeypatch, "a.png", OSError(errno.EIO, "Input/output error"), times=6)
+    for look in (read, mark):
+        with pytest.raises(ReadError, match=r"a.png can't be read now \(Input/output error\)"):
+            look(tmp_path / "a.png")
+    assert read(tmp_path / "a.png") == b"x"
 
 
 def test_the_content_does_not_depend_on_the_order() -> None:
