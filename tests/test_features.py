@@ -309,6 +309,14 @@ def test_several_prompts_are_averaged(tree: Path) -> None:
     torch.testing.assert_close(both, torch.nn.functional.normalize(one + other, dim=-1))
 
 
+def test_the_same_prompts_are_other_classes_with_another_number_of_templates(tree: Path) -> None:
+    """Three classes with two templates each, and six classes with one: the same six texts in the same order."""
+    three = opened(tree, prompt="a {}|{}")
+    six = opened(tree, prompt="{}", class_names="a car,a cat,a fish,car,cat,fish")
+    assert three.vocabulary.prompts == six.vocabulary.prompts
+    assert (len(three.classes.text), len(six.classes.text)) == (3, 6)
+
+
 def test_other_class_names_number_the_stored_labels_anew(tree: Path, no_encoding: Callable[[], None]) -> None:
     opened(tree).examples("photo")
     assert len(opened(tree, class_names="fish,car,emu,cat").classes.text) == 4
@@ -451,6 +459,19 @@ def test_the_content_of_features_follows_all_that_they_are_made_of(tree: Path, t
     others += [opened(tree).content, open_features(settings).content]
     save_file({"image_features": torch.ones(1, 3), "labels": torch.tensor([0])}, folder / "b.safetensors")
     assert len({first, *others, open_features(settings).content}) == 7
+
+
+def test_the_content_of_features_follows_the_numbers_of_the_classes(tree: Path) -> None:
+    """The same images in the same folders; once `cat` is what the first folder holds, once what the second does."""
+    own = opened(tree, class_names="cat,car,fish")
+    first, before = own.examples("photo").labels[0], own.content
+    for domain in own.domains:
+        for number, name in enumerate(("car", "cat", "fish")):
+            (tree / domain / name).rename(tree / domain / f"class {number}")
+    other = opened(tree, class_names="cat,car,fish")
+    assert own.vocabulary == other.vocabulary
+    assert (first, other.examples("photo").labels[0]) == (1, 0)
+    assert before != other.content
 
 
 def test_what_is_opened_twice_is_read_once_and_broken_images_are_told_once(
