@@ -15,6 +15,7 @@ can't raise it. The longer one says what is left out: so the shorter half can ha
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median_high, median_low
@@ -36,13 +37,15 @@ BEYOND = 10.0
 class Mean:
     """The weighted mean of adapters' tensors, each added as it comes and let go of.
 
-    The sum is made of whole multiples of 2⁻³⁶ in 64 bits, of 2¹² times as much where the weights that can come together
-    (`most`) are more than 2¹², and so on. So the order in which they come changes no bit, and float32's precision is
-    kept. Each may belong to a group, whose part of the mean can be scaled in the end.
+    The sum is made of whole multiples of 2⁻³⁶. So the order in which they come changes no bit, and float32's precision
+    is kept. A sum of 64 bits has room for weights of 2¹² in all; what comes after those is split into a lower part of
+    40 bits and an upper one, with a sum for each: they overflow no earlier than with 4 million sites of 10⁹ examples.
+    Each state may belong to a group, whose part of the mean can be scaled in the end.
     """
 
     LARGEST = 2.0**14
     """Of a tensor's numbers: so large a one would not fit."""
+    UNIT, ROOM, SPLIT = 2.0**36, 2.0**12, 40
 
     @classmethod
     def check(cls, state: Mapping[str, Tensor]) -> None:
@@ -52,19 +55,26 @@ class Mean:
             if not (least > -cls.LARGEST and most < cls.LARGEST):  # also where one is not a number
                 raise UserError(f"{name}: numbers of {cls.LARGEST:,.0f} and more can't be averaged")
 
-    def __init__(self, like: Mapping[str, Tensor], most: float) -> None:
-        self._like, self._unit = like, 2.0 ** (62 - 14 - 12 * math.ceil(math.log2(max(most, 2.0)) / 12))
-        self._sums: dict[int, State] = {}
-        self._weights: dict[int, float] = {}
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self._like, self._room = like, self.ROOM
         self._parts = {name: torch.empty_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
         self._whole = {name: torch.empty_like(tensor, dtype=torch.int64) for name, tensor in like.items()}
+        self._lower, self._upper = (defaultdict[int, State](self._zeros) for _ in range(2))
+        self._weights: dict[int, float] = {}
+
+    def _zeros(self) -> State:
+        return {name: torch.zeros_like(whole) for name, whole in self._whole.items()}
 
     def add(self, state: Mapping[str, Tensor], weight: float = 1.0, group: int = 0) -> None:
-        if group not in self._sums:
-            self._sums[group] = {name: torch.zeros_like(whole) for name, whole in self._whole.items()}
-        for name, total in self._sums[group].items():  # in memory that is used again: to get new one takes longer
-            part = self._parts[name].copy_(state[name]).mul_(weight * self._unit).round_()
-            total += self._whole[name].copy_(part)
+        fits = weight <= self._room
+        if fits:
+            self._room -= weight
+        for name, lower in self._lower[group].items():  # in memory that is used again: to get new one takes longer
+            part = self._parts[name].copy_(state[name]).mul_(weight * self.UNIT).round_()
+            if not fits:
+                self._upper[group][name] += self._whole[name].copy_(part.mul_(2.0**-self.SPLIT))
+                part.frac_().mul_(2.0**self.SPLIT)
+            lower += self._whole[name].copy_(part)
         self._weights[group] = self._weights.get(group, 0.0) + weight
 
     @property
@@ -77,16 +87,24 @@ class Mean:
 
     def scaled(self, shares: Mapping[int, float], base: Mapping[str, Tensor]) -> State:
         """The mean in which of some groups only such a share counts, the rest being the `base`; with 0 they are out."""
-        kept = {group: shares.get(group, 1.0) for group in self._sums if shares.get(group, 1.0)}
-        whole = math.fsum(self._weights[group] for group in kept) * self._unit
+        kept = {group: shares.get(group, 1.0) for group in self._weights if shares.get(group, 1.0)}
+        whole = math.fsum(self._weights[group] for group in kept) * self.UNIT
         mean = {}
         for name, like in self._like.items():
-            total = sum((self._sums[g][name] for g in kept if kept[g] == 1), self._whole[name].zero_()).double()
+            total = self._sum_of([group for group in kept if kept[group] == 1], name)
             for group in sorted(group for group in kept if kept[group] != 1):
-                total += kept[group] * self._sums[group][name].double()
-                total += (1 - kept[group]) * self._weights[group] * self._unit * base[name].double()
+                total += kept[group] * self._sum_of([group], name)
+                total += (1 - kept[group]) * self._weights[group] * self.UNIT * base[name].double()
             mean[name] = (total / whole).to(like.dtype)
         return mean
+
+    def _sum_of(self, groups: Sequence[int], name: str) -> Tensor:
+        """The groups' sum, to the same bits however it came to be split."""
+        lower = sum((self._lower[group][name] for group in groups), self._whole[name].zero_())
+        if not self._upper:
+            return lower.double()
+        upper = sum((self._upper[group][name] for group in groups if group in self._upper), lower >> self.SPLIT)
+        return upper.double().mul_(2.0**self.SPLIT).add_(lower & (2**self.SPLIT - 1))
 
 
 class Gathered(NamedTuple):
@@ -107,8 +125,8 @@ class Gathering(Protocol):
         """What comes of all."""
 
 
-Gather = Callable[[State, float], Gathering]
-"""Begins a gathering, with what the sites were sent and how much they can weigh together."""
+Gather = Callable[[State], Gathering]
+"""Begins a gathering, with what the sites were sent."""
 
 
 def length_of(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
@@ -168,8 +186,8 @@ class Verdict(NamedTuple):
 class Sums:
     """The mean, with a limit to how long an update may be."""
 
-    def __init__(self, sent: State, most: float, limit: float) -> None:
-        self._sent, self._mean, self._lengths = sent, Mean(sent, most), Lengths(limit)
+    def __init__(self, sent: State, limit: float) -> None:
+        self._sent, self._mean, self._lengths = sent, Mean(sent), Lengths(limit)
 
     def add(self, site: str, state: State, weight: float) -> None:
         self._mean.add(state, weight, self._lengths.measure(site, state, self._sent))
@@ -186,7 +204,7 @@ Rule = Callable[[Sequence[State]], State]
 class Held:
     """All updates, scaled down or left out in the same way, from which a rule makes one."""
 
-    def __init__(self, sent: State, most: float, limit: float, rule: Rule) -> None:
+    def __init__(self, sent: State, limit: float, rule: Rule) -> None:
         self._sent, self._lengths, self._rule = sent, Lengths(limit), rule
         self._updates: dict[str, tuple[int, State]] = {}
 

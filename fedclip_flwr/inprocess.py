@@ -158,7 +158,7 @@ def federate(
         before = shared.on_cpu()
         drawn = drawn_by_lot(able, settings.fraction_train, settings.seed, number + 1)
         weights = bounded({name: weight(able[name]) for name in drawn}, settings.max_site_weight)
-        gathering = gather(before, sum(weights.values()))
+        gathering = gather(before)
         for name in drawn:
             own = copy.deepcopy(shared)
             learn(own, able[name], classes, settings, number + 1)

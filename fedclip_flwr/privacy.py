@@ -80,8 +80,8 @@ def of_sum(mean: State, base: Mapping[str, Tensor], sites: int, settings: Settin
 class Noised:
     """The mean of updates that are cut to the norm, with noise: as much as hides the site that weighs most."""
 
-    def __init__(self, sent: State, most: float, norm: float, noise_multiplier: float) -> None:
-        self._sent, self._mean = sent, Mean(sent, most)
+    def __init__(self, sent: State, norm: float, noise_multiplier: float) -> None:
+        self._sent, self._mean = sent, Mean(sent)
         self._norm, self._multiplier, self._heaviest = norm, noise_multiplier, 0.0
 
     def add(self, site: str, state: State, weight: float) -> None:

@@ -114,7 +114,7 @@ class AdapterFedAvg(FedAvg):
         """What comes of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
         asked, self._asked = self._asked, []  # the next round may ask nobody, without `configure_train`
         weights = bounded({site: self._claims(site) for site in asked}, self._most)
-        gathering = self._gather(self._sent, sum(weights.values()))
+        gathering = self._gather(self._sent)
 
         def take(site: str, report: Report, state: State) -> None:
             if site not in weights:

@@ -13,11 +13,10 @@ from fedclip_flwr.config import ROBUST, Settings
 from fedclip_flwr.errors import UserError
 
 
-def mean(states: Sequence[Tensor], weights: Sequence[float] = (), most: float = 0.0) -> Tensor:
-    shares = weights or [1.0] * len(states)
-    made = Mean({"a": states[0]}, most or sum(shares))
-    for state, weight in zip(states, shares, strict=True):
-        made.add({"a": state}, weight)
+def mean(states: Sequence[Tensor], weights: Sequence[float] = (), groups: Sequence[int] = ()) -> Tensor:
+    made, same = Mean({"a": states[0]}), [1] * len(states)
+    for state, weight, group in zip(states, weights or same, groups or same, strict=True):
+        made.add({"a": state}, weight, group)
     return made.value["a"]
 
 
@@ -25,7 +24,6 @@ def test_means_by_hand() -> None:
     states = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])]
     assert mean(states).tolist() == [2.5, 5.0]
     assert mean(states, [10, 20]).tolist() == [3.0, 6.0]
-    assert mean(states, [10, 20], most=1e4).tolist() == [3.0, 6.0]  # most of the sites did not answer
     assert mean(states).dtype == torch.float32
 
 
@@ -42,10 +40,29 @@ def test_in_a_mean_the_order_changes_no_bit_and_no_precision_is_lost() -> None:
         assert there[column].item() == pytest.approx(float(true), rel=1e-7)
 
 
-def test_sites_that_do_not_answer_change_no_bit_of_a_mean() -> None:
-    states = [*torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(mean(states), mean(states, most=8))
-    assert torch.equal(mean(states, [300, 5, 41]), mean(states, [300, 5, 41], most=4000))
+@pytest.mark.parametrize("weights", [[4096] * 3, [4095, 2, 4095], [1, 10**9], [10**9] * 9, [0.3] * 5 + [9000.5] * 3])
+def test_no_sum_overflows_however_much_sites_weigh(weights: list[float]) -> None:
+    """The largest number with each of these weights, in one group and in one for each."""
+    largest = torch.tensor([Mean.LARGEST - 2**-10, -(Mean.LARGEST - 2**-10)])
+    assert largest.abs().max() < Mean.LARGEST
+    for groups in ([], list(range(len(weights)))):
+        assert torch.equal(mean([largest] * len(weights), weights, groups), largest)
+
+
+def test_what_weighs_little_keeps_its_precision_beside_what_weighs_a_billion_times_as_much() -> None:
+    huge, small = torch.tensor([1e-4, 0.0]), torch.tensor([0.0, -1e-4])
+    for states, weights in (([huge, small], [10**9, 1]), ([small, huge], [1, 10**9])):
+        assert mean(states, weights).tolist() == pytest.approx([1e-4, -1e-13], rel=1e-3)
+
+
+def test_how_sums_were_split_changes_no_bit() -> None:
+    """A heavy one first leaves room for light ones, and the other way round; in groups that room is shared."""
+    states = [*torch.randn(6, 5000, generator=torch.Generator().manual_seed(0))]
+    weights, groups = [3000, 3000, 1, 10**7, 0.1, 1000], [1, 2, 1, 2, 3, 3]
+    found = mean(states, weights)
+    assert torch.equal(found, mean(states[::-1], weights[::-1]))
+    assert torch.equal(found, mean(states, weights, groups))
+    assert torch.equal(found, mean(states[::-1], weights[::-1], groups[::-1]))
 
 
 SENT = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[2.0]])}
@@ -56,10 +73,10 @@ def moved(*by: float) -> dict[str, Tensor]:
     return {"a": SENT["a"] + torch.tensor(by[:2]), "b": SENT["b"] + by[2]}
 
 
-def gathered(updates: Mapping[str, Sequence[float]], limit: float = 2.0) -> Gathered:
-    gathering = Sums(SENT, len(updates), limit)
+def gathered(updates: Mapping[str, Sequence[float]], limit: float = 2.0, weight: float = 1.0) -> Gathered:
+    gathering = Sums(SENT, limit)
     for site, update in updates.items():
-        gathering.add(site, moved(*update), 1.0)
+        gathering.add(site, moved(*update), weight)
     return gathering.close()
 
 
@@ -80,9 +97,10 @@ def test_updates_within_the_limit_count_whole() -> None:
     assert (dict(found.left_out), list(found.scaled)) == ({}, [])
 
 
-def test_longer_updates_come_out_at_the_limit_or_at_most_a_step_below() -> None:
+@pytest.mark.parametrize("weight", [1.0, 10.0**9])
+def test_longer_updates_come_out_at_the_limit_or_at_most_a_step_below(weight: float) -> None:
     """The limit is 2, the fourth step. 5 lies within the tenth, and is scaled down by six steps."""
-    found = gathered({"one": (1, 0, 0), "two": (1, 0, 0), "three": (1, 0, 0), "far": (0, -5, 0)})
+    found = gathered({"one": (1, 0, 0), "two": (1, 0, 0), "three": (1, 0, 0), "far": (0, -5, 0)}, weight=weight)
     assert flat(found) == pytest.approx([3 / 4, -5 / 2**1.5 / 4, 0.0])
     assert 2 / 2**0.25 < 5 / 2**1.5 <= 2
     assert list(found.scaled) == ["far"]
@@ -128,7 +146,7 @@ def test_sites_that_send_back_what_they_got_crash_nothing_and_shift_no_limit() -
     assert flat(gathered({"echo": (0, 0, 0)})) == [0, 0, 0]
     found = gathered({"echo": (0, 0, 0), "other": (0, 0, 0), "more": (0, 0, 0), "one": (4, 0, 0)})
     assert flat(found) == [1, 0, 0]
-    assert Sums(SENT, 2.0, 2.0).close() == Gathered(None, {}, [])
+    assert Sums(SENT, 2.0).close() == Gathered(None, {}, [])
 
 
 def test_in_whatever_order_updates_come_no_bit_changes() -> None:
@@ -142,7 +160,7 @@ def test_in_whatever_order_updates_come_no_bit_changes() -> None:
 
 
 def test_numbers_that_would_overflow_are_refused_and_change_nothing() -> None:
-    made = Sums(SENT, 2, 3.0), Held(SENT, 2, 3.0, lambda updates: updates[0])
+    made = Sums(SENT, 3.0), Held(SENT, 3.0, lambda updates: updates[0])
     for gathering in made:
         gathering.add("one", moved(1.0, 0.0, 0.0), 1.0)
         for bad in (Mean.LARGEST, -1e30, float("nan")):
@@ -153,7 +171,7 @@ def test_numbers_that_would_overflow_are_refused_and_change_nothing() -> None:
 
 def robust(strategy: str, updates: Sequence[Sequence[float]], limit: float = 0.0, **settings: float) -> list[float]:
     how = Settings(strategy=strategy, max_update_norm=limit, **settings)  # type: ignore[arg-type]
-    gathering = gather_of(how)(SENT, len(updates))
+    gathering = gather_of(how)(SENT)
     for number, update in enumerate(updates):
         gathering.add(f"site {number}", moved(*update), 1.0)
     return flat(gathering.close())
@@ -189,7 +207,7 @@ def test_behind_the_robust_strategies_there_is_the_same_limit(strategy: str) -> 
     how = Settings(strategy=strategy)
     sent = {"a": torch.full((100,), 1000.0)}
     chance = torch.Generator().manual_seed(0)
-    gathering, same = gather_of(how)(sent, 9), torch.full((100,), 0.25)
+    gathering, same = gather_of(how)(sent), torch.full((100,), 0.25)
     for number in range(8):
         gathering.add(f"site {number}", {"a": sent["a"] + same + 0.01 * torch.randn(100, generator=chance)}, 1.0)
     gathering.add("far", {"a": sent["a"] - 900.0}, 1.0)

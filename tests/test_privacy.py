@@ -34,7 +34,7 @@ def difference(state: State, other: State) -> np.ndarray[Any, np.dtype[np.float6
 
 
 def mean_of(settings: Settings, updates: dict[str, State], weights: dict[str, float]) -> State:
-    gathering = gather_of(settings)(SENT, sum(weights.values()))
+    gathering = gather_of(settings)(SENT)
     for site, state in updates.items():
         gathering.add(site, state, weights[site])
     made = gathering.close().state
@@ -111,7 +111,7 @@ def test_only_echoes_crash_nothing() -> None:
 
 
 def test_numbers_that_can_not_be_averaged_are_refused() -> None:
-    gathering = gather_of(Settings(dp="central"))(SENT, 1.0)
+    gathering = gather_of(Settings(dp="central"))(SENT)
     with pytest.raises(UserError, match="can't be averaged"):
         gathering.add("bad", {**SENT, "a": SENT["a"] * float("nan")}, 1.0)
     assert gathering.close().state is None

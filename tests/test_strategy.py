@@ -73,6 +73,12 @@ def test_a_claim_of_a_billion_examples_counts_for_three_times_the_median() -> No
     assert found == pytest.approx([(30 * 13 + 90) / 130, (10 * 13 + 90) / 130])
 
 
+def test_a_huge_claim_that_brings_no_answer_takes_nothing_of_the_others_precision() -> None:
+    claims = {"a": 1, "b": 1, "c": 10**9}
+    found = mean([reply(2, [1e-4, 0.0]), reply(3, [2e-4, 0.0])], claims=claims.__getitem__, max_site_weight=0.0)
+    assert found == pytest.approx([1.5e-4, 0.0], rel=1e-6)
+
+
 def test_the_order_of_arrival_changes_no_bit() -> None:
     generator = np.random.default_rng(0)
     replies = [reply(node, generator.normal(size=2).tolist()) for node in NAMES]
