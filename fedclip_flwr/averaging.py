@@ -37,10 +37,10 @@ BEYOND = 10.0
 class Mean:
     """The weighted mean of adapters' tensors, each added as it comes and let go of.
 
-    The sum is made of whole multiples of 2⁻³⁶. So the order in which they come changes no bit, and float32's precision
-    is kept. A sum of 64 bits has room for weights of 2¹² in all; what comes after those is split into a lower part of
-    40 bits and an upper one, with a sum for each: they overflow no earlier than with 4 million sites of 10⁹ examples.
-    Each state may belong to a group, whose part of the mean can be scaled in the end.
+    The sum counts whole multiples of 2⁻³⁶. So the order of arrival changes no bit, and float32's precision is kept. Its
+    64 bits have room for weights of 2¹² in all. What comes later is split into 40 lower bits and the upper rest, and
+    each part has its own sum: together they have room for 4 million sites of 10⁹ examples each. A state may belong to a
+    group, whose part of the mean can be scaled in the end.
     """
 
     LARGEST = 2.0**14
