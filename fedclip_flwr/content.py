@@ -181,8 +181,21 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 def read_json(path: Path, most: int = 2**24) -> Any:
     """What the file tells; `OSError` or `ValueError` if it can't be read, whoever has written it."""
+    return parsed(read_bytes(path, most).decode("utf-8"))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The facts in the header of a safetensors file; errors as above."""
+    with opened(path) as file:
+        told = parsed(file.read(min(int.from_bytes(file.read(8), "little"), 2**24)).decode("utf-8"))
+    facts = told.get("__metadata__") if isinstance(told, dict) else None
+    return {key: str(value) for key, value in facts.items()} if isinstance(facts, dict) else {}
+
+
+def parsed(text: str) -> Any:
+    """What the JSON tells; `ValueError` if it is none."""
     try:
-        return json.loads(read_bytes(path, most).decode("utf-8"))
+        return json.loads(text)
     except RecursionError:
         raise ValueError("one thing lies in another too many times") from None
 

@@ -22,8 +22,8 @@ from fedclip_flwr.kinds import KINDS
 MOST_BYTES = 2**28
 """Of one of a run's files."""
 SETTINGS, METRICS, SUMMARY = "settings.json", "metrics.jsonl", "summary.json"
-FACTS = "adapter.json"
-"""What an adapter was made for, and in which round."""
+TENSORS, FACTS = "adapter.safetensors", "adapter.json"
+"""The selected adapter so far, and what it was made for."""
 STATES = ("completed", "failed", "stopped", "running")
 """What summary.json may say of a run; one that is said to be running, and that nothing holds, was killed."""
 ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
@@ -100,7 +100,7 @@ class Run:
         if self.completed:
             return int(self.summary["adapted"]["round"])
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
-            return int(content.read_json(self.path / FACTS)["round"])
+            return int(content.read_header(self.path / TENSORS)["round"])
         return None
 
     def line(self, number: int) -> dict[str, Any]:

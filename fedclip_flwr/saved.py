@@ -2,6 +2,10 @@
 
 An adapter is `adapter.safetensors` and `adapter.json` (in a folder for the hub `config.json`); a whole model is a
 folder as `save_pretrained` writes it, with `fedclip.json`.
+
+Tensors and facts are two files, and a process may be killed after it has replaced the first one, the tensors. So their
+header has the facts that change from round to round, too. They count if the other file is not of these tensors, whose
+hash it has.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Features, Pixels
 from fedclip_flwr.history import FACTS as FACTS
+from fedclip_flwr.history import TENSORS as TENSORS
 from fedclip_flwr.vocabulary import Vocabulary, check_classes
 
-TENSORS = "adapter.safetensors"
-WHOLE, CONFIG = "fedclip.json", "config.json"
+WHOLE, WEIGHTS, CONFIG = "fedclip.json", "model.safetensors", "config.json"
 """Facts like those of an adapter: beside a whole model, and under the name that the hub knows."""
 OF_A_MACHINE = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 """What a model's files tell of the machine that they were on."""
@@ -43,19 +47,20 @@ def save_adapter(
     **more: object,
 ) -> None:
     """The adapter of round `number`; `setting` says where the folder is."""
+    own = {"blend": settings.trained_blend if blend is None else blend, **more}
+    write_tensors(folder / TENSORS, state, number, setting, **{key: json.dumps(value) for key, value in own.items()})
     facts = {
         "kind": settings.adapter,
         "rank": settings.adapter_rank,
         "dim": features.classes.text.shape[1],
-        "blend": settings.trained_blend if blend is None else blend,
         **_made_for(features),
         "prompts": features.vocabulary.prompts,
         "scale": features.classes.scale,
         "bias": features.classes.bias,
         "round": number,
-        **more,
+        **own,
+        "tensors": content.of_file(folder / TENSORS),
     }
-    write_tensors(folder / TENSORS, state, number, setting)
     write_json(folder / FACTS, facts, setting)
 
 
@@ -83,8 +88,7 @@ def save_model(
         elif not file.name.startswith("model"):  # the weights
             content.write_whole(folder / file.name, partial(shutil.copyfile, file), setting)
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
-    path, facts = folder / "model.safetensors", {"format": "pt"}  # without it, transformers does not read the file
-    content.write_whole(path, lambda part: content.save_tensors(weights, part, facts), setting)
+    write_tensors(folder / WEIGHTS, weights, number, setting, format="pt")  # else transformers does not read the file
     write_json(folder / WHOLE, {"kind": "full-model", **_made_for(features), "round": number}, setting)
 
 
@@ -93,37 +97,44 @@ def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME")
     content.write_whole(path, lambda part: part.write_text(text), setting)
 
 
-def write_tensors(path: Path, state: store.Tensors, number: int, setting: str = "FEDCLIP_HOME") -> None:
-    content.write_whole(path, lambda part: content.save_tensors(state, part, {"round": str(number)}), setting)
+def write_tensors(path: Path, state: store.Tensors, number: int, setting: str = "FEDCLIP_HOME", **facts: str) -> None:
+    """The tensors of round `number`, which is in the header beside the `facts`."""
+    header = {**facts, "round": str(number)}
+    content.write_whole(path, lambda part: tensorfile.save(state, part, header), setting)
 
 
 def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
     """The adapter in a folder, such as that of a run or one for the hub, and what it was made for."""
-    path = folder / FACTS
-    if folder.is_dir() and not path.exists():
-        path = folder / CONFIG
-    if folder.is_dir() and not path.exists():
+    described, tensors = folder / FACTS, folder / TENSORS
+    if folder.is_dir() and not described.exists():
+        described = folder / CONFIG
+    if folder.is_dir() and not described.exists():
         if (folder / "settings.json").exists():
             raise UserError(f"{folder} holds no adapter: its run came to no round; `fedclip runs {folder}` tells more")
         raise UserError(f"{folder} holds no adapter: name a run, or a folder that `fedclip export` has written")
+    path = described
     try:
         facts = content.read_json(path)
         if not isinstance(facts, dict):
             raise ValueError("expected an object")
+        path = tensors
+        state, header = store.mapped(path)
+        found = content.of_file(path)
+        if facts.get("tensors") not in (None, found):
+            if "blend" not in header:
+                raise UserError(f"{path} is another one than {described.name} tells of: export it once more")
+            facts |= {key: content.parsed(fact) for key, fact in header.items()} | {"tensors": found}
+        path = described
         adapter = _blank(facts)
         like = adapter.state_dict()
-        path = folder / TENSORS
-        state, _ = store.mapped(path)
     except KeyError as error:
         raise UserError(f"{path} lacks {error}") from None
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{path} can't be read ({one_line(error)})") from None
     if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
-        raise UserError(f"{path} does not hold the {facts['kind']} adapter that adapter.json tells of")
-    if facts.get("tensors") not in (None, content.of_file(path)):
-        raise UserError(f"{path} is another one than {CONFIG} tells of: export it once more")
+        raise UserError(f"{tensors} does not hold the {facts['kind']} adapter that adapter.json tells of")
     if not all(tensorfile.all_finite(tensor) for tensor in state.values()):
-        raise UserError(f"{path} has numbers that are not finite")
+        raise UserError(f"{tensors} has numbers that are not finite")
     adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return adapter, facts
 
@@ -134,6 +145,9 @@ def load_whole(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = content.read_json(path)
         _check_texts(facts)
+        path = folder / WEIGHTS
+        if path.exists() and (number := content.read_header(path).get("round")):
+            facts["round"] = int(number)  # the other file may be older
     except KeyError as error:
         raise UserError(f"{path} lacks {error}") from None
     except (OSError, ValueError, TypeError) as error:

@@ -110,3 +110,23 @@ def test_a_file_that_may_be_read_from_now_on_has_another_state(tmp_path: Path, m
         forbidden = content.of_files(tmp_path, ["a"], tmp_path / "memory")
         assert content.of_files(tmp_path, ["a"], tmp_path / "memory") == forbidden
     assert content.of_files(tmp_path, ["a"], tmp_path / "memory") != forbidden
+
+
+@pytest.mark.parametrize(
+    ("header", "facts"),
+    [
+        (b'{"__metadata__":{"round":"3"},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', {"round": "3"}),
+        (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', {}),
+        (b"[]", {}),
+    ],
+)
+def test_the_facts_in_a_header_are_read(header: bytes, facts: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert content.read_header(tmp_path / "a") == facts
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 100, (10**5).to_bytes(8, "little") + b"[" * 10**5])
+def test_a_header_that_cannot_be_read_is_an_error(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(ValueError, match=r"Expecting value|decode|too many times"):
+        content.read_header(tmp_path / "a")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedclip_flwr import console
+from fedclip_flwr import console, saved
 from fedclip_flwr.cli import app
 from fedclip_flwr.federation import Line
 from fedclip_flwr.runlist import show
@@ -95,12 +95,13 @@ def test_a_run_that_was_not_completed_tells_why_and_how_far_it_came(tmp_path: Pa
 def test_of_a_run_that_was_not_completed_the_round_selected_so_far_is_told(tmp_path: Path) -> None:
     stopped = {"status": "stopped", "why": "it was ended from outside.", "round": 3, "failures": []}
     path = make(tmp_path / "run", [line(0), line(1, 0.625), line(2, 0.75), line(3, 0.5)], stopped)
-    (path / "adapter.json").write_text('{"round": 2}')
+    saved.write_tensors(path / "adapter.safetensors", {}, 2)
+    (path / "adapter.json").write_text('{"round": 1}')  # of a run that was killed before it was replaced
     lines = show(["run"], tmp_path, False).splitlines()
     assert "  rounds    3 of 3; round 2 was selected so far" in lines
     assert "  seen      50.0 → 75.0" in lines
     assert json.loads(show(["run"], tmp_path, True))[0]["selected_round"] == 2
-    (path / "adapter.json").write_text("{")
+    (path / "adapter.safetensors").write_text("{")
     lines = show(["run"], tmp_path, False).splitlines()
     assert "  rounds    3 of 3" in lines
     assert "  seen      50.0 → 50.0" in lines

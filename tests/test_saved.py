@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from fedclip_flwr import content
 from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.saved import load_adapter
+from fedclip_flwr.features import Features, Pixels, open_features
+from fedclip_flwr.saved import load_adapter, load_whole, save_adapter, save_model
 
 FACTS: dict[str, Any] = {
     "kind": "attention",
@@ -21,6 +24,7 @@ FACTS: dict[str, Any] = {
     "class_names": ["cat", "dog"],
     "templates": ["a {}"],
 }
+SCALE = make_adapter("scale", 128)
 
 
 def written(folder: Path, **changed: Any) -> Path:
@@ -88,3 +92,79 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=f"{name} can't be read"):
         load_adapter(tmp_path)
+
+
+class KilledError(BaseException):
+    """What ends a process between two files."""
+
+
+def killed_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a process is killed when it writes the file of that name."""
+    write = content.write_whole
+
+    def write_or_die(path: Path, *given: Any) -> None:
+        if path.name == name:
+            raise KilledError
+        write(path, *given)
+
+    monkeypatch.setattr(content, "write_whole", write_or_die)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_adapter_that_was_replaced_in_part_is_read_with_its_own_facts(
+    number: int, tmp_path: Path, drawn: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the older one is of the same round, as a site's own adapter may be."""
+    old, new = ({name: torch.full_like(t, x) for name, t in SCALE.state_dict().items()} for x in (1.0, 2.0))
+    settings = Settings(adapter="scale")
+    save_adapter(tmp_path, old, settings, drawn, 1, site="north", personal_epoch=3)
+    with monkeypatch.context() as patch:
+        killed_before("adapter.json", patch)
+        with pytest.raises(KilledError):
+            save_adapter(tmp_path, new, settings, drawn, number, blend=0.5, site="north", personal_epoch=7)
+    adapter, facts = load_adapter(tmp_path)
+    assert all(torch.equal(tensor, new[name]) for name, tensor in adapter.state_dict().items())
+    assert adapter.blend == 0.5
+    assert (facts["round"], facts["blend"], facts["site"], facts["personal_epoch"]) == (number, 0.5, "north", 7)
+    assert facts["class_names"] == list(drawn.vocabulary.class_names)
+    assert facts["tensors"] == content.of_file(tmp_path / "adapter.safetensors")
+    save_adapter(tmp_path, old, settings, drawn, 1)  # as a run that goes on does
+    adapter, facts = load_adapter(tmp_path)
+    assert all(torch.equal(tensor, old[name]) for name, tensor in adapter.state_dict().items())
+    assert (facts["round"], adapter.blend) == (1, 1.0)
+    assert json.loads((tmp_path / "adapter.json").read_text()) == facts
+
+
+def test_a_blend_that_was_written_by_hand_counts(tmp_path: Path, drawn: Features) -> None:
+    save_adapter(tmp_path, SCALE.state_dict(), Settings(adapter="scale"), drawn, 1)
+    facts = json.loads((tmp_path / "adapter.json").read_text())
+    (tmp_path / "adapter.json").write_text(json.dumps({**facts, "blend": 0.25}))
+    assert load_adapter(tmp_path)[0].blend == 0.25
+
+
+def test_the_same_adapter_makes_the_same_file(tmp_path: Path, drawn: Features) -> None:
+    for n in range(8):
+        save_adapter(tmp_path / f"{n}", SCALE.state_dict(), Settings(adapter="scale"), drawn, 1)
+    assert len({(tmp_path / f"{n}" / "adapter.safetensors").read_bytes() for n in range(8)}) == 1
+
+
+@pytest.mark.parametrize("blend", ["[" * 10**5, "x", "2", '"x"'])
+def test_facts_of_tensors_that_can_not_be_are_told(tmp_path: Path, blend: str) -> None:
+    state = load_file(written(tmp_path, tensors="another") / "adapter.safetensors")
+    save_file(state, tmp_path / "adapter.safetensors", {"blend": blend})
+    with pytest.raises(UserError, match="can't be read"):
+        load_adapter(tmp_path)
+
+
+def test_a_whole_model_that_was_replaced_in_part_tells_its_own_round(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = open_features(Settings(data=f"folder:{tree}", method="full-model"), progress=False)
+    assert isinstance(pixels, Pixels)
+    state = pixels.whole_model().state_dict()
+    save_model(tmp_path, state, pixels, 1)
+    with monkeypatch.context() as patch:
+        killed_before("fedclip.json", patch)
+        with pytest.raises(KilledError):
+            save_model(tmp_path, state, pixels, 2)
+    assert load_whole(tmp_path)["round"] == 2
