@@ -122,6 +122,19 @@ def test_a_site_that_lacks_what_a_parcel_builds_on_says_so_and_gets_the_whole() 
     assert equal(taken(sent(link, 5)), link.state)
 
 
+def test_a_parcel_that_comes_again_is_taken_again_and_no_more_is_kept_than_that_takes(own_home: Path) -> None:
+    """As in a round that is repeated, or to a second site on the same machine."""
+    link, marks = Downlink(START, "int8", 0), list[str]()
+    for number in (1, 2, 3):
+        link.step(moved(START, 0.1 * number), number)
+        marks.append(mark_of(link.state))
+        content = sent(link, 5)
+        for _ in range(2):
+            assert equal(taken(content), link.state)
+        answered(link, 5)
+    assert {path.stem for path in (own_home / "exchange" / "a").iterdir()} == {*marks[1:]}
+
+
 def test_a_site_that_would_make_something_else_of_it_says_so() -> None:
     """Such as one whose first adapter comes out otherwise, or whose disk has rotted."""
     link = Downlink(moved(START, 1e-6), "int8", 0)
