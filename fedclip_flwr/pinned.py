@@ -6,6 +6,7 @@ is to run it looks first whether its modules are those of the installed package,
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shlex
@@ -22,8 +23,12 @@ from fedclip_flwr.errors import UserError
 COMMAND = "flwr-clientapp"
 """What a SuperNode starts, by name, to answer a message."""
 ADDRESS = "--clientappio-api-address"
-APPS, LIST = ("server_app.py", "client_app.py"), ".info/CONTENT"
-"""What is in a bundle besides `pyproject.toml`."""
+APPS, DESCRIBED, LIST = ("server_app.py", "client_app.py"), "pyproject.toml", ".info/CONTENT"
+"""What is in a bundle: the apps, which must be this site's own, their description, and a list of all."""
+LARGEST_TEXT, LARGEST = 2**14, 2**16
+"""Bytes of the description and of the list, and of a whole bundle, at most; Flower makes one of some 20,000."""
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""How files may be packed. What zipfile unpacks in other ways can't be bounded."""
 
 
 def start(options: Sequence[str]) -> NoReturn:
@@ -59,20 +64,43 @@ def answer() -> None:
 
 
 def check(bundle: bytes) -> None:
-    """Raises unless the app in the bundle is this package's own."""
-    own = content.own_app()
+    """Raises unless the app in the bundle is this package's own; no file of it is unpacked beyond the size of ours."""
+    found = "can't be read"
+    with contextlib.suppress(Exception):  # whatever a stranger has made of it
+        found = _difference(bundle)
+    if found:
+        raise UserError(
+            f"the server's app {found}; this site runs its owner's code only: install the same version of "
+            "fedclip-flwr on both sides"
+        )
+
+
+def _difference(bundle: bytes) -> str:
+    """How the bundle differs from this package's app; empty if it doesn't."""
+    if len(bundle) > LARGEST:
+        return f"is larger than {LARGEST:,} bytes"
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
-        for entry in archive.infolist():  # every one: a name may be there twice
-            name, data = entry.filename, archive.read(entry)
-            if name == "pyproject.toml":
-                same = _client_app(data) == _client_app((own / name).read_bytes())
-            else:
-                same = name == LIST or (name in APPS and data == (own / name).read_bytes())
-            if not same:
-                raise UserError(
-                    f"the server's app brings another {name[:60]!r} than this site has, which runs its owner's "
-                    "code only: install the same version of fedclip-flwr on both sides"
-                )
+        missing = {*APPS, DESCRIBED, LIST}
+        for entry in archive.infolist():
+            if entry.filename not in missing or not _same(archive, entry):
+                return f"brings another {entry.filename[:60]!r} than this site has"
+            missing.remove(entry.filename)
+    return f"lacks {min(missing)}" if missing else ""
+
+
+def _same(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    """Whether the file is the one that this site has, or may differ from it."""
+    name, own = entry.filename, b""
+    if name != LIST:
+        own = (content.own_app() / name).read_bytes()
+    if entry.file_size > (len(own) if name in APPS else LARGEST_TEXT) or entry.compress_type not in METHODS:
+        return False
+    entry.file_size += 1  # zipfile would unpack what is beyond this size, and hide it
+    with archive.open(entry) as file:
+        data = file.read(entry.file_size)
+    if len(data) == entry.file_size:
+        return False
+    return name == LIST or (_client_app(data) == _client_app(own) if name == DESCRIBED else data == own)
 
 
 def _client_app(described: bytes) -> Any:

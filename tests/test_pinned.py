@@ -4,43 +4,52 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_files
 
-from fedclip_flwr import content, pinned, simulation
+from fedclip_flwr import content, pinned
 from fedclip_flwr.errors import UserError
+
+MEGABYTE = 2**20
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of the bundle that Flower makes of this project's app."""
-    folder = tmp_path_factory.mktemp("app")
-    for name in (*pinned.APPS, "pyproject.toml"):
-        shutil.copy(content.own_app() / name, folder)
-    (folder / "README.md").touch()
-    env = simulation.commands_found({"FLWR_HOME": str(folder / "flwr"), "PATH": ""})
-    subprocess.run(["flwr", "build"], cwd=folder, env=env, check=True, capture_output=True)
-    (fab,) = folder.glob("*.fab")
-    with zipfile.ZipFile(fab) as archive:
+def built() -> bytes:
+    """The bundle that Flower makes of this project's app."""
+    names = (*pinned.APPS, "pyproject.toml")
+    bundle, _ = build_fab_from_files({name: content.own_app() / name for name in names})
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(built: bytes) -> dict[str, bytes]:
+    """Its files."""
+    with zipfile.ZipFile(io.BytesIO(built)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def packed(*files: tuple[str, bytes]) -> bytes:
+def packed(*files: tuple[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
+    with zipfile.ZipFile(data, "w", method) as archive:
         for name, content_ in files:
             archive.writestr(name, content_)
     return data.getvalue()
 
 
-def test_the_bundle_of_the_same_version_is_let_in(bundle: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_the_bundle_of_the_same_version_is_let_in(built: bytes, bundle: dict[str, bytes], method: int) -> None:
     assert bundle.keys() == {*pinned.APPS, "pyproject.toml", pinned.LIST}
-    pinned.check(packed(*bundle.items()))
+    pinned.check(built)
+    pinned.check(packed(*bundle.items(), method=method))
 
 
 def test_settings_may_differ(bundle: dict[str, bytes]) -> None:
@@ -65,6 +74,81 @@ def test_whatever_else_it_brings_is_refused(bundle: dict[str, bytes], name: str,
     files = [*bundle.items(), (name, data)]
     with pytest.raises(UserError, match="install the same version"):
         pinned.check(packed(*(reversed(files) if first else files)))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["client_app.py", "pyproject.toml", pinned.LIST])
+def test_each_file_is_there_once(bundle: dict[str, bytes], name: str) -> None:
+    with pytest.raises(UserError, match=f"brings another '{name}'"):
+        pinned.check(packed(*bundle.items(), (name, bundle[name])))
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        pinned.check(packed(*((other, data) for other, data in bundle.items() if other != name)))
+
+
+def claimed(bundle: bytes, name: str, **facts: int) -> bytes:
+    """The bundle, in whose directory other facts are told of the file of that name."""
+    places = {"flags": ("<H", 8), "method": ("<H", 10), "crc": ("<I", 16), "size": ("<I", 24), "offset": ("<I", 42)}
+    changed, start = bytearray(bundle), bundle.rindex(b"PK\x01\x02", 0, bundle.rindex(name.encode()))
+    for fact, number in facts.items():
+        kind, place = places[fact]
+        struct.pack_into(kind, changed, start + place, number)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, zipfile.ZIP_DEFLATED) for name in ("client_app.py", "torch.py", "pyproject.toml", pinned.LIST)),
+        ("client_app.py", zipfile.ZIP_BZIP2),
+        ("client_app.py", zipfile.ZIP_LZMA),
+    ],
+)
+@pytest.mark.parametrize("beyond", [0, 1, None], ids=["hidden", "hidden but for a byte", "not hidden"])
+def test_no_more_is_unpacked_than_a_file_may_hold(
+    bundle: dict[str, bytes], name: str, method: int, beyond: int | None
+) -> None:
+    """Where a few bytes of a bundle hold 4 megabytes, which its directory may hide."""
+    own = bundle.get(name, b"")
+    large = own.ljust(4 * MEGABYTE)
+    bomb = packed(*(bundle | {name: large}).items(), method=method)
+    if beyond is not None:
+        bomb = claimed(bomb, name, size=len(own), crc=zlib.crc32(large[: len(own) + beyond]))
+    assert len(bomb) < 50_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="install the same version"):
+            pinned.check(bomb)
+        assert tracemalloc.get_traced_memory()[1] < MEGABYTE
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_bundle_of_very_many_files_is_not_even_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = packed(*((str(number), b"") for number in range(1000)))
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("it is read"))
+    with pytest.raises(UserError, match="is larger than"):
+        pinned.check(many)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda built: b"",
+        lambda built: b"what is this?",
+        lambda built: built[: len(built) // 2],
+        lambda built: claimed(built, "client_app.py", flags=1),  # encrypted
+        lambda built: claimed(built, "client_app.py", offset=2**31),
+        lambda built: claimed(built, "client_app.py", method=8),
+        lambda built: built.replace(b"import", b"export", 1),
+        lambda built: packed(("pyproject.toml", b"a = " + b"[" * 20_000)),
+        lambda built: packed(("pyproject.toml", b"\xff")),
+        lambda built: packed(("pyproject.toml", b"tool = 3")),
+    ],
+)
+def test_what_can_not_be_read_is_refused_in_one_line(built: bytes, spoilt: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(UserError, match="install the same version") as error:
+        pinned.check(spoilt(built))
+    assert "\n" not in str(error.value)
 
 
 def test_a_site_starts_a_supernode_that_finds_this_check_first(tmp_path: Path) -> None:
