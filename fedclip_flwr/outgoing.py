@@ -7,7 +7,6 @@ made by the code that would make it.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedclip_flwr import content, exchange, tensorfile
@@ -34,6 +32,7 @@ from fedclip_flwr.federation import Line, Standing, federate
 from fedclip_flwr.link import Downlink, forget
 from fedclip_flwr.metrics import BINS, Quality, Score
 from fedclip_flwr.nodes import Nodes
+from fedclip_flwr.pinned import own_client_app
 from fedclip_flwr.secure import site as secure
 from fedclip_flwr.session import TRAIN, Session
 from fedclip_flwr.sites import new_learner, settings_at
@@ -181,7 +180,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     name = f"show-outgoing-{os.getpid()}"
     session = Session(holdout, told or features.vocabulary, features.model_content or "", name)
     start = {key: tensor.clone() for key, tensor in new_learner(settings, features).state_dict().items()}
-    app = own_app()
+    app = own_client_app()
     link, package = Downlink(start, run.codec, run.seed), content.of_package(content.memory())
     context = Context(RUN, NODE, dict(node), RecordDict(), run.as_run_config())
     sites: dict[int, Callable[[Message], Message]] = {NODE: lambda message: app(message, context)}
@@ -200,18 +199,6 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     return [
         message for message, later in zip(wire.sent, [*wire.sent[1:], None], strict=True) if not _again(message, later)
     ]
-
-
-def own_app() -> ClientApp:
-    """The app of this package, by its place: the current folder may hold another one."""
-    path = content.own_app() / "client_app.py"
-    spec = importlib.util.spec_from_file_location("fedclip_client_app", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    app: ClientApp = module.app
-    return app
 
 
 def _again(message: Sent, later: Sent | None) -> bool:

@@ -4,7 +4,8 @@ A SuperNode takes a message, lets a process work on it, waits for the answer, se
 1.31 it waits for answers that never come: to a message that could not be fetched whole, or whose process died. A
 message of a run that was stopped while it was fetched is worked on all the same; its answer is taken for that to the
 next one, which is then kept back. And a SuperNode that was turned away, or whose heartbeat failed, may stay and do
-nothing, where systemd or Docker would start it again if it ended. All that is mended here.
+nothing, where systemd or Docker would start it again if it ended. All that is mended here. And a run with another app
+than the installed one is refused before anything of it is unpacked.
 """
 
 from __future__ import annotations
@@ -16,24 +17,60 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from logging import ERROR
 from typing import Any
 
-from flwr.app import Message
-from flwr.common.constant import Status, SubStatus
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode, Status, SubStatus
+from flwr.common.logger import log
+from flwr.common.typing import Fab
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import FORCE_EXIT_TIMEOUT_SECONDS
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import ObjectStore
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR, InMemoryNodeState
 
+from fedclip_flwr import pinned
+from fedclip_flwr.errors import UserError
+
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
 def taking(take: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Flower's way to take a message, after which one that is not to be answered is forgotten."""
+    """Flower's way to take a message, after which one that is not to be answered is forgotten.
 
-    def take_or_forget(*, state: InMemoryNodeState, object_store: ObjectStore, **more: Any) -> int | None:
-        run = take(state=state, object_store=object_store, **more)
+    One of a run with another app than this site's is answered with an error before anything of that app is unpacked.
+    """
+
+    def take_or_forget(
+        *,
+        state: InMemoryNodeState,
+        object_store: ObjectStore,
+        receive: Callable[[], tuple[Message, ObjectTree] | None],
+        get_fab: Callable[[str, int], Fab],
+        **more: Any,
+    ) -> int | None:
+        received: list[Message] = []
+
+        def noted() -> tuple[Message, ObjectTree] | None:
+            if found := receive():
+                received.append(found[0])
+            return found
+
+        def checked(name: str, run: int) -> Fab:
+            fab = get_fab(name, run)
+            pinned.check(fab.content)
+            return fab
+
+        try:
+            run = take(state=state, object_store=object_store, receive=noted, get_fab=checked, **more)
+        except UserError as error:
+            log(ERROR, "%s", error)
+            (message,) = received
+            state.store_message(message)  # an answer is sent to what is there only
+            _answer(message, Error(ErrorCode.INVALID_FAB, str(error)), state, object_store)
+            return message.metadata.run_id
         if run is not None and state.msg_store:
             return run
         for task in state.get_tasks(statuses=UNFINISHED):
@@ -61,13 +98,18 @@ def sending(send: Callable[..., None]) -> Callable[..., None]:
                 _forget([key], state, object_store)
         if not answered:
             for message in asked:
-                state.record_message_processing_start(message.metadata.message_id)
-                state.record_message_processing_end(message.metadata.message_id)
-                object_store.delete(message.metadata.message_id)
-                flower._insert_message(Message(CLIENT_APP_CRASHED_ERROR, reply_to=message), state, object_store)
+                _answer(message, CLIENT_APP_CRASHED_ERROR, state, object_store)
         send(state=state, object_store=object_store, **more)
 
     return wait_and_send
+
+
+def _answer(message: Message, error: Error, state: InMemoryNodeState, object_store: ObjectStore) -> None:
+    """Has the error sent in place of an answer to the message."""
+    state.record_message_processing_start(message.metadata.message_id)
+    state.record_message_processing_end(message.metadata.message_id)
+    object_store.delete(message.metadata.message_id)
+    flower._insert_message(Message(error, reply_to=message), state, object_store)
 
 
 def _whole(message: str, object_store: ObjectStore) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,11 +14,19 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+from flwr.app import Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
+from flwr.clientapp import ClientApp
+from flwr.supercore.superexec.executor import SubprocessExecutor
+from flwr.supercore.superexec.plugin import ClientAppExecPlugin
+from flwr.supernode import cli
+from flwr.supernode.runtime import run_clientapp
 
-from fedclip_flwr import content, pinned
+from fedclip_flwr import content, exchange, pinned
+from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 
 MEGABYTE = 2**20
@@ -151,20 +161,133 @@ def test_what_can_not_be_read_is_refused_in_one_line(built: bytes, spoilt: Calla
     assert "\n" not in str(error.value)
 
 
-def test_a_site_starts_a_supernode_that_finds_this_check_first(tmp_path: Path) -> None:
+def test_a_message_is_answered_by_the_installed_app_wherever_the_servers_names_lead(
+    built: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower itself installs the bundle, and loads the app from a folder whose path is made of what the server says."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    shutil.copy(content.own_app() / "pyproject.toml", folder)
+    (folder / "client_app.py").write_text("raise AssertionError('another app is loaded')")
+    loaded: list[ClientApp] = []
+    used: Any = run_clientapp
+
+    def flowers() -> None:
+        used.install_from_fab(built, skip_prompt=True)
+        load = used.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+        version = f"0.1.0.{hashlib.sha256(built).hexdigest()[:8]}/../../../other/"
+        loaded.append(load("fedclip-flwr/fedclip-flwr", version, ""))
+        with pytest.raises(UserError, match="install the same version"):
+            used.install_from_fab(b"another", skip_prompt=True)
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "client_app", raising=False)
+    for name in ("install_from_fab", "get_load_client_app_fn"):
+        monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))  # put back at the end
+    monkeypatch.setattr(cli, "flwr_clientapp", flowers)
+    pinned.answer()
+    (app,) = loaded
+    context = Context(1, 2, {"site": "north"}, RecordDict(), Settings().as_run_config())
+    answer = app(Message(RecordDict({"config": exchange.write_task("unknown")}), 2, "train"), context)
+    assert "has forgotten what the run is about" in str(answer.error.reason)
+    assert not (tmp_path / "home").exists()
+
+
+class BecameError(Exception):
+    """In place of becoming another program: with that command and environment."""
+
+    def __init__(self, path: str, command: list[str], env: dict[str, str]) -> None:
+        super().__init__(path)
+        self.command, self.path = command, env["PATH"]
+
+    @classmethod
+    def of(cls, path: str, command: list[str], env: dict[str, str]) -> NoReturn:
+        raise cls(path, command, env)
+
+
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A Python with a space in its path, in whose environment sites start."""
+    python = tmp_path / "an environment" / "python"
+    python.parent.mkdir()
+    for program in (python, python.with_name("flwr-clientapp")):
+        program.touch(0o755)
+    monkeypatch.setattr(os, "execve", BecameError.of)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    return str(python)
+
+
+def started(*options: str) -> BecameError:
+    with pytest.raises(BecameError) as became:
+        pinned.start(options)
+    return became.value
+
+
+def test_a_site_starts_a_supernode_that_finds_its_own_command_first(python: str) -> None:
     """With a SuperNode's options passed on, and its ClientAppIo API on this machine alone."""
-    python = tmp_path / "a python"
-    python.write_text('#!/bin/sh\necho "$@"\ncat "$(command -v flwr-clientapp)"\n')
-    python.chmod(0o755)
-    code = "import sys; from fedclip_flwr import pinned; sys.executable = sys.argv[1]; pinned.start(sys.argv[2:])"
+    site = started("--superlink", "here:9092")
+    words = "-P -m fedclip_flwr.supernode --superlink here:9092 --clientappio-api-address 127.0.0.1:9094"
+    assert site.command == [python, *words.split()]
+    own = shutil.which("flwr-clientapp", path=site.path)
+    assert own
+    assert Path(own).read_text() == f"#!/bin/sh\nexec '{python}' -P -m fedclip_flwr.pinned \"$@\"\n"
+    for option in ("--clientappio-api-address=[::1]:7", "--clientapp=[::1]:7"):
+        assert started(option).command[-2:] == ["--clientappio-api-address", "[::1]:7"]
 
-    def started(*options: str) -> list[str]:
-        command = [sys.executable, "-c", code, str(python), *options]
-        env = {"FEDCLIP_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
-        env |= {key: value for key, value in os.environ.items() if key == "PYTHONPATH"}
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    said, *script = started("--superlink", "here:9092")
-    assert said == "-P -m fedclip_flwr.supernode --superlink here:9092 --clientappio-api-address 127.0.0.1:9094"
-    assert script == ["#!/bin/sh", f"exec '{python}' -P -m fedclip_flwr.pinned \"$@\""]
-    assert started("--clientappio-api-address=[::1]:7")[0].endswith(".supernode --clientappio-api-address=[::1]:7")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--isolation process",
+        "--isolation=process",
+        "--iso=process",
+        "--isolation=subprocess --isolation=process",
+        "--allow-runtime-dependency-installation",
+        "--allow",
+    ],
+)
+def test_options_by_which_other_code_would_run_are_refused(python: str, options: str) -> None:
+    with pytest.raises(UserError, match=r"^--(isolation|allow-runtime-dependency-installation): .* leave it out$"):
+        pinned.start(["--insecure", *options.split()])
+    assert started("--isolation", "subprocess")
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [(["/elsewhere/bin/flwr-clientapp", "--token", "1"], {})],
+        [([sys.executable, "-m", "flwr.supernode.cli.flwr_clientapp", "--token", "1"], {})],
+        [(["flwr-clientapp", "--token", "1"], {"env": {"PATH": "/elsewhere/bin"}})],
+        [(["flower-clientapp", "--token", "1"], {})],
+        [(["flwr-clientapp", "--token", "1"], {}), (["flower-clientapp", "--token", "1"], {})],
+        [],
+    ],
+)
+def test_a_flower_that_would_start_another_program_than_this_sites_is_refused(
+    python: str, calls: list[tuple[list[str], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert started()
+
+    def launch(*_: object) -> None:
+        for command, more in calls:
+            subprocess.Popen(command, **more)
+
+    monkeypatch.setattr(SubprocessExecutor, "launch", launch)
+    with pytest.raises(UserError, match=r"Flower would not have messages answered by .*/home/bin/flwr-clientapp"):
+        pinned.start([])
+
+
+def test_a_flower_that_has_no_such_plugin_is_refused(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClientAppExecPlugin, "__init__", lambda *_: pytest.fail("it takes other things"))
+    with pytest.raises(UserError, match="Flower would not have messages answered by"):
+        pinned.start([])
+
+
+def test_a_folder_that_can_not_be_found_by_path_is_refused(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "a:b"))
+    with pytest.raises(UserError, match="let FEDCLIP_HOME name another folder"):
+        pinned.start([])

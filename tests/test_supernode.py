@@ -15,17 +15,18 @@ from typing import Any, NoReturn
 import pytest
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
+from flwr.cli.build import build_fab_from_files
 from flwr.common import now
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.common.typing import Run, RunNotRunningException
+from flwr.common.typing import Fab, Run, RunNotRunningException
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
-from fedclip_flwr import supernode
+from fedclip_flwr import content, pinned, supernode
 
-NODE, RUN = 7, 11
+NODE, RUN, NEW = 7, 11, 12
 take = supernode.taking(flower._pull_and_store_message)
 send = supernode.sending(flower._push_messages)
 
@@ -95,9 +96,9 @@ class Site:
         return not (self.state.msg_store or len(self.store) or self.state.get_tasks(statuses=supernode.UNFINISHED))
 
 
-def asked(text: str = "") -> Message:
+def asked(text: str = "", run: int = RUN) -> Message:
     """A message of the server's."""
-    metadata = Metadata(RUN, "", 1, NODE, "", "", now().timestamp(), 60.0, "train")
+    metadata = Metadata(run, "", 1, NODE, "", "", now().timestamp(), 60.0, "train")
     message = make_message(metadata, RecordDict({"config": ConfigRecord({"text": text})}))
     message.metadata.__dict__["_message_id"] = message.object_id
     return message
@@ -176,6 +177,34 @@ def test_a_process_that_dies_is_told_of(killed: str, site: Site) -> None:
     assert site.empty()
 
 
+def test_a_run_with_the_installed_app_is_taken(site: Site) -> None:
+    names = (*pinned.APPS, pinned.DESCRIBED)
+    bundle, _ = build_fab_from_files({name: content.own_app() / name for name in names})
+    fab = Fab("", bundle, {})
+    assert site.take(asked(run=NEW), get_run=Run.create_empty, get_fab=lambda *_: fab) == NEW
+    assert site.state.get_run(NEW)
+    (task,) = site.state.get_tasks(statuses=supernode.UNFINISHED)
+    assert task.run_id == NEW
+
+
+def test_a_run_with_another_app_is_refused_before_anything_of_it_is_read_or_kept(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower, "get_fused_config_from_fab", lambda *_: pytest.fail("it is unpacked"))
+    message = asked(run=NEW)
+    fab = Fab("its hash", b"another app", {})
+    assert site.take(message, get_run=Run.create_empty, get_fab=lambda *_: fab) == NEW
+    assert not site.state.get_run(NEW)
+    assert not site.state.get_fab("its hash")
+    assert not site.state.get_tasks(statuses=supernode.UNFINISHED)
+    site.send().join(20)
+    (sent,) = site.sent
+    assert sent.metadata.reply_to_message_id == message.metadata.message_id
+    assert "install the same version of fedclip-flwr" in str(sent.error.reason)
+    assert str(sent.error.reason) in caplog.text
+    assert site.empty()
+
+
 def test_when_there_is_nothing_to_take_nothing_changes(site: Site) -> None:
     assert site.take(asked(), receive=lambda: None) is None
     assert site.empty()
@@ -183,7 +212,7 @@ def test_when_there_is_nothing_to_take_nothing_changes(site: Site) -> None:
 
 END = """
 import signal, subprocess, sys, threading, time
-from fedclip_flwr import supernode
+from fedclip_flwr import content, pinned, supernode
 from flwr.supernode import cli
 def fails():
     raise RuntimeError("no heartbeat")
