@@ -7,7 +7,6 @@ import gc
 gc.disable()  # a deployed site answers each message in a new process, and a sixth of its start is looking for garbage
 
 import logging
-import sys
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
@@ -28,7 +27,7 @@ from fedclip_flwr.link import Shelf, forget
 from fedclip_flwr.saved import save_adapter
 from fedclip_flwr.secure import LetterError, MaskingError
 from fedclip_flwr.session import recall
-from fedclip_flwr.sites import Desk, learn_alone, open_desk
+from fedclip_flwr.sites import Desk, in_simulation, learn_alone, open_desk
 from fedclip_flwr.sites import learn as learn_on
 
 gc.freeze()
@@ -165,7 +164,7 @@ def keep_own(adapter: Learner, desk: Desk, number: int) -> None:
 
 
 def desk_of(context: Context, task: Task) -> Desk:
-    simulated = "ray" in sys.modules  # a real site's process has no use for it
+    simulated = in_simulation()
     if simulated:
         torch.set_num_threads(1)  # simulated sites share the cores: more threads would wait for each other
     if task.session:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -184,6 +186,16 @@ class Desk:
                 f"this site's model {self.features.model!r} has other content than the server's: give both the same "
                 "model-revision, or copy the server's model and name its folder in the node config (model='/PATH')"
             )
+
+
+def in_simulation() -> bool:
+    """Whether this process is one of those in which Flower simulates sites: a worker that Ray has started.
+
+    Only in those may the server's settings name data of this machine. So it depends on the program that was started, in
+    which no server has a say, and not on Ray: anything in a real site's process may import that, or even start it.
+    """
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""
+    return Path(program).parts[-4:] == ("ray", "_private", "workers", "default_worker.py")
 
 
 def open_desk(

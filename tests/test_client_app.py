@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ def asked(
     task = RecordDict({"config": config})
     if state is not None:
         task["arrays"] = exchange.write_adapter(state)
-    node_config = {"site": "north", "data": f"folder:{tree}", **node}
+    given = {"site": "north", "data": f"folder:{tree}", **node}
+    node_config = {key: value for key, value in given.items() if value is not None}
     context = Context(1, 2, node_config, RecordDict(), settings.as_run_config())
     return client_app.app(Message(task, 2, kind), context)
 
@@ -305,6 +307,15 @@ def test_a_site_whose_features_are_stored_imports_nothing_heavy_to_answer(tree: 
     asked("query", tree)
     done = subprocess.run([sys.executable, "-c", WARM, str(tree)], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_a_real_site_opens_no_path_that_the_server_names_even_if_something_there_imports_ray(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    reply = asked("query", tree, settings=replace(SETTINGS, data=f"folder:{tree}"), data=None)
+    assert reply.has_error()
+    assert "this site was not told where its data is" in str(reply.error.reason)
 
 
 def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) -> None:

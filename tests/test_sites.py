@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from fedclip_flwr import clip, encoding
 from fedclip_flwr.config import PLACES, Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.session import Session
-from fedclip_flwr.sites import Desk, open_desk, settings_at
+from fedclip_flwr.sites import Desk, in_simulation, open_desk, settings_at
 from fedclip_flwr.vocabulary import Vocabulary
 
 NAMES = ("car", "cat", "fish")
@@ -25,6 +28,23 @@ def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = 
 
 def session(told: Vocabulary = TOLD, holdout: str = "", model: str = "") -> Session:
     return Session(holdout, told, model, "run-7")
+
+
+@pytest.mark.parametrize("program", [None, "/bin/flwr-clientapp", "/data/default_worker.py"])
+def test_a_process_is_a_real_sites_unless_ray_has_started_it(
+    program: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not in_simulation()
+    rays = find_spec("ray")
+    assert rays
+    assert rays.origin
+    worker = Path(rays.origin).with_name("_private") / "workers" / "default_worker.py"
+    assert worker.is_file(), "Ray starts its workers with another program: simulated sites would be taken for real ones"
+    for path, simulated in ((program, False), (str(worker), True)):
+        main = ModuleType("__main__")
+        main.__file__ = path
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        assert in_simulation() == simulated
 
 
 def test_a_simulated_site_holds_its_shard_split(tree: Path) -> None:
