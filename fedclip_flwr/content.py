@@ -118,8 +118,12 @@ def _facts(path: Path) -> str:
     except OSError:
         return UNREADABLE
     facts = f"{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}"
-    readable = os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
-    return facts if readable else f"{facts}/{UNREADABLE}"
+    return facts if _may_read(path) else f"{facts}/{UNREADABLE}"
+
+
+def _may_read(path: Path) -> bool:
+    """Whether this user has the permission."""
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def of_bytes(data: bytes) -> str:
@@ -165,6 +169,10 @@ def opened(path: Path) -> BufferedReader:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError as error:  # a name that no file can have
         raise OSError(errno.EINVAL, str(error)) from None
+    except PermissionError as error:
+        if _may_read(path):  # such as on a network share whose ticket has expired
+            raise OSError(errno.EAGAIN, f"{error.strerror} at the moment") from None
+        raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise OSError(errno.EINVAL, "it is no file")

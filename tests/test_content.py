@@ -97,8 +97,19 @@ def test_a_state_that_cannot_be_asked_for_now_is_no_state(tmp_path: Path, monkey
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENXIO])
 def test_what_lasts_is_not_tried_again(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = failing(monkeypatch, "a", OSError(number, os.strerror(number)))
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
     assert content.of_file(tmp_path / "a") == "unreadable"
     assert len(tries) == 1
+
+
+def test_permission_that_is_denied_to_who_has_it_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's state does not tell of it, so it must not be remembered: of a network share whose ticket expired."""
+    (tmp_path / "a").write_text("x")
+    failing(monkeypatch, "a", PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(ReadError, match=r"can't be read now \(Permission denied at the moment\)"):
+        content.of_file(tmp_path / "a")
 
 
 def test_a_file_that_may_be_read_from_now_on_has_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -464,13 +464,13 @@ def test_the_content_of_features_follows_all_that_they_are_made_of(tree: Path, t
 def test_the_content_of_features_follows_the_numbers_of_the_classes(tree: Path) -> None:
     """The same images in the same folders; once `cat` is what the first folder holds, once what the second does."""
     own = opened(tree, class_names="cat,car,fish")
-    first, before = own.examples("photo").labels[0], own.content
+    first, before = own.examples("photo").labels[0].item(), own.content
     for domain in own.domains:
         for number, name in enumerate(("car", "cat", "fish")):
             (tree / domain / name).rename(tree / domain / f"class {number}")
     other = opened(tree, class_names="cat,car,fish")
     assert own.vocabulary == other.vocabulary
-    assert (first, other.examples("photo").labels[0]) == (1, 0)
+    assert (first, other.examples("photo").labels[0].item()) == (1, 0)
     assert before != other.content
 
 
