@@ -37,6 +37,13 @@ LASTING = {
 """Errors that last until somebody changes the file; others may pass, such as those of a network share."""
 TRIES, PAUSE = 3, 0.1
 """So often what may pass is tried, with so many seconds between."""
+DAY = 24 * 3600.0
+UNUSED = 90 * DAY
+"""What is remembered of files and sessions goes after so many seconds without use."""
+GOES = re.compile(r"[0-9a-f]{32}|session-\w+|\..+\.[0-9a-f]{16}")
+"""Its names, and of what was left half-written; which revision of the hub's was taken for a model is kept."""
+PRUNED = ".pruned"
+"""The file that tells when what is remembered was last looked through."""
 
 
 def own_app() -> Path:
@@ -70,7 +77,17 @@ def recall(name: str, memory: Path) -> str | None:
         mark, _, text = (memory / name).read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
         return None
-    return text if mark == digest(text) else None
+    if mark != digest(text):
+        return None
+    mark_used(memory / name)
+    return text
+
+
+def mark_used(path: Path) -> None:
+    """The file's time tells when it was last used, to the day; nothing is done where there is no such file."""
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat().st_mtime > DAY:
+            os.utime(path)
 
 
 def remember(name: str, text: str, memory: Path) -> None:
@@ -91,7 +108,25 @@ def remembered(name: str, make: Callable[[], str], memory: Path) -> str:
     if text is None:
         text = make()
         remember(name, text, memory)
+        _prune(memory)
     return text
+
+
+def _prune(memory: Path) -> None:
+    """Once a day, removes what has not been used for long: mostly it is about files that are gone."""
+    now = time.time()
+    with contextlib.suppress(OSError):
+        try:
+            last = (memory / PRUNED).stat().st_mtime
+        except FileNotFoundError:
+            last = now  # until tomorrow, what is in use is marked as such
+            (memory / PRUNED).touch()
+        if now - last > DAY:
+            os.utime(memory / PRUNED)  # first, so that other processes leave it to this one
+            for entry in os.scandir(memory):
+                with contextlib.suppress(OSError):
+                    if GOES.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > UNUSED:
+                        os.unlink(entry)
 
 
 def state_of(root: Path, names: Sequence[str], *more: str) -> str:

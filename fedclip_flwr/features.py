@@ -342,7 +342,10 @@ class Encoded:
     def _encode_classes(self) -> tuple[store.Tensors, dict[str, str]]:
         facts = {"logit_scale": self._clip.scale, "logit_bias": self._clip.bias, "parameters": self._clip.parameters}
         text = encoding.class_features(self._clip, self.vocabulary)
-        return {"text_features": text}, {name: repr(fact) for name, fact in facts.items()}
+        return {"text_features": text}, {
+            **{name: repr(fact) for name, fact in facts.items()},
+            "model": shown(self.model),
+        }
 
     def _encode(self, domain: str, growing: Growing) -> None:
         """Encodes the domain's images; those that can't be read are left out, counted and, the first ones, named."""

@@ -45,6 +45,7 @@ def grown(path: Path, count: int, grow: Callable[[Growing], None]) -> tuple[Tens
 def _kept(path: Path, fill: Callable[[], None]) -> tuple[Tensors, Facts]:
     entry = read(path)
     if entry:
+        content.mark_used(Path(f"{path}.lock"))  # not the entry: it would be taken for one that was written to
         return entry
     lock = FileLock(f"{path}.lock")
     with content.writing_to(path.parent):

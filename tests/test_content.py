@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_known_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
 def test_a_damaged_memory_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     first = content.of_files(tmp_path, ["a"], tmp_path / "memory")
-    (known,) = (tmp_path / "memory").iterdir()
+    (known,) = (tmp_path / "memory").glob("[!.]*")
     known.write_bytes(b"\xff" * 7)
     assert content.of_files(tmp_path, ["a"], tmp_path / "memory") == first
 
@@ -141,3 +142,34 @@ def test_a_header_that_cannot_be_read_is_an_error(data: bytes, tmp_path: Path) -
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(ValueError, match=r"Expecting value|decode|too many times"):
         content.read_header(tmp_path / "a")
+
+
+def aged(path: Path, days: float) -> float:
+    """The file's time, once it was set back by so many days."""
+    os.utime(path, (time.time() - days * content.DAY,) * 2)
+    return path.stat().st_mtime
+
+
+@pytest.mark.parametrize(("days", "marked"), [(0.5, False), (2, True)])
+def test_what_is_recalled_is_marked_as_used_once_a_day(tmp_path: Path, days: float, marked: bool) -> None:
+    content.remember("a", "text", tmp_path)
+    before = aged(tmp_path / "a", days)
+    assert content.recall("a", tmp_path) == "text"
+    assert ((tmp_path / "a").stat().st_mtime > before) == marked
+
+
+@pytest.mark.parametrize(("pruned", "goes"), [(2, True), (0.5, False), (None, False)])
+def test_once_a_day_what_was_not_used_for_long_is_forgotten(tmp_path: Path, pruned: float | None, goes: bool) -> None:
+    """Not the first time: what earlier versions have remembered does not tell when it was used."""
+    old, used = (content.digest(name) for name in ("old", "used"))
+    for name, days in ((old, 91), (used, 89), ("session-1", 91), ("conversion-1", 91)):
+        content.remember(name, "text", tmp_path)
+        aged(tmp_path / name, days)
+    if pruned:
+        (tmp_path / content.PRUNED).touch()
+        aged(tmp_path / content.PRUNED, pruned)
+    assert content.remembered("new", lambda: "text", tmp_path) == "text"
+    there = {path.name for path in tmp_path.iterdir()}
+    assert {"new", used, "conversion-1", content.PRUNED} <= there
+    assert {old, "session-1"} & there == (set() if goes else {old, "session-1"})
+    assert time.time() - (tmp_path / content.PRUNED).stat().st_mtime < content.DAY

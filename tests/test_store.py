@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedclip_flwr import store, tensorfile
+from fedclip_flwr import content, store, tensorfile
 from tests.crowd import WAYS
 
 
@@ -31,6 +31,16 @@ def never() -> tuple[store.Tensors, dict[str, str]]:
 def test_a_file_that_was_found_whole_is_not_read_again(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorfile, "checksum_of_file", lambda *_: pytest.fail("read again"))
     assert store.kept(entry, never)[0]["a"].tolist() == [0, 1, 2]
+
+
+def test_the_lock_of_an_entry_tells_when_it_was_used(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry itself would be checked anew."""
+    lock, before = Path(f"{entry}.lock"), entry.stat()
+    monkeypatch.setattr(tensorfile, "checksum_of_file", lambda *_: pytest.fail("read again"))
+    os.utime(lock, (before.st_mtime - 2 * content.DAY,) * 2)
+    store.kept(entry, never)
+    assert lock.stat().st_mtime >= before.st_mtime
+    assert entry.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_file_that_was_written_to_since_is_read_again(entry: Path, caplog: pytest.LogCaptureFixture) -> None:

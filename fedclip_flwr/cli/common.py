@@ -76,6 +76,6 @@ def main(
     """One CLIP for the images of several sites, without moving one image."""
 
 
-def option(text: str, *names: str) -> Any:
+def option(text: str, *names: str, metavar: str | None = None) -> Any:
     """An option whose help says its default itself: typer would put a stray backslash before it."""
-    return typer.Option(*names, help=text, show_default=False)
+    return typer.Option(*names, help=text, show_default=False, metavar=metavar)

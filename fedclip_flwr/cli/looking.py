@@ -1,4 +1,4 @@
-"""Commands that look at runs."""
+"""Commands that look at runs, and at what is kept."""
 
 from __future__ import annotations
 
@@ -73,3 +73,26 @@ def report(
     if sys.stderr.isatty():
         typer.echo("Looking at what is there, and drawing: some seconds…", err=True)
     typer.echo(report.make(names or ["latest"], out, results_dir))
+
+
+@command()
+def clean(
+    kinds: Annotated[list[str] | None, typer.Argument(metavar="[KIND]...", show_default=False)] = None,
+    older_than: Annotated[
+        int | None, option("Only what was not used for so many days.", "--older-than", metavar="DAYS")
+    ] = None,
+    yes: Annotated[bool, option("Remove it without a question.", "--yes", "-y")] = False,
+) -> None:
+    """Show what is kept in FEDCLIP_HOME and can be made again, and remove what you choose.
+
+    A KIND is features, contents, partitions, exchange, sweeps, or personal. The last one, the adapters that sites have
+    made their own, can't be made again and is removed only when it is named. Runs, reports, tables, data and keys are
+    never removed, nor what another process is using. You are asked about each kind; without a terminal nothing is
+    removed unless --yes is given.
+
+    Examples: fedclip clean; fedclip clean features --older-than 30 --yes
+    """
+    from fedclip_flwr import clean  # not for --help
+
+    ask = (lambda _: True) if yes else typer.confirm if sys.stdin.isatty() else None
+    clean.clean(kinds or [], older_than, ask, typer.echo)
