@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -25,8 +24,6 @@ from fedclip_flwr.errors import UserError, shown
 
 RECENT = 2 * DAY
 """Used within so many seconds, what belongs to a run may be in use: its last use is known to the day."""
-LARGEST_HEADER = 2**20
-"""Bytes of the header of a stored file."""
 MOST_DAYS = 36_500
 
 
@@ -76,10 +73,8 @@ def _by_model(place: Path, name: str) -> str:
 @cache
 def _model_in(folder: Path) -> str:
     for path in sorted(folder.glob("classes-*.safetensors")):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError), content.opened(path) as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size <= LARGEST_HEADER:
-                return str(json.loads(file.read(size))["__metadata__"]["model"])
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            return content.read_header(path)["model"]
     return ""
 
 

@@ -7,7 +7,7 @@ where a piece of work takes longer, before the tests or after them, more seconds
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 
@@ -35,7 +35,7 @@ class Budget:
         self._longest, self._budget = longest, budget
         self._slower = max(1.0, _work() / SPEED)
         self._calls: dict[str, float] = {}
-        self._files: Counter[str] = Counter()
+        self._files = defaultdict[str, float](float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._files[report.nodeid.partition("::")[0]] += report.duration
@@ -62,7 +62,7 @@ class Budget:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("time")
-        for file, took in self._files.most_common(SHOWN):
+        for file, took in sorted(self._files.items(), key=lambda item: -item[1])[:SHOWN]:
             terminalreporter.line(f"{took:6.1f} s  {file}")
         terminalreporter.line(f"{sum(self._files.values()):6.1f} s  all tests and their fixtures")
         terminalreporter.line(f"{self._slower:6.2f}    times the seconds are allowed that the limits say")

@@ -6,7 +6,6 @@ server does as well. What a fresh interpreter shows (what is imported, how a com
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from types import TracebackType
+from typing import IO
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fedclip_flwr.features", "fedclip_flwr.sweep", "tests.forked"])
@@ -76,8 +76,8 @@ def run(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> s
         return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 
-def _file(end: Connection, mode: str) -> io.TextIOWrapper:
-    file = os.fdopen(os.dup(end.fileno()), mode)
+def _file(end: Connection, mode: str) -> IO[str]:
+    file: IO[str] = os.fdopen(os.dup(end.fileno()), mode)
     end.close()
     return file
 
