@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import ReadError
 from fedclip_flwr.features import Encoded, open_features
+from tests import forked
 from tests.failing import failing
 
 ENCODE = """
@@ -50,8 +49,7 @@ opened.examples("photo")
 
 def encode(tree: Path, store: Path, moment: str = "never", left: int = 0, *more: str) -> tuple[int, int]:
     """A process that encodes the photos and is killed at a moment; how many it encoded, and how it ended."""
-    command = [sys.executable, "-c", ENCODE, str(tree), str(store), moment, str(left), *more]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run(ENCODE, str(tree), str(store), moment, str(left), *more)
     return sum(map(int, done.stdout.split())), done.returncode
 
 
@@ -136,8 +134,7 @@ def test_a_full_disk_is_told_in_one_line_and_what_is_done_is_kept(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip, "PART", 2)
-    command = [sys.executable, "-c", FULL, str(tree), str(tmp_path / "store"), "never", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run(FULL, str(tree), str(tmp_path / "store"), "never", "0")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "File too large" in last

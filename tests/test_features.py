@@ -22,6 +22,7 @@ from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.features import Features, Pixels, open_features, open_run
 from fedclip_flwr.learning import Examples
 from fedclip_flwr.vocabulary import Vocabulary
+from tests import forked
 
 OPEN = """
 import sys
@@ -36,9 +37,8 @@ def opened(tree: Path, **settings: Any) -> Features:
     return open_features(Settings(data=f"folder:{tree}", **settings), root=tree / "store", progress=False)
 
 
-def python(script: str, tree: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OPEN + script, str(tree), str(tree / "store")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def python(script: str, tree: Path) -> forked.Python:
+    return forked.Python(OPEN + script, str(tree), str(tree / "store"))
 
 
 @pytest.fixture
@@ -161,14 +161,10 @@ save_file({"features": examples.features, "labels": examples.labels}, sys.argv[1
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_processes_at_once_get_the_right_features_and_encode_once(tree: Path, truth: Examples, count: int) -> None:
-    command = [sys.executable, "-c", OPEN + ONE_OF_MANY, str(tree), str(tree / "store")]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(count)]
+    processes = [python(ONE_OF_MANY, tree) for _ in range(count)]
     for process in processes:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     for process in processes:
-        assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     told = "".join(process.communicate()[0] for process in processes)
@@ -194,9 +190,9 @@ print(sorted(heavy & set(sys.modules)))
 def test_a_warm_round_imports_nothing_heavy(tree: Path) -> None:
     opened(tree).examples("photo")
     assert len(opened(tree).classes.text) == 3
-    process = python(WARM_ROUND, tree)
-    told, errors = process.communicate()
-    assert (process.returncode, told) == (0, "[]\n"), errors
+    command = [sys.executable, "-c", OPEN + WARM_ROUND, str(tree), str(tree / "store")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_a_store_that_cannot_be_written_is_told(tree: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedclip_flwr import content, store, tensorfile
+from tests import forked
 from tests.crowd import WAYS
 
 
@@ -99,8 +100,9 @@ print(peak() - before, path.stat().st_size // 2**20)
 def test_entries_larger_than_memory_are_written_checked_and_read(tmp_path: Path) -> None:
     """The first process writes and checks 256 MiB, the second one reads a few rows of them."""
     for _ in range(2):
-        told = subprocess.check_output([sys.executable, "-c", LARGE, str(tmp_path / "a.safetensors")], text=True)
-        grown, size = map(int, told.split())
+        done = forked.run(LARGE, str(tmp_path / "a.safetensors"))
+        assert done.returncode == 0, done.stderr
+        grown, size = map(int, done.stdout.split())
         assert size >= 256
         assert grown < 64
 
