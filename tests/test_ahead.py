@@ -89,7 +89,9 @@ def test_some_rows_of_a_source_are_those_of_all(tree: Path, kind: str) -> None:
     assert len(list(source.pictures("photo", last))) == 2
 
 
-@pytest.mark.parametrize("kind", ["folder", "drawn", pytest.param("preset", marks=pytest.mark.soak), "data set"])
+@pytest.mark.parametrize(
+    "kind", ["folder", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("drawn", "preset")), "data set"]
+)
 def test_workers_bring_the_same_batches_in_the_same_order(
     broken: Path, kind: str, started: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
