@@ -28,6 +28,10 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
+        self.forget()
+
+    def forget(self) -> None:
+        """As if it had been started anew."""
         self.folders: dict[tuple[str, str], Path] = {}
         self.gated: set[str] = set()
         self.offers: list[dict[str, object]] = []

@@ -1,4 +1,4 @@
-"""The sweep with its real processes, on small feature folders and on images."""
+"""The sweep with processes of its own, on small feature folders and on images."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from fedclip_flwr.features import open_features
 from fedclip_flwr.inprocess import federate, make_sites
 from fedclip_flwr.sweep import Cell, Found, Plan, solve
 from fedclip_flwr.tables import as_csv, markdown, rows
+from tests import forked
 
 BIN = Path(sys.executable).parent
 NAMES = ("cow", "elk", "fox")
@@ -45,6 +46,12 @@ def folder(root: Path, seed: int = 0, **facts: Any) -> Path:
     described = {"model": "m", "embedding_dim": 8, "logit_scale": 10.0, "prompt": "a {}", "class_names": list("xyz")}
     (root / "features.json").write_text(json.dumps({**described, "domains": NAMES, "parameters": 1000, **facts}))
     return root
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep's processes need not load torch."""
+    monkeypatch.setattr("fedclip_flwr.sweep.get_context", lambda _: forked.CONTEXT)
 
 
 def wishes(data: str, *settings: str, **changed: Any) -> Wishes:
@@ -104,7 +111,7 @@ def test_a_cell_comes_to_what_the_federation_comes_to(tmp_path: Path) -> None:
 
 
 def test_results_are_kept_and_taken_over_until_the_data_or_the_settings_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedclip_home: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None
 ) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("FEDCLIP_HOME", str(home))
@@ -218,7 +225,7 @@ def test_the_table_as_csv_by_hand() -> None:
     ]
 
 
-def test_a_site_without_tests_has_no_accuracy(tmp_path: Path) -> None:
+def test_a_site_without_tests_has_no_accuracy(tmp_path: Path, forks: None) -> None:
     text = compare(
         wishes(f"features:{folder(tmp_path / 'f')}", methods="local,gate", nodes=60, seeds=1, holdouts="fox")
     )
@@ -310,7 +317,7 @@ def test_what_does_not_fit_the_data_is_told(changed: dict[str, str], told: str, 
 def workers(pid: int) -> list[int]:
     """The processes that do the sweep's work."""
     told = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
-    return [child for child in told if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    return [child for child in told if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def alive(pid: int) -> bool:
@@ -320,57 +327,101 @@ def alive(pid: int) -> bool:
         return False
 
 
-class Sweeping:
-    """`fedclip sweep` in a process of its own, with enough to do that it can be disturbed."""
+COMMAND = """
+import multiprocessing, os, signal
+from fedclip_flwr import sweep
+from fedclip_flwr.cli import app
 
-    def __init__(self, tmp_path: Path) -> None:
+begin, count, most = sweep._begin, sweep._count, int(os.environ["MOST_ROUNDS"])
+forks = multiprocessing.get_context("fork")
+
+def begin_as_if_spawned(*given):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    begin(*given)
+
+def count_or_wait():
+    count()
+    while sweep._rounds.value >= most:
+        signal.pause()
+
+sweep.get_context, sweep._begin, sweep._count = lambda _: forks, begin_as_if_spawned, count_or_wait
+app()
+"""
+"""`fedclip` whose processes are forks, and wait for ever once they have come to so many rounds together."""
+
+
+class Sweeping:
+    """`fedclip sweep` in a process of its own: 9 results of zero-shot and 9 of gate."""
+
+    def __init__(self, tmp_path: Path, rounds: int) -> None:
         self.results = tmp_path / "home" / "sweeps" / "results"
-        command = [str(BIN / "fedclip"), "sweep", "--data", f"features:{folder(tmp_path / 'f')}", "--methods", "gate"]
-        self.command = [*command, "--seeds", "3", "--rounds", "150", "--jobs", "2", "--out", str(tmp_path / "out")]
+        self.table = tmp_path / "out" / "table.csv"
+        self.data = f"features:{folder(tmp_path / 'f')}"
+        self.words = ["sweep", "--data", self.data, "--methods", "gate", "--seeds", "3", "--rounds", str(rounds)]
+        self.words += ["--jobs", "2", "--out", str(self.table.parent)]
         self.env = {**os.environ, "FEDCLIP_HOME": str(tmp_path / "home")}
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, most_rounds: int = 10**9) -> forked.Python:
+        return forked.Python(COMMAND, *self.words, env=self.env | {"MOST_ROUNDS": str(most_rounds)})
+
+    def start_command(self) -> subprocess.Popen[str]:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(self.command, env=self.env, **pipes)
+        return subprocess.Popen([str(BIN / "fedclip"), *self.words], env=self.env, **pipes)
 
-    def when_there_are(self, count: int, process: subprocess.Popen[str]) -> None:
-        while not self.results.is_dir() or len(list(self.results.glob("[!.]*"))) < count:
-            assert process.poll() is None, process.communicate()
+    def stop(self, process: forked.Python | subprocess.Popen[str]) -> None:
+        """Once there are some results of gate, too."""
+        busy = self.busy(process)
+        os.kill(process.pid, signal.SIGTERM)
+        _, told = process.communicate()
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "The results so far are kept: the same command goes on from here." in told
+        assert "Traceback" not in told
+        assert not any(map(alive, busy))
+
+    def busy(self, process: forked.Python | subprocess.Popen[str]) -> list[int]:
+        """The two processes that do its work, once there are some results of gate, too."""
+        while not self.results.is_dir() or len(list(self.results.glob("[!.]*"))) < 11:
+            assert alive(process.pid), process.communicate()
             time.sleep(0.01)
+        found = workers(process.pid)
+        assert len(found) == 2
+        return found
 
 
-def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(tmp_path: Path) -> None:
-    sweeping = Sweeping(tmp_path)
-    process = sweeping.start()
-    sweeping.when_there_are(12, process)  # zero-shot, of which there are 9, and some more
-    busy = workers(process.pid)
-    assert len(busy) == 2
-    process.terminate()
-    _, told = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "The results so far are kept: the same command goes on from here." in told
-    assert "Traceback" not in told
-    assert not any(map(alive, busy))
-    done = sweeping.start()
-    table, told = done.communicate()
-    assert done.returncode == 0, told
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(tmp_path: Path, forks: None) -> None:
+    sweeping = Sweeping(tmp_path, rounds=3)
+    with sweeping.start(most_rounds=10) as process:
+        sweeping.stop(process)
+    with sweeping.start() as process:
+        table, told = process.communicate()
+    assert process.returncode == 0, told
     assert " of 18 results from earlier" in table
-    once = (tmp_path / "out" / "table.csv").read_text()
+    once = sweeping.table.read_text()
     shutil.rmtree(sweeping.results)
-    assert sweeping.start().wait() == 0
-    assert (tmp_path / "out" / "table.csv").read_text() == once
+    compare(wishes(sweeping.data, methods="gate", seeds=3, rounds=3, jobs=2, out=str(sweeping.table.parent)))
+    assert sweeping.table.read_text() == once
 
 
 def test_a_process_that_is_killed_is_told_and_the_results_are_kept(tmp_path: Path) -> None:
-    sweeping = Sweeping(tmp_path)
-    process = sweeping.start()
-    sweeping.when_there_are(12, process)
-    os.kill(workers(process.pid)[0], signal.SIGKILL)
-    _, told = process.communicate()
+    sweeping = Sweeping(tmp_path, rounds=3)
+    with sweeping.start(most_rounds=10) as process:
+        os.kill(sweeping.busy(process)[0], signal.SIGKILL)
+        _, told = process.communicate()
     assert process.returncode == 2
     assert "was ended from outside, perhaps for want of memory" in told
     assert "Traceback" not in told
-    assert len(list(sweeping.results.glob("[!.]*"))) >= 12
+    assert len(list(sweeping.results.glob("[!.]*"))) >= 11
+
+
+@pytest.mark.federation
+def test_the_command_with_its_own_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
+    sweeping = Sweeping(tmp_path, rounds=150)
+    with sweeping.start_command() as process:
+        sweeping.stop(process)
+    with sweeping.start_command() as process:
+        table, told = process.communicate()
+    assert process.returncode == 0, told
+    assert " of 18 results from earlier" in table
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
