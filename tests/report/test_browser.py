@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
 
-from benchmarks.screenshots import browser as installed
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 KEY = (
     "h1",
@@ -52,6 +52,10 @@ CLIPPED = """() => {
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    from benchmarks.screenshots import browser as installed
+
     if not (path := installed()):
         pytest.skip("no chromium, chromium-browser or google-chrome is installed here")
     with sync_playwright() as playwright:
@@ -60,16 +64,40 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def opened(chromium: Browser, path: Path, width: int = 1200, **how: Any) -> tuple[Page, list[str]]:
-    """The page in a window, and all that went wrong or was asked for."""
-    tab = chromium.new_page(viewport={"width": width, "height": 900}, **how)
+class Tab(NamedTuple):
+    """A page in a window, and all that went wrong while it was opened or that it asked for."""
+
+    page: Page
+    heard: list[str]
+
+
+@pytest.fixture(scope="session")
+def tabs(chromium: Browser, pages: dict[str, Path]) -> dict[str, Tab]:
+    """Each page opened once: for another window it is made wider or narrower, for another scheme it gets that."""
+    return {name: opened(chromium, pages[name]) for name in PAGES}
+
+
+@pytest.fixture
+def shown(tabs: dict[str, Tab]) -> Callable[..., Page]:
+    def show(name: str, width: int = 1200, scheme: Any = "light", media: Any = "screen") -> Page:
+        page = tabs[name].page
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(media=media, color_scheme=scheme)
+        return page
+
+    return show
+
+
+def opened(chromium: Browser, path: Path) -> Tab:
+    page = chromium.new_page()
     heard: list[str] = []
-    tab.on("console", lambda message: heard.append(message.text))
-    tab.on("pageerror", lambda error: heard.append(str(error)))
-    tab.on("requestfailed", lambda request: heard.append(request.url[:80]))
-    tab.on("request", lambda request: heard.append(request.url[:80]) if request.url != path.as_uri() else None)
-    tab.goto(path.as_uri())
-    return tab, [text for text in heard if not text.startswith("data:")]
+    page.on("console", lambda message: heard.append(message.text))
+    page.on("pageerror", lambda error: heard.append(str(error)))
+    page.on("requestfailed", lambda request: heard.append(request.url[:80]))
+    page.on("request", lambda request: heard.append(request.url[:80]) if request.url != path.as_uri() else None)
+    page.goto(path.as_uri())
+    page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
+    return Tab(page, [text for text in heard if not text.startswith("data:")])
 
 
 def channels(colour: str) -> tuple[float, ...]:
@@ -88,22 +116,19 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_opens_without_an_error_and_asks_for_nothing(
-    name: str, chromium: Browser, pages: dict[str, Path]
+    name: str, tabs: dict[str, Tab], shown: Callable[..., Page]
 ) -> None:
-    tab, heard = opened(chromium, pages[name])
-    assert heard == []
+    assert tabs[name].heard == []
+    tab = shown(name)
     assert tab.locator("svg").count() >= 4
     assert tab.locator("h1").is_visible()
     assert all(tab.locator("svg").nth(number).bounding_box()["height"] > 40 for number in range(4))  # type: ignore[index]
-    tab.close()
 
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_the_page_in_both_schemes(
-    name: str, scheme: str, chromium: Browser, pages: dict[str, Path]
-) -> None:
-    tab, _ = opened(chromium, pages[name], color_scheme=scheme)
+def test_text_stands_out_from_the_page_in_both_schemes(name: str, scheme: str, shown: Callable[..., Page]) -> None:
+    tab = shown(name, scheme=scheme)
     background, looks = tab.evaluate(LOOKS, list(KEY))
     assert (luminance(background) < 0.05) == (scheme == "dark")
     strong = tab.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--strong').trim()")
@@ -111,7 +136,6 @@ def test_text_stands_out_from_the_page_in_both_schemes(
     faint = {(kind, text) for kind, colour, text in looks if colour != on_cells and contrast(colour, background) < 4.5}
     assert faint == set()
     assert len(looks) > 20
-    tab.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -129,49 +153,36 @@ def test_numbers_stand_out_from_the_cells_that_they_are_on(scheme: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [360, 760, 1200])
-def test_a_page_is_never_wider_than_the_window(
-    name: str, width: int, chromium: Browser, pages: dict[str, Path]
-) -> None:
-    tab, _ = opened(chromium, pages[name], width)
-    for details in tab.locator("details").all():
-        details.evaluate("element => element.open = true")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    tab.close()
+def test_a_page_is_never_wider_than_the_window(name: str, width: int, shown: Callable[..., Page]) -> None:
+    assert shown(name, width).evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [360, 1200])
-def test_no_label_of_a_plot_is_cut_off(name: str, width: int, chromium: Browser, pages: dict[str, Path]) -> None:
-    tab, _ = opened(chromium, pages[name], width)
-    assert tab.evaluate(CLIPPED) == []
-    tab.close()
+def test_no_label_of_a_plot_is_cut_off(name: str, width: int, shown: Callable[..., Page]) -> None:
+    assert shown(name, width).evaluate(CLIPPED) == []
 
 
-def test_labels_of_a_plot_are_not_tiny_on_a_phone(chromium: Browser, pages: dict[str, Path]) -> None:
-    tab, _ = opened(chromium, pages["plain"], 360)
-    heights = tab.evaluate(
+def test_labels_of_a_plot_are_not_tiny_on_a_phone(shown: Callable[..., Page]) -> None:
+    heights = shown("plain", 360).evaluate(
         "[...document.querySelectorAll('.plot:not(.wide) svg text')].map(t => {"
         " const svg = t.ownerSVGElement; return parseFloat(getComputedStyle(t).fontSize)"
         " * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width })"
     )
     assert min(heights) > 8
-    tab.close()
 
 
-def test_in_print_it_is_dark_on_light_whatever_the_scheme_is(chromium: Browser, pages: dict[str, Path]) -> None:
-    tab, _ = opened(chromium, pages["many"], color_scheme="dark")
-    tab.emulate_media(media="print", color_scheme="dark")
+def test_in_print_it_is_dark_on_light_whatever_the_scheme_is(shown: Callable[..., Page]) -> None:
+    tab = shown("many", scheme="dark", media="print")
     assert luminance(tab.evaluate("getComputedStyle(document.querySelector('h1')).color")) < 0.05
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(tab.pdf(format="A4")) > 10_000
-    tab.close()
 
 
-def test_plots_are_told_to_those_who_can_not_see_them(chromium: Browser, pages: dict[str, Path]) -> None:
-    tab, _ = opened(chromium, pages["plain"])
+def test_plots_are_told_to_those_who_can_not_see_them(shown: Callable[..., Page]) -> None:
+    tab = shown("plain")
     svgs = tab.locator("svg")
     for number in range(svgs.count()):
         assert svgs.nth(number).get_attribute("role") == "img"
         assert len(svgs.nth(number).get_attribute("aria-label") or "") > 20
     assert tab.locator("img:not([alt])").count() == 0
-    tab.close()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, recall_score
 
 from fedclip_flwr import content, history, report
 from fedclip_flwr.adapters import make_adapter
@@ -34,6 +33,8 @@ def seen(found: list[int], confidence: list[float], truth: list[float]) -> Seen:
 
 
 def test_an_analysis_agrees_with_scikit_learn_and_with_what_runs_report(plain: Path, drawn: Features) -> None:
+    from sklearn.metrics import confusion_matrix, recall_score
+
     found = heldout.analyse(plain, Settings(), drawn, "sketch")
     examples, classes = drawn.examples("sketch").ready(), drawn.classes.ready()
     adapter, _ = load_adapter(plain)
@@ -120,7 +121,7 @@ def test_the_images_shown_are_those_that_are_told_of(plain: Path, drawn: Feature
     assert logits.softmax(dim=1)[near].max().item() == pytest.approx(card["zero_shot"][1], abs=1e-3)
 
 
-def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_path: Path) -> None:
+def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_path: Path, undrawn: None) -> None:
     for path in (tree / "photo").rglob("*.png"):
         path.write_bytes(b"no image")
     features = open_features(Settings(data=f"folder:{tree}"), progress=False)

@@ -117,7 +117,7 @@ def test_settings_that_differ_are_told_apart_and_all_can_be_unfolded(pages: dict
     assert "fedclip run --nodes 201 dp=central num-server-rounds=3 personalize=true" in text
 
 
-def test_a_run_that_came_to_nothing_has_a_page_that_says_so(plain: Path, tmp_path: Path) -> None:
+def test_a_run_that_came_to_nothing_has_a_page_that_says_so(plain: Path, tmp_path: Path, undrawn: None) -> None:
     run = tmp_path / "20260101-000000"
     run.mkdir()
     shutil.copy(plain / "settings.json", run)
@@ -130,7 +130,7 @@ def test_a_run_that_came_to_nothing_has_a_page_that_says_so(plain: Path, tmp_pat
     assert "in 0 rounds" in text
 
 
-def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path, undrawn: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
     (run / "summary.json").write_text(json.dumps({"status": "running", "round": 2, "failures": []}))
@@ -139,7 +139,7 @@ def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path) -> None:
     )
 
 
-def test_rounds_that_metrics_jsonl_has_lost_are_told(plain: Path, tmp_path: Path) -> None:
+def test_rounds_that_metrics_jsonl_has_lost_are_told(plain: Path, tmp_path: Path, undrawn: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
     assert "has lost" not in words(report.write(history.read(run)))
@@ -150,7 +150,9 @@ def test_rounds_that_metrics_jsonl_has_lost_are_told(plain: Path, tmp_path: Path
         assert f"metrics.jsonl has lost the lines of {lost}: they are not shown." in told
 
 
-def test_a_server_without_images_says_in_a_line_why_parts_are_missing(plain: Path, tmp_path: Path) -> None:
+def test_a_server_without_images_says_in_a_line_why_parts_are_missing(
+    plain: Path, tmp_path: Path, undrawn: None
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
     facts = json.loads((run / "settings.json").read_text())
