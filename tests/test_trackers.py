@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import wandb
-from mlflow.tracking import MlflowClient
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
 
 from fedclip_flwr import trackers
 from fedclip_flwr.config import Settings
@@ -27,8 +22,13 @@ from fedclip_flwr.runs import RunFolder
 from fedclip_flwr.trackers import Trackers
 from fedclip_flwr.trackers.about import About
 from fedclip_flwr.trackers.tensor_board import TensorBoard
-from tests.test_running import PROJECT, fedclip
+from tests import forked
+from tests.extras import needs
+from tests.test_running import fedclip
 from tests.test_runs import complete, started
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 SECRETS = ("st-mary", "st-john", "melanoma")
 """Names of sites and of a class."""
@@ -113,21 +113,39 @@ def tell(name: str, folder: Path, rounds: range, before: int = 0, end: str = "co
     told.end(end)
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of the run: step and value by tag."""
+def events_of(folder: Path) -> Any:
+    """What TensorBoard shows of the run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
+    return events
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value by tag."""
+    events = events_of(folder)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def texts(folder: Path) -> dict[str, str]:
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
+    events = events_of(folder)
     return {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
 
 
 def mlflow_of(results: Path) -> MlflowClient:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # as this package does before it imports it
+    from mlflow.tracking import MlflowClient
+
     return MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow's, which it takes a second to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow_of(path.parent).search_experiments()
+    return path
 
 
 def mlflow_runs(results: Path, experiment: str = "fedclip") -> list[Any]:
@@ -143,6 +161,8 @@ def history(results: Path, run: Any, name: str) -> list[tuple[int, float]]:
 
 def records(file: Path) -> Iterator[Any]:
     """Of a .wandb file: LevelDB's log format, in blocks of 32 KiB, each with W&B's messages or pieces of them."""
+    from wandb.proto import wandb_internal_pb2
+
     data, place, whole = file.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
     while place + 7 <= len(data):
@@ -174,6 +194,8 @@ def wandb_summary(file: Path) -> dict[str, Any]:
 
 def wandb_files(folder: Path) -> list[Path]:
     """What W&B has written, to the end."""
+    import wandb
+
     wandb.teardown()
     return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
 
@@ -188,6 +210,7 @@ def approx(expected: Mapping[Any, float]) -> Any:
     return pytest.approx(dict(expected), rel=1e-6)
 
 
+@needs("tensorboard")
 def test_tensorboard_shows_rounds_settings_and_the_result(tmp_path: Path) -> None:
     tell("tensorboard", tmp_path / "one", range(3))
     shown = scalars(tmp_path / "one")
@@ -201,6 +224,7 @@ def test_tensorboard_shows_rounds_settings_and_the_result(tmp_path: Path) -> Non
     assert no_secret_in(tmp_path / "one" / "tensorboard")
 
 
+@needs("tensorboard")
 def test_tensorboard_shows_a_run_that_went_on_as_one(tmp_path: Path) -> None:
     tell("tensorboard", tmp_path / "one", range(4), end="stopped")  # round 3 was never complete
     tell("tensorboard", tmp_path / "one", range(2, 4), before=2)
@@ -210,11 +234,13 @@ def test_tensorboard_shows_a_run_that_went_on_as_one(tmp_path: Path) -> None:
     assert texts(tmp_path / "one")["status/text_summary"] == "completed"
 
 
+@needs("tensorboard")
 def test_tensorboard_has_several_prompts_in_one_cell(tmp_path: Path) -> None:
     TensorBoard(About("one", tmp_path, {"prompt": "a {}|the {}"}, [])).end("stopped")
     assert "| prompt | a {}&#124;the {} |" in texts(tmp_path)["settings/text_summary"]
 
 
+@needs("mlflow")
 def test_mlflow_has_rounds_settings_and_the_result(tmp_path: Path) -> None:
     tell("mlflow", tmp_path / "one", range(3))
     (run,) = mlflow_runs(tmp_path)
@@ -228,7 +254,9 @@ def test_mlflow_has_rounds_settings_and_the_result(tmp_path: Path) -> None:
     assert no_secret_in(tmp_path / "mlflow.db")
 
 
-def test_an_mlflow_run_goes_on_and_has_no_round_twice(tmp_path: Path) -> None:
+@needs("mlflow")
+def test_an_mlflow_run_goes_on_and_has_no_round_twice(tmp_path: Path, database: Path) -> None:
+    shutil.copy(database, tmp_path)
     tell("mlflow", tmp_path / "one", range(3), end="failed")
     assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FAILED"]
     tell("mlflow", tmp_path / "other", range(1), end="stopped")
@@ -238,7 +266,11 @@ def test_an_mlflow_run_goes_on_and_has_no_round_twice(tmp_path: Path) -> None:
     assert history(tmp_path, runs["one"], "seen") == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
 
 
-def test_a_run_that_is_tracked_only_later_is_told_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@needs("mlflow", "tensorboard", "wandb")
+def test_a_run_that_is_tracked_only_later_is_told_whole(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(database, tmp_path)
     tell("mlflow,tensorboard,wandb", tmp_path / "one", range(2, 3), before=2)
     assert scalars(tmp_path / "one")["seen"] == [(0, 0.0), (1, 0.25), (2, 0.5)]
     assert history(tmp_path, mlflow_runs(tmp_path)[0], "seen") == [(0, 0.0), (1, 0.25), (2, 0.5)]
@@ -252,9 +284,11 @@ def test_a_run_that_is_tracked_only_later_is_told_whole(tmp_path: Path, capsys: 
     ]
 
 
-def test_mlflows_own_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs("mlflow")
+def test_mlflows_own_variables_are_heeded(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
+    shutil.copy(database, elsewhere)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere / 'mlflow.db'}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ward 7")
     tell("mlflow", tmp_path / "one", range(1))
@@ -262,6 +296,7 @@ def test_mlflows_own_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@needs("wandb")
 def test_wandb_has_rounds_settings_and_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "st-mary")
     monkeypatch.setenv("WANDB_PROJECT", "ward-7")
@@ -286,6 +321,7 @@ def test_wandb_has_rounds_settings_and_the_result(tmp_path: Path, monkeypatch: p
     assert not run.HasField("git")
 
 
+@needs("wandb")
 def test_a_wandb_run_that_went_on_offline_is_two_files_of_one_run(tmp_path: Path) -> None:
     tell("wandb", tmp_path / "one", range(2), end="stopped")
     (first,) = wandb_files(tmp_path / "one")
@@ -313,16 +349,44 @@ for number in range(1000):
     told.line({{"round": number, "seen": 0.5}})
 told.end("completed")
 """
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env={**os.environ, **env})
+    done = forked.run(script, env={**os.environ, **env})
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
 
+@needs("wandb")
 def test_without_a_key_wandb_is_dropped_in_one_line(tmp_path: Path) -> None:
     env = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
     (told,) = in_a_process_of_its_own("wandb", tmp_path, **env)
     assert told.startswith("tracking    wandb is no longer told of this run, which goes on: UsageError: No API key")
+
+
+class Noting:
+    """A tracker of no package: what it is told."""
+
+    where = "here"
+
+    def __init__(self, about: About) -> None:
+        self.lines, self.ends = [*about.before], list[str]()
+
+    def line(self, line: Mapping[str, float]) -> None:
+        self.lines.append(dict(line))
+
+    def finish(self, figures: Mapping[str, float]) -> None:
+        pass
+
+    def end(self, status: str) -> None:
+        self.ends.append(status)
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noting]:
+    """What `tensorboard` is told, which is such a tracker now, by the name of the run's folder."""
+    found: dict[str, Noting] = {}
+    monkeypatch.setitem(
+        trackers.TRACKERS, "tensorboard", ("json", lambda about: found.setdefault(about.folder.name, Noting(about)))
+    )
+    return found
 
 
 class Failing:
@@ -347,7 +411,7 @@ class Failing:
 
 
 def test_a_tracker_that_fails_is_dropped_once_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, noted: dict[str, Noting], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "wandb", ("wandb", Failing))
     tell("wandb,tensorboard", tmp_path / "one", range(4))
@@ -356,7 +420,7 @@ def test_a_tracker_that_fails_is_dropped_once_and_the_others_go_on(
         "for now"
     ]
     assert not Failing.ended
-    assert len(scalars(tmp_path / "one")["seen"]) == 4
+    assert len(noted["one"].lines) == 4
 
 
 @pytest.mark.parametrize(("where", "end"), [("__init__", "stopped"), ("__init__", "completed"), ("line", "failed")])
@@ -382,6 +446,7 @@ def test_a_tracker_that_hangs_holds_up_neither_rounds_nor_a_stop(
     assert capsys.readouterr().out.removeprefix("tracking    wandb: nowhere\n") == told  # and nothing later
 
 
+@needs("tensorboard")
 def test_on_a_full_disk_tensorboard_is_dropped_in_one_line(tmp_path: Path) -> None:
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))"
     assert in_a_process_of_its_own("tensorboard", tmp_path, limit)[1:] == [
@@ -402,6 +467,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", ("json", Failing))
     monkeypatch.setitem(trackers.TRACKERS, "wandb", ("not_there", Failing))
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", ("left_behind", Failing))
     (tmp_path / "left_behind").mkdir()
@@ -422,11 +488,12 @@ def test_nothing_of_a_tracker_is_imported_by_a_run_without_one() -> None:
         "told.begin('run', Path(), Settings(), []); told.line({}); told.finish({}); told.end('completed'); "
         "sys.exit(bool({'mlflow', 'wandb', 'tensorboard'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT).returncode == 0
+    done = forked.run(script)
+    assert done.returncode == 0, done.stderr
 
 
 def tracked(results: Path, **settings: object) -> RunFolder:
-    """The folder of a run that has begun, told to TensorBoard; its first round is complete."""
+    """The folder of a run that has begun and is tracked; its first round is complete."""
     folder = started(results, track="tensorboard", **settings)
     folder.go_on([], 2)
     folder.trackers.begin(folder.run, folder.path, Settings(), folder.metrics)
@@ -434,7 +501,7 @@ def tracked(results: Path, **settings: object) -> RunFolder:
     return folder
 
 
-def test_how_a_run_ends_reaches_its_trackers(tmp_path: Path) -> None:
+def test_how_a_run_ends_reaches_its_trackers(tmp_path: Path, noted: dict[str, Noting]) -> None:
     with pytest.raises(ZeroDivisionError), (failed := tracked(tmp_path)):
         _ = 1 / 0
     with pytest.raises(KeyboardInterrupt), (interrupted := tracked(tmp_path)):
@@ -444,20 +511,21 @@ def test_how_a_run_ends_reaches_its_trackers(tmp_path: Path) -> None:
     with tracked(tmp_path) as completed:
         completed.finish(SUMMARY)
     completed.stop()  # too late
-    ends = [texts(run.path)["status/text_summary"] for run in (failed, interrupted, stopped, completed)]
-    assert ends == ["failed", "stopped", "stopped", "completed"]
-    assert scalars(completed.path)["bytes"] == [(0, 10.0)]
+    ends = [noted[run.path.name].ends for run in (failed, interrupted, stopped, completed)]
+    assert ends == [["failed"], ["stopped"], ["stopped"], ["completed"]]
+    assert [told["bytes"] for told in noted[completed.path.name].lines] == [10]
 
 
-def test_a_run_may_go_on_with_another_tracker(tmp_path: Path) -> None:
+def test_a_run_may_go_on_with_another_tracker(tmp_path: Path, noted: dict[str, Noting]) -> None:
     with started(tmp_path) as run:
         run.checkpoint(complete(1, [line(0)]))
     with tracked(tmp_path, resume=run.path.name) as later:
         assert later.run == run.run
-    assert scalars(run.path)["seen"] == [(0, 0.0)]
+    assert [told.get("seen") for told in noted[run.path.name].lines] == [0.0, None]
 
 
 @pytest.mark.federation
+@needs("mlflow", "tensorboard")
 def test_a_federation_is_told_to_two_trackers(tmp_path: Path, tree: Path) -> None:
     """The user's environment reaches the process of the run."""
     given = [f"data=folder:{tree}", "num-server-rounds=2", "batch-size=4", "holdout=", "track=tensorboard,mlflow"]
