@@ -5,23 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import sentencepiece
-import torch
-from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    Siglip2Config,
-    Siglip2ImageProcessor,
-    Siglip2Model,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    SiglipTokenizer,
-)
-
 from fedclip_flwr import clip
 
 WORDS = ["a picture of a cat", "a photo of the dog", "sketch car boat bird house", "fish flower tree chair cup"]
@@ -37,6 +20,8 @@ VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 
 def small_clip(folder: Path) -> Path:
     """As CLIPProcessor saves it: the image processor's settings are in processor_config.json."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
     torch.manual_seed(1)
     vision = {**VISION, "image_size": 32}
     tokenizer = AutoTokenizer.from_pretrained(clip.BUNDLED)
@@ -49,6 +34,8 @@ def small_clip(folder: Path) -> Path:
 
 def small_siglip(folder: Path) -> Path:
     """As google/siglip-*: a sentencepiece model, a scale and a bias that matter."""
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipTokenizer
+
     torch.manual_seed(2)
     config = SiglipConfig(
         text_config={**TEXT, "max_position_embeddings": 24, "projection_size": 16},
@@ -67,6 +54,8 @@ def small_siglip(folder: Path) -> Path:
 
 def small_siglip2(folder: Path) -> Path:
     """As google/siglip2-*-naflex: images of any shape, as patches with a mask."""
+    from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model
+
     small_siglip(folder)
     torch.manual_seed(3)
     config = Siglip2Config(
@@ -80,6 +69,8 @@ def small_siglip2(folder: Path) -> Path:
 
 def pieces(path: Path) -> None:
     """A sentencepiece model with a vocabulary of its own."""
+    import sentencepiece
+
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS * 20),

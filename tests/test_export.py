@@ -129,6 +129,7 @@ def test_a_failure_leaves_the_older_export_whole(tmp_path: Path, monkeypatch: py
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(onnx_file, "check_installed", lambda: None)
     monkeypatch.setattr(onnx_file, "write", full)
     done = export(run, out, "--onnx", "--classes", "zebra,lion")
     assert done.exit_code == 2
@@ -136,14 +137,27 @@ def test_a_failure_leaves_the_older_export_whole(tmp_path: Path, monkeypatch: py
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_onnx_is_written_beside_the_rest(tmp_path: Path) -> None:
+def test_onnx_is_written_beside_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(model: FedCLIP, folder: Path) -> onnx_file.Agreement:
+        assert model.class_names == tuple(CLASSES)
+        (folder / "model.onnx").touch()
+        (folder / "preprocessor_config.json").touch()
+        return onnx_file.Agreement(16, 15, 2e-5)
+
+    monkeypatch.setattr(onnx_file, "check_installed", lambda: None)
+    monkeypatch.setattr(onnx_file, "write", write)  # tests/test_onnx_file.py: its own
     out = tmp_path / "out"
     done = export(finished(tmp_path), out, "--onnx")
     assert done.exit_code == 0, done.output
     assert names(out) == ["README.md", "adapter.safetensors", "config.json", "model.onnx", "preprocessor_config.json"]
-    assert "16 of 16 drawn pictures have the same class, and no probability differs by more than" in done.output
+    assert "15 of 16 drawn pictures have the same class, and no probability differs by more than 2e-05" in done.output
     assert done.stderr == "writing model.onnx, and trying it …\n"
-    assert FedCLIP.from_pretrained(out, device="cpu").class_names == tuple(CLASSES)
+
+
+def test_onnx_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    told = refused("latest", tmp_path, "--onnx")
+    assert "needs onnxruntime: pip install 'fedclip-flwr[onnx]'" in told
 
 
 def test_a_model_that_was_trained_whole_is_in_the_export(tmp_path: Path) -> None:
