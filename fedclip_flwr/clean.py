@@ -131,7 +131,7 @@ def clean(
         say(f"There is nothing to remove in {home}{unused}.{hint}")
         return
     say(_table(items, now))
-    busy = [item for item in items if _may_be_in_use(item, now)]
+    busy = {item for item in items if _may_be_in_use(item, now)}
     some_stay = f" {_amount(busy)} of it may be in use by a run and stay." if busy else ""
     say(f"{_amount(items)} in {home}.{some_stay}{hint}")
     free = [item for item in items if item not in busy]
