@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import torch
+
 from fedclip_flwr import clip
 
 WORDS = ["a picture of a cat", "a photo of the dog", "sketch car boat bird house", "fish flower tree chair cup"]
