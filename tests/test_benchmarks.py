@@ -15,6 +15,7 @@ from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.common import OURS, memory, processes, table
 from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
+from tests import forked
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -68,10 +69,11 @@ def test_every_benchmark_has_help_and_refuses_what_it_does_not_know(
 
 
 def test_a_benchmark_is_a_command() -> None:
-    asked = python("benchmarks.messages", "--help")
+    command = "import runpy; runpy.run_module('benchmarks.messages', run_name='__main__', alter_sys=True)"
+    asked = forked.run(command, "--help")
     assert (asked.returncode, asked.stderr) == (0, "")
     assert "benchmarks.messages" in asked.stdout
-    wrong = python("benchmarks.messages", "--nonsense")
+    wrong = forked.run(command, "--nonsense")
     assert (wrong.returncode, wrong.stdout) == (2, "")
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from fedclip_flwr.data.partition import Shard, shard
 from fedclip_flwr.errors import UserError
+from tests import forked
 
 LABELS = {domain: torch.arange(count) % 3 for domain, count in {"photo": 10, "art": 7, "cartoon": 9}.items()}
 MANY = {"art": torch.arange(200) % 10, "photo": torch.arange(300) % 10}
@@ -107,5 +107,5 @@ print([name for name in ("datasets", "flwr_datasets", "pandas") if name in sys.m
 
 def test_what_was_divided_once_is_not_divided_again() -> None:
     rows = shard(1, {"a": torch.arange(60) % 4}, 3, 5, "dirichlet").rows["a"].tolist()
-    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True)
+    done = forked.run(AGAIN)
     assert done.stdout.splitlines() == [str(rows), "[]"], done.stderr

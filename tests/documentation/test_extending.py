@@ -6,8 +6,6 @@ import ast
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 
 from fedclip_flwr.content import own_app
 from fedclip_flwr.data.drawn import Drawn
+from tests import forked
 
 HOME = own_app()
 LEARN = """
@@ -44,6 +43,14 @@ save_adapter(Path(out), result.state, settings, features, 3)
 adapter, facts = load_adapter(Path(out))
 assert (facts["kind"], type(adapter).__name__) == ("mlp", "Mlp")
 """
+INSTEAD = """
+import os, sys
+os.chdir(os.environ["COPY"])
+sys.path.insert(0, os.environ["COPY"])
+for name in [name for name in sys.modules if name.partition(".")[0] in ("fedclip_flwr", "tests")]:
+    del sys.modules[name]
+"""
+PYTEST = "import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
 TESTS = ["tests/test_kinds.py", "tests/test_config.py", "tests/test_adapters.py", "-k", "not app and not contract"]
 
 
@@ -95,9 +102,10 @@ def copied(root: Path, added: Sequence[tuple[str, str, str]]) -> Path:
     return root
 
 
-def python(root: Path, *arguments: str) -> None:
-    env = {**os.environ, "PYTHONPATH": str(root), "FEDCLIP_HOME": str(root / "home")}
-    done = subprocess.run([sys.executable, *arguments], cwd=root, env=env, capture_output=True, text=True)
+def play(root: Path, script: str, *arguments: str) -> None:
+    """Runs a script in a process that has the copy in place of the package and its tests."""
+    env = {**os.environ, "FEDCLIP_HOME": str(root / "home")}
+    done = forked.run(INSTEAD + script, *arguments, env=env | {"COPY": str(root)})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -118,7 +126,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_federation_learns_with_all_that_the_page_adds(extended: Path, table: Path, tmp_path: Path) -> None:
-    python(extended, "-c", LEARN, str(table), str(tmp_path / "out"))
+    play(extended, LEARN, str(table), str(tmp_path / "out"))
 
 
 def test_a_list_without_a_column_is_refused_and_one_that_is_not_there(extended: Path, table: Path) -> None:
@@ -136,11 +144,11 @@ for name, columns, told in (
     except UserError as error:
         assert told in str(error), error
 """
-    python(extended, "-c", code, str(table))
+    play(extended, code, str(table))
 
 
 def test_the_tests_that_the_page_names_look_at_what_it_adds(extended: Path) -> None:
-    python(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    play(extended, PYTEST, *TESTS)
 
 
 @pytest.mark.soak
@@ -149,4 +157,4 @@ def test_an_entry_that_is_left_out_makes_one_of_them_fail(entry: tuple[str, str,
     """Names that are in one list only: what is there and can't be chosen, and what can be chosen and is not there."""
     root = copied(tmp_path, [block for block in blocks() if block != entry])
     with pytest.raises(AssertionError, match=r"FAILED tests/test_(kinds|config).py::test_every"):
-        python(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS[:2], "-k", "every_")
+        play(root, PYTEST, *TESTS[:2], "-k", "every_")
