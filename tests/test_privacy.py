@@ -16,6 +16,7 @@ from fedclip_flwr.averaging import gather_of, length_of
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
+from tests.extras import needs
 
 SENT = {"a": torch.full((200, 300), 3.0), "b": torch.zeros(5_000)}
 NUMBERS = 65_000
@@ -127,6 +128,7 @@ def exact(multiplier: float, rounds: int, delta: float) -> float:
     return float(brentq(too_much, 0, 1e4))
 
 
+@needs("privacy")
 @pytest.mark.parametrize(("multiplier", "rounds", "delta"), [(1.0, 20, 1e-5), (8.0, 20, 1e-6), (30.0, 500, 1e-3)])
 def test_what_is_told_is_what_other_accountants_find(multiplier: float, rounds: int, delta: float) -> None:
     """The closed form, and Google's numerical composition of privacy losses round by round."""
@@ -142,6 +144,7 @@ def test_what_is_told_is_what_other_accountants_find(multiplier: float, rounds: 
         assert told == pytest.approx(accountant.get_epsilon(delta), rel=1e-3)
 
 
+@needs("privacy")
 def test_nothing_is_spent_before_the_first_round_and_nothing_told_without_noise() -> None:
     assert privacy.spent(Settings(dp="central"), []) == 0.0
     assert privacy.spent(Settings(dp="local"), [0, 0]) == 0.0

@@ -18,6 +18,7 @@ from fedclip_flwr.metrics import Score
 from fedclip_flwr.secure import LetterError
 from fedclip_flwr.secure import site as site_end
 from fedclip_flwr.secure.server import BOUND, bound_of
+from tests.extras import needs
 from tests.test_federation import Answer, Running, Site, quality
 from tests.test_privacy import exact
 from tests.test_resume import interrupted
@@ -405,6 +406,7 @@ def test_members_are_numbered_anew_in_each_attempt() -> None:
 # Privacy
 
 
+@needs("privacy")
 def test_what_is_spent_is_told_with_each_round_and_grows_with_it() -> None:
     running = Running(honest(3), dp="central", noise_multiplier=2.0)
     outcome = running.run()
@@ -415,6 +417,7 @@ def test_what_is_spent_is_told_with_each_round_and_grows_with_it() -> None:
     assert Running(honest(3)).run().epsilon is None
 
 
+@needs("privacy")
 def test_noise_is_central_in_a_masked_sum_too() -> None:
     values = []
     for _ in range(2):
@@ -425,6 +428,7 @@ def test_noise_is_central_in_a_masked_sum_too() -> None:
     assert max(abs(value - 0.3) for value in values) > 0.1  # of deviation 5 · √3
 
 
+@needs("privacy")
 def test_a_round_in_which_a_site_does_not_train_costs_it_nothing() -> None:
     running = Running(honest(4), dp="central", noise_multiplier=2.0, fraction_train=0.5, num_server_rounds=6, seed=1)
     running.run()
@@ -435,6 +439,7 @@ def test_a_round_in_which_a_site_does_not_train_costs_it_nothing() -> None:
     assert len(told) == most + 1
 
 
+@needs("privacy")
 def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
     def federation() -> Running:
         return Running(honest(3), dp="central", noise_multiplier=2.0)
@@ -447,12 +452,14 @@ def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
     assert again.nodes.trained == {"site-1": 3, "site-2": 3, "site-3": 3}
 
 
+@needs("privacy")
 def test_what_was_under_way_when_a_run_was_stopped_counts_where_it_has_been_seen(tmp_path: Path) -> None:
     again, _ = interrupted(lambda: Running(honest(3), dp="local", noise_multiplier=8.0), tmp_path / "checkpoint", 2)
     assert again.nodes.trained == {"site-1": 6, "site-2": 6, "site-3": 6}  # two, up to three attempts more, and one
     assert [number for number, _ in again.told.completed] == [2, 3]  # the three are on disk before the next is asked
 
 
+@needs("privacy")
 def test_repeated_rounds_count_for_privacy() -> None:
     failed = list[int]()
 
