@@ -328,7 +328,7 @@ def alive(pid: int) -> bool:
 
 
 COMMAND = """
-import multiprocessing, os, signal
+import multiprocessing, os, signal, time
 from fedclip_flwr import sweep
 from fedclip_flwr.cli import app
 
@@ -341,13 +341,14 @@ def begin_as_if_spawned(*given):
 
 def count_or_wait():
     count()
-    while sweep._rounds.value >= most:
-        signal.pause()
+    if sweep._rounds.value >= most:
+        time.sleep(300)
+        os._exit(1)
 
 sweep.get_context, sweep._begin, sweep._count = lambda _: forks, begin_as_if_spawned, count_or_wait
 app()
 """
-"""`fedclip` whose processes are forks, and wait for ever once they have come to so many rounds together."""
+"""`fedclip` whose processes are forks, and wait to be ended once they have come to so many rounds together."""
 
 
 class Sweeping:
