@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ TOGETHER = (
     "test_superlink",
     "documentation/test_site",
     "documentation/test_extending",
+    "documentation/test_guide",
     "doctor/",
     "report/",
     "test_hub",
@@ -51,7 +53,17 @@ TOGETHER = (
     "data/test_drawn",
 )
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
-FIRST = (*TOGETHER[:6], "documentation/", "test_running", *TOGETHER, "test_sweep")
+LINE = re.compile(r":\d+\]$")
+"""The end of a test that is one of a page's lines: those of one page go to one process, too."""
+FIRST = (
+    *TOGETHER[:6],
+    "documentation/test_guide",
+    "documentation/test_site",
+    "documentation/",
+    "test_running",
+    *TOGETHER,
+    "test_sweep",
+)
 """What takes long is begun first there, so that at the end no process is alone with it."""
 
 
@@ -66,7 +78,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
     """Not xdist's own groups: of them, xdist 3.8 and pytest 9.2 do not understand each other."""
     config.option.loadscopereorder = False
     scheduling = LoadScopeScheduling(config, log)
-    scheduling._split_scope = lambda nodeid: (*TOGETHER, nodeid)[place(nodeid, TOGETHER)]
+    scheduling._split_scope = lambda nodeid: (*TOGETHER, LINE.sub("", nodeid))[place(nodeid, TOGETHER)]
     return scheduling
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from tests.documentation.pages import ROOT
+from tests.documentation.shell import Shell
 
 TOOLS = ("unshare", "nsenter", "ip", "mount", "git", "runuser", "useradd", "install", "tar", "ss")
 EMPTY = ("root", "tmp", "run", "data", "opt", "mnt", "srv")
@@ -26,7 +24,6 @@ COMMANDS = ("systemctl", "journalctl", "editor")
 SERVER = "10.9.0.1"
 BASE = Path(sys.base_prefix)
 BUILT_IN = Path("/usr")
-PATIENCE = 600
 _TRIAL = """
 cd $1
 mount -t tmpfs hall .
@@ -35,52 +32,6 @@ mount -t overlay disk -o lowerdir=/,upperdir=disk,workdir=work root
 ip link add hub type bridge
 ip link add one type veth peer name other
 """
-_MARK = "--- that was all ---"
-
-
-class Shell:
-    """A session of bash, which ends at the first command that fails."""
-
-    def __init__(self, name: str, command: Sequence[str]) -> None:
-        self.name = name
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self.run("set -eo pipefail")
-
-    def run(self, text: str) -> str:
-        """What the commands print; an assertion tells which failed, and pytest what was said until then."""
-        process = self.process
-        told: list[str] = []
-        assert process.stdin
-        assert process.stdout
-        print(f"--- {self.name}\n{text}\n---")
-        late = threading.Timer(PATIENCE, os.killpg, (process.pid, signal.SIGKILL))
-        late.start()
-        try:
-            process.stdin.write(f"{{\n{text}\n}} </dev/null 2>&1\necho; echo '{_MARK}'\n")
-            process.stdin.flush()
-            for line in process.stdout:
-                if line.strip() == _MARK:
-                    return "".join(told)[:-1]
-                told.append(line)
-                print(line, end="", flush=True)
-        finally:
-            late.cancel()
-        raise AssertionError(f"{self.name}: {text}\nended with {process.wait()}:\n{''.join(told)[-3000:]}")
-
-    def close(self) -> None:
-        assert self.process.stdin
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait(30)
 
 
 class Hall:

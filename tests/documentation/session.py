@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from fedclip_flwr import clip
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.data.presets import PRESETS
 from tests.documentation.pages import ROOT, Block
+from tests.documentation.shell import Shell
 
 HUB_MODELS = ("openai/clip-vit-base-patch32",)
 """Models that the pages name: here they are the bundled one, in the hub's own cache."""
@@ -47,6 +47,8 @@ def images(folder: Path, domains: Collection[str], classes: Collection[str], cou
 
 
 def cached_models(cache: Path) -> None:
+    from fedclip_flwr import clip  # brings torch, and is not needed to collect the tests
+
     for name in HUB_MODELS:
         folder = cache / "hub" / f"models--{name.replace('/', '--')}"
         sha = "0123456789abcdef0123456789abcdef01234567"
@@ -95,41 +97,18 @@ def why_not_alone() -> str:
     return subprocess.run([*alone(), "true"], capture_output=True, text=True).stderr.strip()
 
 
-def script(blocks: list[Block]) -> str:
-    """One session of bash that runs the blocks in their order and stops at what fails."""
-    lines = ["set -eo pipefail"]
-    for block in blocks:
-        lines.append(f"echo '--- {block.place}' >&2")
-        if block.language == "python":
-            name, _, words = block.said.get("as", "from_the_page.py").partition(" ")
-            lines += [f"cat > {name} <<'THE END'", block.text.rstrip(), "THE END", f"python {name} {words}"]
-            continue
-        text = block.text.rstrip()
-        if "with" in block.said:
-            text += f" {block.said['with']}"
-        lines.append(f"{{\n{text}\n}} &" if "background" in block.said else text)
-    return "\n".join(lines) + "\n"
+def script(block: Block) -> str:
+    """What its reader gives to bash."""
+    text = block.text.rstrip()
+    if block.language == "python":
+        name, _, words = block.said.get("as", "from_the_page.py").partition(" ")
+        return f"cat > {name} <<'THE END'\n{text}\nTHE END\npython {name} {words}"
+    if more := block.said.get("with"):
+        text = re.sub(r"( +#.*)?$", rf" {more}\1", text, count=1)  # before what only explains the command
+    return f"{{\n{text}\n}} &" if "background" in block.said else text
 
 
-def run(blocks: list[Block], place: Path, before: str = "", **more: str) -> str:
-    """What such a session prints; an assertion tells what failed, with all that was said until then."""
+def begin(page: str, blocks: Collection[Block], place: Path, **more: str) -> Shell:
+    """A session of bash for the page's blocks, on such a machine."""
     tree, env = lay_out(place)
-    text = script(blocks) if not before else f"set -eo pipefail\n{before}\n{script(blocks)}"
-    (place / "session.sh").write_text(text)
-    process = subprocess.Popen(
-        [*(alone() if in_background(blocks) else []), "bash", str(place / "session.sh")],
-        cwd=tree,
-        env=env | more,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        told, _ = process.communicate(timeout=3000)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, told[-6000:]
-    return told
+    return Shell(page, [*(alone() if in_background(blocks) else []), "bash"], tree, env | more)

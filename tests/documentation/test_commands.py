@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from fedclip_flwr import simulation
 from tests.documentation import session
 from tests.documentation.pages import PAGES, ROOT, Block, blocks
+from tests.documentation.shell import Course
 from tests.local_hub import local_hub
 
+if TYPE_CHECKING:
+    from fedclip_flwr.features import Features
+
 RUN = ("bash", "python")
-WITH_RUN = "fedclip run --nodes 2 num-server-rounds=2"
 CI = ".ci/run"
 ELSEWHERE = {"tried by", "in parts by"}
 OF_THEIR_OWN = {"docs/deploy.md": "test_guide.py", "docs/extending.md": "test_extending.py"}
 """Pages that a test of their own follows."""
-BEFORE = {
-    "docs/methods.md": "fedclip encode data=folder:images --out features",
-    "docs/report.md": f"{WITH_RUN}\nfor name in 20261126-140212 20261126-141530; do "
-    "cp -r ~/.fedclip/runs/latest/ ~/.fedclip/runs/$name; done",
-    "docs/start.md": WITH_RUN,
-    "docs/using.md": WITH_RUN,
-}
-"""What a page takes to be there besides, as commands."""
+WITH_RUNS = {"docs/report.md": ("20261126-140212", "20261126-141530"), "docs/start.md": (), "docs/using.md": ()}
+"""Pages that take a run to be there, and further ones that they name."""
 
 
 def page_blocks(path: Path) -> list[Block]:
@@ -37,11 +37,16 @@ def page_blocks(path: Path) -> list[Block]:
 PARTS = {str(path.relative_to(ROOT)): page_blocks(path) for path in PAGES}
 
 
-@pytest.mark.documentation
-@pytest.mark.parametrize("page", [page for page, found in PARTS.items() if found and page not in OF_THEIR_OWN])
-def test_the_commands_of_a_page_work(page: str, tmp_path: Path) -> None:
-    text = "".join(block.text for block in PARTS[page])
-    if session.in_background(PARTS[page]) and (why := session.why_not_alone()):
+STEPS = {page: {block.place: block for block in found} for page, found in PARTS.items() if page not in OF_THEIR_OWN}
+CASES = [pytest.param(page, place, id=place) for page, steps in STEPS.items() for place in steps]
+
+
+@pytest.fixture(scope="module")
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+    """A page's blocks, to be run in one session of bash."""
+    name, steps = request.param, STEPS[request.param]
+    text = "".join(block.text for block in steps.values())
+    if session.in_background(steps.values()) and (why := session.why_not_alone()):
         pytest.skip(f"its servers need a network of their own: {why}")
     with ExitStack() as stack:
         more = {}
@@ -50,7 +55,26 @@ def test_the_commands_of_a_page_work(page: str, tmp_path: Path) -> None:
         if "--push" in text:
             hub = stack.enter_context(local_hub())
             more |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "a-token", "HF_HUB_OFFLINE": "0"}
-        session.run(PARTS[page], tmp_path, BEFORE.get(page, ""), **more)
+        place = tmp_path_factory.mktemp("page")
+        shell = stack.enter_context(closing(session.begin(name, steps.values(), place, **more)))
+        if name in WITH_RUNS:
+            add_runs(place / "home" / ".fedclip" / "runs", request.getfixturevalue("drawn"), WITH_RUNS[name])
+        yield Course({place: partial(shell.run, session.script(block), place) for place, block in steps.items()})
+
+
+@pytest.mark.documentation
+@pytest.mark.parametrize(("page", "place"), CASES, indirect=["page"], scope="module")
+def test_a_block_of_commands_works(page: Course, place: str) -> None:
+    page.take(place)
+
+
+def add_runs(results: Path, drawn: Features, names: Collection[str]) -> None:
+    """A run that was learnt in this process, which takes no time, and copies of it; real ones: README.md's."""
+    from tests.report.made import a_run  # brings torch, and is not needed to collect the tests
+
+    run = a_run(results, drawn)
+    for name in names:
+        shutil.copytree(run, results / name)
 
 
 @contextmanager

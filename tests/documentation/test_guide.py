@@ -8,8 +8,10 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import pytest
 
 from fedclip_flwr.data.drawn import picture
 from tests.documentation import session
-from tests.documentation.machine import SERVER, Hall, Shell, why_not
+from tests.documentation.machine import SERVER, Hall, why_not
 from tests.documentation.pages import ROOT, blocks
+from tests.documentation.shell import Course, Shell
 
 SITES = {"north": 2, "south": 3}
 """With the last number of their machines' addresses."""
@@ -151,30 +154,6 @@ def images(place: Path) -> Path:
     return place
 
 
-@pytest.mark.documentation
-def test_who_follows_the_guide_has_a_federation_and_keeps_it(tmp_path: Path) -> None:
-    if why := why_not():
-        pytest.skip(why)
-    with ExitStack() as stack:
-        hall = tmp_path / "hall"
-        hall.mkdir()
-        federation = Federation(hall, stack)
-        for folder in (origin(tmp_path / "origin"), wheels(tmp_path / "wheels"), images(tmp_path / "images")):
-            federation.hall.post(folder)
-        install(federation)
-        server(federation)
-        for site in SITES:
-            join(federation, site)
-        run(federation)
-        go_on(federation)
-        verify(federation)
-        renew(federation)
-        move(federation)
-        update(federation)
-        leave(federation)
-        assert not federation.guide.forgotten
-
-
 def install(federation: Federation) -> None:
     """Once: the other machines have a copy of that disk."""
     new = federation.machine("new", 9)
@@ -219,13 +198,13 @@ def run(federation: Federation) -> None:
     """With Ctrl-C as soon as there is something to see."""
     guide, at = federation.guide, federation.at["server"]
     federation.online(*SITES)
-    federation.begin(guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=10"), "zero-shot")
+    federation.begin(guide("fedclip run --on hospitals", but="resume"), "zero-shot")
     at.run("kill -INT %1")
     assert "No longer shown, but the run goes on" in federation.shown()
     told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
     assert "selected by validation" in told
     federation.number("finished:completed")
-    assert federation.result()["rounds"] == 10
+    assert federation.result()["rounds"] == 3
 
 
 def go_on(federation: Federation) -> None:
@@ -237,7 +216,7 @@ def go_on(federation: Federation) -> None:
     assert re.search(r"^The run did not complete: .*\. If it came to a round, resume=latest", told, re.MULTILINE)
     federation.connected(*SITES)
     assert "going on after round" in at.run(guide("resume=latest"))
-    assert federation.result()["rounds"] == 10
+    assert federation.result()["rounds"] == 3
 
 
 def verify(federation: Federation) -> None:
@@ -308,3 +287,44 @@ def leave(federation: Federation) -> None:
     assert left, told
     at.run(guide("unregister", NUMBER=left[1]))
     federation.online("north")
+
+
+def nothing_forgotten(federation: Federation) -> None:
+    """All blocks of the page were given."""
+    assert not federation.guide.forgotten
+
+
+STEPS: dict[str, Callable[[Federation], None]] = {
+    "install": install,
+    "server": server,
+    **{f"join-{site}": partial(join, site=site) for site in SITES},
+    "run": run,
+    "go-on": go_on,
+    "verify": verify,
+    "renew": renew,
+    "move": move,
+    "update": update,
+    "leave": leave,
+    "nothing-forgotten": nothing_forgotten,
+}
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+    """The steps, for machines that are there until the last one."""
+    if why := why_not():
+        pytest.skip(why)
+    place = tmp_path_factory.mktemp("guide")
+    with ExitStack() as stack:
+        hall = place / "hall"
+        hall.mkdir()
+        federation = Federation(hall, stack)
+        for folder in (origin(place / "origin"), wheels(place / "wheels"), images(place / "images")):
+            federation.hall.post(folder)
+        yield Course({name: partial(step, federation) for name, step in STEPS.items()})
+
+
+@pytest.mark.documentation
+@pytest.mark.parametrize("step", STEPS)
+def test_who_follows_the_guide_has_a_federation_and_keeps_it(guide: Course, step: str) -> None:
+    guide.take(step)

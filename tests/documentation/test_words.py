@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 import pytest
 import typer
-from flwr.cli.app import app as flower
 
 from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
@@ -69,6 +68,8 @@ def test_a_command_of_ours_has_the_options_and_settings_that_are_named(page: str
 
 @pytest.mark.parametrize(("page", "command"), of("flwr"))
 def test_a_command_of_flowers_is_one_that_it_has(page: str, command: str) -> None:
+    from flwr.cli.app import app as flower  # takes its time, which collecting the tests need not
+
     parsed(flower, command)
     words = [inner for word in shlex.split(command, comments=True) for inner in word.replace("'", "").split()]
     assert settings_named(words) <= SETTINGS | NO_SETTINGS, page
