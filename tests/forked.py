@@ -69,15 +69,18 @@ class Python:
         self.wait()
 
 
-def run(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """What such a process says, once it has ended."""
+def run(
+    script: str, *arguments: str, given: str = "", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What such a process says, once it has ended; it is `given` that on its standard input."""
     with Python(script, *arguments, env=env) as process:
+        process.stdin.write(given)
         out, err = process.communicate()
         return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 
 def _file(end: Connection, mode: str) -> IO[str]:
-    file: IO[str] = os.fdopen(os.dup(end.fileno()), mode)
+    file: IO[str] = os.fdopen(os.dup(end.fileno()), mode, errors="surrogateescape")
     end.close()
     return file
 

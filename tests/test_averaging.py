@@ -196,7 +196,7 @@ def test_the_robust_strategies_by_hand() -> None:
 def test_the_robust_strategies_bear_few_sites_and_those_that_do_the_same(strategy: str) -> None:
     assert robust(strategy, [(1, 2, 3)]) == pytest.approx([1, 2, 3])
     assert robust(strategy, [(1, 2, 3), (3, 2, 1)]) == pytest.approx([2, 2, 2])
-    for many in (3, 4, 7, 11, 49):
+    for many in (3, 4, 7, 11, 19):
         assert robust(strategy, [(1, 2, 3)] * many) == pytest.approx([1, 2, 3])
         assert robust(strategy, [(0, 0, 0)] * many) == [0, 0, 0]
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from fedclip_flwr.codecs import CODECS
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import BY_CLASS, FIGURES, HELLO, PROGRESS
+from tests import forked
 from tests.test_client_app import asked
 
 RUN = Settings(class_names="car,cat,fish", prompt="a picture of a {}", seed=7)
@@ -195,6 +194,7 @@ def watch(event, _):
         print("NETWORK", event)
 sys.addaudithook(watch)
 from fedclip_flwr.cli import app
+from tests import forked
 app(sys.argv[1:])
 """
 
@@ -202,7 +202,7 @@ app(sys.argv[1:])
 def test_the_command_uses_no_network(tree: Path) -> None:
     node = f"site='north' data='folder:{tree}'"
     words = ["doctor", "site", "--show-outgoing", "--node-config", node, "adapter=scale", "codec=int8"]
-    done = subprocess.run([sys.executable, "-c", ALONE, *words], capture_output=True, text=True)
+    done = forked.run(ALONE, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NETWORK" not in done.stdout
     assert "Nothing is sent" in done.stdout

@@ -4,9 +4,6 @@ import csv
 import errno
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,11 @@ from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import Classes, Examples, logits_of
 from fedclip_flwr.precompute import encode
+from tests import forked
 from tests.failing import failing
 from tests.learnt import saved_adapter, strong_adapter
+
+COMMAND = "from fedclip_flwr.cli import app; app()"
 
 
 def run(*arguments: object, given: str = "") -> tuple[int, str, str]:
@@ -118,9 +118,8 @@ def test_a_name_that_is_no_text_and_one_with_commas_come_through(folder: Path, t
     odd.mkdir()
     (tree / "photo" / "car" / "0.png").rename(odd / 'a, "b".png')
     (tree / "photo" / "car" / "1.png").rename(odd / "b\udcff.png")
-    command = [sys.executable, "-c", "from fedclip_flwr.cli import app; app()", "predict", str(odd), "-a", str(folder)]
-    done = subprocess.run(command, capture_output=True)
-    rows = list(csv.reader(io.StringIO(done.stdout.decode("utf-8", "surrogateescape"))))
+    done = forked.run(COMMAND, "predict", str(odd), "-a", str(folder))
+    rows = list(csv.reader(io.StringIO(done.stdout)))
     assert [row[0] for row in rows[1:]] == [str(odd / 'a, "b".png'), str(odd / "b\udcff.png")]
     assert done.returncode == 0
 
@@ -128,26 +127,19 @@ def test_a_name_that_is_no_text_and_one_with_commas_come_through(folder: Path, t
 def test_names_on_the_standard_input_may_be_no_text(folder: Path, tree: Path) -> None:
     odd = tree / "photo" / "b\udcff.png"
     (tree / "photo" / "car" / "0.png").rename(odd)
-    command = [sys.executable, "-c", "from fedclip_flwr.cli import app; app()", "predict", "-", "-a", str(folder)]
-    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, input=os.fsencode(odd), capture_output=True, env=env)
-    assert done.stdout.splitlines()[1].startswith(os.fsencode(odd) + b",")
+    done = forked.run(COMMAND, "predict", "-", "-a", str(folder), given=str(odd))
+    assert done.stdout.splitlines()[1].startswith(f"{odd},")
 
 
 def test_whoever_has_seen_enough_may_go(folder: Path, tree: Path) -> None:
-    start = "from fedclip_flwr.cli import app; app()"
     names = [str(path) for path in tree.glob("*/*/*.png")] * 100
-    command = [sys.executable, "-c", start, "predict", "-", "-a", str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdin
-        assert process.stdout
-        assert process.stderr
-        process.stdin.write("\n".join(names).encode())
+    with forked.Python(COMMAND, "predict", "-", "-a", str(folder)) as process:
+        process.stdin.write("\n".join(names))
         process.stdin.close()
-        assert process.stdout.readline().startswith(b"image,")
+        assert process.stdout.readline().startswith("image,")
         process.stdout.close()
         told = process.stderr.read()
-    assert b"failed" not in told
+    assert "failed" not in told
     assert b"BrokenPipe" not in told
 
 
