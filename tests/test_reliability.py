@@ -28,6 +28,7 @@ WHILE_WRITING = "server puts checkpoint adapter.safetensors in place"
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     with federation(tmp_path_factory.mktemp("reliability")) as one:
+        one.undisturbed(**SETTINGS)  # with which others are compared
         yield one
 
 
