@@ -42,8 +42,8 @@ CASES = [pytest.param(page, place, id=place) for page, steps in STEPS.items() fo
 
 
 @pytest.fixture(scope="module")
-def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
-    """A page's blocks, to be run in one session of bash."""
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Iterator[Course]:
+    """A page's blocks, to be run in one session of bash; the drawn pictures are encoded for all of them."""
     name, steps = request.param, STEPS[request.param]
     text = "".join(block.text for block in steps.values())
     if session.in_background(steps.values()) and (why := session.why_not_alone()):
@@ -58,7 +58,7 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         place = tmp_path_factory.mktemp("page")
         shell = stack.enter_context(closing(session.begin(name, steps.values(), place, **more)))
         if name in WITH_RUNS:
-            add_runs(place / "home" / ".fedclip" / "runs", request.getfixturevalue("drawn"), WITH_RUNS[name])
+            add_runs(place / "home" / ".fedclip" / "runs", drawn, WITH_RUNS[name])
         yield Course({place: partial(shell.run, session.script(block), place) for place, block in steps.items()})
 
 

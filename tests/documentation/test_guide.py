@@ -195,27 +195,25 @@ def join(federation: Federation, site: str) -> None:
 
 
 def run(federation: Federation) -> None:
-    """With Ctrl-C as soon as there is something to see."""
+    """A run ends with its server, which is started anew as soon as there is something to see."""
     guide, at = federation.guide, federation.at["server"]
     federation.online(*SITES)
-    federation.begin(guide("fedclip run --on hospitals", but="resume"), "zero-shot")
-    at.run("kill -INT %1")
-    assert "No longer shown, but the run goes on" in federation.shown()
-    told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
-    assert "selected by validation" in told
-    federation.number("finished:completed")
-    assert federation.result()["rounds"] == 3
-
-
-def go_on(federation: Federation) -> None:
-    """A run whose server is started anew comes to its end."""
-    guide, at = federation.guide, federation.at["server"]
     federation.begin(guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=100"), "zero-shot")
     at.run(guide("systemctl restart fedclip-superlink", but="mv"))
     told = federation.shown()
     assert re.search(r"^The run did not complete: .*\. If it came to a round, resume=latest", told, re.MULTILINE)
     federation.connected(*SITES)
-    assert "going on after round" in at.run(guide("resume=latest"))
+
+
+def go_on(federation: Federation) -> None:
+    """It comes to its end, though Ctrl-C ends what shows it."""
+    guide, at = federation.guide, federation.at["server"]
+    federation.begin(guide("resume=latest"), "'going on after round'")
+    at.run("kill -INT %1")
+    assert "No longer shown, but the run goes on" in federation.shown()
+    told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
+    assert "selected by validation" in told
+    federation.number("finished:completed")
     assert federation.result()["rounds"] == 3
 
 
@@ -259,7 +257,7 @@ def move(federation: Federation) -> None:
 
 
 def update(federation: Federation) -> None:
-    """All come to another version, with which they find each other again; that run is stopped."""
+    """All come to another version."""
     guide, before = federation.guide, federation.packages["server"]
     origin = f"{federation.hall.place}/post/origin"
     federation.hall.shell.run(f"cd {origin}; echo '# later' >> fedclip_flwr/errors.py")
@@ -270,6 +268,11 @@ def update(federation: Federation) -> None:
         told = pool.map(lambda name: federation.at[name].run(commands[name]), commands)
         (found,) = {package(one) for one in told}
     assert found != before
+
+
+def stop(federation: Federation) -> None:
+    """A run, for which they find each other again; it is stopped."""
+    guide = federation.guide
     federation.begin(guide("fedclip run --on", but="resume", more="num-server-rounds=100"), "zero-shot")
     federation.at["server"].run(guide("flwr stop", RUN=federation.number("running")))
     shown = federation.shown()
@@ -304,6 +307,7 @@ STEPS: dict[str, Callable[[Federation], None]] = {
     "renew": renew,
     "move": move,
     "update": update,
+    "stop": stop,
     "leave": leave,
     "nothing-forgotten": nothing_forgotten,
 }

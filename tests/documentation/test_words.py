@@ -11,6 +11,7 @@ import click
 import pytest
 import typer
 
+from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
 from tests.documentation.pages import PAGES, ROOT, blocks
@@ -18,6 +19,7 @@ from tests.documentation.pages import PAGES, ROOT, blocks
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 SETTINGS = {*Settings.keys()}
 OF_A_SITE = {"site", "role", "domains", "share-class-counts", "partition-id", "num-partitions"}
+TAKES_SETTINGS = re.compile("fedclip (run|init|encode|sweep) ")
 NO_SETTINGS = {"num-supernodes"}
 
 
@@ -64,6 +66,14 @@ def test_a_command_of_ours_has_the_options_and_settings_that_are_named(page: str
     parsed(app, command)
     words = [inner for word in shlex.split(command, comments=True) for inner in word.replace("'", "").split()]
     assert settings_named(words) <= SETTINGS | OF_A_SITE, page
+
+
+@pytest.mark.parametrize(("page", "command"), [found for found in of("fedclip") if TAKES_SETTINGS.match(found[1])])
+def test_the_settings_of_a_command_can_be_used_together(page: str, command: str) -> None:
+    """Not every run of the pages is run by the tests."""
+    words = [word for word in shlex.split(command, comments=True) if re.match("[a-z-]+=", word)]
+    given, problems = read_settings(words)
+    assert not {**problems, **Settings.read(given)[1]}, page
 
 
 @pytest.mark.parametrize(("page", "command"), of("flwr"))
