@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedclip_flwr import __version__, content, history, pinned, scaffold, simulation
+from fedclip_flwr import __version__, content, history, pinned, scaffold
 from fedclip_flwr.cli import app
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
+from tests import forked
 
 FILES = {"server_app.py", "client_app.py", "pyproject.toml"}
 FEDCLIP = Path(sys.executable).parent / "fedclip"
@@ -96,8 +98,10 @@ def test_what_cannot_be_laid_out_is_told_and_nothing_is_made(
 
 
 def test_sites_take_the_bundle_of_the_folder(study: Path) -> None:
-    env = simulation.commands_found({"FLWR_HOME": str(study.parent / "flwr"), "PATH": ""})
-    subprocess.run(["flwr", "build"], cwd=study, env=env, check=True, capture_output=True)
+    env = {**os.environ, "FLWR_HOME": str(study.parent / "flwr")}
+    script = f"import os; os.chdir({str(study)!r}); from flwr.cli.app import app; app()"
+    done = forked.run(script, "build", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
     (bundle,) = study.glob("*.fab")
     pinned.check(bundle.read_bytes())
 
