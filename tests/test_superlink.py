@@ -9,7 +9,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.message_pb2 import Message
 from flwr.proto.node_pb2 import Node
@@ -17,8 +17,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from deploy.processes import SuperLink, superlink
 from fedclip_flwr import keys, simulation
-
-pytestmark = pytest.mark.federation
+from fedclip_flwr.superlink import objection
 
 
 class Speaker:
@@ -49,6 +48,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
             yield link
 
 
+@pytest.mark.federation
 def test_nobody_can_be_there_in_another_sites_name(link: SuperLink) -> None:
     north, stranger = Speaker(link, "north"), Speaker(link, "stranger")
     for who in (Speaker(link, "south"), stranger):
@@ -61,6 +61,7 @@ def test_nobody_can_be_there_in_another_sites_name(link: SuperLink) -> None:
     assert link.online() == 1
 
 
+@pytest.mark.federation
 def test_nobody_can_answer_in_another_sites_name(link: SuperLink) -> None:
     south = Speaker(link, "south")
     own = south.activate(south.public)
@@ -69,3 +70,23 @@ def test_nobody_can_answer_in_another_sites_name(link: SuperLink) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         south.ask.PushMessages(PushMessagesRequest(node=Node(node_id=own), messages_list=[answer]))
     assert refused.value.details() == "that answer is another node's"
+
+
+def pushed(own: int, *senders: int) -> PushMessagesRequest:
+    """Messages of these nodes, which the node `own` sends."""
+    request = PushMessagesRequest(node=Node(node_id=own))
+    for sender in senders:
+        request.messages_list.add().metadata.src_node_id = sender
+    return request
+
+
+@pytest.mark.parametrize("ask", [ActivateNodeRequest, RegisterNodeFleetRequest])
+def test_only_the_owner_of_a_key_may_ask_with_it(ask: Any) -> None:
+    assert objection(ask(public_key=b"north"), b"north") is None
+    assert objection(ask(public_key=b"north"), b"south") == "that public key is another node's"
+
+
+def test_a_node_may_send_only_its_own_messages() -> None:
+    assert objection(pushed(5, 5, 5), b"north") is None
+    for senders in ((6,), (5, 6), ()):
+        assert objection(pushed(5, *senders), b"north") == "that answer is another node's"
