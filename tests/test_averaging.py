@@ -226,3 +226,29 @@ def test_a_claim_counts_for_at_most_so_many_times_the_median() -> None:
 def test_half_of_the_sites_can_not_raise_the_bound_by_large_claims() -> None:
     assert bounded({"a": 100, "b": 10**9}, 3.0) == {"a": 100, "b": 300}
     assert bounded({"a": 10**9, "b": 100, "c": 10**9, "d": 10}, 3.0) == {"a": 300, "b": 100, "c": 300, "d": 10}
+
+
+def test_an_update_that_is_held_and_too_long_is_scaled_down_before_a_rule_sees_it() -> None:
+    """As in a mean: the limit is 2, the fourth step. 5 lies within the tenth, and is scaled down by six steps."""
+    gathering = Held(SENT, 2.0, lambda updates: updates[0])
+    for site, update in (("a far one", (0, -5, 0)), ("one", (1, 0, 0)), ("two", (1, 0, 0)), ("three", (1, 0, 0))):
+        gathering.add(site, moved(*update), 1.0)
+    found = gathering.close()
+    assert flat(found) == pytest.approx([0, -5 / 2**1.5, 0])
+    assert list(found.scaled) == ["a far one"]
+
+
+def test_of_updates_that_are_equally_good_the_order_of_the_sites_decides_and_not_that_of_arrival() -> None:
+    """Krum takes 2 or 3, whose neighbours are equally near."""
+    gathering = gather_of(Settings(strategy="krum", max_update_norm=0.0))(SENT)
+    for number, update in reversed([*enumerate(FIVE)]):
+        gathering.add(f"site {number}", moved(*update), 1.0)
+    assert flat(gathering.close()) == pytest.approx([2, 0, 0])
+
+
+def test_a_share_of_the_sites_is_rounded_up_to_whole_ones() -> None:
+    """A fifth of four is one on either side, and a twentieth of 47 is three."""
+    assert robust("fedtrimmedavg", [*FIVE[1:]]) == pytest.approx([3.5, 0, 0])
+    assert robust("fedtrimmedavg", [(1, 0, 0)] * 44 + [(1000, 0, 0)] * 3, hostile_share=0.05) == pytest.approx(
+        [1, 0, 0]
+    )
