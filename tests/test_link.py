@@ -244,3 +244,33 @@ def test_a_parcel_that_leads_to_numbers_that_are_not_finite_is_refused_though_it
     config = ConfigRecord({"state": mark_of(made), "base": mark_of(START)})
     with pytest.raises(ExchangeError, match="not finite"):
         taken(RecordDict({"arrays": parcel, "config": config}), codec="bfloat16")
+
+
+def test_what_rounding_takes_from_small_steps_adds_up_and_is_sent() -> None:
+    """In bfloat16, steps of 1 + 2⁻⁹ arrive as 1; the third brings what is left of the first two along, 2⁻⁸."""
+    link = Downlink({"w": torch.zeros(1)}, "bfloat16", 0)
+    for number in (1, 2, 3):
+        link.step({"w": link.state["w"] + 1 + 2**-9}, number)
+    assert link.state["w"].tolist() == [3 + 2**-7]
+    assert link.left["w"].tolist() == [-(2**-9)]
+
+
+def test_a_site_that_could_make_the_latest_adapter_is_sent_the_whole_of_an_earlier_one() -> None:
+    link, best = Downlink(START, "int8", 0), moved(START, 0.3)
+    link.step(moved(START, 0.1), 1)
+    taken(sent(link, 5))
+    answered(link, 5)
+    link.step(moved(START, 0.2), 2)
+    content = sent(link, 5, best)
+    assert set(content["arrays"]) == set(START)
+    assert equal(taken(content), best)
+
+
+def test_sites_round_by_chances_of_their_own_in_each_round() -> None:
+    """If all rounded the same numbers in the same direction, their mean would be no nearer than each of them."""
+    trained = moved(START, 0.05)
+    parcels = [
+        packed(f"{site} {number}", "int8", trained, START, site, number)["int8"]
+        for site, number in (("north", 1), ("south", 1), ("north", 2))
+    ]
+    assert not any(torch.equal(parcels[one], parcels[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
