@@ -12,7 +12,7 @@ from flwr.common.serde import message_to_proto
 from fedclip_flwr import exchange
 from fedclip_flwr.adapters import ADAPTERS, make_adapter, tensor_names
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import ExchangeError, Hello, Report
+from fedclip_flwr.exchange import ExchangeError, Hello, Progress, Report
 from fedclip_flwr.metrics import BINS, ClassCounts, Quality, Score
 from fedclip_flwr.session import Session
 from fedclip_flwr.vocabulary import Vocabulary
@@ -114,6 +114,8 @@ def test_a_hello_comes_back() -> None:
         {"classes": [0.5]},
         {"classes": 3},
         {"package": 7},
+        {"role": "watch"},
+        {"role": "holdout"},  # and trains
         {"more": 1},
     ],
 )
@@ -359,3 +361,10 @@ def test_the_size_of_a_message_is_that_of_its_tensors_and_little_more() -> None:
     state = make_adapter("attention", 64).state_dict()
     message = Message(RecordDict({"arrays": exchange.write_adapter(state)}), 1, "train")
     assert 4 * 8320 < exchange.size(message) < 4 * 8320 + 1500
+
+
+def test_progress_comes_back_unless_there_is_more_done_than_there_is() -> None:
+    done = Progress("north", 7, 7)
+    assert exchange.read_hello(exchange.write_progress(done)) == done
+    with pytest.raises(ExchangeError, match="its progress can't be: 8 of 7 images"):
+        exchange.read_hello(exchange.write_progress(done._replace(encoded=8)))
