@@ -849,3 +849,10 @@ def test_a_site_that_can_never_build_on_anything_is_left_out() -> None:
     assert [(f.round, f.site, f.why) for f in running.nodes.failures] == [
         (number, "lost", "nothing stays here") for number in (1, 2, 3)
     ]
+
+
+def test_of_blends_that_do_as_well_the_smallest_is_chosen() -> None:
+    """The adapter of round 1 is 2.0, and as good as it are three quarters and a half of it."""
+    north = Site("north", 2.0, {2.0: 9, 1.5: 9, 1.0: 9, 0.5: 8})
+    outcome = Running({5: north}, blend="auto").run()
+    assert (outcome.adapted.round, outcome.blend) == (1, 0.5)
