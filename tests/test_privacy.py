@@ -166,3 +166,10 @@ def test_what_does_not_go_with_it_is_refused() -> None:
         Settings.from_run_config({"dp": "central", "noise-multiplier": 0})
     with pytest.raises(UserError, match="it is for adapters"):
         Settings.from_run_config({"dp": "central", "method": "full-model"})
+
+
+def test_only_what_is_longer_than_the_norm_is_cut_and_then_to_it() -> None:
+    base, state = {"a": torch.tensor([1.0, 1.0])}, {"a": torch.tensor([4.0, 5.0])}  # an update of 3 and 4: 5 long
+    assert privacy.clipped(state, base, 1.0)["a"].tolist() == pytest.approx([1.6, 1.8])
+    assert privacy.clipped(state, base, 10.0)["a"].tolist() == [4.0, 5.0]
+    assert privacy.clipped(base, base, 1.0)["a"].tolist() == [1.0, 1.0]

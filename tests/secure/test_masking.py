@@ -109,6 +109,7 @@ def test_the_step_is_the_finest_with_which_no_sum_overflows() -> None:
     assert finest_step(3, 1.0) == 2.0**-29
     assert finest_step(10, 0.5) == 2.0**-28
     assert finest_step(1000, 2147483.647) == 2.0  # 2³¹ − 1 in all, but not when each is rounded up
+    assert finest_step(4, 2.0**29 - 0.25) == 2.0  # rounded up, four of them are 2³¹
     for members in (1, 3, 10, 1000):
         for bound in (1e-6, 0.1, 1.0, 8.0, 3e4):
             step = finest_step(members, bound)
