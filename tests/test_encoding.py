@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedclip_flwr import ahead, clip
+from fedclip_flwr import ahead, clip, encoding
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import ReadError
@@ -240,3 +240,23 @@ def test_a_domain_without_a_readable_image_is_kept_in_the_precision_of_the_other
     for file in (tree / "photo").rglob("*.png"):
         file.write_bytes(b"nothing")
     assert opened(tree).examples("photo").features.dtype == torch.float16
+
+
+@pytest.mark.usefixtures("able")
+def test_a_lower_precision_is_compared_anew_for_other_classes(tree: Path) -> None:
+    made = [opened(tree), opened(tree, class_names="kitten,sedan,trout")]
+    assert made[0].folder == made[1].folder
+    assert len([*made[0].folder.glob("agreement-*.safetensors")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("same", "cosine", "good"),
+    [(19, 0.99, True), (18, 1.0, False), (20, 0.98, False), (0, 0.0, False)],
+)
+def test_a_precision_is_good_enough_if_nearly_all_classes_are_the_same_and_all_features_close(
+    same: int, cosine: float, good: bool
+) -> None:
+    """Of twenty images, 19 are the 95 % that it takes."""
+    cosines = torch.ones(20)
+    cosines[7] = cosine
+    assert encoding.good_enough({"same": torch.arange(20) < same, "cosine": cosines}) == good
