@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -391,7 +390,9 @@ class Sweeping:
         return found
 
 
-def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(tmp_path: Path, forks: None) -> None:
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None
+) -> None:
     sweeping = Sweeping(tmp_path, rounds=3)
     with sweeping.start(most_rounds=10) as process:
         sweeping.stop(process)
@@ -399,10 +400,9 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(tmp_path: Path, forks
         table, told = process.communicate()
     assert process.returncode == 0, told
     assert " of 18 results from earlier" in table
-    once = sweeping.table.read_text()
-    shutil.rmtree(sweeping.results)
-    compare(wishes(sweeping.data, methods="gate", seeds=3, rounds=3, jobs=2, out=str(sweeping.table.parent)))
-    assert sweeping.table.read_text() == once
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "other"))
+    compare(wishes(sweeping.data, methods="gate", seeds=3, rounds=3, jobs=2, out=str(tmp_path / "at-once")))
+    assert sweeping.table.read_text() == (tmp_path / "at-once" / "table.csv").read_text()
 
 
 def test_a_process_that_is_killed_is_told_and_the_results_are_kept(tmp_path: Path) -> None:
