@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -173,3 +174,45 @@ def test_once_a_day_what_was_not_used_for_long_is_forgotten(tmp_path: Path, prun
     assert {"new", used, "conversion-1", content.PRUNED} <= there
     assert {old, "session-1"} & there == (set() if goes else {old, "session-1"})
     assert time.time() - (tmp_path / content.PRUNED).stat().st_mtime < content.DAY
+
+
+def test_the_hash_of_files_follows_their_names_and_bytes_and_not_their_place(tmp_path: Path) -> None:
+    for folder, name, text in (("one", "a", "x"), ("two", "a", "x"), ("three", "b", "x"), ("four", "a", "y")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+    one, two, three, four = (
+        content.of_files(tmp_path / folder, [name], tmp_path / "memory")
+        for folder, name in (("one", "a"), ("two", "a"), ("three", "b"), ("four", "a"))
+    )
+    assert one == two
+    assert len({one, three, four}) == 3
+
+
+def test_a_file_may_hold_as_much_as_is_read_of_it_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"four")
+    assert content.read_bytes(tmp_path / "a", 4) == b"four"
+    with pytest.raises(OSError, match="it has more than 3 bytes") as error:
+        content.read_bytes(tmp_path / "a", 3)
+    assert error.value.errno == errno.EFBIG
+
+
+def test_names_of_files_stay_apart_and_in_their_folder() -> None:
+    assert content.file_name("north-1.a_b") == "north-1.a_b"
+    texts = ("north_1", "north/1", "north 1", ".north_1", "../north_1", "..", "x" * 81, "x" * 82)
+    names = [content.file_name(text) for text in texts]
+    assert len({*names}) == len(texts)
+    assert all("/" not in name and not name.startswith(".") and len(name) < 100 for name in names)
+
+
+def test_a_file_is_on_disk_before_it_takes_its_place_and_the_place_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bool, str]] = []
+    (tmp_path / "a").write_text("old")
+
+    def sync(number: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(number).st_mode), (tmp_path / "a").read_text()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    content.write_whole(tmp_path / "a", lambda part: part.write_text("new"))
+    assert synced == [(False, "old"), (True, "new")]
