@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,3 +136,10 @@ def test_batches_of_different_kinds_do_not_go_together(path: Path) -> None:
         growing.append(FEATURES[:1], [0], [])
         with pytest.raises(ValueError, match="cannot follow"):
             growing.append(FEATURES[:1].half(), [0], [])
+
+
+def test_an_entry_is_on_disk_before_it_takes_its_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, path.exists())))
+    whole(path)
+    assert synced == [(path.stat().st_ino, False)]

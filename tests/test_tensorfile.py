@@ -60,3 +60,17 @@ def test_all_numbers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tensorfile.all_finite(tensor)
         tensor[row, 2] = float("nan")
         assert not tensorfile.all_finite(tensor)
+
+
+def test_a_checksum_follows_all_that_a_header_tells() -> None:
+    kind = Kind("F32", (2, 3))
+    told: list[tuple[dict[str, str], dict[str, tuple[Kind, int]]]] = [
+        ({"x": "1"}, {"a": (kind, 7)}),
+        ({"x": "2"}, {"a": (kind, 7)}),
+        ({"y": "1"}, {"a": (kind, 7)}),
+        ({"x": "1"}, {"b": (kind, 7)}),
+        ({"x": "1"}, {"a": (Kind("I32", (2, 3)), 7)}),
+        ({"x": "1"}, {"a": (Kind("F32", (3, 2)), 7)}),
+        ({"x": "1"}, {"a": (kind, 8)}),
+    ]
+    assert len({tensorfile.checksum(*one) for one in told}) == len(told)
