@@ -496,3 +496,15 @@ def test_all_that_is_wrong_with_a_run_is_told_at_once(tree: Path) -> None:
 def test_a_wrong_model_is_told_beside_a_wrong_data_setting(tree: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)2 of the settings.*data.*model"):
         open_run({"data": "folder:here", "model": "/no/model"})
+
+
+def test_three_classes_of_a_feature_folder_have_the_runs_numbers(tmp_path: Path) -> None:
+    """Moved on by one, not only exchanged: the two ways of numbering are then different ones."""
+    write_folder(tmp_path, class_names=["cat", "dog", "emu"])
+    save_file({"text_features": torch.eye(3)}, tmp_path / "classes.safetensors")
+    tensors = {"image_features": torch.eye(3), "labels": torch.tensor([0, 1, 2])}
+    for domain in ("a", "b"):
+        save_file(tensors, tmp_path / f"{domain}.safetensors")
+    own = open_features(Settings(data=f"features:{tmp_path}"), Vocabulary(("emu", "cat", "dog"), ("a {}",)))
+    assert own.examples("a").labels.tolist() == [1, 2, 0]
+    assert own.classes.text.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
