@@ -109,3 +109,15 @@ def test_what_was_divided_once_is_not_divided_again() -> None:
     rows = shard(1, {"a": torch.arange(60) % 4}, 3, 5, "dirichlet").rows["a"].tolist()
     done = forked.run(AGAIN)
     assert done.stdout.splitlines() == [str(rows), "[]"], done.stderr
+
+
+def test_domains_are_shuffled_each_in_its_own_way() -> None:
+    (one,), (other,) = (shard(i, {"a": torch.zeros(50), "b": torch.zeros(50)}, 2, 0).rows.values() for i in range(2))
+    assert sorted(one.tolist()) == sorted(other.tolist())
+    assert one.tolist() != other.tolist()
+
+
+def test_other_labels_are_divided_anew() -> None:
+    for labels in (torch.arange(60) % 4, torch.arange(60) // 15):
+        rows = shard(0, {"a": labels}, 3, 5, "classes").rows["a"]
+        assert len(labels[rows].unique()) == 2
