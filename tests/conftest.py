@@ -54,7 +54,7 @@ TOGETHER = (
 )
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
 LINE = re.compile(r":\d+\]$")
-"""The end of a test that is one of a page's lines: those of one page go to one process, too."""
+"""The end of a test that is one of a page's lines: they go to one process, too, and stay in order."""
 FIRST = (
     *TOGETHER[:6],
     "documentation/test_guide",
@@ -93,8 +93,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if (seed := config.getoption("shuffle")) is not None:
-        keys = {name: Random(f"{seed} {name}").random() for item in items for name in (item.nodeid, item.path.name)}
-        items.sort(key=lambda item: (keys[item.path.name], keys[item.nodeid]))
+        items.sort(
+            key=lambda item: [Random(f"{seed} {name}").random() for name in (item.path.name, LINE.sub("", item.nodeid))]
+        )
     elif hasattr(config, "workerinput"):
         items.sort(key=lambda item: place(item.nodeid, FIRST))
 

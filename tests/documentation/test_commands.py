@@ -48,6 +48,8 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     text = "".join(block.text for block in steps.values())
     if session.in_background(steps.values()) and (why := session.why_not_alone()):
         pytest.skip(f"its servers need a network of their own: {why}")
+    for domain in drawn.domains:
+        drawn.examples(domain)
     with ExitStack() as stack:
         more = {}
         if re.search(r"^flwr run ", text, re.MULTILINE):
