@@ -49,6 +49,7 @@ TOGETHER = (
     "doctor/",
     "report/",
     "test_hub",
+    "test_trackers",
     "test_onnx_file",
     "data/test_drawn",
 )
