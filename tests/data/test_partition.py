@@ -120,4 +120,4 @@ def test_domains_are_shuffled_each_in_its_own_way() -> None:
 def test_other_labels_are_divided_anew() -> None:
     for labels in (torch.arange(60) % 4, torch.arange(60) // 15):
         rows = shard(0, {"a": labels}, 3, 5, "classes").rows["a"]
-        assert len(labels[rows].unique()) == 2
+        assert len({*labels[rows].tolist()}) == 2
