@@ -291,3 +291,20 @@ def test_a_folder_that_can_not_be_found_by_path_is_refused(
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "a:b"))
     with pytest.raises(UserError, match="let FEDCLIP_HOME name another folder"):
         pinned.start([])
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("client_app.py", b"import", b"export"),
+        ("server_app.py", b"import", b"export"),
+        ("pyproject.toml", b'clientapp = "client_app:app"', b'clientapp = "server_app:app"'),
+    ],
+)
+def test_a_file_of_the_same_size_with_other_contents_is_refused(
+    bundle: dict[str, bytes], name: str, old: bytes, new: bytes
+) -> None:
+    other = bundle[name].replace(old, new)
+    assert other != bundle[name]
+    with pytest.raises(UserError, match=f"brings another '{name}'"):
+        pinned.check(packed(*(bundle | {name: other}).items()))
