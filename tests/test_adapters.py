@@ -59,6 +59,9 @@ def test_blend_by_hand() -> None:
     # (0.6, 0.8) → (1.2, 0.8)/√2.08; half of each: (0.71602…, 0.67735…), then unit length
     blended = torch.tensor([[0.6, 0.8]]) * 0.5 + torch.tensor([[1.2, 0.8]]) / 2.08**0.5 * 0.5
     torch.testing.assert_close(adapter(torch.tensor([[0.6, 0.8]])), blended / blended.norm())
+    adapter.blend = 0.25
+    blended = torch.tensor([[0.6, 0.8]]) * 0.75 + torch.tensor([[1.2, 0.8]]) / 2.08**0.5 * 0.25
+    torch.testing.assert_close(adapter(torch.tensor([[0.6, 0.8]])), blended / blended.norm())
 
 
 def test_random_weights_follow_from_the_seed_and_leave_other_randomness_alone() -> None:

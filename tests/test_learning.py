@@ -306,3 +306,9 @@ def test_a_state_on_the_cpu_stays_as_it_was_when_learning_goes_on() -> None:
     with torch.no_grad():
         next(adapter.parameters()).add_(1.0)
     assert torch.equal(state["log_scale"], torch.zeros(4))
+
+
+def test_where_zero_shot_cannot_be_selected_it_may_be_better_than_what_is() -> None:
+    zero, best, later = scores(9), scores(3), scores(4)
+    assert chosen(later, best, zero, RECIPES["paper"])
+    assert not chosen(later, best, zero, RECIPES["default"])
