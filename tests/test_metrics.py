@@ -7,7 +7,17 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
 from torch import Tensor
 
-from fedclip_flwr.metrics import BINS, Quality, Score, loss_votes, mean_accuracy, mean_figures, quality_of, score_of
+from fedclip_flwr.metrics import (
+    BINS,
+    Quality,
+    Score,
+    bins_of,
+    loss_votes,
+    mean_accuracy,
+    mean_figures,
+    quality_of,
+    score_of,
+)
 
 
 def some(count: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -98,3 +108,8 @@ def test_each_site_with_examples_both_times_has_one_vote_on_the_loss_of_an_examp
     assert loss_votes(before, later) == -1
     assert loss_votes({"a": Score(10, 5, 2.0000001)}, before) == 0  # rounding
     assert loss_votes({"e": Score(10, 5, 0.1)}, before) == loss_votes({}, before) == 0
+
+
+def test_a_bin_includes_its_upper_end() -> None:
+    """A fifth and two fifths are three and six bins of fifteen."""
+    assert bins_of(torch.tensor([0.0, 0.2, 0.21, 0.4, 1.0], dtype=torch.double)).tolist() == [0, 2, 3, 5, 14]
