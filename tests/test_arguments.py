@@ -48,3 +48,16 @@ def test_what_is_no_setting_is_told() -> None:
             "nodes": "nodes=6: how many sites are simulated is told by --nodes",
         },
     )
+
+
+def test_data_of_this_package_is_no_folder_even_where_there_is_one_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("drawn", "pacs", "images"):
+        (tmp_path / name).mkdir()
+    assert [read_settings([f"data={name}"])[0]["data"] for name in ("drawn", "pacs", "images")] == [
+        "drawn",
+        "pacs",
+        f"{tmp_path}/images",
+    ]
