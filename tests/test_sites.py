@@ -14,8 +14,9 @@ import torch
 from fedclip_flwr import clip, encoding
 from fedclip_flwr.config import PLACES, Settings
 from fedclip_flwr.errors import UserError
+from fedclip_flwr.learning import Examples
 from fedclip_flwr.session import Session
-from fedclip_flwr.sites import Desk, in_simulation, open_desk, settings_at
+from fedclip_flwr.sites import Desk, divide, in_simulation, learning_rate, open_desk, settings_at
 from fedclip_flwr.vocabulary import Vocabulary
 
 NAMES = ("car", "cat", "fish")
@@ -235,3 +236,16 @@ def test_sites_of_another_partition_hold_rows_of_all_domains(tree: Path) -> None
 def test_the_settings_of_the_run_are_those_of_the_desk(tree: Path) -> None:
     own = desk(tree, {"partition-id": 0, "num-partitions": 1}, simulated=True, adapter="scale")
     assert own.settings == Settings(data=f"folder:{tree}", seed=3, adapter="scale")
+
+
+def test_sites_split_equally_many_images_each_in_its_own_way() -> None:
+    examples = Examples(torch.eye(50), torch.arange(50))
+    first, again, other = (divide(name, "photo", examples, 0).train.labels.tolist() for name in ("a", "a", "b"))
+    assert first == again
+    assert sorted(first) != sorted(other)
+
+
+def test_the_learning_rate_is_that_for_the_steps_of_an_epoch_unless_one_is_given() -> None:
+    """33 images are two steps, which are as large as ten together."""
+    assert learning_rate(Settings(), 512, 33) == pytest.approx(5 * learning_rate(Settings(), 512, 320))
+    assert learning_rate(Settings(learning_rate=0.5), 512, 33) == 0.5
