@@ -110,7 +110,8 @@ def check(deployed: Outcome, simulated: Outcome) -> str:
     return f"The same adapter: its numbers differ by {found:.2g} at most ({CLOSE:g} is allowed)."
 
 
-def demo(place: Path, given: Sequence[str]) -> None:
+def demo(place: Path, given: Sequence[str]) -> tuple[Outcome, Outcome]:
+    """Both runs, and what there is to say of them."""
     named = {text.partition("=")[0] for text in given}
     given = [*given, *(f"{key}={value}" for key, value in DEFAULTS.items() if key not in named)]
     simulation.prepared(len(SITES), given)
@@ -120,6 +121,7 @@ def demo(place: Path, given: Sequence[str]) -> None:
     say("\nThe same simulated:\n")
     simulated = run(None, place, given)
     say(f"\n{told(deployed, simulated)}\n\n{check(deployed, simulated)}")
+    return deployed, simulated
 
 
 def main() -> None:

@@ -29,24 +29,28 @@ from tests.processes import alive, until_gone
 PROJECT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module")
+def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    """A SuperLink with TLS, and the demonstration's three sites."""
+    with demo.federation(tmp_path_factory.mktemp("deployed")) as link:
+        yield link
+
+
 class Seen(NamedTuple):
     """A federation that ran, and the same one simulated."""
 
-    link: SuperLink
     deployed: Outcome
     simulated: Outcome
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Iterator[Seen]:
-    place = tmp_path_factory.mktemp("deployed")
-    given = ["num-server-rounds=1", "min-sites=3"]
+def seen(tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Seen:
+    """`make deploy-demo` with a single round."""
     for domain in drawn.domains:  # encoded here, and not at each site in turn
         drawn.examples(domain)
-    with ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(simulation, "stop_in_order", lambda word: None)
-        link = stack.enter_context(demo.federation(place))
-        yield Seen(link, demo.run(link, place, given), demo.run(None, place, given))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(simulation, "stop_in_order", lambda word: None)
+        return Seen(*demo.demo(tmp_path_factory.mktemp("demo"), ["num-server-rounds=1"]))
 
 
 @needs("simulation")
@@ -61,27 +65,27 @@ def test_sites_over_tls_come_to_what_their_simulation_comes_to(seen: Seen) -> No
 
 
 @pytest.mark.federation
-def test_a_supernode_whose_key_nobody_registered_is_refused(seen: Seen) -> None:
-    assert seen.link.keys
-    keys.make(seen.link.keys, sites=["stranger"])  # of this CA
-    with supernode(seen.link, "stranger", "site='stranger'") as stranger:
+def test_a_supernode_whose_key_nobody_registered_is_refused(link: SuperLink) -> None:
+    assert link.keys
+    keys.make(link.keys, sites=["stranger"])  # of this CA
+    with supernode(link, "stranger", "site='stranger'") as stranger:
         assert stranger.process.wait(60) != 0
         assert "No SuperNode found with the given public key" in stranger.log.read_text()
-    assert seen.link.online() == len(SITES)
+    assert link.online() == len(SITES)
 
 
 @pytest.mark.federation
-def test_a_supernode_without_tls_is_refused(seen: Seen) -> None:
-    with supernode(seen.link, "open", "site='open'", options=["--insecure"]) as other:
+def test_a_supernode_without_tls_is_refused(link: SuperLink) -> None:
+    with supernode(link, "open", "site='open'", options=["--insecure"]) as other:
         deadline = time.monotonic() + 60
         while "attempt failed" not in other.log.read_text():
             assert time.monotonic() < deadline, other.log.read_text()
             time.sleep(0.1)
-    assert seen.link.online() == len(SITES)
+    assert link.online() == len(SITES)
 
 
 @pytest.mark.federation
-def test_a_site_runs_no_other_code_than_its_owners(seen: Seen, tmp_path: Path) -> None:
+def test_a_site_runs_no_other_code_than_its_owners(link: SuperLink, tmp_path: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()
     for name in ("pyproject.toml", "server_app.py", "client_app.py", "README.md"):
@@ -90,21 +94,20 @@ def test_a_site_runs_no_other_code_than_its_owners(seen: Seen, tmp_path: Path) -
         file.write("\nprint('what else is on this disk')\n")
     settings = f"min-sites=3 round-timeout=20 results-dir='{tmp_path}/results'"
     command = ["flwr", "run", str(app), simulation.CONNECTION, "--run-config", settings]
-    told = subprocess.run(command, env=seen.link.env, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(command, env=link.env, capture_output=True, text=True, check=True).stdout
     number = told.split("Successfully started run ")[1].split()[0]
     deadline = time.monotonic() + 120
-    while not (status := simulation.status_of(number, seen.link.env)).startswith("finished"):
+    while not (status := simulation.status_of(number, link.env)).startswith("finished"):
         assert time.monotonic() < deadline, status
     assert status == "finished:failed"
     why = json.loads((tmp_path / "results" / "latest" / "summary.json").read_text())["why"]
     assert why.count("brings another 'client_app.py' than this site has") == len(SITES)
-    assert not any("what else is on this disk" in log.read_text() for log in seen.link.folder.glob("*.log"))
+    assert not any("what else is on this disk" in log.read_text() for log in link.folder.glob("*.log"))
 
 
 @pytest.mark.soak
-def test_a_site_that_is_turned_away_while_it_answers_ends(seen: Seen, tmp_path: Path) -> None:
+def test_a_site_that_is_turned_away_while_it_answers_ends(link: SuperLink, tmp_path: Path) -> None:
     """So that whoever starts it again does so: Flower's own SuperNode stays, and does nothing."""
-    link = seen.link
     assert link.keys
     keys.make(link.keys, sites=["late"])
     known = node_ids(link)
@@ -165,6 +168,12 @@ def test_wrong_settings_are_told_before_anything_starts(
     with pytest.raises(SystemExit, match="there are 3 sites"):
         demo.main()
     assert capsys.readouterr().out == ""
+
+
+def test_make_passes_settings_on() -> None:
+    command = ["make", "--dry-run", "--old-file=.venv/ready", "deploy-demo", "ARGS=num-server-rounds=1 seed=3"]
+    told = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert told.split() == [".venv/bin/python", "-m", "deploy.demo", "num-server-rounds=1", "seed=3"]
 
 
 @pytest.mark.soak

@@ -206,7 +206,7 @@ def test_sites_reach_nothing_but_the_servers_fleet_api(federation: Federation) -
 
 
 def test_a_site_that_was_killed_in_a_round_rejoins(federation: Federation, tmp_path: Path) -> None:
-    with endless_run(federation, tmp_path / "said", "round-timeout=120") as run:
+    with endless_run(federation, tmp_path / "said", "round-timeout=25") as run:
         container = federation.container("photo")
         demo.quietly(["docker", "kill", container])
         demo.quietly(["docker", "start", container])  # is refused at first: the server takes it for connected
@@ -225,8 +225,7 @@ def test_a_site_that_was_cut_off_takes_part_again(federation: Federation, tmp_pa
         received = said_by(container, "Received successfully")
         run.until("it works on a message", lambda: said_by(container, "Received successfully") > received)
         demo.quietly(["docker", "network", "disconnect", network, container])
-        time.sleep(30)  # what is tested
-        assert run.lost("photo")
+        run.until("the run goes on without it", lambda: run.lost("photo") is not None)
         demo.quietly(["docker", "network", "connect", network, container])
         now = len(run.lines())
         run.until("it takes part again", lambda: run.whole_since(now))
