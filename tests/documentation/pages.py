@@ -6,7 +6,7 @@ A block of `bash` or `python` is run by the tests, page by page and from the top
     <!-- with: --rounds 1 -->  its last command is run with these words added, for it would take too long
     <!-- as: see.py photo -->  of Python: it is saved under that name and run with those words
     <!-- tried by: FILE -->    it is run elsewhere: FILE, a page or .ci/run, has each of its lines
-    <!-- in parts by: FILE --> it takes too long as a whole: FILE runs all that it consists of
+    <!-- in parts by: FILE --> it would take too long: FILE runs all that it consists of
 """
 
 from __future__ import annotations

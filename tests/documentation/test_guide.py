@@ -195,10 +195,15 @@ def join(federation: Federation, site: str) -> None:
 
 
 def run(federation: Federation) -> None:
-    """A run ends with its server, which is started anew as soon as there is something to see."""
-    guide, at = federation.guide, federation.at["server"]
+    """Until there is something to see."""
     federation.online(*SITES)
-    federation.begin(guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=100"), "zero-shot")
+    command = federation.guide("fedclip run --on hospitals", but="resume", more="num-server-rounds=100")
+    federation.begin(command, "zero-shot")
+
+
+def restart(federation: Federation) -> None:
+    """The run ends with its server, which is started anew."""
+    guide, at = federation.guide, federation.at["server"]
     at.run(guide("systemctl restart fedclip-superlink", but="mv"))
     told = federation.shown()
     assert re.search(r"^The run did not complete: .*\. If it came to a round, resume=latest", told, re.MULTILINE)
@@ -206,7 +211,7 @@ def run(federation: Federation) -> None:
 
 
 def go_on(federation: Federation) -> None:
-    """It comes to its end, though Ctrl-C ends what shows it."""
+    """The run comes to its end, though Ctrl-C ends what shows it."""
     guide, at = federation.guide, federation.at["server"]
     federation.begin(guide("resume=latest"), "'going on after round'")
     at.run("kill -INT %1")
@@ -302,6 +307,7 @@ STEPS: dict[str, Callable[[Federation], None]] = {
     "server": server,
     **{f"join-{site}": partial(join, site=site) for site in SITES},
     "run": run,
+    "restart": restart,
     "go-on": go_on,
     "verify": verify,
     "renew": renew,
