@@ -26,7 +26,12 @@ CI = ".ci/run"
 ELSEWHERE = {"tried by", "in parts by"}
 OF_THEIR_OWN = {"docs/deploy.md": "test_guide.py", "docs/extending.md": "test_extending.py"}
 """Pages that a test of their own follows."""
-WITH_RUNS = {"docs/report.md": ("20261126-140212", "20261126-141530"), "docs/start.md": (), "docs/using.md": ()}
+WITH_RUNS = {
+    "docs/own-images.md": (),
+    "docs/report.md": ("20261126-140212", "20261126-141530"),
+    "docs/start.md": (),
+    "docs/using.md": (),
+}
 """Pages that take a run to be there, and further ones that they name."""
 
 

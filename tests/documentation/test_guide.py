@@ -63,17 +63,16 @@ class Federation:
         self.stack = stack
         self.hall = stack.enter_context(closing(Hall(place)))
         self.at: dict[str, Shell] = {}
-        self.packages: dict[str, str] = {}
+        self.package = ""
 
     def machine(self, name: str, number: int, called: str = "", like: str = "") -> Shell:
         self.at[name] = self.stack.enter_context(closing(self.hall.machine(called or name, number, like)))
         return self.at[name]
 
     def log_in(self, name: str) -> None:
-        """In the clone; the package there has to be that of all the others."""
-        self.at[name].run("cd ~/fedclip-flwr")
-        self.packages[name] = package(self.at[name].run(self.guide("export PATH")))
-        assert len({*self.packages.values()}) == 1, self.packages
+        """In the clone, with the `PATH` that a new login needs."""
+        path, _, _ = self.guide("export PATH").partition("\n")
+        self.at[name].run(f"cd ~/fedclip-flwr; {path}")
 
     def until(self, name: str, condition: str) -> None:
         """Waits for what somebody who types does not notice: a server that starts, a site that connects."""
@@ -160,6 +159,7 @@ def install(federation: Federation) -> None:
     new.run("git clone --quiet /mnt/origin fedclip-flwr; cd fedclip-flwr")
     told = new.run(federation.guide("python3 -m venv"))
     assert "Successfully installed fedclip-flwr" in told
+    federation.package = package(new.run(federation.guide("export PATH")))
     federation.at.pop("new").close()
 
 
@@ -228,7 +228,7 @@ def verify(federation: Federation) -> None:
     told = at.run(guide("git status"))
     assert "The agreed one" in told
     assert "nothing to commit" in told
-    assert package(told) == federation.packages["north"]
+    assert package(told) == federation.package
     outgoing = at.run(guide("--show-outgoing"))
     assert "bytes" in outgoing
     assert re.fullmatch(rf"(ESTAB .*{SERVER}\]?:9092 .*\n)+", at.run(guide("ss -tpn")))
@@ -262,17 +262,18 @@ def move(federation: Federation) -> None:
 
 
 def update(federation: Federation) -> None:
-    """All come to another version."""
-    guide, before = federation.guide, federation.packages["server"]
+    """All come to another version, the sites after the server, so that it hears from them that they are stopped."""
+    guide = federation.guide
     origin = f"{federation.hall.place}/post/origin"
     federation.hall.shell.run(f"cd {origin}; echo '# later' >> fedclip_flwr/errors.py")
     federation.hall.shell.run(f"git {shlex.join(NAME)} commit --quiet --all --message Later")
     commands = {name: guide("git pull") for name in federation.at}
-    commands["server"] = commands["server"].replace("supernode", "superlink")
+    told = [federation.at["server"].run(commands.pop("server").replace("supernode", "superlink"))]
+    federation.connected(*SITES)
     with ThreadPoolExecutor() as pool:
-        told = pool.map(lambda name: federation.at[name].run(commands[name]), commands)
-        (found,) = {package(one) for one in told}
-    assert found != before
+        told += pool.map(lambda name: federation.at[name].run(commands[name]), commands)
+    (found,) = {package(one) for one in told}
+    assert found != federation.package
 
 
 def stop(federation: Federation) -> None:
