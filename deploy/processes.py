@@ -22,6 +22,8 @@ from fedclip_flwr.errors import UserError
 
 WAIT = 90.0
 """Seconds in which SuperNodes have to be there."""
+PAUSE = 1.0
+"""Seconds before it is asked again which are: each time costs a process, which those that start could use."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class SuperLink:
             if now > before:
                 say(f"{now} of {count} SuperNodes are there")
                 before = now
+            time.sleep(PAUSE)
 
     def ask(self, *words: str) -> Any:
         """What one of Flower's commands answers."""

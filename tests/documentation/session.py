@@ -19,6 +19,8 @@ from tests.documentation.shell import Shell
 HUB_MODELS = ("openai/clip-vit-base-patch32",)
 """Models that the pages name: here they are the bundled one, in the hub's own cache."""
 CLASSES = ("bird", "car", "cat", "fish")
+NOT_THEIRS = ("FEDCLIP_HOME", "FLWR_HOME", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+"""Variables of whoever runs the tests, perhaps by make."""
 
 
 def clone(place: Path) -> None:
@@ -74,7 +76,7 @@ def lay_out(place: Path) -> tuple[Path, dict[str, str]]:
     (tree / "photos").mkdir()
     for number, figure in enumerate(CLASSES):
         picture(8, "photo", figure, number)[0].save(tree / "photos" / f"{figure}.jpg")
-    env = {key: value for key, value in os.environ.items() if key not in ("FEDCLIP_HOME", "FLWR_HOME")}
+    env = {key: value for key, value in os.environ.items() if key not in NOT_THEIRS}
     path = f"{Path(sys.prefix, 'bin')}{os.pathsep}{env['PATH']}"
     return tree, env | {"HOME": str(home), "HF_HOME": str(home / "huggingface"), "PATH": path}
 
