@@ -71,9 +71,9 @@ class Run:
         told = re.search(rf"^round (\d+): {site} is left out", self.said, re.MULTILINE)
         return int(told[1]) if told else None
 
-    def whole_since(self, number: int) -> bool:
-        """Whether all sites have taken part in a round after that one."""
-        return any(line["sites"] == len(SITES) for line in self.lines()[number:])
+    def most_sites_since(self, number: int) -> int:
+        """As many as took part in a round after that one."""
+        return max((line["sites"] for line in self.lines()[number:]), default=0)
 
 
 @contextmanager
@@ -205,31 +205,39 @@ def test_sites_reach_nothing_but_the_servers_fleet_api(federation: Federation) -
         assert demo.quietly(network).stdout.strip() == "true"
 
 
-def test_a_site_that_was_killed_in_a_round_rejoins(federation: Federation, tmp_path: Path) -> None:
-    with endless_run(federation, tmp_path / "said", "round-timeout=25") as run:
-        container = federation.container("photo")
-        demo.quietly(["docker", "kill", container])
-        demo.quietly(["docker", "start", container])  # is refused at first: the server takes it for connected
-        run.until("the run goes on without it", lambda: run.lost("photo") is not None)
-        lost = run.lost("photo")
-        assert lost
-        run.until("it rejoins", lambda: run.whole_since(lost))
+@pytest.fixture(scope="class")
+def run(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with endless_run(federation, tmp_path_factory.mktemp("lost") / "said", "round-timeout=25") as run:
+        yield run
+
+
+class TestSitesThatAreLost:
+    """One is killed in a round and started again, one is cut off from the server meanwhile."""
+
+    KILLED, CUT_OFF = "photo", "art"
+
+    def test_the_run_goes_on_without_them(self, run: Run, federation: Federation) -> None:
+        killed, cut_off = federation.container(self.KILLED), federation.container(self.CUT_OFF)
+        received = said_by(cut_off, "Received successfully")
+        run.until("it works on a message", lambda: said_by(cut_off, "Received successfully") > received)
+        demo.quietly(["docker", "network", "disconnect", f"{federation.name}_{self.CUT_OFF}", cut_off])
+        demo.quietly(["docker", "kill", killed])
+        demo.quietly(["docker", "start", killed])  # is refused at first: the server takes it for connected
+        run.until("both are left out", lambda: None not in (run.lost(self.KILLED), run.lost(self.CUT_OFF)))
+        first = min(run.lost(site) or 0 for site in (self.KILLED, self.CUT_OFF))
         sites = [line["sites"] for line in run.lines()]
-        assert sites[lost - 2 : lost] == [3, 2]
-        assert int(state(federation, "photo", "{{.RestartCount}}")) > 0
+        assert sites[first - 2] == len(SITES) > sites[first - 1]
 
+    def test_the_one_that_was_cut_off_takes_part_again(self, run: Run, federation: Federation) -> None:
+        cut_off, now = federation.container(self.CUT_OFF), len(run.lines())
+        demo.quietly(["docker", "network", "connect", f"{federation.name}_{self.CUT_OFF}", cut_off])
+        run.until("there are two sites again", lambda: run.most_sites_since(now) > 1)
+        assert state(federation, self.CUT_OFF, "{{.State.Running}}") == "true"
 
-def test_a_site_that_was_cut_off_takes_part_again(federation: Federation, tmp_path: Path) -> None:
-    with endless_run(federation, tmp_path / "said", "round-timeout=25") as run:
-        container, network = federation.container("photo"), f"{federation.name}_photo"
-        received = said_by(container, "Received successfully")
-        run.until("it works on a message", lambda: said_by(container, "Received successfully") > received)
-        demo.quietly(["docker", "network", "disconnect", network, container])
-        run.until("the run goes on without it", lambda: run.lost("photo") is not None)
-        demo.quietly(["docker", "network", "connect", network, container])
+    def test_the_one_that_was_killed_rejoins(self, run: Run, federation: Federation) -> None:
         now = len(run.lines())
-        run.until("it takes part again", lambda: run.whole_since(now))
-        assert state(federation, "photo", "{{.State.Running}}") == "true"
+        run.until("all are there again", lambda: run.most_sites_since(now) == len(SITES))
+        assert int(state(federation, self.KILLED, "{{.RestartCount}}")) > 0
 
 
 def said_by(container: str, text: str) -> int:
