@@ -13,7 +13,7 @@ deploy-demo: .venv/ready  ## set up, then the same with TLS, node keys and Super
 docker-demo:  ## the same in containers, with a network for each site: minutes the first time; needs Docker, and no set-up
 	$(PYTHON) docker/demo.py $(ARGS)
 
-test: .venv/tools  ## set up, then check style and types and run the tests, but those of the other targets: some minutes
+test: .venv/tools  ## set up, then check style and types and run the tests, but those of the other targets: four minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -116,7 +116,7 @@ class Settings:
     secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
     codec: str = _setting("float32", "how tensors travel", choices=CODECS)
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
-    early_stop: int = _setting(0, "rounds without a gain after which the run ends; 0 for never", least=0)
+    early_stop: int = _setting(0, "rounds since the selected one after which the run ends; 0 for never", least=0)
     min_sites: int = _setting(1, "answers that a round needs to count", least=1)
     round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
     partition: str = _setting(
