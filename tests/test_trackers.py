@@ -414,6 +414,7 @@ def test_a_tracker_that_fails_is_dropped_once_and_the_others_go_on(
     tmp_path: Path, noted: dict[str, Noting], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "wandb", ("wandb", Failing))
+    monkeypatch.setattr(Failing, "ended", False)
     tell("wandb,tensorboard", tmp_path / "one", range(4))
     assert [said for said in capsys.readouterr().out.splitlines() if "no longer" in said] == [
         "tracking    wandb is no longer told of this run, which goes on: SystemExit: no route to https://example.org "
