@@ -55,6 +55,13 @@ class Run:
 
         until(what, come)
 
+    def status(self) -> int:
+        """The one it ends with."""
+        try:
+            return self._process.wait(300)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not completed within 300 s: {self.said}\n{self._federation.last_words(25)}")
+
     @property
     def said(self) -> str:
         return self._said.read_text(errors="replace")
@@ -92,16 +99,11 @@ def endless_run(federation: Federation, said: Path, *settings: str) -> Iterator[
             assert process.wait(180) == 1, run.said  # Flower may tell the end a minute late
 
 
-def completed_run(federation: Federation, said: Path, *settings: str) -> str:
-    """What a run says that is completed."""
+def completed_run(federation: Federation, said: Path, *settings: str) -> None:
+    """Returns once a run is completed."""
     with said.open("wb") as file:
-        process = federation.start_run(*settings, output=file)
-        try:
-            status = process.wait(300)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"not completed within 300 s: {said.read_text()}\n{federation.last_words(25)}")
-    assert status == 0, said.read_text()
-    return said.read_text()
+        run = Run(federation, said, federation.start_run(*settings, output=file))
+        assert run.status() == 0, run.said
 
 
 def runs(federation: Federation) -> list[dict[str, Any]]:
@@ -139,8 +141,26 @@ def test_the_image_is_small_and_whole_and_its_user_has_no_rights(federation: Fed
         assert re.search(r"CapEff:\s+0+$", federation.execute(service, "cat", "/proc/self/status").stdout, re.MULTILINE)
 
 
-def test_a_run_is_completed_and_its_folder_comes_out(federation: Federation, tmp_path: Path) -> None:
-    assert "sketch, unseen" in completed_run(federation, tmp_path / "said", "num-server-rounds=2")
+@pytest.fixture(scope="module")
+def first(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The first run, for which all have to encode what they hold."""
+    said = tmp_path_factory.mktemp("first") / "said"
+    with said.open("wb") as file:
+        process = federation.start_run("num-server-rounds=2", output=file)
+        try:
+            yield Run(federation, said, process)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_run_begins_with_what_the_sites_have_encoded(first: Run) -> None:
+    first.until("round 0 is told", lambda: "zero-shot" in first.said)
+
+
+def test_a_run_is_completed_and_its_folder_comes_out(first: Run, federation: Federation, tmp_path: Path) -> None:
+    assert first.status() == 0, first.said
+    assert "sketch, unseen" in first.said
     folder = federation.fetch(tmp_path / "out")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "completed"
