@@ -154,8 +154,13 @@ def first(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> I
             process.wait()
 
 
-def test_a_run_begins_with_what_the_sites_have_encoded(first: Run) -> None:
-    first.until("round 0 is told", lambda: "zero-shot" in first.said)
+def test_a_run_begins_with_its_plan(first: Run) -> None:
+    first.until("the plan is told", lambda: "run folder" in first.said)
+
+
+def test_sites_encode_what_they_hold_and_try_zero_shot_on_it(first: Run) -> None:
+    first.until("round 0 is told", lambda: bool(first.lines()))
+    assert first.lines()[0]["sites"] == len(SITES)
 
 
 def test_a_run_is_completed_and_its_folder_comes_out(first: Run, federation: Federation, tmp_path: Path) -> None:
