@@ -159,19 +159,19 @@ def test_sites_hold_every_seen_row_once_and_none_of_the_holdout(drawn: Features)
 
 
 @pytest.mark.parametrize(
-    ("kind", "holdouts", "least"),
+    ("kind", "nodes", "holdouts", "least"),
     [
-        ("attention", ("art", "cartoon", "photo", "sketch"), 0.045),
-        ("gate", ("art", "cartoon"), 0.03),
-        ("scale", ("art",), 0.03),
+        ("attention", 10, ("art", "cartoon", "photo", "sketch"), 0.045),
+        ("gate", 3, ("art",), 0.045),
+        ("scale", 10, ("art",), 0.03),
     ],
 )
 def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(
-    kind: str, holdouts: tuple[str, ...], least: float, drawn: Features
+    kind: str, nodes: int, holdouts: tuple[str, ...], least: float, drawn: Features
 ) -> None:
     seen, unseen = [], []
     for holdout in holdouts:
-        sites, rest = make_sites(drawn, holdout)
+        sites, rest = make_sites(drawn, holdout, nodes)
         result = federate(sites, drawn.classes, rest, Settings(adapter=kind))
         seen.append((result.selected.seen or 0.0) - (result.zero_shot.seen or 0.0))
         unseen.append((result.selected.unseen or 0.0) - (result.zero_shot.unseen or 0.0))
