@@ -250,6 +250,7 @@ class TestSitesThatAreLost:
         demo.quietly(["docker", "start", killed])  # is refused at first: the server takes it for connected
         run.until("both are left out", lambda: None not in (run.lost(self.KILLED), run.lost(self.CUT_OFF)))
         first = min(run.lost(site) or 0 for site in (self.KILLED, self.CUT_OFF))
+        run.until("the line of that round is there", lambda: len(run.lines()) >= first)
         sites = [line["sites"] for line in run.lines()]
         assert sites[first - 2] == len(SITES) > sites[first - 1]
 
