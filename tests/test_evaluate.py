@@ -7,8 +7,9 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
 from typer.testing import CliRunner
 
-from fedclip_flwr import simulation
+from fedclip_flwr import FedCLIP, simulation
 from fedclip_flwr.cli import app
+from fedclip_flwr.data.drawn import CLASSES, DOMAINS, picture
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import logits_of
 from fedclip_flwr.precompute import encode
@@ -138,3 +139,20 @@ def test_what_cant_be_done_is_told(words: list[str], told: str, folder: Path, tr
     assert (code, lines) == (2, "")
     assert told in error
     assert "Traceback" not in error
+
+
+def test_drawn_pictures_of_another_seed_than_the_runs(
+    tmp_path: Path, drawn: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_adapter(tmp_path / "learnt", drawn)
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("fedclip_flwr.data.drawn.PER_CLASS", 1)
+    code, told, _ = run("drawn:77", "-a", tmp_path / "learnt", "--json")
+    assert code == 0
+    model = FedCLIP.from_pretrained(tmp_path / "learnt")
+    figures = json.loads(told)["domains"]
+    assert figures.keys() == DOMAINS.keys()
+    for domain, own in figures.items():
+        found = model.predict([picture(77, domain, name, 0)[0] for name in CLASSES])
+        right = [one.label == name for one, name in zip(found, CLASSES, strict=True)]
+        assert (own["images"], own["adapted"]["accuracy"]) == (len(CLASSES), pytest.approx(sum(right) / len(CLASSES)))
