@@ -95,6 +95,7 @@ def hello(message: Message, context: Context) -> Message:
         domain=site.domain,
         classes=site.class_numbers,
         package=content.of_package(content.memory()),
+        unit=desk.features.unit,
         **counts,
     )
     return Message(exchange.write_hello(said), reply_to=message)

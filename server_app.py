@@ -17,6 +17,7 @@ from fedclip_flwr import clip, console, content, report
 from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.codecs import State
+from fedclip_flwr.data import held_out
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_run
 from fedclip_flwr.federation import Line, Standing, federate, refuse
@@ -55,10 +56,10 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         if simulated(grid):  # the sites share this machine's store, and here the progress can be seen
             for domain in features.domains:
                 features.examples(domain)
-        unseen = features.examples(holdout).ready(device) if holdout in features.domains else None
-        if unseen and not len(unseen.labels):
+        unseen = {d: features.examples(d).ready(device) for d in held_out(holdout, features.domains)}
+        if unreadable := [domain for domain, examples in unseen.items() if not len(examples.labels)]:
             raise UserError(
-                f"{holdout} is held out, but none of its images can be read; hold out another, or mend them"
+                f"{unreadable[0]} is held out, but none of its images can be read; hold out another, or mend them"
             )
         if simulated(grid):
             torch.set_num_threads(1)  # from now on the sites need the cores
@@ -98,11 +99,11 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             spent = {"encode": encoded - begun, "rounds": now - met, "total": now - begun}
             return {key: value + (before.seconds[key] if before else 0.0) for key, value in spent.items()}
 
-        def quality_unseen(state: State, blend: float) -> Quality | None:
+        def quality_unseen(state: State, blend: float) -> dict[str, Quality]:
             learner.load_state_dict(state)
             if isinstance(learner, Adapter):
                 learner.blend = blend
-            return examine(learner, unseen, classes) if unseen else None
+            return {domain: examine(learner, examples, classes) for domain, examples in unseen.items()}
 
         def checkpoint(standing: Standing) -> Checkpoint:
             return Checkpoint(

@@ -1,13 +1,13 @@
 """The learning rates of the default recipe, or the server's own, chosen without a look at test images.
 
     python benchmarks/tuning.py [--data drawn] [--sites 1,10] [--seeds 5] [--rounds 20]
-        [--rates attention=1e-4,2e-4 gate=1e-3 ...] [--strategy fedadam]
+        [--rates attention=1e-4,2e-4 gate=1e-3 ...] [--lengths 1,10] [--strategy fedadam]
 
 Every domain is held out in turn. The sites' test splits are thrown away; of the held-out domain only a validation
 split is looked at, as large as one of a site. Prints for each rate the gain over zero-shot in points of accuracy,
 `seen / unseen`, on these validation splits, mean over the seeds, of the round that the federation would select. Seeds
 begin at 500: reported results use others. With a strategy in which the server makes steps of its own, the rates are
-those of these steps.
+those of these steps. With `--lengths` the adapter's network sees features brought to each of these, 0: as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from dataclasses import replace
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -40,9 +41,9 @@ def gains(features: Features, holdout: str, sites: int, settings: Settings) -> t
     """On validation images, in points: of the seen sites and of the held-out domain."""
     parts, unseen = make_sites(features, holdout, sites, settings.seed)
     parts = [replace(site, test=site.validation) for site in parts]
-    assert unseen
-    _, validation, _ = split(len(unseen.labels), seed_of(settings.seed, "tuning", holdout))
-    result = federate(parts, features.classes, unseen.rows(validation), settings, all_lines=False)
+    _, validation, _ = split(len(unseen[holdout].labels), seed_of(settings.seed, "tuning", holdout))
+    apart = {holdout: unseen[holdout].rows(validation)}
+    result = federate(parts, features.classes, apart, settings, all_lines=False)
     zero, found = result.zero_shot, result.selected
     return tuple(100 * ((getattr(found, of) or 0.0) - (getattr(zero, of) or 0.0)) for of in ("seen", "unseen"))
 
@@ -54,20 +55,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rates", nargs="+", default=[f"{k}={','.join(map(str, v))}" for k, v in RATES.items()])
+    parser.add_argument("--lengths", default=f"{RECIPES['default'].length:g}")
     parser.add_argument("--strategy", default="fedavg")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     begun = time.perf_counter()
     features = open_features(Settings.from_run_config({"data": given.data}))
-    print(f"| sites | adapter | rate | {' | '.join(f'{d} held out' for d in features.domains)} | mean |")
-    print("| --- " * (len(features.domains) + 4) + "|")
+    print(f"| sites | adapter | length | rate | {' | '.join(f'{d} held out' for d in features.domains)} | mean |")
+    print("| --- " * (len(features.domains) + 5) + "|")
     for sites in map(int, given.sites.split(",")):
         for kind, rates in (text.split("=") for text in given.rates):
-            for rate in rates.split(","):
-                tried: dict[str, Any] = {"strategy": given.strategy, "server_learning_rate": float(rate)}
+            for length, rate in product(given.lengths.split(","), rates.split(",")):
+                RECIPES["trial"] = replace(RECIPES["default"], length=float(length))
+                tried: dict[str, Any] = {"recipe": "trial", "strategy": given.strategy}
                 if given.strategy == "fedavg":
-                    RECIPES["trial"] = replace(RECIPES["default"], learning_rate={kind: float(rate)})
-                    tried = {"recipe": "trial"}
+                    RECIPES["trial"] = replace(RECIPES["trial"], learning_rate={kind: float(rate)})
+                else:
+                    tried["server_learning_rate"] = float(rate)
                 found = []
                 for holdout in features.domains:
                     trials = []
@@ -77,7 +81,7 @@ def main() -> None:
                     found.append(tuple(mean(values) for values in zip(*trials, strict=True)))
                 found.append(tuple(mean(values) for values in zip(*found, strict=True)))
                 cells = " | ".join(f"{seen:+.1f} / {unseen:+.1f}" for seen, unseen in found)
-                print(f"| {sites} | {kind} | {rate} | {cells} |", flush=True)
+                print(f"| {sites} | {kind} | {length} | {rate} | {cells} |", flush=True)
     print(
         f"\n{given.strategy}, {given.data}, {given.rounds} rounds, {given.seeds} seeds from {FIRST_SEED}; "
         f"{time.perf_counter() - begun:.0f} s on {os.cpu_count()} cores, {platform.machine()}"

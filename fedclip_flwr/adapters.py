@@ -1,8 +1,9 @@
 """The trainable part: a small network that reweights the features of a frozen CLIP.
 
 `attention` is FedCLIP's (arXiv 2302.13485): Linear → Tanh → Linear → Softmax, multiplied into the feature, which is
-then brought back to unit length. Deviation: with `identity=True` the last layer starts at zero, so that the first
-prediction is exactly zero-shot (the paper starts from random weights, which is only next to it).
+then brought to unit length. Deviations: with `identity=True` the last layer starts at zero, so that the first
+prediction is exactly zero-shot (the paper starts from random weights, which is only next to it); with a `length`,
+features are brought to that length before the network sees them (the paper takes them as CLIP gives them).
 
 `gate` does the same through a few dimensions, `scale` is one number for each dimension.
 """
@@ -22,10 +23,13 @@ from fedclip_flwr.learning import Learner
 
 
 class Adapter(Learner, ABC):
-    """Takes features of unit length [N, dim], gives adapted features of unit length.
+    """Takes features [N, dim] as CLIP gives them, gives adapted features of unit length.
 
-    `blend` is the share of the adapted feature in the result.
+    `blend` is the share of the adapted feature in the result. Its network sees features of that `length`; with 0, of
+    the length that they have.
     """
+
+    length = 1.0
 
     def __init__(self, blend: float) -> None:
         super().__init__()
@@ -33,13 +37,21 @@ class Adapter(Learner, ABC):
 
     @abstractmethod
     def weigh(self, features: Tensor) -> Tensor:
-        """What each dimension is multiplied by."""
+        """What each dimension is multiplied by, for features as `seen` gives them."""
+
+    def seen(self, features: Tensor) -> Tensor:
+        """Features as the network sees them."""
+        if not self.length:
+            return features
+        return F.normalize(features, dim=-1) * self.length if self.length != 1.0 else F.normalize(features, dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
-        adapted = F.normalize(features * self.weigh(features), dim=-1)
+        seen = self.seen(features)
+        adapted = F.normalize(seen * self.weigh(seen), dim=-1)
         if self.blend == 1.0:
             return adapted
-        return F.normalize((1 - self.blend) * features + self.blend * adapted, dim=-1)
+        own = seen if self.length == 1.0 else F.normalize(features, dim=-1)
+        return F.normalize((1 - self.blend) * own + self.blend * adapted, dim=-1)
 
 
 def _two_layers(dim: int, hidden: int, identity: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -93,20 +105,31 @@ ADAPTERS: dict[str, Callable[[int, int, float, bool], Adapter]] = {
 
 
 def make_adapter(
-    kind: str, dim: int, *, rank: int = 4, blend: float = 1.0, identity: bool = True, seed: int = 0
+    kind: str,
+    dim: int,
+    *,
+    rank: int = 4,
+    blend: float = 1.0,
+    length: float = 1.0,
+    identity: bool = True,
+    seed: int = 0,
 ) -> Adapter:
     """A new adapter whose random weights follow from the seed alone."""
     if kind not in ADAPTERS:
         raise UserError(f"adapter = {kind!r}: expected one of {', '.join(ADAPTERS)}")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return ADAPTERS[kind](dim, rank, blend, identity)
+        adapter = ADAPTERS[kind](dim, rank, blend, identity)
+    adapter.length = length
+    return adapter
 
 
-def blank_adapter(kind: str, dim: int, *, rank: int, blend: float) -> Adapter:
+def blank_adapter(kind: str, dim: int, *, rank: int, blend: float, length: float) -> Adapter:
     """One without numbers, into which a state is to be put with `assign=True`: random ones would take a while."""
     with torch.device("meta"):
-        return ADAPTERS[kind](dim, rank, blend, False)
+        adapter = ADAPTERS[kind](dim, rank, blend, False)
+    adapter.length = length
+    return adapter
 
 
 @lru_cache

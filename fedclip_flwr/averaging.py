@@ -235,7 +235,7 @@ def gather_of(settings: Settings) -> Gather:
         from fedclip_flwr.privacy import Noised  # which makes use of this room
 
         return partial(Noised, norm=settings.clipping_norm, noise_multiplier=settings.noise_multiplier)
-    limit = settings.max_update_norm if settings.method == "adapter" else 0.0  # a sum of whole models is large
+    limit = settings.update_limit
     if settings.strategy in ROBUST:
         from fedclip_flwr.robust import rule_of  # not for all: it brings Flower
 

@@ -16,9 +16,9 @@ import torch
 
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.inprocess import Line, federate
+from fedclip_flwr.inprocess import Line, federate, tested
 from fedclip_flwr.learning import Classes, Examples, Learner, evaluate
-from fedclip_flwr.metrics import mean_accuracy, mean_of
+from fedclip_flwr.metrics import Score, mean_of
 from fedclip_flwr.sites import Site
 
 
@@ -28,7 +28,7 @@ class Case:
 
     sites: Sequence[Site]
     classes: Classes
-    unseen: Examples | None
+    unseen: Mapping[str, Examples]
     settings: Settings
     start: Learner | None = None
     each_round: Callable[[], object] = lambda: None
@@ -36,16 +36,8 @@ class Case:
 
 def zero_shot(case: Case) -> Line:
     classes = case.classes.ready(case.classes.text.device)
-
-    def accuracy(parts: list[Examples]) -> float | None:
-        return mean_accuracy(evaluate(None, part, classes) for part in parts)
-
-    return Line(
-        0,
-        seen=accuracy([site.test for site in case.sites]),
-        validation=accuracy([site.validation for site in case.sites]),
-        unseen=accuracy([case.unseen] if case.unseen else []),
-    )
+    validated = {site.name: evaluate(None, site.validation, classes) for site in case.sites}
+    return tested(None, case.sites, classes, case.unseen, 0, validated)
 
 
 def together(case: Case) -> Line:
@@ -70,11 +62,15 @@ def local_only(case: Case) -> Line:
     if not able:
         raise UserError("no site has an example to learn from: use more data or fewer sites")
     found = [together(replace(case, sites=[site])) for site in able]
+    own = {site.name: line.tests[site.name] for site, line in zip(able, found, strict=True)}
+    apart = {domain: [line.tests[domain] for line in found] for domain in case.unseen}
+    sums = {domain: Score(*map(sum, zip(*scores, strict=True))) for domain, scores in apart.items()}
     return Line(
         max(line.round for line in found),
         seen=mean_of(line.seen for line in found if line.seen is not None),
         validation=mean_of(line.validation for line in found if line.validation is not None),
         unseen=mean_of(line.unseen for line in found if line.unseen is not None),
+        tests=own | sums,
     )
 
 
@@ -99,9 +95,13 @@ class Method:
 METHODS = {
     "zero-shot": Method("zero-shot", zero_shot),
     "local": Method("each site alone", local_only),
-    "fedavg": Method("FedAVG, whole model", together, {"method": "full-model", "recipe": "paper"}),
+    "fedavg": Method(
+        "FedAVG, whole model, as we read the paper", together, {"method": "full-model", "recipe": "paper"}
+    ),
     "fedprox": Method(
-        "FedProx, whole model", together, {"method": "full-model", "recipe": "paper", "strategy": "fedprox"}
+        "FedProx, whole model, as we read the paper",
+        together,
+        {"method": "full-model", "recipe": "paper", "strategy": "fedprox"},
     ),
     "paper": Method("FedCLIP, the paper's recipe", together, {"recipe": "paper"}),
     "attention": Method("ours, attention", together),

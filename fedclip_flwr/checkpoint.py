@@ -20,7 +20,7 @@ from fedclip_flwr.codecs import State
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import ExchangeError, Report, read_answer, write_answer
 from fedclip_flwr.federation import Line, Standing
-from fedclip_flwr.metrics import Quality, Score
+from fedclip_flwr.metrics import Score
 
 PARTS = ("best", "left", "strategy")
 NO_SCORE = Score(0, 0, 0.0)
@@ -98,14 +98,16 @@ def _of_line(line: Line) -> dict[str, Any]:
         "bytes": line.bytes,
         "seconds": line.seconds,
         "epsilon": line.epsilon,
-        "unseen": _figures(Report(0, NO_SCORE, line.unseen)) if line.unseen else None,
+        "unseen": {domain: _figures(Report(0, NO_SCORE, quality)) for domain, quality in line.unseen.items()},
         "reports": {site: _figures(report) for site, report in line.reports.items()},
         "holdouts": {site: _figures(report) for site, report in line.holdouts.items()},
     }
 
 
 def _line(facts: dict[str, Any]) -> Line:
-    unseen: Quality | None = _report(facts["unseen"]).test if facts["unseen"] else None
+    of = facts["unseen"] or {}
+    by_domain = {"": of} if "num-examples" in of else of  # as it was with a single domain at most
+    unseen = {domain: _report(figures).test for domain, figures in by_domain.items()}
     reports, holdouts = ({site: _report(of) for site, of in facts[part].items()} for part in ("reports", "holdouts"))
     return Line(facts["round"], reports, unseen, facts["bytes"], facts["seconds"], holdouts, facts["epsilon"])
 

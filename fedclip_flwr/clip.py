@@ -227,7 +227,7 @@ class Preparer:
 
 
 class Clip:
-    """A loaded dual encoder. Its features come in float32 and have unit length.
+    """A loaded dual encoder. Its features come in float32, those of prompts with unit length.
 
     On a GPU the weights are float32, and autocast computes in less. Nothing is compiled: that was not measured to pay.
     """
@@ -329,7 +329,7 @@ class Clip:
         if not self._lower:
             there["pixel_values"] = there["pixel_values"].to(self.net.logit_scale.dtype)
         with self._precision(), _whole_convolutions():
-            return unit(self.net.get_image_features(**there))
+            return given(self.net.get_image_features(**there))
 
     @property
     def _lower(self) -> bool:
@@ -411,10 +411,15 @@ class WholeModel(Learner):
         return torch.autocast(self.factor.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
 
+def given(output: Any) -> Tensor:
+    """Features as transformers returns them, in float32."""
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return features.float()
+
+
 def unit(output: Any) -> Tensor:
-    """Features as transformers returns them, in float32, of unit length."""
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    return F.normalize(features.float(), dim=-1)
+    """The same of unit length."""
+    return F.normalize(given(output), dim=-1)
 
 
 @contextmanager

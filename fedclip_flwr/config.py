@@ -38,6 +38,8 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Experiment trackers that a run can tell."""
 STORED = "features:"
 """Begins the name of data that are features already."""
+MOST_NORM = 10.0**4
+"""No CLIP's features are as long."""
 PLACES = ("folder:", STORED)
 """What begins the name of data that lies in a place of this machine; the path follows."""
 _DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
@@ -60,7 +62,10 @@ class Settings:
     image_column: str = _setting("", "the data set's column of images; empty to find it by type and name")
     label_column: str = _setting("", "the same of class labels")
     domain_column: str = _setting("", "the same of domains")
-    holdout: str = _setting("auto", "the domain no site trains on; `auto` is the last in sorted order, empty for none")
+    holdout: str = _setting(
+        "auto",
+        "the domain no site trains on, or several with + between; `auto` is the last in sorted order, empty for none",
+    )
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
     adapter: str = _setting("attention", "the trainable part", choices=tuple(KINDS))
     adapter_rank: int = _setting(4, "the rank, of adapters that have one (`gate`)", least=1, most=2**14)
@@ -72,6 +77,13 @@ class Settings:
         word="auto",
     )
     recipe: str = _setting("default", "loss, optimizer and prompt", choices=("default", "paper"))
+    feature_norm: float = _setting(
+        0.0,
+        "the length that the adapter's network sees image features scaled to; 0 is the recipe's own: 1, and with paper "
+        "the length that CLIP gives them",
+        least=0.0,
+        most=MOST_NORM,
+    )
     prompt: str = _setting(
         "", "overrides the recipe's template; `{}` stands for the class name; several with | between"
     )
@@ -91,7 +103,7 @@ class Settings:
     max_update_norm: float = _setting(
         3.0,
         "longer updates than so many times the sites' lower median are scaled down to it, far longer ones left out; "
-        "0 for no limit; for adapters",
+        "0 for no limit; for adapters, and not with recipe = paper",
         least=0.0,
     )
     hostile_share: float = _setting(
@@ -158,6 +170,12 @@ class Settings:
         return self.proximal_mu if self.strategy == "fedprox" else 0.0
 
     @property
+    def update_limit(self) -> float:
+        """How many times the sites' median an update may be as long as; 0 for any length."""
+        limited = self.method == "adapter" and self.recipe != "paper"  # a sum of whole models is large
+        return self.max_update_norm if limited else 0.0
+
+    @property
     def least_sites(self) -> int:
         """Answers that a round needs to count: of a sum of two, each knows the other's part."""
         return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
@@ -214,7 +232,10 @@ def _contradictions(settings: Settings) -> dict[str, str]:
         found["site-weights"] = f"with {strategy} sites count the same; leave it out"
     if robust and settings.dp == "central":
         found["dp"] = f"its noise is for a mean, which {strategy} does not make; take dp = 'local', or another strategy"
-    if 0 < settings.max_update_norm < 0.1:
+    plainly = (0.0, Settings.max_update_norm)
+    if settings.recipe == "paper" and settings.max_update_norm not in plainly:
+        found["max-update-norm"] = "with recipe = 'paper' updates of any length count whole; leave it out"
+    elif 0 < settings.max_update_norm < 0.1:
         found["max-update-norm"] = "expected 0, for no limit, or at least 0.1"
     if settings.secure_aggregation:
         how = "with secure-aggregation = true "
@@ -225,7 +246,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
         if settings.site_weights != "equal":
             found["site-weights"] = how + "sites count the same; leave it out"
     if settings.method == "full-model":
-        plain = {"blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
+        plain = {"feature-norm": 0.0, "blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
         for key in [key for key, value in plain.items() if _value(settings, key) != value]:
             found[key] = "it is for adapters; leave it out with method = 'full-model'"
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
+from fedclip_flwr.data import held_out
 from fedclip_flwr.kinds import of_rank
 from fedclip_flwr.session import HOLDOUT
 from fedclip_flwr.vocabulary import Vocabulary
@@ -23,6 +24,18 @@ HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds
 
 
 UNCOVERED = "not covered: numbers of images, and accuracies and losses, by which the round is selected"
+
+
+NOT_THE_PAPERS = (
+    "the paper's adapter sees features of the length that CLIP gives them; here some have unit length, and nobody told "
+    "how long they were, so this is not the paper's result: give feature-norm=N, or feature_norm in features.json"
+)
+
+
+def of_unknown_length(settings: Settings, hellos: Iterable[Hello]) -> bool:
+    """Whether the recipe asks for a length of features that nobody knows."""
+    asks = settings.recipe == "paper" and settings.method == "adapter" and not settings.feature_norm
+    return asks and any(hello.unit for hello in hellos)
 
 
 def say(text: str) -> None:
@@ -57,6 +70,8 @@ def plan(
         ("traffic", _traffic(settings, tensors)),
         ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
+        *([("", f"features brought to the length {settings.feature_norm:g}")] if settings.feature_norm else []),
+        *([("warning", NOT_THE_PAPERS)] if of_unknown_length(settings, hellos) else []),
         ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
         *_privacy(settings),
         ("features", str(content.home() / "features")),
@@ -64,7 +79,8 @@ def plan(
     ]
     sites = sorted(hellos, key=lambda hello: _natural(hello.site))
     domains = {domain for hello in sites for domain in hello.domain.split("+") if hello.role != HOLDOUT}
-    nowhere = sorted({*features.domains} - {holdout} - domains) if domains <= {*features.domains} else []
+    apart = {*held_out(holdout, features.domains)}
+    nowhere = sorted({*features.domains} - apart - domains) if domains <= {*features.domains} else []
     held = {number for hello in sites for number in hello.classes}
     nowhere += [f"class {name}" for number, name in enumerate(names) if number not in held]
     if nowhere:
@@ -91,8 +107,8 @@ def _privacy(settings: Settings) -> list[tuple[str, str]]:
 def _held_out(features: Features, holdout: str | None, hellos: Collection[Hello]) -> str:
     """What nobody trains on, and where it is."""
     places = [f"{hello.test:,} images at {hello.site}" for hello in hellos if hello.role == HOLDOUT]
-    if holdout in features.domains:
-        places.append(f"{len(features.examples(holdout).labels):,} images here")
+    if here := sum(len(features.examples(domain).labels) for domain in held_out(holdout, features.domains)):
+        places.append(f"{here:,} images here")
     return ", ".join([*([holdout] if holdout else []), *sorted(places)]) or "nothing"
 
 
@@ -189,6 +205,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
             else []
         ),
         f"Round {adapted['round']} of {summary['rounds']} {how}{blend}; tests are on images set apart before training.",
+        *([f"Warning: {NOT_THE_PAPERS}."] if summary.get("unknown_norm") else []),
         cost(traffic, settings.method),
         *_spent(summary),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "

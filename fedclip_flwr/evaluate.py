@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from fedclip_flwr import clip, console, history
 from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.config import STORED, Settings, unusable
+from fedclip_flwr.data import held_out
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.features import Features, open_features, source_of
@@ -140,7 +141,8 @@ def _learnt_from(learnt: Learnt, settings: Settings, features: Features) -> list
     run = history.read(learnt.folder)
     if run.settings["data"] != settings.data:
         return []
-    return [domain for domain in features.domains if domain != run.summary.get("holdout")]
+    apart = held_out(run.summary.get("holdout"), features.domains)
+    return [domain for domain in features.domains if domain not in apart]
 
 
 def _facts(quality: Quality, names: Sequence[str]) -> dict[str, Any]:

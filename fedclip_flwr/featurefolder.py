@@ -1,6 +1,7 @@
 """A feature folder, `features:PATH`: what a site or a server has in place of images, made elsewhere; read and written.
 
-`features.json`, `classes.safetensors`, and `DOMAIN.safetensors` for each domain.
+`features.json`, `classes.safetensors`, and `DOMAIN.safetensors` for each domain. Image features are as CLIP gives them.
+Where they were brought to unit length, `features.json` may tell as `feature_norm` how long they were on average.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedclip_flwr import content, store, tensorfile
+from fedclip_flwr.config import MOST_NORM
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.learning import Classes, Examples
 from fedclip_flwr.vocabulary import SEPARATOR, Vocabulary, check_classes, check_plain, numbering, templates_of
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 FACTS, CLASSES = "features.json", "classes"
 MOST = 1e6
 """No model's scale or bias comes near it; far beyond, logits are not finite."""
+LOOKED_AT = 1000
+"""So many of a domain's features are looked at to find out whether all have unit length."""
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -50,6 +55,7 @@ class FeatureFolder:
             self.parameters = None if facts.get("parameters") is None else int(facts["parameters"])
             self.dim = int(facts["embedding_dim"])
             self._scale, self._bias = float(facts["logit_scale"]), float(facts.get("logit_bias") or 0.0)
+            self._norm = None if facts.get("feature_norm") is None else float(facts["feature_norm"])
         except OSError as error:
             raise UserError(f"{told_of} can't be read ({error.strerror})") from None
         except KeyError as error:
@@ -69,6 +75,10 @@ class FeatureFolder:
             raise UserError(
                 f"{told_of} has the logit_scale {self._scale:g} and the logit_bias {self._bias:g}: expected a scale "
                 f"above 0, and neither beyond {MOST:g}"
+            )
+        if self._norm is not None and not 0 < self._norm <= MOST_NORM:
+            raise UserError(
+                f"{told_of} has the feature_norm {self._norm:g}: expected more than 0, at most {MOST_NORM:g}"
             )
         self.vocabulary = told or own
         self._numbers = numbering(own.class_names, self.vocabulary.class_names)
@@ -108,7 +118,18 @@ class FeatureFolder:
         labels = self._tensor(domain, "labels", (len(features),))
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._numbers):
             raise UserError(f"{self._root / domain}.safetensors: labels must lie in 0…{len(self._numbers) - 1}")
+        if self._norm is not None:
+            if not _unit(features):
+                raise UserError(
+                    f"{self._root / FACTS} tells a feature_norm, which is for features of unit length; those of "
+                    f"{domain} have others: leave it out"
+                )
+            features = F.normalize(features.float(), dim=1) * self._norm
         return Examples(features, torch.tensor(self._numbers)[labels.long()])
+
+    @cached_property
+    def unit(self) -> bool:
+        return self._norm is None and all(_unit(self.examples(domain).features) for domain in self.domains)
 
     def _tensor(self, file: str, name: str, shape: tuple[int | None, ...]) -> Tensor:
         """The named tensor, of the type and shape that the format asks for, with finite numbers only."""
@@ -126,6 +147,12 @@ class FeatureFolder:
         if tensor.dtype not in (WHOLE if whole else REAL) or not finite(path, tensor):
             raise UserError(f"{path}: {name} must be {'whole' if whole else 'finite'} numbers")
         return tensor
+
+
+def _unit(features: Tensor) -> bool:
+    """Whether the features have unit length, as far as their type can tell."""
+    some = features[:LOOKED_AT].float()
+    return bool(((some.norm(dim=1) - 1).abs() < 0.01).all())
 
 
 def _texts(facts: dict[str, Any], key: str) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 `Encoded` draws on a store below `$FEDCLIP_HOME/features`, keyed by the content of the model and of the data:
 
-    MODEL-PRECISION/images-DATA.safetensors     image_features [N, dim], labels [N] as the data numbers its classes
-    MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim]
+    MODEL-PRECISION/given-DATA.safetensors      image_features [N, dim] as the model gives them, labels [N] as the data
+                                                numbers its classes
+    MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim], of unit length
     MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in bytes, for the whole model
     MODEL-PRECISION/agreement-….safetensors     whether some of the images find the same classes as in float32
 
@@ -81,6 +82,10 @@ class Features(Protocol):
 
     @property
     def classes(self) -> Classes: ...
+
+    @property
+    def unit(self) -> bool:
+        """Whether all features were brought to unit length, so that nobody knows the length that CLIP gave them."""
 
     def examples(self, domain: str) -> Examples:
         """All images of the domain that can be read, in an order that is always the same."""
@@ -188,7 +193,9 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
 class Encoded:
     """Features of a source's images, encoded by a model now or earlier."""
 
-    _entry, _doing = "images", "encoding"
+    unit = False
+    _entry, _doing = "given", "encoding"
+    _older: str | None = "images"  # as an earlier version called features of unit length
 
     def __init__(
         self,
@@ -350,6 +357,9 @@ class Encoded:
     def _encode(self, domain: str, growing: Growing) -> None:
         """Encodes the domain's images; those that can't be read are left out, counted and, the first ones, named."""
         before = growing.rows
+        older = self.folder / f"{self._older}-{self._source.content(domain)}.safetensors"
+        if not before and self._older and older.exists():
+            log.warning("%s: stored by an earlier version, brought to unit length: they are encoded once more", domain)
         encoding.encode(
             growing,
             ahead.Work(self._source, domain, self._preparer, self._clip.batch_size),
@@ -378,7 +388,7 @@ class Encoded:
 class Pixels(Encoded):
     """The same images as pixels in bytes, as the whole model takes them."""
 
-    _entry, _doing = "pixels", "reading"
+    _entry, _doing, _older = "pixels", "reading", None
 
     _wished = "float32"  # for its weights are trained
 

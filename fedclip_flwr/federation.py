@@ -43,12 +43,12 @@ class Line:
     """The adapter after so many rounds, and what the round that made it took.
 
     `reports` are of the sites that train, `holdouts` of those that only evaluate; `unseen` is how it does on the
-    held-out domain that the server itself has. `epsilon` is what the sites' privacy has been spent for it.
+    held-out domains that the server itself has. `epsilon` is what the sites' privacy has been spent for it.
     """
 
     round: int
     reports: Mapping[str, Report]
-    unseen: Quality | None
+    unseen: Mapping[str, Quality]
     bytes: int
     seconds: float
     holdouts: Mapping[str, Report] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Line:
     @property
     def held_out(self) -> list[Quality]:
         """All that is known of what nobody trains on."""
-        return [*([self.unseen] if self.unseen else []), *(report.test for report in self.holdouts.values())]
+        return [*self.unseen.values(), *(report.test for report in self.holdouts.values())]
 
     @property
     def validation(self) -> float | None:
@@ -150,13 +150,13 @@ def federate(
     strategy: AdapterFedAvg,
     settings: Settings,
     start: State,
-    unseen: Callable[[State, float], Quality | None],
+    unseen: Callable[[State, float], Mapping[str, Quality]],
     watcher: Watcher,
     standing: Standing | None = None,
 ) -> Outcome:
     """Runs the rounds, beginning with the adapter `start`, or going on from where the run stands.
 
-    `unseen` is how good an adapter is on the held-out domain, with such a blend.
+    `unseen` is how good an adapter is on the held-out domains, with such a blend.
     """
     at = standing or Standing(0, start, start, bytes=nodes.traffic.both)  # so far, of the hellos
     share = settings.trained_blend

@@ -268,7 +268,10 @@ def read(path: Path) -> Run:
 def _settings(data: bytes | None) -> dict[str, Any]:
     if data is None:
         raise ValueError("it is not there")
-    told = Settings().as_run_config() | _object(data)
+    found = _object(data)
+    told = Settings().as_run_config() | found
+    if "feature-norm" not in found and told["recipe"] == "paper":
+        told["feature-norm"] = 1.0  # as it was before there was a choice
     for key, field in Settings.keys().items():
         if type(told[key]) is not type(field.default) and told[key] != field.metadata.get("word", field.default):
             raise ValueError(f"{key} is {told[key]!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.averaging import bounded, gather_of
 from fedclip_flwr.codecs import CODECS, State, wrap
 from fedclip_flwr.config import OPTIMIZED, Settings
-from fedclip_flwr.data import pick_holdout
+from fedclip_flwr.data import held_out, pick_holdout
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import (
@@ -36,12 +36,16 @@ from fedclip_flwr.sites import Site, drawn_by_lot, learn, new_adapter, simulated
 
 @dataclass(frozen=True)
 class Line:
-    """What is learnt after so many rounds: mean accuracies over the sites, and that of the unseen domain."""
+    """What is learnt after so many rounds: mean accuracies over the sites, and over the unseen domains.
+
+    `tests` has the score of each of them, by name.
+    """
 
     round: int
     seen: float | None
     validation: float | None
     unseen: float | None
+    tests: Mapping[str, Score] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,13 @@ def make_sites(
     partition: str = "domain",
     alpha: float = 0.5,
     device: str | torch.device = "cpu",
-) -> tuple[list[Site], Examples | None]:
-    """The sites in the order of their names, and the domain that none of them holds."""
+) -> tuple[list[Site], dict[str, Examples]]:
+    """The sites in the order of their names, and the domains that none of them holds."""
     unseen = pick_holdout(holdout, features.domains)
     how: dict[str, Any] = {"partition": partition, "alpha": alpha}
     made = [simulated_site(features, unseen, number, sites, seed, device, **how) for number in range(sites)]
-    return sorted(made, key=lambda site: site.name), features.examples(unseen).ready(device) if unseen else None
+    apart = {domain: features.examples(domain).ready(device) for domain in held_out(unseen, features.domains)}
+    return sorted(made, key=lambda site: site.name), apart
 
 
 class Hostile(Protocol):
@@ -86,10 +91,25 @@ class Hostile(Protocol):
         """What the site says of its validation images, of which this is true."""
 
 
+def tested(
+    learner: Learner | None,
+    sites: Sequence[Site],
+    classes: Classes,
+    unseen: Mapping[str, Examples],
+    number: int,
+    validated: Mapping[str, Score],
+) -> Line:
+    """How the learner (without one: CLIP itself) does on test images after so many rounds."""
+    seen = {site.name: evaluate(learner, site.test, classes) for site in sites}
+    apart = {domain: evaluate(learner, examples, classes) for domain, examples in unseen.items()}
+    means = [mean_accuracy(scores.values()) for scores in (seen, validated, apart)]
+    return Line(number, means[0], means[1], means[2], seen | apart)
+
+
 def federate(
     sites: Sequence[Site],
     classes: Classes,
-    unseen: Examples | None = None,
+    unseen: Mapping[str, Examples] | None = None,
     settings: Settings | None = None,
     *,
     start: Learner | None = None,
@@ -109,20 +129,12 @@ def federate(
     if not able:
         raise UserError("no site has an example to learn from: use more data or fewer sites")
 
-    def mean(parts: list[Examples]) -> float | None:
-        return mean_accuracy(evaluate(shared, part, classes) for part in parts)
-
     def validate() -> dict[str, Score]:
         scores = {site.name: evaluate(shared, site.validation, classes) for site in sites}
         return {site: hostile.claims(site, score) for site, score in scores.items()} if hostile else scores
 
     def line(number: int, validated: Mapping[str, Score]) -> Line:
-        return Line(
-            number,
-            seen=mean([s.test for s in sites]),
-            validation=mean_accuracy(validated.values()),
-            unseen=evaluate(shared, unseen, classes).accuracy if unseen else None,
-        )
+        return tested(shared, sites, classes, unseen or {}, number, validated)
 
     optimizer = None
     if settings.strategy in OPTIMIZED:

@@ -28,7 +28,10 @@ from fedclip_flwr.metrics import Quality, Score, gain, loss_votes, quality_of, s
 
 
 class Examples(NamedTuple):
-    """Image features [N, dim], or pixels [N, 3, height, width] in bytes, and the numbers of their classes [N]."""
+    """Images and the numbers of their classes [N].
+
+    Images are features [N, dim] as CLIP gives them, or pixels [N, 3, height, width] in bytes.
+    """
 
     features: Tensor
     labels: Tensor
@@ -37,10 +40,10 @@ class Examples(NamedTuple):
         return Examples(self.features[rows], self.labels[rows])
 
     def ready(self, device: str | torch.device = "cpu") -> Examples:
-        """As learning takes them, on the device: features in float32 and of unit length, pixels as they are."""
+        """As learning takes them, on the device: features in float32, pixels as they are."""
         features = self.features.to(device)
         if features.dtype != torch.uint8:
-            features = F.normalize(features.float(), dim=-1)
+            features = features.float()
         return Examples(features, self.labels.to(device, torch.int64))
 
 
@@ -105,6 +108,7 @@ class Recipe:
     eps: float = 1e-6
     width: int | None = None  # the dimension that the rates of wide adapters are meant for
     steps: int = 1  # an epoch of fewer takes steps that are as many times larger
+    length: float = 1.0  # of features as the adapter's network sees them; 0: as CLIP gives them
 
     def rate(self, kind: str, dim: int, steps: int) -> float:
         """The learning rate for so many steps an epoch.
@@ -137,6 +141,7 @@ RECIPES = {
         most_gain=1.0,
         loss_breaks_ties=False,
         smallest_batch=2,
+        length=0.0,
     ),
 }
 
@@ -214,7 +219,7 @@ def train(
 def logits_of(learner: Learner | None, examples: Examples, classes: Classes) -> Tensor:
     """What the learner's features (without one: CLIP's own) say of each class."""
     if learner is None:
-        return classes.logits(examples.features)
+        return classes.logits(F.normalize(examples.features, dim=-1))
     return learner.against(classes).logits(learner(examples.features))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedclip_flwr import __version__, ahead, card, clip, content, encoding, saved
 from fedclip_flwr.adapters import Adapter
@@ -177,7 +178,9 @@ class FedCLIP(
 
     def forward(self, pixel_values: Tensor, **more: Tensor) -> Tensor:
         features = self.loaded.encode({"pixel_values": pixel_values, **more})
-        if self.adapter is not None:
+        if self.adapter is None:
+            features = F.normalize(features, dim=-1)
+        else:
             features = self.adapter(features.to(next(self.adapter.parameters()).dtype))
         return Classes(self.text.to(features), self._scale, self._bias).logits(features)
 

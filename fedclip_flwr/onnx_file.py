@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedclip_flwr import __version__, card, clip
 from fedclip_flwr.data import drawn
@@ -60,9 +61,8 @@ class Tower(nn.Module):
         self.to("cpu", torch.float32).eval().requires_grad_(False)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = clip.unit(self.net.get_image_features(pixel_values=pixel_values))
-        if self.adapter is not None:
-            features = self.adapter(features)
+        features = clip.given(self.net.get_image_features(pixel_values=pixel_values))
+        features = F.normalize(features, dim=-1) if self.adapter is None else self.adapter(features)
         logits = Classes(self.text, self._scale, self._bias).logits(features)
         return logits, logits.softmax(dim=1), features
 

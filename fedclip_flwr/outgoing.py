@@ -50,6 +50,7 @@ MEANINGS = {
     "test": "images to test with",
     "classes": "the classes that it has images of, by number",
     "package": "content of the software here",
+    "unit": "whether its features were brought to unit length",
     "encoded": "images encoded so far",
     "images": "images in all",
     "num-examples": "images that were trained on",
@@ -195,7 +196,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         if nodes.hellos and not nodes.failures:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off")  # asked once
             with suppress(UserError):  # no site has trained: this one only evaluates, or has answered with an error
-                federate(nodes, AdapterFedAvg(start, nodes.names, once), once, start, lambda *_: None, _Nobody())
+                federate(nodes, AdapterFedAvg(start, nodes.names, once), once, start, lambda *_: {}, _Nobody())
     return [
         message for message, later in zip(wire.sent, [*wire.sent[1:], None], strict=True) if not _again(message, later)
     ]

@@ -32,6 +32,7 @@ from fedclip_flwr import checkpoint, content, history
 from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
+from fedclip_flwr.console import of_unknown_length
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import one_line
 from fedclip_flwr.features import Features, Pixels
@@ -311,17 +312,21 @@ def summary_of(
         "resumed": resumed,
         "failures": [failure._asdict() for failure in nodes.failures],
         "scaled": dict(sorted(nodes.scaled.items())),
+        "unknown_norm": of_unknown_length(settings, nodes.hellos.values()),
     }
 
 
 def _results(line: Line, class_names: Sequence[str]) -> dict[str, Any]:
     """Accuracies, and all figures below `metrics`."""
     tests = {site: report.test for site, report in line.reports.items()}
+    apart = {site: report.test for site, report in line.holdouts.items()}
+    if len(line.unseen) > 1:
+        apart = {**line.unseen, **apart}
     return {
         "seen": line.seen,
         "unseen": mean_accuracy(line.held_out),
         "sites": {site: quality.accuracy for site, quality in tests.items()},
-        "holdout_sites": {site: report.test.accuracy for site, report in line.holdouts.items()},
+        "holdout_sites": {site: quality.accuracy for site, quality in apart.items()},
         "metrics": {
             "seen": mean_figures(tests.values()),
             "unseen": _unseen(line, class_names),

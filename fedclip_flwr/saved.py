@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 
 from fedclip_flwr import clip, content, store, tensorfile
 from fedclip_flwr.adapters import ADAPTERS, Adapter, blank_adapter
-from fedclip_flwr.config import Settings
+from fedclip_flwr.config import MOST_NORM, Settings
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Features, Pixels
 from fedclip_flwr.history import FACTS as FACTS
 from fedclip_flwr.history import TENSORS as TENSORS
+from fedclip_flwr.sites import length_of
 from fedclip_flwr.vocabulary import Vocabulary, check_classes
 
 WHOLE, WEIGHTS, CONFIG = "fedclip.json", "model.safetensors", "config.json"
@@ -55,6 +56,7 @@ def save_adapter(
         "dim": features.classes.text.shape[1],
         **_made_for(features),
         "prompts": features.vocabulary.prompts,
+        "feature_norm": length_of(settings),
         "scale": features.classes.scale,
         "bias": features.classes.bias,
         "round": number,
@@ -164,8 +166,11 @@ def _blank(facts: dict[str, Any]) -> Adapter:
         raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
     if type(blend) not in (int, float) or not 0 <= blend <= 1:
         raise ValueError(f"its blend is {blend!r}, expected a number from 0 to 1")
+    length = facts.get("feature_norm", 1.0)  # before it was told, all adapters took features of unit length
+    if type(length) not in (int, float) or not 0 <= length <= MOST_NORM:
+        raise ValueError(f"its feature_norm is {length!r}, expected a number from 0 to {MOST_NORM:,.0f}")
     _check_texts(facts)
-    return blank_adapter(kind, dim, rank=rank, blend=float(blend))
+    return blank_adapter(kind, dim, rank=rank, blend=float(blend), length=float(length))
 
 
 def _check_texts(facts: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from fedclip_flwr import clip
 from fedclip_flwr.adapters import Adapter, blank_adapter, make_adapter
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings, place_of
+from fedclip_flwr.data import held_out
 from fedclip_flwr.data.partition import shard
-from fedclip_flwr.data.presets import loose
 from fedclip_flwr.encoding import UnfinishedError
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, Pixels, open_features
@@ -68,7 +68,8 @@ def simulated_site(
     alpha: float = 0.5,
 ) -> Site:
     """Site `number` of so many simulated ones."""
-    domains = gathered(features, [d for d in features.domains if d != holdout])
+    apart = held_out(holdout, features.domains)
+    domains = gathered(features, [domain for domain in features.domains if domain not in apart])
     own = shard(number, {d: e.labels for d, e in domains.items()}, sites, seed, partition, alpha)
     examples = together(domains[domain].rows(rows) for domain, rows in own.rows.items())
     domain = "+".join(domain for domain, rows in own.rows.items() if len(rows) or len(own.rows) == 1)
@@ -107,9 +108,15 @@ def new_adapter(settings: Settings, dim: int) -> Adapter:
         dim,
         rank=settings.adapter_rank,
         blend=settings.trained_blend,
+        length=length_of(settings),
         identity=settings.starts_as_zero_shot,
         seed=settings.seed,
     )
+
+
+def length_of(settings: Settings) -> float:
+    """To what length the adapter brings features before its network sees them; 0 to none."""
+    return settings.feature_norm or RECIPES[settings.recipe].length
 
 
 def drawn_by_lot(names: Iterable[str], share: float, seed: int, number: int, least: int = 1) -> list[str]:
@@ -175,8 +182,9 @@ class Desk:
         """What is learnt, to be filled with a state that came."""
         if isinstance(self.features, Pixels):
             return self.features.whole_model()
-        kind, blend = self.settings.adapter, self.settings.trained_blend
-        return blank_adapter(kind, self.classes.dim, rank=self.settings.adapter_rank, blend=blend)
+        own = self.settings
+        how = {"blend": own.trained_blend, "length": length_of(own)}
+        return blank_adapter(own.adapter, self.classes.dim, rank=own.adapter_rank, **how)
 
     def require(self) -> None:
         """Raises unless the model here is the server's, where both know its content: features would not compare."""
@@ -296,7 +304,7 @@ def owners_words(node: Mapping[str, object], domains: Sequence[str], holdout: st
     own = _some(domains, wanted)
     if role == HOLDOUT:
         return Words(name, role, own)
-    own = [domain for domain in own if loose(domain) != loose(holdout)]
+    own = [domain for domain in own if domain not in held_out(holdout, domains)]
     if not own:
         raise UserError(
             f"all images of this site belong to {holdout}, which is held out: with role='holdout' in its node config "

@@ -17,7 +17,7 @@ from fedclip_flwr.sites import Site
 from tests.test_inprocess import CLASSES, SITES, some
 
 HOW = Settings(recipe="paper", num_server_rounds=3, learning_rate=0.05, batch_size=4)
-CASE = Case(SITES, CLASSES, some(50, 99), HOW)
+CASE = Case(SITES, CLASSES, {"sea": some(50, 99)}, HOW)
 NONE = some(0, 0)
 
 
@@ -25,7 +25,7 @@ def test_zero_shot_is_the_frozen_features_accuracy() -> None:
     line = zero_shot(CASE)
     assert line.seen == sum(evaluate(None, s.test, CLASSES).accuracy or 0.0 for s in SITES) / 2
     assert line.unseen == evaluate(None, some(50, 99), CLASSES).accuracy
-    assert zero_shot(replace(CASE, unseen=None)).unseen is None
+    assert zero_shot(replace(CASE, unseen={})).unseen is None
 
 
 def test_together_is_the_federation() -> None:

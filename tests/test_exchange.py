@@ -267,7 +267,7 @@ def test_the_list_of_what_may_leave_a_site() -> None:
     """Written out once more by hand: whoever adds to it has to want it twice."""
     assert exchange.may_leave(tensor_names("attention"), by_class=False) == {
         "arrays": {"inner.weight", "inner.bias", "outer.weight", "outer.bias"},
-        "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package"},
+        "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package", "unit"},
         "progress": {"site", "encoded", "images"},
         "metrics": FIGURES,
     }

@@ -172,7 +172,7 @@ class Running:
         return self.go_on(start)
 
     def go_on(self, start: State = START, standing: Standing | None = None) -> Outcome:
-        unseen = lambda state, blend: quality(int(state["w"] * blend), 100)  # noqa: E731
+        unseen = lambda state, blend: {"sea": quality(int(state["w"] * blend), 100)}  # noqa: E731
         return federate(self.nodes, self.strategy, self.settings, start, unseen, self.told, standing)
 
 
@@ -195,7 +195,7 @@ def test_three_rounds_by_hand() -> None:
     assert [line.round for line in running.told.lines] == [0, 1, 2, 3]
     assert [line.validation for line in running.told.lines] == [0.2, 0.75, 0.75, 0.5]
     assert [line.seen for line in running.told.lines] == [0.0, 0.2, 0.4, 0.6]
-    assert [line.unseen.accuracy for line in running.told.lines if line.unseen] == [0.0, 0.02, 0.04, 0.06]
+    assert [line.unseen["sea"].accuracy for line in running.told.lines] == [0.0, 0.02, 0.04, 0.06]
     assert [line.loss for line in running.told.lines] == [0.5] * 4
     assert running.told.lines[0].bytes > 0  # of the hellos
     assert running.told.best == [0, 1]  # the earliest of the two best
@@ -242,8 +242,7 @@ def test_a_blend_is_chosen_by_validation_after_the_last_round() -> None:
     outcome = running.run()
     assert (outcome.adapted.round, outcome.blend) == (2, 0.75)  # of the adapter 4.0, 3.0 is as good and 1.0 is not
     assert [report.test.accuracy for report in outcome.adapted.reports.values()] == [0.3, 0.3]
-    assert outcome.adapted.unseen
-    assert outcome.adapted.unseen.accuracy == 0.03
+    assert outcome.adapted.unseen["sea"].accuracy == 0.03
     assert (running.told.best[-1], running.told.blend) == (2, 0.75)
     assert north.own == [(2, 3.0)]
     asked = [kind for node, kind in running.grid.asked if node == 5]
@@ -269,8 +268,7 @@ def test_where_the_start_is_only_next_to_zero_shot_that_is_asked_for() -> None:
     outcome = running.run({"w": torch.full((1,), 2.0)})
     assert running.told.lines[0].seen == 0.2
     assert outcome.zero_shot.seen == 0.0
-    assert outcome.zero_shot.unseen
-    assert outcome.zero_shot.unseen.accuracy == 0.0
+    assert outcome.zero_shot.unseen["sea"].accuracy == 0.0
     whole = Running({5: Site("north")}, recipe="paper", method="full-model").run({"w": torch.full((1,), 2.0)})
     assert whole.zero_shot.seen == 0.2
 

@@ -34,7 +34,7 @@ SITES = [site("b", 20, 10), site("a", 9, 20)]
 
 
 def test_two_rounds_by_hand() -> None:
-    result = federate(SITES, CLASSES, some(7, 99), Settings(num_server_rounds=2, batch_size=4, seed=3))
+    result = federate(SITES, CLASSES, {"sea": some(7, 99)}, Settings(num_server_rounds=2, batch_size=4, seed=3))
     shared = make_adapter("attention", 8, seed=3)
     for number in (1, 2):
         own = []
@@ -88,8 +88,8 @@ def test_sites_that_are_all_too_small_are_told() -> None:
 
 def test_without_all_lines_only_zero_shot_and_the_selected_round_are_tested() -> None:
     how = Settings(num_server_rounds=4, learning_rate=0.05, batch_size=4)
-    whole = federate(SITES, CLASSES, some(7, 99), how)
-    short = federate(SITES, CLASSES, some(7, 99), how, all_lines=False)
+    whole = federate(SITES, CLASSES, {"sea": some(7, 99)}, how)
+    short = federate(SITES, CLASSES, {"sea": some(7, 99)}, how, all_lines=False)
     assert short.lines == whole.lines[:1]
     assert short.selected == whole.selected
     assert all(torch.equal(short.state[k], whole.state[k]) for k in whole.state)
@@ -145,8 +145,7 @@ def test_a_chosen_blend_is_the_best_by_validation_then_the_smallest(
 def test_sites_hold_every_seen_row_once_and_none_of_the_holdout(drawn: Features) -> None:
     sites, unseen = make_sites(drawn, "photo", sites=7, seed=2)
     assert [s.name for s in sites] == ["art-0", "art-1", "art-2", "cartoon-0", "cartoon-1", "sketch-0", "sketch-1"]
-    assert unseen is not None
-    assert torch.equal(unseen.labels, drawn.examples("photo").labels)
+    assert torch.equal(unseen["photo"].labels, drawn.examples("photo").labels)
     sizes = [[len(p.labels) for p in (s.train, s.validation, s.test)] for s in sites]
     assert sizes == [[300, 100, 100]] * 3 + [[450, 150, 150]] * 4
     rows = torch.cat([torch.cat([s.train.features, s.validation.features, s.test.features]) for s in sites])
@@ -203,5 +202,5 @@ def test_a_federation_on_a_gpu_ends_whatever_packs_noises_or_averages_its_update
         )
         for site in SITES
     ]
-    found = federate(there, CLASSES.ready("cuda"), some(7, 99).ready("cuda"), settings)
+    found = federate(there, CLASSES.ready("cuda"), {"sea": some(7, 99).ready("cuda")}, settings)
     assert found.selected.unseen is not None

@@ -103,8 +103,8 @@ def standing() -> Standing:
     by_class = ClassCounts([3, 1], [2, 1], [2, 2])
     quality = Quality(Score(4, 3, 0.1 + 0.2), 1 / 3, 0.7, [0.1] * BINS, by_class)
     reports = {"north": Report(5, Score(10, 7, 1e-17), quality)}
-    zero = Line(0, reports, replace(quality, classes=None), 12, 1 / 7)
-    best = Line(1, reports, None, 13, 0.5, holdouts={"far": reports["north"]}, epsilon=0.75)
+    zero = Line(0, reports, {"sea": replace(quality, classes=None)}, 12, 1 / 7)
+    best = Line(1, reports, {}, 13, 0.5, holdouts={"far": reports["north"]}, epsilon=0.75)
     state = {"w": torch.rand(3), "v": torch.rand(2, 2)}
     return Standing(2, state, {"w": torch.rand(3), "v": torch.rand(2, 2)}, zero, best, 99, 0.25, 7, 1234)
 

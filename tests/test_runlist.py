@@ -176,4 +176,4 @@ def test_what_cannot_be_shown_is_one_line(words: list[str], why: str, tmp_path: 
 
 
 def test_a_line_of_a_run_shows_what_its_folder_has_of_it() -> None:
-    assert console.line(Line(0, {}, None, 10, 1.0)) == console.round_of(Line(0, {}, None, 10, 1.0).facts, "zero-shot")
+    assert console.line(Line(0, {}, {}, 10, 1.0)) == console.round_of(Line(0, {}, {}, 10, 1.0).facts, "zero-shot")

@@ -28,7 +28,7 @@ from fedclip_flwr.sites import new_adapter
 def complete(number: int, metrics: list[dict[str, Any]] | None = None) -> Checkpoint:
     """As after that round."""
     state = new_adapter(Settings(), 128).state_dict()
-    line = Line(0, {}, None, 0, 0.0)
+    line = Line(0, {}, {}, 0, 0.0)
     return Checkpoint(Standing(number, state, state, line, line), {}, {}, {}, "key", {}, [], metrics or [])
 
 
@@ -218,7 +218,7 @@ def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_roun
     first = started(tmp_path, adapter="gate")
     first.go_on([], 2)
     for number in range(3):
-        first.line(Line(number, {}, None, 0, 0.0))
+        first.line(Line(number, {}, {}, 0, 0.0))
         if number < 2:
             first.checkpoint(complete(number + 1, first.metrics))
     with pytest.raises(SystemExit), first:

@@ -498,7 +498,7 @@ def tracked(results: Path, **settings: object) -> RunFolder:
     folder = started(results, track="tensorboard", **settings)
     folder.go_on([], 2)
     folder.trackers.begin(folder.run, folder.path, Settings(), folder.metrics)
-    folder.line(Line(0, {}, None, 10, 0.5))
+    folder.line(Line(0, {}, {}, 10, 0.5))
     return folder
 
 

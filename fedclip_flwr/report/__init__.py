@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedclip_flwr import content, history
+from fedclip_flwr import content, data, history
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.history import Run
 
@@ -67,9 +67,9 @@ def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[st
         if story.selected is None and not (story.run.path / "model").is_dir():
             raise UserError("the run came to no round")
         features, holdout = opened or heldout.open_held_out(story.settings)
-        if holdout not in features.domains:
+        if not data.held_out(holdout, features.domains):
             raise UserError("the server of this run holds no held-out images itself")
-        found = heldout.analyse(story.run.path, story.settings, features, holdout)
+        found = heldout.analyse(story.run.path, story.settings, features, holdout or "")
     except Exception as error:  # what else there is to tell is told all the same
         if not (story.run.path / FILE).exists():
             return None, one_line(error)

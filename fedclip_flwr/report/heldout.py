@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,13 +19,14 @@ from torch import Tensor
 from fedclip_flwr import clip, content, store
 from fedclip_flwr.adapters import Adapter
 from fedclip_flwr.config import Settings
-from fedclip_flwr.data import pick_holdout
+from fedclip_flwr.data import held_out, pick_holdout
 from fedclip_flwr.errors import UserError, one_line
 from fedclip_flwr.features import Encoded, Features, Pixels, open_features
 from fedclip_flwr.learning import Classes, Examples, Learner, logits_of
 from fedclip_flwr.metrics import BINS, bins_of
 from fedclip_flwr.report import FILE
 from fedclip_flwr.saved import TENSORS, load_adapter
+from fedclip_flwr.sites import gathered, together
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +52,7 @@ class Seen(NamedTuple):
 
 
 def open_held_out(settings: Settings) -> tuple[Features, str]:
-    """The data of a run and the domain that its server holds out."""
+    """The data of a run and the domain that its server holds out, or several."""
     if settings.data == "none":
         raise UserError("the server of this run has no images of its own")
     features = open_features(settings)
@@ -84,11 +85,13 @@ def mark(folder: Path) -> str:
 
 
 def analyse(folder: Path, settings: Settings, features: Features, holdout: str) -> dict[str, Any]:
-    """All that is told of the domain: zero-shot, and with what the run in the folder came to."""
-    if not len(features.examples(holdout).labels):
+    """All that is told of the held-out domains: zero-shot, and with what the run in the folder came to."""
+    domains = held_out(holdout, features.domains)
+    examples = together(gathered(features, domains).values())
+    if not len(examples.labels):
         raise UserError(f"none of the images of {holdout} can be read")
     device = clip.pick_device(settings.device)
-    examples, classes = features.examples(holdout), features.classes.ready(device)
+    classes = features.classes.ready(device)
     before = features.whole_model().to(device) if isinstance(features, Pixels) else None
     after = learnt(folder, features).to(device)
     zero, adapted = (seen_by(learner, examples, classes) for learner in (before, after))
@@ -97,7 +100,7 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
     shown = [row for of_kind in rows.values() for row in of_kind[:SHOWN]]
     images = {}
     if isinstance(features, Encoded):
-        images = {row: thumbnail(image) for row, image in features.pictures(holdout, shown)}
+        images = {row: thumbnail(image) for row, image in _pictures(features, domains, shown)}
 
     def card(row: int) -> dict[str, Any]:
         said = {"zero_shot": zero, "adapted": adapted}
@@ -118,6 +121,16 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
         "changed": {kind: len(of_kind) for kind, of_kind in rows.items()},
         **{kind: [card(row) for row in of_kind[:SHOWN]] for kind, of_kind in rows.items()},
     }
+
+
+def _pictures(features: Encoded, domains: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[int, Image]]:
+    """The images of those rows of all these domains' examples."""
+    first = 0
+    for domain in domains:
+        count = len(features.examples(domain).labels)
+        own = [row - first for row in rows if 0 <= row - first < count]
+        yield from ((first + row, image) for row, image in features.pictures(domain, own))
+        first += count
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -194,7 +207,7 @@ def weights(adapter: Adapter, examples: Examples, classes: int) -> dict[str, Any
     device = next(adapter.parameters()).device
     sums, counts = torch.zeros(0), torch.bincount(examples.labels.long(), minlength=classes)
     for part in _parts(examples, device):
-        logs = adapter.weigh(part.features).clamp_min(1e-9).log2().expand_as(part.features).double()
+        logs = adapter.weigh(adapter.seen(part.features)).clamp_min(1e-9).log2().expand_as(part.features).double()
         logs = logs - logs.mean(dim=1, keepdim=True)
         sums = sums if len(sums) else logs.new_zeros(classes, logs.shape[1])
         sums.index_add_(0, part.labels, logs)
