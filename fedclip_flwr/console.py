@@ -27,8 +27,8 @@ UNCOVERED = "not covered: numbers of images, and accuracies and losses, by which
 
 
 NOT_THE_PAPERS = (
-    "the paper's adapter sees features of the length that CLIP gives them; here some have unit length, and nobody told "
-    "how long they were, so this is not the paper's result: give feature-norm=N, or feature_norm in features.json"
+    "its adapter sees features of the length that CLIP gives them, and here some were brought to unit length; give "
+    "feature-norm=N, or feature_norm in features.json"
 )
 
 
@@ -71,7 +71,11 @@ def plan(
         ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
         *([("", f"features brought to the length {settings.feature_norm:g}")] if settings.feature_norm else []),
-        *([("warning", NOT_THE_PAPERS)] if of_unknown_length(settings, hellos) else []),
+        *(
+            [("not paper", f"this can't be the paper's result: {NOT_THE_PAPERS}")]
+            if of_unknown_length(settings, hellos)
+            else []
+        ),
         ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
         *_privacy(settings),
         ("features", str(content.home() / "features")),
@@ -205,7 +209,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
             else []
         ),
         f"Round {adapted['round']} of {summary['rounds']} {how}{blend}; tests are on images set apart before training.",
-        *([f"Warning: {NOT_THE_PAPERS}."] if summary.get("unknown_norm") else []),
+        *([f"This is not the paper's result: {NOT_THE_PAPERS}."] if summary.get("unknown_norm") else []),
         cost(traffic, settings.method),
         *_spent(summary),
         f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.adapters import ADAPTERS, make_adapter
@@ -51,6 +52,19 @@ def test_attention_is_the_formula_of_the_paper() -> None:
     product = UNIT * attention
     torch.testing.assert_close(adapter(UNIT), product / product.pow(2).sum(1, keepdim=True).sqrt())
     assert not torch.allclose(adapter(UNIT), UNIT, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "seen"), [(0.0, 3 * UNIT), (1.0, UNIT), (7.0, 7 * UNIT)])
+def test_the_network_sees_features_of_the_length_that_it_asks_for(length: float, seen: Tensor) -> None:
+    adapter = make_adapter("attention", 12, identity=False, seed=5, length=length)
+    w = adapter.state_dict()
+    hidden = torch.tanh(seen @ w["inner.weight"].T + w["inner.bias"])
+    attention = torch.softmax(hidden @ w["outer.weight"].T + w["outer.bias"], 1)
+    adapted = F.normalize(UNIT * attention, dim=1)
+    torch.testing.assert_close(adapter(3 * UNIT), adapted)
+    torch.testing.assert_close(adapter.weigh(adapter.seen(3 * UNIT)), attention)
+    adapter.blend = 0.25
+    torch.testing.assert_close(adapter(3 * UNIT), F.normalize(0.75 * UNIT + 0.25 * adapted, dim=1))
 
 
 def test_blend_by_hand() -> None:

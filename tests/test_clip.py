@@ -54,6 +54,10 @@ def test_features_and_logits_equal_transformers_own_forward_pass(make: Callable[
     batches = list(loaded.encode_images(iter(IMAGES), batch_size=8))
     assert [len(b) for b in batches] == [8, 8, 4]
     images, prompts = torch.cat(batches), loaded.encode_prompts(PROMPTS, batch_size=3)
+    with torch.no_grad():
+        given = net.get_image_features(**AutoImageProcessor.from_pretrained(folder)(IMAGES, return_tensors="pt"))
+    torch.testing.assert_close(images, given.pooler_output, rtol=1e-5, atol=1e-5)
+    images = F.normalize(images, dim=1)
     torch.testing.assert_close(images, expected.image_embeds, rtol=0, atol=1e-5)
     torch.testing.assert_close(prompts, expected.text_embeds, rtol=0, atol=1e-5)
     logits = Classes(prompts, loaded.scale, loaded.bias).logits(images)
@@ -72,7 +76,7 @@ def test_a_whole_model_sees_pixels_as_the_frozen_one_sees_images(name: str, tmp_
     assert batches[0].dtype == torch.uint8
     whole = loaded.whole([*PROMPTS, *(f"a {name}" for name in CLASSES)], templates=2)
     features, seen = torch.cat(list(loaded.encode_images(IMAGES))), whole(torch.cat(batches))
-    torch.testing.assert_close(seen.detach(), features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen.detach(), F.normalize(features, dim=1), rtol=0, atol=1e-5)
     classes = whole.against(Classes(torch.zeros(10, features.shape[1]), 1.0))
     one, other = loaded.encode_prompts(PROMPTS), loaded.encode_prompts([f"a {name}" for name in CLASSES])
     torch.testing.assert_close(classes.text.detach(), F.normalize(one + other, dim=1), rtol=0, atol=1e-5)
@@ -126,7 +130,8 @@ def test_a_lower_precision_finds_the_same_classes() -> None:
     found = []
     for precision in ("float32", "bfloat16"):
         loaded = clip.find("bundled").load(precision=precision)
-        found.append(torch.cat(list(loaded.encode_images(IMAGES))) @ loaded.encode_prompts(prompts).T)
+        features = torch.cat(list(loaded.encode_images(IMAGES)))
+        found.append(F.normalize(features, dim=1) @ loaded.encode_prompts(prompts).T)
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0.03)
     assert not torch.equal(found[0], found[1])

@@ -30,6 +30,7 @@ CONTRACT: dict[str, Any] = {
     "adapter-rank": 4,
     "blend": 1.0,
     "recipe": "default",
+    "feature-norm": 0.0,
     "prompt": "",
     "class-names": "",
     "num-server-rounds": 20,
@@ -148,7 +149,7 @@ def test_a_blend_may_be_chosen_later_and_is_whole_until_then() -> None:
     assert Settings.from_run_config({"blend": 0.5}).trained_blend == 0.5
 
 
-@pytest.mark.parametrize("what", [{"blend": 0.5}, {"blend": "auto"}, {"personalize": True}])
+@pytest.mark.parametrize("what", [{"blend": 0.5}, {"blend": "auto"}, {"personalize": True}, {"feature-norm": 10}])
 def test_what_is_for_adapters_is_refused_for_the_whole_model(what: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="it is for adapters"):
         Settings.from_run_config({"method": "full-model", **what})
@@ -159,6 +160,17 @@ def test_batches_of_one_are_refused_for_the_papers_recipe_which_skips_them() -> 
     with pytest.raises(UserError, match="skips a batch of one"):
         Settings.from_run_config({"recipe": "paper", "batch-size": 1})
     assert Settings.from_run_config({"batch-size": 1}).batch_size == 1
+
+
+def test_with_the_papers_recipe_updates_have_no_limit() -> None:
+    assert Settings().update_limit == 3.0
+    assert Settings(recipe="paper").update_limit == 0.0
+    assert Settings(method="full-model").update_limit == 0.0
+    with pytest.raises(
+        UserError, match=r"max-update-norm = 5.0: with recipe = 'paper' updates of any length count whole"
+    ):
+        Settings.from_run_config({"recipe": "paper", "max-update-norm": 5})
+    assert Settings.from_run_config({"recipe": "paper", "max-update-norm": 0}).update_limit == 0.0
 
 
 def test_a_pull_to_the_start_is_fedproxs_only() -> None:

@@ -173,6 +173,23 @@ def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
     assert "132 B to a site and as much back in each round, differences in int8" in text
 
 
+def test_the_plan_and_the_result_tell_where_the_papers_recipe_lacks_the_length_of_features(drawn: Features) -> None:
+    own, lacking = (Hello("a", "train", "art", 1200, 400, 400, [0], "", unit=unit) for unit in (False, True))
+
+    def told(*hellos: Hello, **settings: Any) -> str:
+        return console.plan(Settings(**settings), drawn, "art+sketch", hellos, {"a": torch.zeros(1)}, Path("/runs/x"))
+
+    assert "not paper   this can't be the paper's result" in told(own, lacking, recipe="paper")
+    assert "3,000 images here" in told(own, recipe="paper")
+    for good in (told(own, recipe="paper"), told(lacking), told(own, lacking, recipe="paper", feature_norm=10.0)):
+        assert "paper's result" not in good
+    assert "brought to the length 10" in told(own, lacking, recipe="paper", feature_norm=10.0)
+    assert "paper's result" not in told(lacking, recipe="paper", method="full-model")
+    result = console.closing({**SUMMARY, "unknown_norm": True}, Settings(recipe="paper"), "sketch", True)
+    assert "This is not the paper's result: its adapter sees features of the length that CLIP gives them" in result
+    assert "paper's result" not in console.closing(SUMMARY, Settings(recipe="paper"), "sketch", True)
+
+
 def test_the_plan_tells_of_the_whole_model_of_fedprox_and_of_blends(drawn: Features) -> None:
     hello = [Hello("a", "train", "art", 1200, 400, 400, [0], "")]
 

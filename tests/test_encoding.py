@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from fedclip_flwr import ahead, clip, encoding
 from fedclip_flwr.config import Settings
@@ -54,7 +55,7 @@ def encode(tree: Path, store: Path, moment: str = "never", left: int = 0, *more:
 
 
 def entry(store: Path) -> bytes:
-    (path,) = store.glob("*/images-*.safetensors")
+    (path,) = store.glob("*/given-*.safetensors")
     assert {file.suffix for file in path.parent.iterdir()} == {".safetensors", ".lock"}
     return path.read_bytes()
 
@@ -194,7 +195,9 @@ def test_a_lower_precision_is_compared_once_and_stored_in_half_the_space(
     assert lower.folder.name.endswith("-bfloat16")
     assert found.features.dtype == torch.float16
     assert full.features.dtype == torch.float32
-    torch.testing.assert_close(found.features.float(), full.features, rtol=0, atol=0.03)
+    torch.testing.assert_close(*(F.normalize(e.features.float()) for e in (found, full)), rtol=0, atol=0.03)
+    half = full.features.half().float()  # which is what keeping them so takes away, at lengths from 15 to 20
+    torch.testing.assert_close(half, full.features, rtol=2**-11, atol=1e-6)
     (told,) = lower.folder.glob("agreement-*.safetensors")
     assert load_file(told)["same"].tolist() == [True] * 24
     assert "float32" not in caplog.text

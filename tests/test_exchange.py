@@ -114,6 +114,7 @@ def test_a_hello_comes_back() -> None:
         {"classes": [0.5]},
         {"classes": 3},
         {"package": 7},
+        {"unit": 1},
         {"role": "watch"},
         {"role": "holdout"},  # and trains
         {"more": 1},

@@ -50,9 +50,7 @@ def truth(tree: Path) -> Examples:
     with torch.no_grad():
         pixels = processor([picture.image for picture in pictures], return_tensors="pt")
         features = net.get_image_features(**pixels).pooler_output
-    return Examples(
-        features / features.norm(dim=1, keepdim=True), torch.tensor([picture.label for picture in pictures])
-    )
+    return Examples(features, torch.tensor([picture.label for picture in pictures]))
 
 
 def assert_right(found: Examples, truth: Examples) -> None:
@@ -95,8 +93,23 @@ def test_other_images_or_precision_are_other_features(tree: Path, truth: Example
 
 
 def entry_of(tree: Path) -> Path:
-    (path,) = (tree / "store").glob("*/images-*.safetensors")
+    (path,) = (tree / "store").glob("*/given-*.safetensors")
     return path
+
+
+def test_features_that_an_earlier_version_brought_to_unit_length_are_encoded_once_more_with_a_word(
+    tree: Path, truth: Examples, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(tree).examples("photo")
+    older = entry_of(tree).with_name(entry_of(tree).name.replace("given-", "images-"))
+    entry_of(tree).rename(older)
+    assert_right(opened(tree).examples("photo"), truth)
+    assert "photo: stored by an earlier version, brought to unit length: they are encoded once more" in caplog.text
+    caplog.clear()
+    assert_right(opened(tree).examples("photo"), truth)
+    assert "earlier version" not in caplog.text
+    assert not opened(tree).unit
+    assert older.exists()  # that version may still be in use; what nobody uses is removed in time
 
 
 @pytest.mark.parametrize("where", [0, 8, 20, 60, 120, 200, -5000, -1])
@@ -256,7 +269,7 @@ def test_a_feature_folder_is_read_as_it_is(tmp_path: Path, dtype: torch.dtype) -
     assert features.domains == ("a", "b")
     assert (features.classes.scale, features.classes.bias, features.parameters) == (50.0, -2.0, 151_277_313)
     ready = features.examples("a").ready()
-    torch.testing.assert_close(ready.features, torch.full((4, 3), 3**-0.5))
+    torch.testing.assert_close(ready.features, features.examples("a").features.float())
     assert ready.labels.tolist() == [0, 1, 1, 0]
 
 
@@ -414,7 +427,7 @@ def test_pixels_are_stored_once_in_the_order_of_the_features(tree: Path, no_enco
     assert pixels.features.shape == (11, 3, 64, 64)
     assert torch.equal(pixels.labels, features.labels)
     seen = whole.whole_model()(pixels.features).detach()
-    torch.testing.assert_close(seen, features.features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen, torch.nn.functional.normalize(features.features), rtol=0, atol=1e-5)
     no_encoding()
     assert torch.equal(opened(tree, method="full-model").examples("photo").features, pixels.features)
 

@@ -121,6 +121,18 @@ def test_rounds_whose_lines_are_lost_are_counted(tmp_path: Path) -> None:
     assert history.read(path).lost == 0
 
 
+@pytest.mark.parametrize(("recipe", "norm"), [("paper", 1.0), ("default", 0.0)])
+def test_of_a_run_of_before_there_was_a_choice_the_papers_adapter_saw_unit_length(
+    tmp_path: Path, recipe: str, norm: float
+) -> None:
+    path = completed(tmp_path / "run", recipe=recipe)
+    told = json.loads((path / "settings.json").read_text())
+    assert history.read(path).known.feature_norm == 0.0
+    del told["feature-norm"]
+    (path / "settings.json").write_text(json.dumps(told))
+    assert history.read(path).known.feature_norm == norm
+
+
 @pytest.mark.parametrize("name", ["settings.json", "metrics.jsonl", "summary.json"])
 def test_what_is_no_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
     path = completed(tmp_path / "run") / name

@@ -19,6 +19,7 @@ from fedclip_flwr.learning import (
     class_loss,
     contrastive_loss,
     evaluate,
+    logits_of,
     personalize,
     seed_of,
     split,
@@ -63,12 +64,17 @@ def test_contrastive_loss_takes_a_second_image_of_a_class_for_a_negative() -> No
     assert mixed.item() == pytest.approx((rows + columns) / 4, rel=1e-6)
 
 
-def test_pixels_stay_as_they_are_and_features_get_unit_length() -> None:
+def test_pixels_stay_as_they_are_and_features_keep_their_length() -> None:
     pixels = Examples(torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2), torch.tensor([0, 1])).ready()
     assert torch.equal(pixels.features, torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2))
-    torch.testing.assert_close(
-        Examples(torch.tensor([[3.0, 4.0]]), torch.tensor([0])).ready().features[0].norm(), torch.tensor(1.0)
-    )
+    features = Examples(torch.tensor([[3.0, 4.0]]).half(), torch.tensor([0])).ready().features
+    assert torch.equal(features, torch.tensor([[3.0, 4.0]]))
+
+
+def test_zero_shot_compares_directions() -> None:
+    classes = Classes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), scale=10.0)
+    logits = logits_of(None, Examples(torch.tensor([[30.0, 40.0]]), torch.tensor([0])), classes)
+    torch.testing.assert_close(logits, torch.tensor([[6.0, 8.0]]))
 
 
 def test_logits_have_the_scale_and_the_bias() -> None:
@@ -91,6 +97,7 @@ def plainly_trained(state: dict[str, Tensor], examples: Examples, classes: Class
             if paper and len(rows) == 1:
                 continue
             x, y = examples.features[rows], examples.labels[rows]
+            x = x if paper else F.normalize(x, dim=1)
             hidden = torch.tanh(F.linear(x, w["inner.weight"], w["inner.bias"]))
             x = F.normalize(x * F.softmax(F.linear(hidden, w["outer.weight"], w["outer.bias"]), 1), dim=1)
             if paper:
@@ -109,7 +116,7 @@ def plainly_trained(state: dict[str, Tensor], examples: Examples, classes: Class
 @pytest.mark.parametrize("count", [13, 14])  # a last batch of one, and of two
 def test_training_equals_a_plain_loop_with_torchs_adam(recipe: str, count: int) -> None:
     examples, classes = problem(count)
-    adapter = make_adapter("attention", DIM, identity=recipe == "default", seed=1)
+    adapter = make_adapter("attention", DIM, identity=recipe == "default", length=RECIPES[recipe].length, seed=1)
     start = copy.deepcopy(adapter.state_dict())
     train(adapter, examples, classes, RECIPES[recipe], learning_rate=1e-2, epochs=2, batch_size=4, seed=9)
     expected = plainly_trained(start, examples, classes, recipe, seed=9)
@@ -129,7 +136,7 @@ def test_a_pull_to_the_start_is_the_gradient_of_the_squared_distance() -> None:
     generator = torch.Generator().manual_seed(9)
     for _ in range(3):
         for rows in torch.split(torch.randperm(14, generator=generator), 4):
-            x = F.normalize(examples.features[rows] * w.exp(), dim=1)
+            x = F.normalize(F.normalize(examples.features[rows], dim=1) * w.exp(), dim=1)
             loss = (
                 F.cross_entropy(20.0 * x @ classes.text.T, examples.labels[rows]) + 7.0 / 2 * (w - start).pow(2).sum()
             )
@@ -161,7 +168,8 @@ def test_training_returns_the_mean_loss_of_an_example() -> None:
     examples, classes = problem(10)
     adapter = make_adapter("scale", DIM)
     loss = train(adapter, examples, classes, RECIPES["default"], learning_rate=0.0, batch_size=4)
-    assert loss == pytest.approx(class_loss(examples.features, examples.labels, classes).item(), rel=1e-5)
+    features = F.normalize(examples.features, dim=1)
+    assert loss == pytest.approx(class_loss(features, examples.labels, classes).item(), rel=1e-5)
     assert train(adapter, examples.rows(torch.arange(0)), classes, RECIPES["default"], learning_rate=1.0) == 0.0
 
 

@@ -96,7 +96,7 @@ def test_without_a_folder_the_features_are_stored(tree: Path, fedclip_home: Path
     assert code == 0
     folder = Path(told.splitlines()[-1].removeprefix("Stored in "))
     assert folder.parent == fedclip_home / "features"
-    assert list(folder.glob("images-*.safetensors"))
+    assert list(folder.glob("given-*.safetensors"))
 
 
 def test_what_encoding_has_no_use_for_is_refused(tree: Path) -> None:

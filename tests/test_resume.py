@@ -138,6 +138,23 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.read(tmp_path / "none") is None
 
 
+def test_a_checkpoint_of_before_there_were_several_held_out_domains_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, of_line = full(), checkpoint._of_line
+    assert made.standing.zero is not None
+    monkeypatch.setattr(
+        checkpoint, "_of_line", lambda line: of_line(line) | {"unseen": of_line(line)["unseen"].get("sea")}
+    )
+    checkpoint.write(tmp_path / "c", made)
+    back = checkpoint.read(tmp_path / "c")
+    assert back is not None
+    assert back.standing.zero is not None
+    assert back.standing.zero.held_out[0] == made.standing.zero.held_out[0]
+    assert back.standing.best is not None
+    assert not back.standing.best.unseen
+
+
 def test_what_is_known_of_many_sites_makes_no_header_that_is_too_long_to_be_read(tmp_path: Path) -> None:
     made = full()
     assert made.standing.zero is not None

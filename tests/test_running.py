@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
+from benchmarks.common import write_features
 from deploy.processes import superlink, supernode
 from fedclip_flwr import content, simulation
 from fedclip_flwr.adapters import tensor_names
@@ -108,7 +110,7 @@ def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_
 @pytest.mark.parametrize(
     "given",
     [
-        {"recipe": "paper"},
+        {"recipe": "paper", "holdout": "art+photo"},
         {"codec": "int8", "fraction_train": 0.6},
         {"codec": "bfloat16", "adapter": "gate", "blend": "auto", "seed": 1},
         {"adapter": "scale", "blend": "auto", "strategy": "fedprox", "proximal_mu": 50.0, "seed": 3},
@@ -165,6 +167,30 @@ def test_the_same_seed_gives_the_same_adapter_to_the_bit(tmp_path: Path, drawn: 
     assert last[0].keys() == last[1].keys()
     assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
     assert_same_result(first, in_one_process(drawn, 3))
+
+
+def test_the_papers_recipe_on_features_of_unit_length_with_two_domains_held_out(tmp_path: Path) -> None:
+    folder = write_features(tmp_path / "features", dict.fromkeys(("a", "b", "c", "d"), 60))
+    for file in folder.glob("?.safetensors"):
+        tensors = load_file(file)
+        save_file({**tensors, "image_features": F.normalize(tensors["image_features"], dim=1)}, file)
+    given = [f"data=features:{folder}", "holdout=b+d", "recipe=paper"]
+    results = tmp_path / "results"
+    done = fedclip("run", "--nodes", "2", *given, f"num-server-rounds={ROUNDS}", f"results-dir={results}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not paper   this can't be the paper's result" in done.stdout
+    assert "This is not the paper's result: its adapter sees features of the length" in done.stdout
+    made = run_folder(results)
+    settings = Settings(data=f"features:{folder}", holdout="b+d", recipe="paper")
+    assert_same_result(made, in_one_process(open_features(settings), 2, settings))
+    summary = read(made, "summary.json")
+    assert (summary["holdout"], summary["unknown_norm"]) == ("b+d", True)
+    apart = summary["adapted"]["holdout_sites"]
+    assert apart.keys() == {"b", "d"}
+    assert summary["adapted"]["unseen"] == pytest.approx((apart["b"] + apart["d"]) / 2)
+    assert "b, unseen" in done.stdout
+    assert read(made, "adapter.json")["feature_norm"] == 0.0
+    assert "This is not the paper’s result" in (made / "report.html").read_text()
 
 
 def test_a_run_folder_is_as_the_contract_says(tmp_path: Path, drawn: Features) -> None:

@@ -76,7 +76,8 @@ def test_a_whole_model_comes_back_as_a_model(tmp_path: Path, tree: Path) -> None
     pixels = features.examples("photo").features
     images = [picture.image for picture in ImageFolder(tree).pictures("photo") if picture.image]
     back = clip.find(str(run.path / "model")).load()
-    torch.testing.assert_close(torch.cat(list(back.encode_images(images))), learnt(pixels).detach(), rtol=0, atol=1e-5)
+    seen = torch.nn.functional.normalize(torch.cat(list(back.encode_images(images))))
+    torch.testing.assert_close(seen, learnt(pixels).detach(), rtol=0, atol=1e-5)
     plain = AutoModel.from_pretrained(run.path / "model")
     assert next(plain.parameters()).dtype == torch.float32
     with pytest.raises(UserError, match="holds no adapter"):

@@ -44,6 +44,12 @@ def test_an_adapter_that_was_written_by_hand_is_read(tmp_path: Path) -> None:
     assert torch.equal(adapter(ones), made(ones))
 
 
+def test_an_adapter_of_before_there_was_a_choice_takes_features_of_unit_length(tmp_path: Path) -> None:
+    assert load_adapter(written(tmp_path))[0].length == 1.0
+    assert load_adapter(written(tmp_path, feature_norm=0))[0].length == 0.0
+    assert load_adapter(written(tmp_path, feature_norm=9.5))[0].length == 9.5
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -64,6 +70,9 @@ def test_an_adapter_that_was_written_by_hand_is_read(tmp_path: Path) -> None:
         ({"blend": 1.5}, "expected a number from 0 to 1"),
         ({"blend": float("nan")}, "expected a number from 0 to 1"),
         ({"blend": "auto"}, "expected a number from 0 to 1"),
+        ({"feature_norm": -1.0}, "expected a number from 0 to 10,000"),
+        ({"feature_norm": "10"}, "expected a number from 0 to 10,000"),
+        ({"feature_norm": True}, "expected a number from 0 to 10,000"),
     ],
 )
 def test_facts_that_cannot_be_are_told(tmp_path: Path, changed: dict[str, Any], told: str) -> None:

@@ -75,7 +75,7 @@ def test_a_site_with_data_of_its_own_holds_all_of_it_but_the_held_out_domain(tre
     own = desk(tree, node, "photo", data="drawn").site
     assert (own.name, own.domain) == ("north", "cartoon")
     assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [7, 2, 2]
-    assert torch.allclose(own.train.features.norm(dim=1), torch.ones(7))
+    assert (own.train.features.norm(dim=1) > 10).all()  # as CLIP gives them
 
 
 @pytest.mark.parametrize(

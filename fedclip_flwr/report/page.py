@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedclip_flwr.config import Settings
-from fedclip_flwr.console import counted, left_out, percent
+from fedclip_flwr.console import NOT_THE_PAPERS, counted, left_out, percent
 from fedclip_flwr.report import heldout_sections
 from fedclip_flwr.report.markup import (
     Figures,
@@ -53,6 +53,8 @@ def head(story: Story) -> str:
     """What was run, in a sentence, how it ended if it did not come to its end, and whether something is lost."""
     status = f'<p class="status"><strong>{e(story.status)}</strong> {e(_as_far(story))}</p>' if story.status else ""
     status += f'<p class="status">{e(story.gap)}</p>' if story.gap else ""
+    if story.run.summary.get("unknown_norm"):
+        status += f'<p class="status">This is not the paper’s result: {e(NOT_THE_PAPERS)}.</p>'
     return (
         f'<header>\n<p class="eyebrow">fedclip report · {e(story.run.name)}</p>\n<h1>{e(story.title)}</h1>\n'
         f'<p class="sentence">{e(story.sentence)}</p>\n{status}\n</header>'

@@ -88,8 +88,10 @@ class Story:
     def sites(self) -> int:
         """How many took part."""
         told = self.run.settings.get("sites")
+        domains = (self.holdout or "").split("+")  # several, which the server itself holds out, are told of like sites
+        apart = [site for site in self.adapted["holdout_sites"] if site not in domains]
         seen = [
-            len(self.adapted["sites"]) + len(self.adapted["holdout_sites"]),
+            len(self.adapted["sites"]) + len(apart),
             *(line["sites"] for line in self.lines),
         ]
         return int(max([told if isinstance(told, int) else 0, *seen]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedclip_flwr import content
 from fedclip_flwr.config import Settings
-from fedclip_flwr.data import Columns, open_source, pick_holdout
+from fedclip_flwr.data import Columns, held_out, open_source, pick_holdout
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import ReadError, UserError
 from fedclip_flwr.features import open_features
@@ -198,7 +198,7 @@ def test_one_that_cannot_be_read_at_all_now_is_an_error_and_nothing_is_lost(
         with pytest.raises(ReadError, match=f"^{path} ") as told:
             labels(tree)
     assert "\n" not in str(told.value)
-    assert not list((tree / "store").glob("*/images-*.safetensors"))
+    assert not list((tree / "store").glob("*/given-*.safetensors"))
     assert labels(tree) == [0] * 4 + [1] * 4 + [2] * 4
 
 
@@ -312,8 +312,16 @@ def test_the_holdout_is_the_last_domain_unless_said() -> None:
     assert pick_holdout("auto", domains) == "sketch"
     assert pick_holdout("art", domains) == "art"
     assert pick_holdout("", domains) is None
+    assert pick_holdout("sketch + art", ("art", "photo", "sketch")) == "art+sketch"
+    assert held_out("art+sketch", ("art", "photo", "sketch")) == ["art", "sketch"]
+    assert held_out("art+deco", ("art", "art+deco", "deco")) == ["art+deco"]  # a domain's own name has a +
+    assert held_out(None, domains) == []
     assert pick_holdout("auto", ("only",)) is None
     with pytest.raises(UserError, match="the data has art, photo, sketch"):
         pick_holdout("cartoon", domains)
     with pytest.raises(UserError, match="the only domain"):
         pick_holdout("only", ("only",))
+    with pytest.raises(UserError, match="there is no cartoon; the data has art, photo, sketch"):
+        pick_holdout("art+cartoon", domains)
+    with pytest.raises(UserError, match="these are all domains, so nothing is left"):
+        pick_holdout("sketch+photo+art", domains)

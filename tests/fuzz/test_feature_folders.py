@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fedclip_flwr.config import Settings
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.features import open_features
+from fedclip_flwr.learning import logits_of
 from tests.fuzz.hostile import Tried, json_bytes, tensor_bytes
 
 FACTS: dict[str, Any] = {
@@ -64,8 +65,8 @@ def assert_good(features: FeatureFolder) -> None:
     assert len(features.classes.text) == len(names)
     assert len(features.content) == 32
     for domain in features.domains:
-        features_of, labels = features.examples(domain).ready()
-        logits = features.classes.ready().logits(features_of)
+        labels = features.examples(domain).labels
+        logits = logits_of(None, features.examples(domain).ready(), features.classes.ready())
         assert logits.shape == (len(labels), len(names))
         assert bool(logits.isfinite().all())
         assert bool((labels >= 0).all() and (labels < len(names)).all())

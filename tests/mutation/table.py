@@ -268,7 +268,7 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/sites.py",
         "test_sites.py",
         ('seed_of(seed, "split", name)', 'seed_of(seed, "split")'),
-        ("loose(domain) != loose(holdout)", "domain != holdout"),
+        ("domain not in held_out(holdout, domains)", "domain != holdout"),
         ("steps = -(-examples // settings.batch_size)", "steps = examples // settings.batch_size"),
     ),
     *changes(
@@ -306,8 +306,8 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/adapters.py",
         "test_adapters.py",
         (
-            "(1 - self.blend) * features + self.blend * adapted",
-            "self.blend * features + (1 - self.blend) * adapted",
+            "(1 - self.blend) * own + self.blend * adapted",
+            "self.blend * own + (1 - self.blend) * adapted",
         ),
     ),
     # settings, and what starts a site and a server

@@ -16,7 +16,7 @@ from fedclip_flwr.adapters import make_adapter
 from fedclip_flwr.config import Settings
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Encoded, Features, open_features
-from fedclip_flwr.learning import Examples
+from fedclip_flwr.learning import Examples, logits_of
 from fedclip_flwr.metrics import quality_of
 from fedclip_flwr.report import heldout
 from fedclip_flwr.report.heldout import Seen
@@ -40,7 +40,7 @@ def test_an_analysis_agrees_with_scikit_learn_and_with_what_runs_report(plain: P
     adapter, _ = load_adapter(plain)
     with torch.no_grad():
         answers = {
-            "zero_shot": classes.logits(examples.features),
+            "zero_shot": logits_of(None, examples, classes),
             "adapted": classes.logits(adapter(examples.features)),
         }
     for who, logits in answers.items():
@@ -55,6 +55,16 @@ def test_an_analysis_agrees_with_scikit_learn_and_with_what_runs_report(plain: P
         assert found[who]["correct"] == quality.score.correct
         assert calibration_error(found, who) == pytest.approx(quality.calibration_error, abs=1e-5)
         assert sum(found[who]["bins"]["images"]) == found["images"] == 1500
+
+
+def test_several_held_out_domains_are_analysed_together(plain: Path, drawn: Features) -> None:
+    found = heldout.analyse(plain, Settings(), drawn, "photo+sketch")
+    alone = [heldout.analyse(plain, Settings(), drawn, domain) for domain in ("photo", "sketch")]
+    for who in ("zero_shot", "adapted"):
+        assert found[who]["correct"] == sum(one[who]["correct"] for one in alone)
+    assert (found["domain"], found["images"]) == ("photo+sketch", 3000)
+    cards = [card for one in alone for kind in ("mended", "spoilt") for card in one[kind]]
+    assert all(card in cards for card in found["mended"][:3])  # with the pictures of the right domain
 
 
 def test_bins_and_confusion_of_a_few_images() -> None:
@@ -97,7 +107,7 @@ def test_weights_of_attention_differ_by_image_and_are_averaged_by_class(drawn: F
     examples = drawn.examples("photo").rows(torch.arange(40))
     found = heldout.weights(adapter, examples, 10)
     features = examples.ready().features
-    logs = adapter.weigh(features).detach().double().log2()
+    logs = adapter.weigh(torch.nn.functional.normalize(features, dim=1)).detach().double().log2()
     relative = (logs - logs.mean(dim=1, keepdim=True))[examples.labels == 3].mean(dim=0)
     at = [relative[dimension].item() for dimension in found["dimensions"]]
     assert found["values"][3] == pytest.approx(at, abs=1e-4)
@@ -117,7 +127,7 @@ def test_the_images_shown_are_those_that_are_told_of(plain: Path, drawn: Feature
     own = [row for row, label in enumerate(drawn.examples("sketch").labels.tolist()) if label == card["true"]]
     seen = dict(drawn.pictures("sketch", own))
     near = min(own, key=lambda row: np.abs(np.asarray(seen[row].convert("L"), float) - shown).mean())
-    logits = drawn.classes.ready().logits(drawn.examples("sketch").ready().features)
+    logits = logits_of(None, drawn.examples("sketch").ready(), drawn.classes.ready())
     assert logits.softmax(dim=1)[near].max().item() == pytest.approx(card["zero_shot"][1], abs=1e-3)
 
 

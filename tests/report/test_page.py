@@ -213,6 +213,21 @@ def test_the_sentence_follows_the_figures(
     assert page.tiles(Story(run)).count("over zero-shot") == sum(value is not None for value in adapted)
 
 
+def test_the_head_tells_where_the_papers_recipe_lacked_the_length_of_features(plain: Path) -> None:
+    run = history.read(plain)
+    assert "not the paper’s result" not in page.head(Story(run))
+    run.summary["unknown_norm"] = True
+    assert "This is not the paper’s result: its adapter sees features of the length" in page.head(Story(run))
+
+
+def test_held_out_domains_are_not_counted_as_sites(plain: Path) -> None:
+    run = history.read(plain)
+    before = Story(run).sites
+    run.summary["holdout"] = "photo+sketch"
+    run.summary["adapted"]["holdout_sites"] = {"photo": 0.5, "sketch": 0.75}
+    assert Story(run).sites == before
+
+
 def test_a_blend_is_told_with_the_weights(plain: Path) -> None:
     found: dict[str, Any] = many_classes(None, 3)  # type: ignore[arg-type]
     row = [[0, 1.0]]
