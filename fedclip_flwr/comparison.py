@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedclip_flwr import clip, content
+from fedclip_flwr import clip, content, printed
 from fedclip_flwr.arguments import read_settings
-from fedclip_flwr.baselines import METHODS, OWN, PUBLISHED
+from fedclip_flwr.baselines import METHODS, OWN, PUBLISHED, Published
 from fedclip_flwr.config import STORED, unusable
-from fedclip_flwr.console import counted
+from fedclip_flwr.console import NOT_THE_PAPERS, counted
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.presets import PRESETS, fitting
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.features import Features, open_run
 from fedclip_flwr.sweep import Plan, sweep
-from fedclip_flwr.tables import as_csv, markdown, rows
+from fedclip_flwr.tables import Row, as_csv, markdown, rows
 
 OPTIONS = {"data": "data", "model": "model", "holdout": "holdouts", "seed": "seeds", "num-server-rounds": "rounds"}
 """Settings that a sweep takes as options."""
@@ -44,36 +47,131 @@ class Wishes:
     full_model_seeds: int
     jobs: int
     out: str
+    name: str
+    against: str
     settings: Sequence[str]
 
 
 def compare(wishes: Wishes) -> str:
-    """Runs the sweep; its table and summary. The table is also written to a folder."""
+    """Runs the sweep; its tables and summary. They are also written to a folder, with all that they were made of."""
     begun = time.monotonic()
     plan, features = planned(wishes)
-    mark = content.digest(str(replace(wishes, jobs=0)), features.content)[:8]  # no sweep takes another's place
-    name = content.file_name(f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}-{mark}")
-    folder = Path(wishes.out).expanduser().absolute() if wishes.out else content.home() / "sweeps" / name
-    content.make_folder(folder, "--out")  # before the work, not after it
+    folder = _folder(wishes, plan, features)
     jobs = wishes.jobs or (1 if clip.pick_device(plan.settings.device).type == "cuda" else os.cpu_count() or 1)
     results, kept = sweep(plan, jobs)
     made = rows(plan, results, len(features.domains))
-    preset = fitting(features.domains, features.vocabulary.class_names)
-    published = next((PUBLISHED[name] for name, known in PRESETS.items() if known is preset), [])
-    if set(plan.holdouts) != set(features.domains):  # then the column mean is of others than theirs
-        published = [replace(source, mean=None) for source in published if source.by_domain]
-    what = "seen / unseen" + (" / all domains" if any(source.every for source in published) else "")
-    on = f"{counted(jobs, 'process')} on {counted(os.cpu_count() or 1, 'core')}, {platform.machine()}"
+    published, remarks = _published(plan, features)
     facts = [plan.settings.data, features.model, *wishes.settings, counted(plan.sites, "site")]
-    text = (
-        f"{markdown(made, published, 2 * 4 * features.parameters if features.parameters else None)}\n"
-        f"Test accuracy in %, {what}, mean ± standard deviation over the seeds; gains over zero-shot.\n"
-        f"{', '.join(facts)}, seeds from {plan.seeds[0]}; {time.monotonic() - begun:.0f} s with {on}"
-        + (f"; {kept} of {len(results)} results from earlier" if kept else "")
+    told = f"{wishes.name}: " * bool(wishes.name) + f"{', '.join(facts)}, seeds from {plan.seeds[0]}"
+    on = f"{counted(jobs, 'process')} on {counted(os.cpu_count() or 1, 'core')}, {platform.machine()}"
+    took = f"{time.monotonic() - begun:.0f} s with {on}"
+    took += f"; {kept} of {len(results)} results from earlier" if kept else ""
+    compared, cells = printed.differences(plan, results), printed.accuracies(made, published)
+    differing = printed.differences_table(compared, _against(wishes, plan))
+    every = " / all domains" if any(source.every for source in published) else ""
+    text = "\n".join(
+        [
+            markdown(made, published, 2 * 4 * features.parameters if features.parameters else None),
+            *([differing, DIFFERING, ""] if differing else []),
+            f"Test accuracy in %, seen / unseen{every}, {SPREAD}; gains over zero-shot.",
+            *remarks,
+            *_warnings(plan, features),
+            f"{told}; {took}",
+        ]
     )
-    for file, whole in (("table.md", f"{text}\n"), ("table.csv", as_csv(made, published))):
+    files = {
+        "table.md": f"{text}\n",
+        "table.csv": as_csv(made, published),
+        "accuracy.md": f"{printed.as_markdown(cells)}\nTest accuracy in %, {SPREAD}.\n{told}\n",
+        "accuracy.tex": printed.as_latex(cells, told),
+        "results.csv": printed.by_site(plan, results, wishes.name),
+        "differences.csv": printed.differences_csv(compared, wishes.name),
+    }
+    for file, whole in files.items():
         content.write_whole(folder / file, partial(_write, whole), "--out")
-    return f"{text}\nTable: {folder / 'table.md'} and table.csv"
+    return f"{text}\nWritten to {folder}: {', '.join([*files, *_plots(made, folder)])}"
+
+
+SPREAD = "mean ± standard deviation over the seeds"
+DIFFERING = (
+    "Differences, means over the held-out domains: mean over the seeds [95 % interval], p of a paired t-test. Seeds "
+    "draw other splits and first weights, of the same images: this says nothing of other images."
+)
+FACTS = "sweep.json"
+"""What the results in a folder are of."""
+
+
+def _folder(wishes: Wishes, plan: Plan, features: Features) -> Path:
+    """Where the results go. No sweep takes another's place, unless the user names its folder."""
+    mark = content.digest(str(replace(wishes, jobs=0)), features.content)[:8]
+    name = wishes.name or f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}-{mark}"
+    folder = content.home() / "sweeps" / content.file_name(name)
+    if wishes.out:
+        folder = Path(wishes.out).expanduser().absolute()
+    elif wishes.name and folder.exists():
+        try:
+            known = content.read_json(folder / FACTS)["mark"]
+        except (OSError, ValueError, KeyError, TypeError):
+            known = None
+        if known != mark:
+            raise UserError(f"--name {wishes.name}: another sweep has this name, in {folder}; give another one")
+    content.make_folder(folder, "--out")  # before the work, not after it
+    asked = {**dataclasses.asdict(wishes), "settings": list(wishes.settings), "mark": mark}
+    content.write_whole(folder / FACTS, partial(_write, json.dumps(asked, indent=2) + "\n"), "--out")
+    return folder
+
+
+def _against(wishes: Wishes, plan: Plan) -> list[str]:
+    """What all methods are compared with: zero-shot, and the paper's unless the user names another."""
+    other = wishes.against or ("paper" if "paper" in plan.methods else "")
+    return list(dict.fromkeys(name for name in ("zero-shot", other) if name))
+
+
+def _published(plan: Plan, features: Features) -> tuple[list[Published], list[str]]:
+    """What others have published of this data with this model, and a remark where there is something else."""
+    preset = fitting(features.domains, features.vocabulary.class_names)
+    known = next((PUBLISHED[name] for name, of in PRESETS.items() if of is preset), [])
+    model = features.model.rstrip("/").rpartition("/")[2]
+    found = [source for source in known if source.model == model]
+    if set(plan.holdouts) != set(features.domains):  # then the column mean is of others than theirs
+        found = [replace(source, mean=None) for source in found if source.by_domain]
+    if not known or found:
+        return found, []
+    others = ", ".join(sorted({source.model for source in known}))
+    return [], [f"Published figures of this data are for {others}, and stand only beside results of the same model."]
+
+
+def _warnings(plan: Plan, features: Features) -> list[str]:
+    if "paper" in plan.methods and features.unit and not plan.settings.feature_norm:
+        return [f"The row {METHODS['paper'].label} can't be the paper's result: {NOT_THE_PAPERS}."]
+    return []
+
+
+def _plots(made: Sequence[Row], folder: Path) -> list[str]:
+    """Draws the gains, of the mean over the held-out domains; the files' names."""
+    from fedclip_flwr.report import drawing, sweep_plots  # not for --help
+
+    last = [row for row in made if row.held_out == made[-1].held_out and row.gain_seen]
+    points = [
+        sweep_plots.Point(
+            METHODS[row.method].label,
+            row.gain_seen.mean,
+            row.gain_unseen.mean if row.gain_unseen else None,
+            row.gain_seen.deviation,
+            row.gain_unseen.deviation if row.gain_unseen else None,
+            row.bytes,
+        )
+        for row in last
+        if row.gain_seen
+    ]
+    names = []
+    with drawing.styled():
+        for plot in sweep_plots.of_sweep(points):
+            content.write_whole(folder / f"{plot.name}.svg", partial(_write, drawing.as_svg(plot)), "--out")
+            png = drawing.as_png(plot)
+            content.write_whole(folder / f"{plot.name}.png", lambda part, png=png: part.write_bytes(png), "--out")  # type: ignore[misc]
+            names += [f"{plot.name}.svg", f"{plot.name}.png"]
+    return names
 
 
 def _write(text: str, path: Path) -> None:
@@ -112,6 +210,10 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
         problems["methods"] = f"--methods {', '.join(unknown)}: expected some of {', '.join(METHODS)}"
     for name in sorted({*methods} & {*unfit}):
         problems[name] = f"--methods {name}: {unfit[name]}"
+    if wishes.against and wishes.against not in methods:
+        problems["against"] = f"--against {wishes.against}: expected one of the methods that are compared"
+    if not re.fullmatch(r"(?!\.)[\w.-]*", wishes.name) or wishes.name == "results":
+        problems["name"] = f"--name {wishes.name}: expected letters, digits, points and dashes, and not results"
     seed = wishes.first_seed + wishes.seeds - 1
     settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)
     try:

@@ -56,12 +56,16 @@ class Cell(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a cell came to: accuracies as fractions, the selected round, and the bytes of a site's round."""
+    """What a cell came to: accuracies as fractions, the selected round, and the bytes of a site's round.
+
+    `tests` has for each site, and for each unseen domain, its name, its test examples, and how many were right.
+    """
 
     seen: float | None
     unseen: float | None
     round: int
     bytes: int | None
+    tests: Sequence[Sequence[Any]] = ()
 
 
 Results = dict[Cell, Found]
@@ -114,7 +118,8 @@ def solve(cell: Cell, features: Features, each_round: Callable[[], object] = lam
         report = Report(1000, score, Quality(score, 1.0, 1.0, [0.5] * BINS))
         size = exchange.round_size(start.state_dict(), settings.codec, "0" * 16, report)
     line = method.run(case)
-    return Found(line.seen, line.unseen, line.round, size)
+    tests = [(name, score.examples, score.correct) for name, score in line.tests.items()]
+    return Found(line.seen, line.unseen, line.round, size, tests)
 
 
 def sweep(plan: Plan, jobs: int) -> tuple[Results, int]:

@@ -108,7 +108,9 @@ def sweep(
             "unless said."
         ),
     ] = "",
-    holdouts: Annotated[str, option("Domains to hold out in turn, with commas; every one unless said.")] = "",
+    holdouts: Annotated[
+        str, option("Domains to hold out in turn, with commas, or several at once with +; every one unless said.")
+    ] = "",
     nodes: Annotated[int, option("How many sites; one for each seen domain unless said.", "--nodes", "-n")] = 0,
     seeds: Annotated[
         int, option("How many seeds, each with other splits and other random weights; 3 unless said.")
@@ -118,13 +120,20 @@ def sweep(
     full_model_rounds: Annotated[int, option("Rounds where the whole model is trained; 5 unless said.")] = 5,
     full_model_seeds: Annotated[int, option("How many of the seeds then; 1 unless said.")] = 1,
     jobs: Annotated[int, option("Processes; as many as there are cores unless said, or 1 with a GPU.")] = 0,
-    out: Annotated[str, option("The table's folder; one below FEDCLIP_HOME/sweeps unless said.")] = "",
+    out: Annotated[str, option("The folder of the results; one below FEDCLIP_HOME/sweeps unless said.")] = "",
+    name: Annotated[str, option("A name for the sweep, and for its folder below FEDCLIP_HOME/sweeps.")] = "",
+    against: Annotated[
+        str, option("The method whose differences from all others are told, beside zero-shot; paper unless said.")
+    ] = "",
 ) -> None:
     """Compare methods: every one on every held-out domain, with several seeds, in one table.
 
     Results are kept: a sweep that was stopped goes on when the same command is given again, and a larger one takes over
     what is there. Settings that are the same for all methods can be given too, such as partition=iid or local-epochs=2;
     `fedclip run --help` lists them. The exit status is 0 only if the table is complete.
+
+    The folder of the results has the tables (table.md; accuracy.md and accuracy.tex with one metric in each cell), the
+    figures of each site with each seed (results.csv), differences with intervals and tests (differences.csv), plots.
 
     Examples: fedclip sweep --data pacs --model openai/clip-vit-base-patch32; fedclip sweep --data features:PATH --seeds
     10 --methods paper,gate
@@ -145,6 +154,8 @@ def sweep(
         full_model_seeds,
         jobs,
         out,
+        name,
+        against,
         settings or [],
     )
     typer.echo(comparison.compare(wishes))
