@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from fedclip_flwr import comparison
+from fedclip_flwr import comparison, printed
 from fedclip_flwr.baselines import METHODS, Published
 from fedclip_flwr.comparison import Wishes, compare, planned
 from fedclip_flwr.config import Settings
@@ -38,7 +38,7 @@ def folder(root: Path, seed: int = 0, **facts: Any) -> Path:
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(3, 8, generator=generator)
     save_file({"text_features": text}, root / "classes.safetensors")
-    for domain in NAMES:
+    for domain in facts.get("domains", NAMES):
         labels = torch.arange(40) % 3
         features = text[labels] + 1.5 * torch.randn(40, 8, generator=generator)
         save_file({"image_features": features, "labels": labels}, root / f"{domain}.safetensors")
@@ -66,6 +66,8 @@ def wishes(data: str, *settings: str, **changed: Any) -> Wishes:
         "full_model_seeds": 1,
         "jobs": 1,
         "out": "",
+        "name": "",
+        "against": "",
     }
     return Wishes(data=data, settings=settings, **{**given, **changed})
 
@@ -224,11 +226,152 @@ def test_the_table_as_csv_by_hand() -> None:
     ]
 
 
+def swept_by_hand() -> tuple[Plan, dict[Cell, Found]]:
+    """Two methods, two held-out domains, two seeds; a tenth and a fifth more of each site's ten images."""
+    swept = plan("zero-shot", "gate")
+    zero = [Found(0.5, 0.2, 0, None, [("cow-0", 10, 5), (h, 10, 2)]) for _ in range(2) for h in ("cow", "elk")]
+    gate = [Found(0.6, 0.4, 3, 90, [("cow-0", 10, 6), (h, 10, 4)]) for h in ("cow", "elk")]
+    gate += [Found(0.8, 0.4, 4, 90, [("cow-0", 10, 8), (h, 10, 4), ("none", 0, 0)]) for h in ("cow", "elk")]
+    return swept, results(swept, zero_shot=zero, gate=gate)
+
+
+def test_each_site_with_each_seed_has_a_line() -> None:
+    lines = printed.by_site(*swept_by_hand(), "mine").splitlines()
+    assert lines[0] == printed.SITES
+    assert len(lines) == 1 + 2 * 2 * 2 * 2
+    assert lines[1] == "mine,zero-shot,cow,0,cow-0,0,10,5,0.500000,0.500000,0.000000,0,0,"
+    assert lines[-4:] == [
+        "mine,gate,cow,1,cow-0,0,10,8,0.800000,0.500000,0.300000,4,20,90",
+        "mine,gate,cow,1,cow,1,10,4,0.400000,0.200000,0.200000,4,20,90",
+        "mine,gate,elk,1,cow-0,0,10,8,0.800000,0.500000,0.300000,4,20,90",
+        "mine,gate,elk,1,elk,1,10,4,0.400000,0.200000,0.200000,4,20,90",
+    ]
+
+
+def test_differences_are_over_the_seeds_by_hand() -> None:
+    made = printed.differences(*swept_by_hand())
+    assert {(one.held_out, one.measure) for one in made} == {
+        (name, measure) for name in ("cow", "elk", "mean") for measure in ("seen", "unseen")
+    }
+    seen, unseen = (one.difference for one in made if one.held_out == "mean")
+    half = 12.706204736 * 10  # of the t-distribution with one degree of freedom; 10 and 30 points have this error
+    assert seen[:4] == pytest.approx((20.0, 2, 20 - half, 20 + half))
+    assert seen.p == pytest.approx(0.2951672)
+    assert unseen[:2] == pytest.approx((20.0, 2))
+    assert unseen[2:] == (None, None, None)
+    lines = printed.differences_csv(made, "").splitlines()
+    assert lines[1] == ",cow,gate,zero-shot,seen,2,20.0000,-107.0620,147.0620,0.295"
+    assert printed.differences_table(made, ["zero-shot"]).splitlines() == [
+        "| points of accuracy | less zero-shot: seen | less zero-shot: unseen | pairs |",
+        "| --- | --- | --- | --- |",
+        "| ours, gate | +20.0 [-107.1, +147.1], p = 0.295 | +20.0 | 2 |",
+    ]
+
+
+def test_a_method_is_compared_with_one_that_stands_below_it_too() -> None:
+    swept = plan("zero-shot", "paper", "gate", holdouts=("cow",))
+    half, more = Found(0.5, 0.5, 1, 9), [Found(0.6, 0.5, 1, 9), Found(0.8, 0.5, 1, 9)]
+    made = printed.differences(swept, results(swept, zero_shot=[half] * 2, paper=[half] * 2, gate=more))
+    table = printed.differences_table(made, ["gate"]).splitlines()
+    assert table[2] == "| FedCLIP, the paper's recipe | -20.0 [-147.1, +107.1], p = 0.295 | -0.0 | 2 |".replace(
+        "-0.0", "-0.0"
+    )
+
+
+def test_one_metric_stands_in_a_cell_in_markdown_and_latex() -> None:
+    swept, found = swept_by_hand()
+    made = rows(swept, found, 3)
+    cells = printed.accuracies(made, [Published("theirs, 5 % & more", {"cow": 61.25}, 60.0, True)])
+    assert printed.as_markdown(cells).splitlines() == [
+        "| held out | cow: seen | cow: unseen | cow: all | elk: seen | elk: unseen | elk: all | mean: seen | "
+        "mean: unseen | mean: all |",
+        "| --- |" + " ---: |" * 9,
+        "| zero-shot |" + " 50.0 ± 0.0 | 20.0 ± 0.0 | 40.0 ± 0.0 |" * 3,
+        "| ours, gate |" + " 70.0 ± 14.1 | 40.0 ± 0.0 | 60.0 ± 9.4 |" * 3,
+        "| published: theirs, 5 % & more |  |  | 61.25 |  |  |  |  |  | 60.00 |",
+    ]
+    latex = printed.as_latex(printed.accuracies(made, [Published("5 % & more_", {"cow": 61.25}, None)]), "mine")
+    assert latex.splitlines() == [
+        "% mine",
+        r"\begin{tabular}{lrrrrrr}",
+        r"\toprule",
+        r"held out & \multicolumn{2}{c}{cow} & \multicolumn{2}{c}{elk} & \multicolumn{2}{c}{mean} \\",
+        r" & seen & unseen & seen & unseen & seen & unseen \\",
+        r"\midrule",
+        "zero-shot" + r" & $50.0 \pm 0.0$ & $20.0 \pm 0.0$" * 3 + r" \\",
+        "ours, gate" + r" & $70.0 \pm 14.1$ & $40.0 \pm 0.0$" * 3 + r" \\",
+        r"published: 5 \% \& more\_ &  & $61.25$ &  &  &  &  \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_a_named_sweep_has_a_folder_of_its_own_with_all_that_came_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    given = wishes(f"features:{folder(tmp_path / 'f')}", methods="zero-shot,paper,gate", name="mine", against="gate")
+    text = compare(given)
+    made = tmp_path / "home" / "sweeps" / "mine"
+    files = {"table.md", "table.csv", "accuracy.md", "accuracy.tex", "results.csv", "differences.csv", "sweep.json"}
+    plots = {"gains.svg", "gains.png", "bytes.svg", "bytes.png"}
+    assert {path.name for path in made.iterdir()} == files | plots
+    assert f"Written to {made}: " in text
+    assert "less gate: seen" in text
+    assert "ours, gate" in (made / "gains.svg").read_text()
+    assert (made / "gains.png").read_bytes().startswith(b"\x89PNG")
+    compare(replace(given, jobs=2))
+    with pytest.raises(UserError, match="--name mine: another sweep has this name"):
+        compare(replace(given, rounds=7))
+    compare(replace(given, rounds=7, out=str(made)))  # that is said plainly
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"name": "../up"}, "--name ../up: expected letters"),
+        ({"name": "results"}, "--name results: expected letters"),
+        ({"against": "gate", "methods": "paper"}, "--against gate: expected one of the methods that are compared"),
+        ({"against": "fedsum"}, "--against fedsum: expected one of the methods"),
+    ],
+)
+def test_a_name_or_a_method_that_can_not_be_is_refused(tmp_path: Path, given: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        planned(wishes(f"features:{folder(tmp_path)}", **given))
+    assert told in str(error.value)
+
+
+def test_where_nobody_knows_the_length_of_features_the_papers_row_is_told_to_be_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
+    root = folder(tmp_path / "f")
+    data = f"features:{root}"
+    assert "can't be the paper's result" not in compare(wishes(data, out=str(tmp_path / "out")))
+    for domain in NAMES:
+        tensors = load_file(root / f"{domain}.safetensors")
+        features = torch.nn.functional.normalize(tensors["image_features"], dim=1)
+        save_file({**tensors, "image_features": features}, root / f"{domain}.safetensors")
+    assert "can't be the paper's result" in compare(wishes(data, out=str(tmp_path / "out")))
+    for good in (wishes(data, "feature-norm=10", out="out"), wishes(data, methods="gate", out="out")):
+        assert "can't be the paper's result" not in compare(replace(good, out=str(tmp_path / "out")))
+
+
+def test_several_domains_are_held_out_at_once(tmp_path: Path, forks: None) -> None:
+    swept, features = planned(wishes(f"features:{folder(tmp_path)}", methods="gate", holdouts="fox + cow,elk", seeds=1))
+    assert swept.holdouts == ["cow+fox", "elk"]
+    found = solve(swept.cells()[0], features)
+    sites = {name: correct / examples for name, examples, correct in found.tests}
+    assert found.unseen == pytest.approx((sites["cow"] + sites["fox"]) / 2)
+    assert sites.keys() == {"elk-0", "elk-1", "cow", "fox"}
+
+
 def test_a_site_without_tests_has_no_accuracy(tmp_path: Path, forks: None) -> None:
     text = compare(
         wishes(f"features:{folder(tmp_path / 'f')}", methods="local,gate", nodes=60, seeds=1, holdouts="fox")
     )
-    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    lines = text.partition("\n\n")[0].splitlines()[2:]
     assert len(lines) == 3
     assert all(line.split(" | ")[1].startswith("– / ") for line in lines)
 
@@ -262,7 +405,8 @@ def test_published_means_stand_only_beside_a_mean_over_all_domains(
 ) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
     names = ("Caltech101", "LabelMe", "SUN09")
-    root = folder(tmp_path / "f", class_names=["bird", "car", "chair", "dog", "person"], domains=names)
+    classes = ["bird", "car", "chair", "dog", "person"]
+    root = folder(tmp_path / "f", class_names=classes, domains=names, model="openai/clip-vit-base-patch16")
     given = wishes(f"features:{root}", out=str(tmp_path / "out"))
     assert "published: " in compare(given)
     assert "published: " not in compare(replace(given, holdouts="SUN09,LabelMe"))
@@ -270,9 +414,12 @@ def test_published_means_stand_only_beside_a_mean_over_all_domains(
 
 def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
-    root = folder(
-        tmp_path / "f", class_names=["bird", "car", "chair", "dog", "person"], domains=["Caltech101", "SUN09"]
-    )
+    classes, domains = ["bird", "car", "chair", "dog", "person"], ["Caltech101", "SUN09"]
+    other = compare(wishes(f"features:{folder(tmp_path / 'f', class_names=classes, domains=domains)}"))
+    assert "published: " not in other
+    assert "Published figures of this data are for clip-vit-base-patch16, and stand only beside results of the" in other
+    model = "openai/clip-vit-base-patch16"
+    root = folder(tmp_path / "g", class_names=classes, domains=domains, model=model)
     table = compare(wishes(f"features:{root}", out=str(tmp_path / "out")))
     assert "published: FedCLIP: ViT-B/16, as FedMVP" in table
     assert "unseen 82.70" in table
