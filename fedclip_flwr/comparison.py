@@ -27,7 +27,7 @@ from fedclip_flwr.tables import Row, as_csv, markdown, rows
 
 OPTIONS = {"data": "data", "model": "model", "holdout": "holdouts", "seed": "seeds", "num-server-rounds": "rounds"}
 """Settings that a sweep takes as options."""
-MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "resume", "results-dir", "track"})
+MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "name", "resume", "results-dir", "track"})
 """Settings of messages and run folders, of which a sweep has none."""
 
 
@@ -123,7 +123,7 @@ def _folder(wishes: Wishes, plan: Plan, features: Features) -> Path:
 
 def _against(wishes: Wishes, plan: Plan) -> list[str]:
     """What all methods are compared with: zero-shot, and the paper's unless the user names another."""
-    other = wishes.against or ("paper" if "paper" in plan.methods else "")
+    other = wishes.against or ("paper" if "paper" in plan.methods and len(plan.methods) > 2 else "")
     return list(dict.fromkeys(name for name in ("zero-shot", other) if name))
 
 

@@ -138,6 +138,7 @@ class Settings:
     personalize: bool = _setting(False, "each site goes on alone after the last round; never sent")
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
     precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
+    name: str = _setting("", "the run's name, which its folder gets; empty for one by the time", **_NAME)
     resume: str = _setting("", "the run to go on with after its last complete round; `latest`", **_NAME)
     results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
     track: str = _setting("", "experiment trackers that are told: tensorboard, wandb, mlflow; with commas", **_TRACK)
@@ -227,6 +228,10 @@ def _value(settings: Settings, key: str) -> Any:
 def _contradictions(settings: Settings) -> dict[str, str]:
     """What does not go together, by the key that had better be another."""
     found: dict[str, str] = {}
+    if settings.name == "latest":
+        found["name"] = "this is what the newest run is called; give another name"
+    if settings.name and settings.resume:
+        found["name"] = "a run that goes on keeps its name; leave it out"
     robust, strategy = settings.strategy in ROBUST, f"strategy = {settings.strategy!r}"
     if robust and settings.site_weights != "equal":
         found["site-weights"] = f"with {strategy} sites count the same; leave it out"

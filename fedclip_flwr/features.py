@@ -30,7 +30,7 @@ from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.errors import UserError, shown
 from fedclip_flwr.featurefolder import FeatureFolder
 from fedclip_flwr.growing import NAMED, Growing
-from fedclip_flwr.history import results
+from fedclip_flwr.history import check_name, results
 from fedclip_flwr.learning import RECIPES, Classes, Examples
 from fedclip_flwr.vocabulary import (
     Vocabulary,
@@ -184,6 +184,7 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
     if features:
         holdout = check("holdout", look=lambda: data.pick_holdout(settings.holdout, features.domains))
     check("results-dir", look=lambda: content.make_folder(*results(settings)))
+    check("name", "resume", look=lambda: check_name(settings))
     check("track", look=lambda: trackers.check(settings.track))
     if problems or not features:
         raise unusable(problems.values())

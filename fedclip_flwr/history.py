@@ -7,7 +7,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +32,7 @@ ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
 """What a line of metrics.jsonl tells at least."""
 FAILURE = {"round", "site", "why"}
 """And a failure in summary.json."""
-WHERE = ("resume", "results-dir")
+WHERE = ("name", "resume", "results-dir")
 """Settings that say where runs are, and nothing of what is learnt."""
 
 
@@ -247,7 +249,7 @@ def names(root: Path) -> list[str]:
     """Of the runs in the folder, the oldest first."""
     try:
         found = [
-            (entry.name[:15], entry.stat().st_ctime, entry.name)
+            (*_begun(entry.name, entry.stat().st_ctime), entry.name)
             for entry in os.scandir(root)
             if entry.name != "latest" and entry.name[0] != "." and os.path.isfile(Path(entry.path, SETTINGS))
         ]
@@ -256,6 +258,22 @@ def names(root: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{root} can't be looked into ({error.strerror})") from None
     return [name for *_, name in sorted(found)]
+
+
+def _begun(name: str, changed: float) -> tuple[str, float]:
+    """What runs are ordered by: the time by which one is named, or else when its folder was last changed."""
+    named = re.match(r"\d{8}-\d{6}", name)
+    return named[0] if named else time.strftime("%Y%m%d-%H%M%S", time.localtime(changed)), changed
+
+
+def check_name(settings: Settings) -> None:
+    """Raises if the run's name is taken."""
+    root = results(settings)[0]
+    if settings.name and (root / settings.name).exists():
+        raise UserError(
+            f"name = {settings.name!r}: {root} has a run of that name; give another one, or go on with that by "
+            f"resume={settings.name}"
+        )
 
 
 def read(path: Path) -> Run:

@@ -46,7 +46,10 @@ PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
 
 FREE = frozenset(
-    {"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "resume", "results-dir", "track"}
+    {
+        *("num-server-rounds", "early-stop", "min-sites", "round-timeout"),
+        *("device", "name", "resume", "results-dir", "track"),
+    }
 )
 """Settings that a run may go on with others of."""
 LOOKS = 5
@@ -73,12 +76,12 @@ class RunFolder:
             self.path = _found(root, settings.resume)
         else:
             with content.writing_to(root, self._setting):
-                self.path = _new_folder(root)
+                self.path = _new_folder(root, settings)
         with contextlib.ExitStack() as held:
             held.enter_context(_locked(self.path))
             if settings.resume:
                 begun = _check_settings(self.path, self._facts)
-                self._facts["run"] = begun.get("run", self.path.name)
+                self._facts |= {"run": begun.get("run", self.path.name), "name": begun["name"]}
                 self.with_other_package = begun.get("package", package) != package
                 self.before = checkpoint.read(self._checkpoint)
             else:
@@ -245,8 +248,12 @@ def begun_with(settings: Settings) -> tuple[dict[str, Any], int | None]:
     return begun, sites if isinstance(sites, int) else None
 
 
-def _new_folder(root: Path) -> Path:
-    """A folder named by the time, that nobody else has."""
+def _new_folder(root: Path, settings: Settings) -> Path:
+    """A folder with the run's name, or one named by the time, that nobody else has."""
+    if settings.name:
+        history.check_name(settings)
+        (root / settings.name).mkdir()
+        return root / settings.name
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     for number in range(1000):
         path = root / (f"{stamp}-{number}" if number else stamp)

@@ -54,13 +54,14 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
         while made.stat().st_ctime <= before:
             os.utime(made)  # until the file system's clock has gone on
         before = made.stat().st_ctime
+    completed(tmp_path / "by-name")  # today, which is after all of these
     (tmp_path / "latest").symlink_to(names[0])
     (tmp_path / "half").mkdir()  # of a run that was killed before it wrote anything
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "settings.json").touch()
     (tmp_path / "file").touch()
     told = history.names(tmp_path)
-    assert told == [names[1], names[2], names[3], names[4], names[0]]  # as they were made
+    assert told == [names[1], names[2], names[3], names[4], names[0], "by-name"]  # as they were made
     assert history.names(tmp_path / "nowhere") == []
     with pytest.raises(UserError, match="can't be looked into"):
         history.names(tmp_path / "file")

@@ -17,7 +17,7 @@ from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.config import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features, Pixels, open_features
+from fedclip_flwr.features import Features, Pixels, open_features, open_run
 from fedclip_flwr.federation import Line, Standing
 from fedclip_flwr.nodes import Failure
 from fedclip_flwr.runs import RunFolder, begun_with
@@ -243,7 +243,27 @@ def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_roun
     facts = json.loads((first.path / "settings.json").read_text())
     (first.path / "settings.json").write_text(json.dumps(facts | {"sites": "3"}))
     assert begun_with(Settings(results_dir=str(tmp_path), resume=first.path.name))[1] is None
-    assert given.keys() == Settings.keys().keys() - {"resume", "results-dir"}
+    assert given.keys() == Settings.keys().keys() - {"name", "resume", "results-dir"}
+
+
+def test_a_run_with_a_name_has_it_for_its_folder_and_keeps_it(tmp_path: Path) -> None:
+    first = started(tmp_path, name="gate-b32", adapter="gate")
+    first.go_on([], 2)
+    first.line(Line(0, {}, {}, 0, 0.0))
+    first.checkpoint(complete(1, first.metrics))
+    with pytest.raises(SystemExit), first:
+        raise SystemExit
+    assert first.path == tmp_path / "gate-b32"
+    assert first.run.startswith("gate-b32-")
+    with pytest.raises(UserError, match=f"name = 'gate-b32': {tmp_path} has a run of that name; give another one, or"):
+        started(tmp_path, name="gate-b32")
+    with pytest.raises(UserError, match="has a run of that name"):
+        open_run({"name": "gate-b32", "results-dir": str(tmp_path)})
+    with pytest.raises(UserError, match="a run that goes on keeps its name; leave it out"):
+        Settings.from_run_config({"name": "other", "resume": "gate-b32"})
+    with again(first.path, adapter="gate") as run:
+        run.go_on([], 2)
+    assert json.loads((first.path / "settings.json").read_text())["name"] == "gate-b32"
 
 
 def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def run(
             show_default=False,
         ),
     ] = "",
+    name: Annotated[str, option("A name for the run and its folder, as the setting name.")] = "",
 ) -> None:
     """Simulate a federation on this machine, from its plan to its summary; or run one with real sites.
 
@@ -51,7 +52,7 @@ def run(
 
     if on and nodes is not None:
         raise UserError(f"--nodes {nodes}: the SuperLink {on} has its own sites; leave it out")
-    given = settings or []
+    given = [*(settings or []), *([f"name={name}"] if name else [])]
     code = simulation.run_on(on, given) if on else simulation.run(nodes, given)
     raise typer.Exit(code)
 

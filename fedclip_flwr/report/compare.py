@@ -91,9 +91,9 @@ def _settings(names: Sequence[str], stories: Sequence[Story]) -> str:
     """The settings in which the runs differ."""
 
     def told(story: Story, key: str) -> str:
-        return setting(story.run.settings.get(key, "–")) or "–"
+        return str(story.sites) if key == "sites" else setting(story.run.settings.get(key, "–")) or "–"
 
-    keys = [key for key in Settings.keys() if key not in WHERE]  # noqa: SIM118
+    keys = [*(key for key in Settings.keys() if key not in WHERE), "sites"]  # noqa: SIM118
     different = [key for key in keys if len({str(told(story, key)) for story in stories}) > 1]
     packages = {str(story.run.settings.get("package")) for story in stories}
     note = aside("They were made with different versions of this package.") if len(packages) > 1 else ""

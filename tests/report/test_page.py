@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedclip_flwr import history, report
-from fedclip_flwr.report import heldout_sections, page
+from fedclip_flwr.report import compare, heldout_sections, page
 from fedclip_flwr.report.story import Story
 from tests.report.made import many_classes
 
@@ -218,6 +218,15 @@ def test_the_head_tells_where_the_papers_recipe_lacked_the_length_of_features(pl
     assert "not the paper’s result" not in page.head(Story(run))
     run.summary["unknown_norm"] = True
     assert "This is not the paper’s result: its adapter sees features of the length" in page.head(Story(run))
+
+
+def test_runs_of_other_numbers_of_sites_differ_in_that(plain: Path) -> None:
+    one, other = Story(history.read(plain)), Story(history.read(plain))
+    assert "The settings are the same." in compare._settings(["a", "b"], [one, other])
+    other.run.settings["sites"] = 60
+    told = compare._settings(["a", "b"], [one, other])
+    assert '<th scope="col">sites</th>' in told or ">sites<" in told
+    assert ">60<" in told
 
 
 def test_held_out_domains_are_not_counted_as_sites(plain: Path) -> None:
