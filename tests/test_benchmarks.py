@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from benchmarks import real_features
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.common import OURS, memory, processes, table
 from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
+from fedclip_flwr.errors import UserError
+from fedclip_flwr.featurefolder import FeatureFolder
 from tests import forked
 
 
@@ -53,7 +59,9 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
     assert "it broke" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", dict.fromkeys([*(benchmark.name for benchmark in BENCHMARKS), "gpu", "scale"]))
+@pytest.mark.parametrize(
+    "name", dict.fromkeys([*(benchmark.name for benchmark in BENCHMARKS), "gpu", "real_features", "released", "scale"])
+)
 def test_every_benchmark_has_help_and_refuses_what_it_does_not_know(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,3 +187,121 @@ def test_processes_are_found_by_command_and_environment(tmp_path: Path) -> None:
         assert memory(process.pid, "VmHWM") >= memory(process.pid, "VmRSS") // 2 > 0
         process.communicate(b"\n")
     assert memory(process.pid, "VmRSS") == 0
+
+
+RELEASED = {
+    "methods/fed_at_clip.py": """
+import torch
+from torch.nn.functional import cross_entropy
+from utils.clip_util import get_text_features_list
+
+
+def features(model, images):
+    images = model.model.encode_image(images).float()
+    images = model.img_adap(images) * images
+    return images / images.norm(dim=1, keepdim=True)
+
+
+def train(args, model, loader, optimizer, device):
+    for images, texts, _ in loader:
+        if len(texts) > 1:
+            logits = model.model.logit_scale.exp() * features(model, images) @ model.model.encode_text(texts).T
+            own = torch.arange(len(texts))
+            loss = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+@torch.no_grad()
+def test(args, model, loader, device):
+    text = get_text_features_list(model.labels, model.model)
+    found = [((features(model, x) @ text.T).argmax(1) == y) for x, _, y in loader]
+    return float(torch.cat(found).float().mean())
+
+
+@torch.no_grad()
+def communication(args, server, models, weights):
+    apart = args.test_envs
+    for name, mean in server.img_adap.state_dict().items():
+        own = [(w, m.img_adap.state_dict()[name]) for n, (w, m) in enumerate(zip(weights, models)) if n not in apart]
+        mean.copy_(sum(weight * tensor for weight, tensor in own))
+        for _, tensor in own:
+            tensor.copy_(mean)
+    return server, models
+""",
+    "nets/models.py": """
+import clip
+from torch import nn
+
+
+class ClipModelat:
+    def __init__(self, name, device):
+        self.model, _ = clip.load(name, device=device)
+
+    def initdgatal(self, loader):
+        dim = loader[0][0].shape[1]
+        self.img_adap = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, dim), nn.Softmax(dim=1))
+
+    def setselflabel(self, labels):
+        self.labels = labels
+""",
+    "utils/clip_util.py": """
+import clip
+import torch
+
+
+def get_text_features_list(texts, model, device="cuda", train=False):
+    return model.encode_text(torch.cat([clip.tokenize(text) for text in texts]).to(device))
+""",
+}
+"""Functions of the released code's names, written anew after what they do."""
+
+
+def test_the_papers_recipe_is_held_beside_functions_like_those_that_were_released(tmp_path: Path) -> None:
+    for name, text in RELEASED.items():
+        (tmp_path / "fedclip" / name).parent.mkdir(parents=True)
+        (tmp_path / "fedclip" / name).write_text(text)
+    command = "import runpy; runpy.run_module('benchmarks.released', run_name='__main__', alter_sys=True)"
+    done = forked.run(command, "--code", str(tmp_path), "--images", "240", "--rounds", "1,2", "--lengths", "10,varying")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
+    compared = [row for row in rows if len(row) == 7]
+    assert [row[:3] for row in compared] == [
+        [length, sites, rounds]
+        for length in ("10", "varying")
+        for sites in ("72, 72", "36, 36, 72")
+        for rounds in ("1", "2")
+    ]
+    assert all(float(row[3]) <= 1e-6 and row[5] == "0.00" for row in compared)
+    assert [row[6] for row in compared] == ["", "yes"] * 4
+    lacking = forked.run(command, "--code", str(tmp_path / "nowhere"))
+    assert (lacking.returncode, lacking.stdout) == (1, "")
+    assert "there is no fedclip/methods/fed_at_clip.py: name a checkout of it" in lacking.stderr
+
+
+def test_features_of_real_images_are_made_from_folders_of_two_data_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, classes in (("caltech", (*real_features.CALTECH, "Faces")), ("cifar", real_features.CIFAR)):
+        for number, figure in enumerate(classes):
+            (tmp_path / name / figure).mkdir(parents=True)
+            for shade in range(6):
+                place = tmp_path / name / figure / f"{shade}.png"
+                Image.new("RGB", (32, 32), (number * 5, shade * 40, len(name))).save(place)
+    places = [f"--{name}=folder:{tmp_path / name}" for name in ("caltech", "cifar")]
+    monkeypatch.setattr(sys, "argv", ["x", *places, "--model=bundled", "--each=5", f"--out={tmp_path / 'out'}"])
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(real_features, "workplace", lambda: nullcontext(tmp_path))
+    real_features.main()
+    assert "250 images in 49 classes: caltech 200, cifar 50" in capsys.readouterr().out
+    made = FeatureFolder(tmp_path / "out")
+    names = made.vocabulary.class_names
+    assert {"leopard", "airplane", "car (automobile)", "stop sign"} < {*names}
+    assert "Faces" not in names
+    assert made.vocabulary.templates == ("a {}",)
+    assert not made.unit
+    shutil.rmtree(tmp_path / "cifar" / "ship")
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(UserError, match=r"--cifar folder:.*: it has no class for ship"):
+        real_features.main()
