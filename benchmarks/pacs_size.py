@@ -3,13 +3,15 @@
     python -m benchmarks.pacs_size [--methods paper] [--rounds 200] [--jobs 0]
 
 Features are random, of 512 dimensions, as many as PACS has images in each domain; times do not depend on their values.
-They and the results go to a temporary folder. Prints the table that `fedclip sweep` prints, and the time.
+They and the results go to a temporary folder. Prints the table that `fedclip sweep` prints, the time, and the memory of
+the largest process.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -47,7 +49,8 @@ def main() -> None:
     given = parser.parse_args()
     seconds, told = timed(given.methods, given.rounds, given.jobs)
     print(told)
-    print(f"{sum(IMAGES.values()):,} images, {seconds:.0f} s from start to end; {machine()}")
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    print(f"{sum(IMAGES.values()):,} images, {seconds:.0f} s from start to end, {most:,.0f} MB at most; {machine()}")
 
 
 if __name__ == "__main__":
