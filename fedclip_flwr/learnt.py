@@ -42,6 +42,12 @@ class Learnt(NamedTuple):
                 f"{place}: its features were made by {folder.model} and have {folder.dim} numbers; the adapter is for "
                 f"{own}, with {self.facts['dim']}"
             )
+        if self.adapter and not self.adapter.length and folder.unit:
+            log.warning(
+                "%s: its features have unit length, and the adapter takes them as CLIP gives them: predictions may be "
+                "others; tell in features.json how long they were, as feature_norm",
+                place,
+            )
         if {*folder.vocabulary.class_names} != {*self.vocabulary.class_names}:
             raise UserError(
                 f"{place} has the prompts of {some(folder.vocabulary.class_names)}, the adapter is for "

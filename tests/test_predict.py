@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fedclip_flwr import FedCLIP, predict
@@ -188,6 +189,35 @@ def test_stored_features_need_no_clip(folder: Path, tree: Path, tmp_path: Path, 
     code, lines, told = run(f"features:{tmp_path / 'made'}", "-a", folder)
     assert (code, lines) == (2, "")
     assert "were made by bundled and have 128 numbers; the adapter is for some/clip, with 128" in told
+
+
+def test_the_papers_adapter_warns_of_features_whose_length_nobody_knows(
+    tree: Path, tmp_path: Path, features: Features, caplog: pytest.LogCaptureFixture
+) -> None:
+    paper, made = Settings(recipe="paper"), tmp_path / "made"
+    encode([f"data=folder:{tree}"], str(made))
+    saved_adapter(tmp_path / "own", features, paper)
+    code, wanted, _ = run(f"features:{made}", "-a", tmp_path / "own")
+    assert (code, caplog.text) == (0, "")
+    norms = {}
+    for file in (made / "photo.safetensors", made / "cartoon.safetensors"):
+        tensors = load_file(file)
+        norms[file] = tensors["image_features"].norm(dim=1, keepdim=True)
+        save_file({**tensors, "image_features": tensors["image_features"] / norms[file]}, file)
+    assert run(f"features:{made}", "-a", tmp_path / "own")[0] == 0
+    assert "its features have unit length, and the adapter takes them as CLIP gives them" in caplog.text
+    caplog.clear()
+    facts = json.loads((made / "features.json").read_text())
+    norm = float(torch.cat([*norms.values()]).mean())
+    (made / "features.json").write_text(json.dumps({**facts, "feature_norm": norm}))
+    code, lines, _ = run(f"features:{made}", "-a", tmp_path / "own")
+    labels = [[row["label"] for row in csv.DictReader(io.StringIO(text))] for text in (wanted, lines)]
+    assert labels[0] == labels[1]  # lengths differ little from image to image
+    assert caplog.text == ""
+    (made / "features.json").write_text(json.dumps(facts))
+    saved_adapter(tmp_path / "other", open_features(Settings(data=f"features:{made}")), paper)
+    assert run(f"features:{made}", "-a", tmp_path / "other")[0] == 0
+    assert caplog.text == ""  # it was made for unit length, and says so
 
 
 def test_the_likeliest_are_those_of_all_at_once() -> None:
