@@ -95,7 +95,7 @@ def hello(message: Message, context: Context) -> Message:
         domain=site.domain,
         classes=site.class_numbers,
         package=content.of_package(content.memory()),
-        unit=desk.features.unit,
+        unit_length=desk.features.has_unit_length(),
         **counts,
     )
     return Message(exchange.write_hello(said), reply_to=message)

@@ -122,7 +122,7 @@ def of_features(rows: int, dim: int, root: Path, turns: int) -> list[list[str]]:
         adapter = make_adapter(kind, dim, identity=False)
         place = root / f"{kind}-{dim}"
         saved.write_tensors(place / saved.TENSORS, adapter.state_dict(), 0)
-        made_for = {"class_names": CLASSES, "templates": TEMPLATES}
+        made_for = {"model": "random", "class_names": CLASSES, "templates": TEMPLATES}
         saved.write_json(place / saved.FACTS, {"kind": kind, "rank": 4, "dim": dim, "blend": 1.0, **made_for})
         alone = median(seconds(partial(likeliest, adapter, examples, classes, 1)) for _ in range(turns))
         command = [str(Path(sys.executable).with_name("fedclip")), "predict", f"features:{folder}"]

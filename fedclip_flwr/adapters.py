@@ -37,20 +37,21 @@ class Adapter(Learner, ABC):
 
     @abstractmethod
     def weigh(self, features: Tensor) -> Tensor:
-        """What each dimension is multiplied by, for features as `seen` gives them."""
+        """What each dimension is multiplied by, for features as `scaled` gives them."""
 
-    def seen(self, features: Tensor) -> Tensor:
-        """Features as the network sees them."""
+    def scaled(self, features: Tensor) -> Tensor:
+        """Features of the length that the network sees."""
         if not self.length:
             return features
-        return F.normalize(features, dim=-1) * self.length if self.length != 1.0 else F.normalize(features, dim=-1)
+        unit = F.normalize(features, dim=-1)
+        return unit if self.length == 1.0 else unit * self.length
 
     def forward(self, features: Tensor) -> Tensor:
-        seen = self.seen(features)
-        adapted = F.normalize(seen * self.weigh(seen), dim=-1)
+        scaled = self.scaled(features)
+        adapted = F.normalize(scaled * self.weigh(scaled), dim=-1)
         if self.blend == 1.0:
             return adapted
-        own = seen if self.length == 1.0 else F.normalize(features, dim=-1)
+        own = scaled if self.length == 1.0 else F.normalize(features, dim=-1)
         return F.normalize((1 - self.blend) * own + self.blend * adapted, dim=-1)
 
 

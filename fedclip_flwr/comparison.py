@@ -133,16 +133,18 @@ def _published(plan: Plan, features: Features) -> tuple[list[Published], list[st
     known = next((PUBLISHED[name] for name, of in PRESETS.items() if of is preset), [])
     model = features.model.rstrip("/").rpartition("/")[2]
     found = [source for source in known if source.model == model]
+    if known and not found:
+        others = ", ".join(sorted({source.model for source in known}))
+        return [], [
+            f"Published figures of this data are for {others}, and stand only beside results of the same model."
+        ]
     if set(plan.holdouts) != set(features.domains):  # then the column mean is of others than theirs
         found = [replace(source, mean=None) for source in found if source.by_domain]
-    if not known or found:
-        return found, []
-    others = ", ".join(sorted({source.model for source in known}))
-    return [], [f"Published figures of this data are for {others}, and stand only beside results of the same model."]
+    return found, []
 
 
 def _warnings(plan: Plan, features: Features) -> list[str]:
-    if "paper" in plan.methods and features.unit and not plan.settings.feature_norm:
+    if "paper" in plan.methods and features.has_unit_length(features.domains) and not plan.settings.feature_norm:
         return [f"The row {METHODS['paper'].label} can't be the paper's result: {NOT_THE_PAPERS}."]
     return []
 

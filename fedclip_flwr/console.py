@@ -35,7 +35,7 @@ NOT_THE_PAPERS = (
 def of_unknown_length(settings: Settings, hellos: Iterable[Hello]) -> bool:
     """Whether the recipe asks for a length of features that nobody knows."""
     asks = settings.recipe == "paper" and settings.method == "adapter" and not settings.feature_norm
-    return asks and any(hello.unit for hello in hellos)
+    return asks and any(hello.unit_length for hello in hellos)
 
 
 def say(text: str) -> None:
@@ -72,7 +72,7 @@ def plan(
         ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
         *([("", f"features brought to the length {settings.feature_norm:g}")] if settings.feature_norm else []),
         *(
-            [("not paper", f"this can't be the paper's result: {NOT_THE_PAPERS}")]
+            [("warning", f"this can't be the paper's result: {NOT_THE_PAPERS}")]
             if of_unknown_length(settings, hellos)
             else []
         ),

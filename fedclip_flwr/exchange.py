@@ -65,7 +65,7 @@ class Hello:
     test: int
     classes: list[int]
     package: str
-    unit: bool = False  # whether its features were brought to unit length
+    unit_length: bool = False  # whether its features were brought to unit length
 
 
 class Progress(NamedTuple):
@@ -331,8 +331,8 @@ def read_hello(content: RecordDict) -> Hello | Progress:
         raise ExchangeError("its hello has classes that are no numbers")
     if len(set(numbers)) != len(numbers):
         raise ExchangeError("its hello has a class more than once")
-    if type(facts["unit"]) is not bool:
-        raise ExchangeError("its hello has a unit that is neither true nor false")
+    if type(facts["unit_length"]) is not bool:
+        raise ExchangeError("its hello has a unit_length that is neither true nor false")
     if any(not isinstance(facts[key], str) for key in ("role", "domain", "package")):
         raise ExchangeError("its hello has a role, domain or package that is no text")
     if facts["role"] not in ROLES or (facts["role"] == HOLDOUT and facts["train"] + facts["validation"]):

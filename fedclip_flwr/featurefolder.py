@@ -7,6 +7,7 @@ Where they were brought to unit length, `features.json` may tell as `feature_nor
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,9 @@ class FeatureFolder:
             features = F.normalize(features.float(), dim=1) * self._norm
         return Examples(features, torch.tensor(self._numbers)[labels.long()])
 
-    @cached_property
-    def unit(self) -> bool:
-        return self._norm is None and all(_unit(self.examples(domain).features) for domain in self.domains)
+    def has_unit_length(self, domains: Iterable[str] | None = None) -> bool:
+        looked_at = list(self._opened if domains is None else domains)
+        return bool(looked_at) and self._norm is None and all(_unit(self.examples(d).features) for d in looked_at)
 
     def _tensor(self, file: str, name: str, shape: tuple[int | None, ...]) -> Tensor:
         """The named tensor, of the type and shape that the format asks for, with finite numbers only."""

@@ -15,7 +15,7 @@ CLIP at all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -83,9 +83,11 @@ class Features(Protocol):
     @property
     def classes(self) -> Classes: ...
 
-    @property
-    def unit(self) -> bool:
-        """Whether all features were brought to unit length, so that nobody knows the length that CLIP gave them."""
+    def has_unit_length(self, domains: Iterable[str] | None = None) -> bool:
+        """Whether features were brought to unit length, and nobody tells which length CLIP gave them.
+
+        Looked at are those of these domains, or of all that were opened so far.
+        """
 
     def examples(self, domain: str) -> Examples:
         """All images of the domain that can be read, in an order that is always the same."""
@@ -194,7 +196,6 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
 class Encoded:
     """Features of a source's images, encoded by a model now or earlier."""
 
-    unit = False
     _entry, _doing = "given", "encoding"
     _older: str | None = "images"  # as an earlier version called features of unit length
 
@@ -278,6 +279,9 @@ class Encoded:
             readable = (picture.image for picture in some if picture.image is not None)
             found = ((row, image) for row, image in enumerate(readable) if row in rows)
         yield from ((row, image) for row, image in found if image is not None)
+
+    def has_unit_length(self, domains: Iterable[str] | None = None) -> bool:
+        return False
 
     def count(self, domain: str) -> int:
         return self._source.count(domain)

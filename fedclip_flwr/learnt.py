@@ -42,7 +42,7 @@ class Learnt(NamedTuple):
                 f"{place}: its features were made by {folder.model} and have {folder.dim} numbers; the adapter is for "
                 f"{own}, with {self.facts['dim']}"
             )
-        if self.adapter and not self.adapter.length and folder.unit:
+        if self.adapter and not self.adapter.length and folder.has_unit_length(folder.domains):
             log.warning(
                 "%s: its features have unit length, and the adapter takes them as CLIP gives them: predictions may be "
                 "others; tell in features.json how long they were, as feature_norm",

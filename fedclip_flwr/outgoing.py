@@ -50,7 +50,7 @@ MEANINGS = {
     "test": "images to test with",
     "classes": "the classes that it has images of, by number",
     "package": "content of the software here",
-    "unit": "whether its features were brought to unit length",
+    "unit_length": "whether its features were brought to unit length",
     "encoded": "images encoded so far",
     "images": "images in all",
     "num-examples": "images that were trained on",

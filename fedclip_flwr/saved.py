@@ -56,7 +56,8 @@ def save_adapter(
         "dim": features.classes.text.shape[1],
         **_made_for(features),
         "prompts": features.vocabulary.prompts,
-        "feature_norm": length_of(settings) or float(features.unit),  # unit length, if that is how they came
+        "feature_norm": length_of(settings)
+        or float(features.has_unit_length()),  # unit length, if that is how they came
         "scale": features.classes.scale,
         "bias": features.classes.bias,
         "round": number,

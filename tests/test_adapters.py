@@ -62,7 +62,7 @@ def test_the_network_sees_features_of_the_length_that_it_asks_for(length: float,
     attention = torch.softmax(hidden @ w["outer.weight"].T + w["outer.bias"], 1)
     adapted = F.normalize(UNIT * attention, dim=1)
     torch.testing.assert_close(adapter(3 * UNIT), adapted)
-    torch.testing.assert_close(adapter.weigh(adapter.seen(3 * UNIT)), attention)
+    torch.testing.assert_close(adapter.weigh(adapter.scaled(3 * UNIT)), attention)
     adapter.blend = 0.25
     torch.testing.assert_close(adapter(3 * UNIT), F.normalize(0.75 * UNIT + 0.25 * adapted, dim=1))
 

@@ -174,12 +174,12 @@ def test_the_plan_tells_what_will_be_done(drawn: Features) -> None:
 
 
 def test_the_plan_and_the_result_tell_where_the_papers_recipe_lacks_the_length_of_features(drawn: Features) -> None:
-    own, lacking = (Hello("a", "train", "art", 1200, 400, 400, [0], "", unit=unit) for unit in (False, True))
+    own, lacking = (Hello("a", "train", "art", 1200, 400, 400, [0], "", unit_length=unit) for unit in (False, True))
 
     def told(*hellos: Hello, **settings: Any) -> str:
         return console.plan(Settings(**settings), drawn, "art+sketch", hellos, {"a": torch.zeros(1)}, Path("/runs/x"))
 
-    assert "not paper   this can't be the paper's result" in told(own, lacking, recipe="paper")
+    assert "warning     this can't be the paper's result" in told(own, lacking, recipe="paper")
     assert "3,000 images here" in told(own, recipe="paper")
     for good in (told(own, recipe="paper"), told(lacking), told(own, lacking, recipe="paper", feature_norm=10.0)):
         assert "paper's result" not in good

@@ -114,7 +114,7 @@ def test_a_hello_comes_back() -> None:
         {"classes": [0.5]},
         {"classes": 3},
         {"package": 7},
-        {"unit": 1},
+        {"unit_length": 1},
         {"role": "watch"},
         {"role": "holdout"},  # and trains
         {"more": 1},
@@ -268,7 +268,7 @@ def test_the_list_of_what_may_leave_a_site() -> None:
     """Written out once more by hand: whoever adds to it has to want it twice."""
     assert exchange.may_leave(tensor_names("attention"), by_class=False) == {
         "arrays": {"inner.weight", "inner.bias", "outer.weight", "outer.bias"},
-        "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package", "unit"},
+        "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package", "unit_length"},
         "progress": {"site", "encoded", "images"},
         "metrics": FIGURES,
     }

@@ -108,7 +108,7 @@ def test_features_that_an_earlier_version_brought_to_unit_length_are_encoded_onc
     caplog.clear()
     assert_right(opened(tree).examples("photo"), truth)
     assert "earlier version" not in caplog.text
-    assert not opened(tree).unit
+    assert not opened(tree).has_unit_length()
     assert older.exists()  # that version may still be in use; what nobody uses is removed in time
 
 

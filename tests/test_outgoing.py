@@ -54,7 +54,7 @@ def test_a_round_sends_a_hello_a_trained_adapter_and_scores(tree: Path) -> None:
         "test": 4,
         "classes": [0, 1, 2],
         "package": content.of_package(content.memory()),
-        "unit": False,
+        "unit_length": False,
     }
     assert set(trained.records) == {"metrics", "arrays"}
     assert set(trained.records["arrays"]) == set(tensor_names("attention"))

@@ -184,10 +184,11 @@ def test_of_features_with_unit_length_a_folder_or_a_setting_tells_how_long_they_
     assert close(adapter_of(made("1"), feature_norm=10.0), truth)
     told = made("1", feature_norm=10.0)
     assert close(adapter_of(told), truth)
-    assert not told.unit
+    assert not told.has_unit_length(SIZES)
     assert not close(adapter_of(made("1")), truth, 2e-5)
-    assert made("1").unit
-    assert not made("varying").unit
+    assert not made("1").has_unit_length()  # none was looked at
+    assert made("1").has_unit_length(SIZES)
+    assert not made("varying").has_unit_length(SIZES)
 
 
 @pytest.mark.parametrize("norm", ["x", 0, -1, 1e5, float("nan")])

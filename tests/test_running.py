@@ -178,7 +178,7 @@ def test_the_papers_recipe_on_features_of_unit_length_with_two_domains_held_out(
     results = tmp_path / "results"
     done = fedclip("run", "--nodes", "2", *given, f"num-server-rounds={ROUNDS}", f"results-dir={results}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "not paper   this can't be the paper's result" in done.stdout
+    assert "warning     this can't be the paper's result" in done.stdout
     assert "This is not the paper's result: its adapter sees features of the length" in done.stdout
     made = run_folder(results)
     settings = Settings(data=f"features:{folder}", holdout="b+d", recipe="paper")

@@ -207,7 +207,7 @@ def weights(adapter: Adapter, examples: Examples, classes: int) -> dict[str, Any
     device = next(adapter.parameters()).device
     sums, counts = torch.zeros(0), torch.bincount(examples.labels.long(), minlength=classes)
     for part in _parts(examples, device):
-        logs = adapter.weigh(adapter.seen(part.features)).clamp_min(1e-9).log2().expand_as(part.features).double()
+        logs = adapter.weigh(adapter.scaled(part.features)).clamp_min(1e-9).log2().expand_as(part.features).double()
         logs = logs - logs.mean(dim=1, keepdim=True)
         sums = sums if len(sums) else logs.new_zeros(classes, logs.shape[1])
         sums.index_add_(0, part.labels, logs)
