@@ -215,7 +215,9 @@ def test_the_papers_adapter_warns_of_features_whose_length_nobody_knows(
     assert labels[0] == labels[1]  # lengths differ little from image to image
     assert caplog.text == ""
     (made / "features.json").write_text(json.dumps(facts))
-    saved_adapter(tmp_path / "other", open_features(Settings(data=f"features:{made}")), paper)
+    stored = open_features(Settings(data=f"features:{made}"))
+    assert len(stored.examples("photo").labels)
+    saved_adapter(tmp_path / "other", stored, paper)
     assert run(f"features:{made}", "-a", tmp_path / "other")[0] == 0
     assert caplog.text == ""  # it was made for unit length, and says so
 
