@@ -237,8 +237,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
         found["site-weights"] = f"with {strategy} sites count the same; leave it out"
     if robust and settings.dp == "central":
         found["dp"] = f"its noise is for a mean, which {strategy} does not make; take dp = 'local', or another strategy"
-    plainly = (0.0, Settings.max_update_norm)
-    if settings.recipe == "paper" and settings.max_update_norm not in plainly:
+    if settings.recipe == "paper" and settings.max_update_norm not in (0.0, Settings.max_update_norm):
         found["max-update-norm"] = "with recipe = 'paper' updates of any length count whole; leave it out"
     elif 0 < settings.max_update_norm < 0.1:
         found["max-update-norm"] = "expected 0, for no limit, or at least 0.1"

@@ -29,25 +29,18 @@ class Cells(NamedTuple):
 
 def accuracies(made: Sequence[Row], published: Sequence[Published]) -> Cells:
     """Test accuracies in per cent; the mean over all domains only where others publish it."""
-    every = any(source.every for source in published)
-    measures = ["seen", "unseen", *(["all"] if every else [])]
-    held_out = list(dict.fromkeys(row.held_out for row in made))
+    measures = ["seen", "unseen", *(["all"] if any(source.every for source in published) else [])]
+    columns = [(name, measure) for name in dict.fromkeys(row.held_out for row in made) for measure in measures]
     rows: list[tuple[str, list[str]]] = []
     for method in dict.fromkeys(row.method for row in made):
-        own = {row.held_out: row for row in made if row.method == method}
-        cells = []
-        for name in held_out:
-            spreads = (own[name].seen, own[name].unseen, own[name].every) if name in own else (None,) * 3
-            cells += [_spread(spread) for spread in spreads[: len(measures)]]
-        rows.append((METHODS[method].label, cells))
+        of = {row.held_out: row for row in made if row.method == method}
+        own = {name: {"seen": row.seen, "unseen": row.unseen, "all": row.every} for name, row in of.items()}
+        rows.append((METHODS[method].label, [_spread(own[name][measure]) for name, measure in columns]))
     for source in published:
-        figures, place = {**source.by_domain, MEAN: source.mean}, 2 if source.every else 1
-        cells = ["" for _ in held_out for _ in measures]
-        for number, name in enumerate(held_out):
-            if (value := figures.get(name)) is not None:
-                cells[number * len(measures) + place] = f"{value:.2f}"
-        rows.append((f"published: {source.label}", cells))
-    return Cells([(name or "nothing", measure) for name in held_out for measure in measures], rows)
+        figures, place = {**source.by_domain, MEAN: source.mean}, "all" if source.every else "unseen"
+        values = [figures.get(name) if measure == place else None for name, measure in columns]
+        rows.append((f"published: {source.label}", ["" if value is None else f"{value:.2f}" for value in values]))
+    return Cells([(name or "nothing", measure) for name, measure in columns], rows)
 
 
 def _spread(spread: Spread | None) -> str:
