@@ -238,7 +238,7 @@ def agreement_table(bench: Bench, name: str, model: clip.Model, count: int) -> T
     ):
         if device != "cpu" or precision == "float32":
             loaded = model.load(device, precision)
-            found[f"{device}, {precision}"] = torch.cat([*loaded.encode_images(images, 32)])
+            found[f"{device}, {precision}"] = F.normalize(torch.cat([*loaded.encode_images(images, 32)]), dim=1)
             del loaded
             bench.free()
     known, rows, told = found["cpu, float32"], [], []
@@ -309,10 +309,8 @@ def federation_table(bench: Bench) -> Told:
         device: open_features(Settings(device=device), root=bench.root / f"features-{device}", progress=False)
         for device in ("cpu", bench.device)
     }
-    apart = max(
-        float((opened["cpu"].examples(domain).features - opened[bench.device].examples(domain).features).abs().max())
-        for domain in opened["cpu"].domains
-    )
+    units = {device: [F.normalize(of.examples(d).features, dim=1) for d in of.domains] for device, of in opened.items()}
+    apart = max(float((a - b).abs().max()) for a, b in zip(units["cpu"], units[bench.device], strict=True))
     settings, cores = Settings(num_server_rounds=bench.many(20, 2)), torch.get_num_threads()
     found: dict[str, Result] = {}
     rows = []
