@@ -45,12 +45,7 @@ from fedclip_flwr.trackers import Trackers
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
 
-FREE = frozenset(
-    {
-        *("num-server-rounds", "early-stop", "min-sites", "round-timeout"),
-        *("device", "name", "resume", "results-dir", "track"),
-    }
-)
+FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "track", *history.WHERE})
 """Settings that a run may go on with others of."""
 LOOKS = 5
 """So often it is tried to lock a folder: who only looks whether it is locked (`history.held`) holds it for a moment."""

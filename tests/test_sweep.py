@@ -364,6 +364,13 @@ def test_several_domains_are_held_out_at_once(tmp_path: Path, forks: None) -> No
     found = solve(swept.cells()[0], features)
     sites = {name: correct / examples for name, examples, correct in found.tests}
     assert found.unseen == pytest.approx((sites["cow"] + sites["fox"]) / 2)
+    lines = printed.by_site(swept, {swept.cells()[0]: found}, "").splitlines()[1:]
+    assert {line.split(",")[4]: line.split(",")[5] for line in lines} == {
+        "elk-0": "0",
+        "elk-1": "0",
+        "cow": "1",
+        "fox": "1",
+    }
     assert sites.keys() == {"elk-0", "elk-1", "cow", "fox"}
 
 

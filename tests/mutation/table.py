@@ -289,6 +289,46 @@ MUTATIONS: Sequence[Mutation] = (
         ("if isinstance(error, ReadError):", "if not expected:"),
         ("learner.blend = task.blend", "pass"),
     ),
+    # the paper's recipe, and papers
+    *changes(
+        "fedclip_flwr/learning.py",
+        "test_paper.py",
+        ("length=0.0,", "length=1.0,"),
+        ("smallest_batch=2,", "smallest_batch=1,"),
+    ),
+    *changes("fedclip_flwr/config.py", "test_paper.py", ('and self.recipe != "paper"  #', "  #")),
+    *changes(
+        "fedclip_flwr/adapters.py",
+        "test_adapters.py",
+        ("return unit if self.length == 1.0 else unit * self.length", "return unit"),
+        ("own = scaled if self.length == 1.0 else F.normalize(features, dim=-1)", "own = scaled"),
+    ),
+    *changes(
+        "fedclip_flwr/featurefolder.py",
+        "test_paper.py",
+        ("F.normalize(features.float(), dim=1) * self._norm", "features.float()"),
+    ),
+    *changes(
+        "fedclip_flwr/paired.py",
+        "test_paired.py",
+        ("quantile(LEVEL, count - 1)", "quantile(LEVEL, count)"),
+        ("term *= square * (k - 1) / k", "term *= square * k / (k + 1)"),
+    ),
+    *changes(
+        "fedclip_flwr/printed.py",
+        "test_sweep.py",
+        (
+            "low, high = (None if bound is None else -bound for bound in (of.high, of.low))",
+            "low, high = of.low, of.high",
+        ),
+        ('int(site in held_out.split("+") or site == held_out)', "int(site == held_out)"),
+    ),
+    *changes(
+        "fedclip_flwr/comparison.py",
+        "test_sweep.py",
+        ("if source.model == model]", "if source]"),
+        ("if known != mark:", "if known is None:"),
+    ),
     *changes(
         "fedclip_flwr/learning.py",
         "test_learning.py",
