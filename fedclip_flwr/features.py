@@ -2,8 +2,7 @@
 
 `Encoded` draws on a store below `$FEDCLIP_HOME/features`, keyed by the content of the model and of the data:
 
-    MODEL-PRECISION/given-DATA.safetensors      image_features [N, dim] as the model gives them, labels [N] as the data
-                                                numbers its classes
+    MODEL-PRECISION/given-DATA.safetensors      image_features [N, dim] as the model gives them, labels [N] by number
     MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim], of unit length
     MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in bytes, for the whole model
     MODEL-PRECISION/agreement-….safetensors     whether some of the images find the same classes as in float32
