@@ -16,7 +16,7 @@ from pathlib import Path
 from fedclip_flwr import clip, content, printed
 from fedclip_flwr.arguments import read_settings
 from fedclip_flwr.baselines import METHODS, OWN, PUBLISHED, Published
-from fedclip_flwr.config import STORED, unusable
+from fedclip_flwr.config import STORED, Settings, unusable
 from fedclip_flwr.console import NOT_THE_PAPERS, counted
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.presets import PRESETS, fitting
@@ -144,16 +144,17 @@ def _published(plan: Plan, features: Features) -> tuple[list[Published], list[st
 
 
 def _warnings(plan: Plan, features: Features) -> list[str]:
-    if "paper" in plan.methods and features.has_unit_length(features.domains) and not plan.settings.feature_norm:
+    paper = replace(plan.settings, **METHODS["paper"].settings)
+    if "paper" in plan.methods and paper.sees_given_length and features.has_unit_length(features.domains):
         return [f"The row {METHODS['paper'].label} can't be the paper's result: {NOT_THE_PAPERS}."]
     return []
 
 
 def _plots(made: Sequence[Row], folder: Path) -> list[str]:
     """Draws the gains, of the mean over the held-out domains; the files' names."""
-    from fedclip_flwr.report import drawing, sweep_plots  # not for --help
+    from fedclip_flwr import report  # not for --help
+    from fedclip_flwr.report import drawing, sweep_plots
 
-    last = [row for row in made if row.held_out == made[-1].held_out and row.gain_seen]
     points = [
         sweep_plots.Point(
             METHODS[row.method].label,
@@ -163,17 +164,12 @@ def _plots(made: Sequence[Row], folder: Path) -> list[str]:
             row.gain_unseen.deviation if row.gain_unseen else None,
             row.bytes,
         )
-        for row in last
-        if row.gain_seen
+        for row in made
+        if row.held_out == made[-1].held_out and row.gain_seen
     ]
-    names = []
     with drawing.styled():
-        for plot in sweep_plots.of_sweep(points):
-            content.write_whole(folder / f"{plot.name}.svg", partial(_write, drawing.as_svg(plot)), "--out")
-            png = drawing.as_png(plot)
-            content.write_whole(folder / f"{plot.name}.png", lambda part, png=png: part.write_bytes(png), "--out")  # type: ignore[misc]
-            names += [f"{plot.name}.svg", f"{plot.name}.png"]
-    return names
+        drawn = report.write_plots(sweep_plots.of_sweep(points), folder)
+    return [f"{report.PLOTS}/{name}.{kind}" for name in drawn for kind in ("svg", "png")]
 
 
 def _write(text: str, path: Path) -> None:
@@ -214,7 +210,7 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
         problems[name] = f"--methods {name}: {unfit[name]}"
     if wishes.against and wishes.against not in methods:
         problems["against"] = f"--against {wishes.against}: expected one of the methods that are compared"
-    if not re.fullmatch(r"(?!\.)[\w.-]*", wishes.name) or wishes.name == "results":
+    if not re.fullmatch(Settings.keys()["name"].metadata["pattern"], wishes.name) or wishes.name == "results":
         problems["name"] = f"--name {wishes.name}: expected letters, digits, points and dashes, and not results"
     seed = wishes.first_seed + wishes.seeds - 1
     settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)

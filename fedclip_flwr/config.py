@@ -177,6 +177,11 @@ class Settings:
         return self.max_update_norm if limited else 0.0
 
     @property
+    def sees_given_length(self) -> bool:
+        """Whether the adapter's network sees image features of the length that CLIP gives them."""
+        return self.recipe == "paper" and self.method == "adapter" and not self.feature_norm
+
+    @property
     def least_sites(self) -> int:
         """Answers that a round needs to count: of a sum of two, each knows the other's part."""
         return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites

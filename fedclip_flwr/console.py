@@ -32,12 +32,6 @@ NOT_THE_PAPERS = (
 )
 
 
-def of_unknown_length(settings: Settings, hellos: Iterable[Hello]) -> bool:
-    """Whether the recipe asks for a length of features that nobody knows."""
-    asks = settings.recipe == "paper" and settings.method == "adapter" and not settings.feature_norm
-    return asks and any(hello.unit_length for hello in hellos)
-
-
 def say(text: str) -> None:
     """To the user, at once."""
     print(text, flush=True)
@@ -73,7 +67,7 @@ def plan(
         *([("", f"features brought to the length {settings.feature_norm:g}")] if settings.feature_norm else []),
         *(
             [("warning", f"this can't be the paper's result: {NOT_THE_PAPERS}")]
-            if of_unknown_length(settings, hellos)
+            if settings.sees_given_length and any(hello.unit_length for hello in hellos)
             else []
         ),
         ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),

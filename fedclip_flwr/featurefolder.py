@@ -45,6 +45,7 @@ class FeatureFolder:
         """A site is `told` its vocabulary by the server: the folder's own may differ in the order of the classes."""
         self._root = root
         self._opened: dict[str, Examples] = {}
+        self._unit: dict[str, bool] = {}
         path = root / FACTS
         told_of = f"data = 'features:{root}': {path}"
         try:
@@ -119,8 +120,9 @@ class FeatureFolder:
         labels = self._tensor(domain, "labels", (len(features),))
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._numbers):
             raise UserError(f"{self._root / domain}.safetensors: labels must lie in 0…{len(self._numbers) - 1}")
+        self._unit[domain] = _unit(features)
         if self._norm is not None:
-            if not _unit(features):
+            if not self._unit[domain]:
                 raise UserError(
                     f"{self._root / FACTS} tells a feature_norm, which is for features of unit length; those of "
                     f"{domain} have others: leave it out"
@@ -129,8 +131,10 @@ class FeatureFolder:
         return Examples(features, torch.tensor(self._numbers)[labels.long()])
 
     def has_unit_length(self, domains: Iterable[str] | None = None) -> bool:
-        looked_at = list(self._opened if domains is None else domains)
-        return bool(looked_at) and self._norm is None and all(_unit(self.examples(d).features) for d in looked_at)
+        for domain in domains or ():
+            self.examples(domain)
+        known = [self._unit[domain] for domain in (self._unit if domains is None else domains)]
+        return bool(known) and self._norm is None and all(known)
 
     def _tensor(self, file: str, name: str, shape: tuple[int | None, ...]) -> Tensor:
         """The named tensor, of the type and shape that the format asks for, with finite numbers only."""

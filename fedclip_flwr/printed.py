@@ -10,9 +10,10 @@ from statistics import mean
 from typing import NamedTuple
 
 from fedclip_flwr.baselines import METHODS, Published
+from fedclip_flwr.data import held_out
 from fedclip_flwr.paired import Difference, difference
 from fedclip_flwr.sweep import Found, Plan, Results
-from fedclip_flwr.tables import MEAN, Row, Spread
+from fedclip_flwr.tables import MEAN, Row, Spread, by_key, columns_of
 
 ZERO_SHOT = "zero-shot"
 SITES = "sweep,method,held_out,seed,site,unseen,examples,correct,accuracy,zero_shot,gain,selected_round,rounds,bytes"
@@ -87,23 +88,22 @@ def by_site(plan: Plan, results: Results, name: str) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SITES.split(","))
     zero = {
-        (cell.settings.holdout, cell.settings.seed, site): correct / examples
-        for cell, found in results.items()
-        if cell.method == ZERO_SHOT
+        (seed, holdout, site): correct / examples
+        for (method, seed, holdout), found in by_key(results).items()
+        if method == ZERO_SHOT
         for site, examples, correct in found.tests
         if examples
     }
-    for cell, found in results.items():
-        held_out, seed = cell.settings.holdout, cell.settings.seed
+    for (method, seed, holdout), found in by_key(results).items():
         for site, examples, correct in found.tests:
             if not examples:
                 continue
-            accuracy, before = correct / examples, zero.get((held_out, seed, site))
-            apart = int(site in held_out.split("+") or site == held_out)
+            accuracy, before = correct / examples, zero.get((seed, holdout, site))
+            apart = int(bool(held_out(holdout, [site])))
             gain = None if before is None else f"{accuracy - before:.6f}"
             figures = [examples, correct, f"{accuracy:.6f}", None if before is None else f"{before:.6f}", gain]
-            how = [found.round, plan.rounds_of(cell.method), found.bytes]
-            writer.writerow([name, cell.method, held_out, seed, site, apart, *figures, *how])
+            how = [found.round, plan.rounds_of(method), found.bytes]
+            writer.writerow([name, method, holdout, seed, site, apart, *figures, *how])
     return file.getvalue()
 
 
@@ -119,10 +119,7 @@ class Compared(NamedTuple):
 
 def differences(plan: Plan, results: Results) -> list[Compared]:
     """Of any two methods, for each held-out domain and for the mean over these; a pair is what both did with a seed."""
-    found = {(cell.method, cell.settings.seed, cell.settings.holdout): result for cell, result in results.items()}
-    columns = {holdout: [holdout] for holdout in plan.holdouts}
-    if len(columns) > 1:
-        columns[MEAN] = list(plan.holdouts)
+    found, columns = by_key(results), columns_of(plan)
     made = []
     for against, method in combinations(plan.methods, 2):
         for name, holdouts in columns.items():

@@ -32,7 +32,6 @@ from fedclip_flwr import checkpoint, content, history
 from fedclip_flwr.checkpoint import Checkpoint
 from fedclip_flwr.codecs import State
 from fedclip_flwr.config import Settings
-from fedclip_flwr.console import of_unknown_length
 from fedclip_flwr.errors import UserError
 from fedclip_flwr.exchange import one_line
 from fedclip_flwr.features import Features, Pixels
@@ -314,7 +313,7 @@ def summary_of(
         "resumed": resumed,
         "failures": [failure._asdict() for failure in nodes.failures],
         "scaled": dict(sorted(nodes.scaled.items())),
-        "unknown_norm": of_unknown_length(settings, nodes.hellos.values()),
+        "unknown_norm": settings.sees_given_length and any(hello.unit_length for hello in nodes.hellos.values()),
     }
 
 

@@ -41,13 +41,21 @@ class Row(NamedTuple):
     bytes: int | None
 
 
+def by_key(results: Results) -> dict[tuple[str, int, str], Found]:
+    """By method, seed and held-out domain."""
+    return {(cell.method, cell.settings.seed, cell.settings.holdout): found for cell, found in results.items()}
+
+
+def columns_of(plan: Plan) -> dict[str, list[str]]:
+    """Each held-out domain, and the mean over several."""
+    columns = {holdout: [holdout] for holdout in plan.holdouts}
+    return columns | ({MEAN: list(plan.holdouts)} if len(columns) > 1 else {})
+
+
 def rows(plan: Plan, results: Results, domains: int) -> list[Row]:
     """A method's rows together: each held-out domain, then their mean. The data has so many domains."""
-    found = {(cell.method, cell.settings.seed, cell.settings.holdout): result for cell, result in results.items()}
-    columns = {holdout: [holdout] for holdout in plan.holdouts}
+    found, columns = by_key(results), columns_of(plan)
     by_domain = plan.sites == domains - 1 and plan.settings.partition == "domain"  # each seen domain counts the same
-    if len(columns) > 1:
-        columns[MEAN] = list(plan.holdouts)
     made = []
     for method in plan.methods:
         own = {(seed, holdout): result for (name, seed, holdout), result in found.items() if name == method}

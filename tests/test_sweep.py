@@ -316,11 +316,12 @@ def test_a_named_sweep_has_a_folder_of_its_own_with_all_that_came_of_it(
     made = tmp_path / "home" / "sweeps" / "mine"
     files = {"table.md", "table.csv", "accuracy.md", "accuracy.tex", "results.csv", "differences.csv", "sweep.json"}
     plots = {"gains.svg", "gains.png", "bytes.svg", "bytes.png"}
-    assert {path.name for path in made.iterdir()} == files | plots
+    assert {path.name for path in made.iterdir()} == files | {"plots"}
+    assert {path.name for path in (made / "plots").iterdir()} == plots
     assert f"Written to {made}: " in text
     assert "less gate: seen" in text
-    assert "ours, gate" in (made / "gains.svg").read_text()
-    assert (made / "gains.png").read_bytes().startswith(b"\x89PNG")
+    assert "ours, gate" in (made / "plots" / "gains.svg").read_text()
+    assert (made / "plots" / "gains.png").read_bytes().startswith(b"\x89PNG")
     compare(replace(given, jobs=2))
     with pytest.raises(UserError, match="--name mine: another sweep has this name"):
         compare(replace(given, rounds=7))

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedclip_flwr.config import Settings, place_of
 from fedclip_flwr.console import bytes_of, counted
+from fedclip_flwr.data import held_out
 from fedclip_flwr.errors import shown
 from fedclip_flwr.history import Run
 from fedclip_flwr.kinds import of_rank
@@ -88,10 +89,9 @@ class Story:
     def sites(self) -> int:
         """How many took part."""
         told = self.run.settings.get("sites")
-        domains = (self.holdout or "").split("+")  # several, which the server itself holds out, are told of like sites
-        apart = [site for site in self.adapted["holdout_sites"] if site not in domains]
+        apart = [*self.adapted["holdout_sites"]]  # several domains that the server itself holds out are told of there
         seen = [
-            len(self.adapted["sites"]) + len(apart),
+            len(self.adapted["sites"]) + len(apart) - len(held_out(self.holdout, apart)),
             *(line["sites"] for line in self.lines),
         ]
         return int(max([told if isinstance(told, int) else 0, *seen]))

@@ -321,7 +321,7 @@ MUTATIONS: Sequence[Mutation] = (
             "low, high = (None if bound is None else -bound for bound in (of.high, of.low))",
             "low, high = of.low, of.high",
         ),
-        ('int(site in held_out.split("+") or site == held_out)', "int(site == held_out)"),
+        ("int(bool(held_out(holdout, [site])))", "int(site == holdout)"),
     ),
     *changes(
         "fedclip_flwr/comparison.py",

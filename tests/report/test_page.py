@@ -225,7 +225,7 @@ def test_runs_of_other_numbers_of_sites_differ_in_that(plain: Path) -> None:
     assert "The settings are the same." in compare._settings(["a", "b"], [one, other])
     other.run.settings["sites"] = 60
     told = compare._settings(["a", "b"], [one, other])
-    assert '<th scope="col">sites</th>' in told or ">sites<" in told
+    assert ">sites<" in told
     assert ">60<" in told
 
 
