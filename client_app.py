@@ -17,18 +17,23 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
-from fedclip_flwr import content, encoding, exchange, privacy, secure
-from fedclip_flwr.adapters import Adapter, tensor_names
-from fedclip_flwr.codecs import CODECS
-from fedclip_flwr.errors import ReadError, UserError
-from fedclip_flwr.exchange import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
-from fedclip_flwr.learning import Learner, evaluate, examine
-from fedclip_flwr.link import Shelf, forget
-from fedclip_flwr.saved import save_adapter
-from fedclip_flwr.secure import LetterError, MaskingError
-from fedclip_flwr.session import recall
-from fedclip_flwr.sites import Desk, in_simulation, learn_alone, open_desk
-from fedclip_flwr.sites import learn as learn_on
+from fedclip_flwr.base import content, files
+from fedclip_flwr.base.errors import ReadError, UserError, one_line
+from fedclip_flwr.exchange import privacy, records
+from fedclip_flwr.exchange.codecs import CODECS
+from fedclip_flwr.exchange.link import Shelf, forget
+from fedclip_flwr.exchange.records import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
+from fedclip_flwr.exchange.secure import protocol
+from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
+from fedclip_flwr.exchange.session import recall
+from fedclip_flwr.features import encoding
+from fedclip_flwr.learning.adapters import Adapter, tensor_names
+from fedclip_flwr.learning.base import Learner
+from fedclip_flwr.learning.training import evaluate, examine
+from fedclip_flwr.runs.saved import save_adapter
+from fedclip_flwr.site.context import Desk, in_simulation, open_desk
+from fedclip_flwr.site.work import learn as learn_on
+from fedclip_flwr.site.work import learn_alone
 
 gc.freeze()
 gc.enable()
@@ -47,24 +52,24 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     """Lets nothing out but what may leave a site; what goes wrong is answered as an error of one line."""
     try:
         reply = answer(message, context)
-        if (step := message.metadata.message_type.removeprefix("query.")) in secure.ANSWERS:
-            exchange.check_leaving(reply.content, {step: secure.ANSWERS[step]})
+        if (step := message.metadata.message_type.removeprefix("query.")) in protocol.ANSWERS:
+            records.check_leaving(reply.content, {step: protocol.ANSWERS[step]})
         else:
-            exchange.check_outgoing(reply.content, travelling(message, context), shares_classes(context))
+            records.check_outgoing(reply.content, travelling(message, context), shares_classes(context))
         return reply
     except LacksError as error:
         return Message(Error(LACKS, str(error)), reply_to=message)
     except LetterError as error:
         log.error("this site can't go on in this round: %s", error)
-        return Message(Error(exchange.BLAMES, error.sender), reply_to=message)
+        return Message(Error(records.BLAMES, error.sender), reply_to=message)
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError | MaskingError)
-        why = exchange.one_line(error if expected else f"{type(error).__name__}: {error}")
+        why = one_line(error if expected else f"{type(error).__name__}: {error}")
         log.error("this site answers with an error: %s", why, exc_info=None if expected else error)  # the trace stays
         if isinstance(error, ReadError):
-            why = exchange.one_line(error.unnamed)
+            why = one_line(error.unnamed)
         if message.metadata.message_type == MessageType.QUERY and (name := context.node_config.get("site")):
-            why = exchange.one_line(f"{name}: {why}")  # the server knows its number only
+            why = one_line(f"{name}: {why}")  # the server knows its number only
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, why), reply_to=message)
     finally:
         torch.cuda.empty_cache()  # others on this GPU may need it before the next message comes
@@ -76,15 +81,15 @@ app = ClientApp(mods=[guard])
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Who this site is and how much it holds; or how far it has come with encoding, to be asked again."""
-    task = exchange.read_task(message.content)
+    task = records.read_task(message.content)
     if masks(context) and not context.run_config.get("secure-aggregation"):
         raise UserError("this site gives its updates only in runs with secure-aggregation = true")
     try:
-        with encoding.at_most(exchange.slice_of(float(context.run_config["round-timeout"]))):
+        with encoding.at_most(records.slice_of(float(context.run_config["round-timeout"]))):
             desk = desk_of(context, task)
     except encoding.UnfinishedError as error:
         name = str(context.node_config.get("site") or f"node {context.node_id}")
-        return Message(exchange.write_progress(Progress(name, error.done, error.of)), reply_to=message)
+        return Message(records.write_progress(Progress(name, error.done, error.of)), reply_to=message)
     site = desk.site
     desk.require()
     forget()
@@ -98,13 +103,13 @@ def hello(message: Message, context: Context) -> Message:
         unit_length=desk.features.has_unit_length(),
         **counts,
     )
-    return Message(exchange.write_hello(said), reply_to=message)
+    return Message(records.write_hello(said), reply_to=message)
 
 
 @app.train()
 def learn(message: Message, context: Context) -> Message:
     """How the received adapter does here, and the adapter trained on."""
-    task = exchange.read_task(message.content)
+    task = records.read_task(message.content)
     desk = desk_of(context, task)
     shelf = Shelf(desk.session.key, desk.settings.codec)
     learner = received(task, desk, shelf)
@@ -115,12 +120,12 @@ def learn(message: Message, context: Context) -> Message:
     trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
     trained = privacy.at_site(trained, before, desk.settings)
     if masks(context):
-        from fedclip_flwr.secure import site  # not for all: it brings cryptography
+        from fedclip_flwr.exchange.secure import site  # not for all: it brings cryptography
 
         sent = site.masked(message.content, context.state.config_records, trained, before)
     else:
         sent = shelf.pack(trained, desk.site.name, task.round, desk.settings.seed)
-    return Message(exchange.write_answer(report, sent), reply_to=message)
+    return Message(records.write_answer(report, sent), reply_to=message)
 
 
 @app.query("keys")
@@ -128,7 +133,7 @@ def learn(message: Message, context: Context) -> Message:
 @app.query("unmask")
 def mask(message: Message, context: Context) -> Message:
     """With secure aggregation, the steps before and after an update that is masked."""
-    from fedclip_flwr.secure import site
+    from fedclip_flwr.exchange.secure import site
 
     step = site.STEPS[message.metadata.message_type.removeprefix("query.")]
     return Message(step(message.content, context.state.config_records), reply_to=message)
@@ -137,12 +142,12 @@ def mask(message: Message, context: Context) -> Message:
 @app.evaluate()
 def score(message: Message, context: Context) -> Message:
     """How the received adapter does here; or, at the end of a run that personalises, the site's own made from it."""
-    task = exchange.read_task(message.content)
+    task = records.read_task(message.content)
     desk = desk_of(context, task)
     learner = received(task, desk, Shelf(desk.session.key, desk.settings.codec))
     if task.personal:
         keep_own(learner, desk, task.round)
-    return Message(exchange.write_answer(report_on(learner, desk, context)), reply_to=message)
+    return Message(records.write_answer(report_on(learner, desk, context)), reply_to=message)
 
 
 def keep_own(adapter: Learner, desk: Desk, number: int) -> None:
@@ -150,7 +155,7 @@ def keep_own(adapter: Learner, desk: Desk, number: int) -> None:
     assert isinstance(adapter, Adapter)  # the settings have it so
     site = desk.site
     epoch = learn_alone(adapter, site, desk.classes, desk.settings)
-    folder = content.home() / "personal" / content.file_name(desk.session.run) / content.file_name(site.name)
+    folder = files.home() / "personal" / content.file_name(desk.session.run) / content.file_name(site.name)
     state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
     save_adapter(
         folder,
@@ -190,7 +195,7 @@ def masks(context: Context) -> bool:
 def travelling(message: Message, context: Context) -> Collection[str]:
     """The names of the tensors that may go back: an adapter's, or those of the whole model; packed, the codec's."""
     if masks(context):
-        return [secure.MASKED]
+        return [protocol.MASKED]
     codec, method, adapter = (str(context.run_config.get(key, "")) for key in ("codec", "method", "adapter"))
     if codec in CODECS:
         return [codec]

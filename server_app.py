@@ -13,22 +13,29 @@ from flwr.app import Context
 from flwr.common.exit import add_exit_handler
 from flwr.serverapp import Grid, ServerApp
 
-from fedclip_flwr import clip, console, content, report
-from fedclip_flwr.adapters import Adapter
-from fedclip_flwr.checkpoint import Checkpoint
-from fedclip_flwr.codecs import State
-from fedclip_flwr.data import held_out
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features, open_run
-from fedclip_flwr.federation import Line, Standing, federate, refuse
-from fedclip_flwr.learning import examine
-from fedclip_flwr.link import Downlink, forget
-from fedclip_flwr.metrics import Quality
-from fedclip_flwr.nodes import Nodes, simulated
-from fedclip_flwr.runs import RunFolder, summary_of
-from fedclip_flwr.session import Session
-from fedclip_flwr.sites import new_learner
-from fedclip_flwr.strategy import AdapterFedAvg
+from fedclip_flwr.base import content
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.exchange.link import Downlink, forget
+from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import new_learner
+from fedclip_flwr.flower.grids import simulated
+from fedclip_flwr.learning.adapters import Adapter
+from fedclip_flwr.learning.metrics import Quality
+from fedclip_flwr.learning.training import examine
+from fedclip_flwr.report import writing
+from fedclip_flwr.runs import console
+from fedclip_flwr.runs.checkpoint import Checkpoint
+from fedclip_flwr.runs.folder import RunFolder
+from fedclip_flwr.runs.opening import open_run
+from fedclip_flwr.runs.summary import summary_of
+from fedclip_flwr.server.loop import federate, refuse
+from fedclip_flwr.server.nodes import Nodes
+from fedclip_flwr.server.results import Line, Standing
+from fedclip_flwr.server.strategy import AdapterFedAvg
 
 app = ServerApp()
 
@@ -51,7 +58,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         before = folder.before
         if simulated(grid) and not features.domains:
             raise UserError("data = 'none': simulated sites have no images of their own; name the data that they share")
-        device = clip.pick_device(settings.device)
+        device = models.pick_device(settings.device)
         classes = features.classes.ready(device)
         if simulated(grid):  # the sites share this machine's store, and here the progress can be seen
             for domain in features.domains:
@@ -123,7 +130,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             forget(session.key)
         validated = outcome.adapted.validation is not None
         console.say(console.closing(summary, settings, holdout, validated))
-    console.say(report.at_end(folder.path, features, holdout))  # the run is complete, and everybody told
+    console.say(writing.at_end(folder.path, features, holdout))  # the run is complete, and everybody told
     console.say(f"Run folder: {folder.path}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import OURS, machine
-from fedclip_flwr import simulation
+from fedclip_flwr.operations import simulation
 
 PAGE = OURS / "docs" / "benchmarks.md"
 

@@ -26,16 +26,17 @@ from statistics import mean
 import torch
 
 from benchmarks.common import at_least, machine, table
-from fedclip_flwr.adapters import ADAPTERS
-from fedclip_flwr.averaging import length_of
-from fedclip_flwr.codecs import State
-from fedclip_flwr.config import ROBUST, Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features, open_features
-from fedclip_flwr.inprocess import federate, make_sites
-from fedclip_flwr.learning import RECIPES, evaluate
-from fedclip_flwr.metrics import Score, mean_accuracy
-from fedclip_flwr.sites import Site, new_adapter
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import ROBUST, Settings
+from fedclip_flwr.base.tensors import State, length_of
+from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.adapters import ADAPTERS, new_adapter
+from fedclip_flwr.learning.metrics import Score, mean_accuracy
+from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.learning.training import evaluate
+from fedclip_flwr.site.holdings import Site
 
 PLAIN = "plain FedAvg"
 DEFAULT = "default"

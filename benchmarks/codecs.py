@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import at_least, machine, table
-from fedclip_flwr.adapters import ADAPTERS, make_adapter
-from fedclip_flwr.codecs import CODECS
-from fedclip_flwr.config import Settings
-from fedclip_flwr.features import Features, open_features
-from fedclip_flwr.inprocess import federate, make_sites
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.exchange.codecs import CODECS
+from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
 
 GOAL = 0.995
 

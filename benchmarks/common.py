@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from fedclip_flwr import simulation
+from fedclip_flwr.operations import simulation
 
 T = TypeVar("T")
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")

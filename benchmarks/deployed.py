@@ -49,8 +49,8 @@ from benchmarks.common import (
 )
 from deploy.processes import superlink, supernode
 from deploy.relay import Relay, relayed
-from fedclip_flwr import simulation
-from fedclip_flwr.adapters import make_adapter
+from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.operations import simulation
 
 SITES = 3
 RATIO, ABOVE, MEGABYTES, SECONDS = 0.45, 2.5, 350, 2.2

@@ -20,25 +20,26 @@ import torch
 from PIL import Image
 
 from benchmarks.common import at_least, machine, table, workplace
-from fedclip_flwr import ahead, clip, encoding
+from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.data.folder import ImageFolder
-from fedclip_flwr.growing import Growing
+from fedclip_flwr.features import ahead, clip, encoding, models
+from fedclip_flwr.features.clip import Clip
 
 BATCHES, IMAGES = 1, 128
 SIZE = (500, 375)
 
 
-def write_model(folder: Path, **config: Any) -> clip.Model:
+def write_model(folder: Path, **config: Any) -> models.Model:
     """A CLIP with random weights: of ViT-B/32's size, or as its configuration says."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel  # not for --help: it has words
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(clip.BUNDLED)
+    tokenizer = AutoTokenizer.from_pretrained(models.BUNDLED)
     CLIPModel(CLIPConfig(**config)).save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return clip.find(str(folder))
+    return models.find(str(folder))
 
 
 def write_images(folder: Path) -> None:
@@ -102,16 +103,16 @@ def main() -> None:
         write_images(root / "images")
         rows, speeds = [], []
         for precision in ("float32", "bfloat16"):
-            if precision == "bfloat16" and not clip.has_bfloat16():
+            if precision == "bfloat16" and not models.has_bfloat16():
                 rows.append([precision, "this CPU has no instructions for it", "", "", ""])
                 continue
-            loaded = model.load("cpu", precision)
+            loaded = Clip(model, "cpu", precision)
             bare, ours, share = beside_the_bare_loop(loaded, root, given.turns)
             speeds.append(ours)
             of_float32 = f"{ours / speeds[0]:.2f}"
             rows.append([precision, f"{bare:.1f}", f"{ours:.1f}", f"{share:.3f}", of_float32])
         print(table(["ViT-B/32", "bare loop, images/s", "ours", "share", "of float32"], rows))
-        loaded = model.load("cpu", "float32")
+        loaded = Clip(model, "cpu", "float32")
         files = [
             [f"with {workers or 'no'} worker{'s' * (workers != 1)}", f"{speed:.1f}"]
             for workers in (0, 1)

@@ -33,15 +33,20 @@ from benchmarks.common import OURS, at_least, machine, middle, nothing, run_app,
 from benchmarks.encoding import write_images, write_model
 from benchmarks.predicting import TEMPLATES, Bare, made
 from deploy.processes import superlink, supernode
-from fedclip_flwr import ahead, clip, encoding, simulation
-from fedclip_flwr.adapters import make_adapter
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base.growing import Growing
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data import drawn
 from fedclip_flwr.data.files import Files, find_images
-from fedclip_flwr.features import open_features
-from fedclip_flwr.growing import Growing
-from fedclip_flwr.inprocess import Result, federate, make_sites
-from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, train
+from fedclip_flwr.experiments.inprocess import Result, federate, make_sites
+from fedclip_flwr.features import ahead, clip, encoding, models
+from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.features.whole import WholeModel
+from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.learning.training import evaluate, train
+from fedclip_flwr.operations import simulation
 
 SITES = 3
 LARGE: dict[str, Any] = {
@@ -91,14 +96,14 @@ class Bench:
         return list(itertools.islice(itertools.cycle(self.paths), count))
 
     @cached_property
-    def base(self) -> clip.Model:
+    def base(self) -> models.Model:
         return self._model("base", {"text_config": {}, "vision_config": {}})
 
     @cached_property
-    def large(self) -> clip.Model:
+    def large(self) -> models.Model:
         return self._model("large", LARGE)
 
-    def _model(self, name: str, config: Mapping[str, Any]) -> clip.Model:
+    def _model(self, name: str, config: Mapping[str, Any]) -> models.Model:
         layers = {"num_hidden_layers": 1} if self.quick else {}
         towers = {part: {**config[part], **layers} for part in ("text_config", "vision_config")}
         return write_model(self.root / name, **{**config, **towers})
@@ -177,7 +182,7 @@ def files_table(bench: Bench) -> Told:
     """From files: the first time, when a GPU has yet to start, then with no and with many processes beside."""
     count, cores = bench.many(6144, 96), bench.many(min(ahead.MOST, os.cpu_count() or 1), 1)
     rows, told = [], []
-    loaded = bench.base.load(bench.device, "auto")
+    loaded = Clip(bench.base, bench.device, "auto")
     for name, images, workers in (
         ("as many processes as are thought to pay, the first time", count, None),
         ("the same again", count, None),
@@ -191,13 +196,13 @@ def files_table(bench: Bench) -> Told:
     return told
 
 
-def prepared_table(bench: Bench, name: str, model: clip.Model, few: int) -> Told:
+def prepared_table(bench: Bench, name: str, model: models.Model, few: int) -> Told:
     """Prepared images on the device: our `encode` beside transformers alone, whose weights have the precision."""
     rows, told = [], []
     for device, precision in dict.fromkeys([(bench.device, "float32"), (bench.device, "bfloat16"), ("cpu", "float32")]):
-        if device == "cpu" and precision == "bfloat16" and not clip.has_bfloat16():
+        if device == "cpu" and precision == "bfloat16" and not models.has_bfloat16():
             continue
-        loaded = model.load(device, precision)
+        loaded = Clip(model, device, precision)
         batch = loaded.batch_size if device != "cpu" else few
         count = 4 * batch if device != "cpu" else batch
         pixels = torch.randn(count, 3, 224, 224, device=device).to(loaded.dtype)
@@ -229,7 +234,7 @@ def prepared_table(bench: Bench, name: str, model: clip.Model, few: int) -> Told
     return told
 
 
-def agreement_table(bench: Bench, name: str, model: clip.Model, count: int) -> Told:
+def agreement_table(bench: Bench, name: str, model: models.Model, count: int) -> Told:
     """How far the features of real images are from those that the CPU computes in float32."""
     images = [Image.open(path).convert("RGB") for path in bench.files(count)]
     found = {}
@@ -237,7 +242,7 @@ def agreement_table(bench: Bench, name: str, model: clip.Model, count: int) -> T
         [("cpu", "float32"), (bench.device, "float32"), (bench.device, "bfloat16"), (bench.device, "float16")]
     ):
         if device != "cpu" or precision == "float32":
-            loaded = model.load(device, precision)
+            loaded = Clip(model, device, precision)
             found[f"{device}, {precision}"] = F.normalize(torch.cat([*loaded.encode_images(images, 32)]), dim=1)
             del loaded
             bench.free()
@@ -263,7 +268,7 @@ def encode_large(bench: Bench) -> Told:
         *prepared_table(bench, "L/14", bench.large, bench.many(16, 4)),
         *agreement_table(bench, "L/14", bench.large, bench.many(8, 4)),
     ]
-    loaded = bench.large.load(bench.device, "auto")
+    loaded = Clip(bench.large, bench.device, "auto")
     speed, used = from_files(bench, loaded, bench.many(2048, 16), bench.many(ahead.MOST, 1))
     told.append(("L/14 from files: processes, images/s", f"{used}, {speed:,.0f}"))
     return told
@@ -373,7 +378,7 @@ def whole_table(bench: Bench) -> Told:
     """Steps of a whole model, from pixels."""
     rows, told, batch = [], [], bench.many(32, 4)
     prompts = [TEMPLATES[0].format(name) for name in drawn.CLASSES]
-    loaded = bench.base.load(bench.device, "float32")
+    loaded = Clip(bench.base, bench.device, "float32")
     generator = torch.Generator().manual_seed(0)
     for device, dtype, steps in (
         (bench.device, torch.float32, bench.many(16, 1)),
@@ -384,7 +389,7 @@ def whole_table(bench: Bench) -> Told:
         pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, generator=generator)
         examples = Examples(pixels, torch.arange(count) % len(prompts)).ready(device)
         classes = Classes(torch.randn(len(prompts), 512, generator=generator), 100.0).ready(device)
-        learner = loaded.whole(prompts, dtype=dtype).to(device)
+        learner = WholeModel.copy_of(loaded, prompts, dtype=dtype).to(device)
         epoch = partial(train, learner, examples, classes, RECIPES["default"], learning_rate=1e-5, batch_size=batch)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
@@ -433,9 +438,9 @@ def predictions_table(bench: Bench) -> Told:
 
 def onnx_table(bench: Bench) -> Told:
     """The ONNX file of a model that is on the GPU, beside torch on the CPU, and that model itself."""
-    from fedclip_flwr import onnx_file
+    from fedclip_flwr.inference import onnx_file
 
-    model, folder = made(clip.find("bundled"), device=bench.device), bench.root / "onnx"
+    model, folder = made(models.find("bundled"), device=bench.device), bench.root / "onnx"
     folder.mkdir()
     found = onnx_file.write(model, folder)
     pictures = [drawn.picture(0, "sketch", figure, 1)[0] for figure in drawn.CLASSES]
@@ -464,7 +469,7 @@ def site_folders(bench: Bench, each: int) -> list[Path]:
 def sites_table(bench: Bench, device: str = "") -> Told:
     """A SuperLink and SuperNodes as processes, each with images of its own, and all that encode and learn there."""
     folders, rounds, device = site_folders(bench, bench.many(200, 20)), bench.many(3, 2), device or bench.device
-    model = bench.base if not bench.quick else clip.find("bundled")
+    model = bench.base if not bench.quick else models.find("bundled")
     with ExitStack() as stack:
         link = stack.enter_context(superlink(bench.root / f"flower-{device}"))
         nodes = [

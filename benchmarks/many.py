@@ -27,7 +27,7 @@ from benchmarks.common import (
     workplace,
     write_features,
 )
-from fedclip_flwr import simulation
+from fedclip_flwr.operations import simulation
 
 MILLISECONDS, GROWTH = 25, 10
 DOMAINS = ("art", "cartoon", "photo", "sketch")

@@ -15,11 +15,12 @@ import argparse
 from flwr.app import Message, RecordDict
 
 from benchmarks.common import DIM, machine, table
-from fedclip_flwr import exchange
-from fedclip_flwr.adapters import ADAPTERS, make_adapter
-from fedclip_flwr.codecs import CODECS, packed_size
-from fedclip_flwr.exchange import Report
-from fedclip_flwr.metrics import BINS, Quality, Score
+from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange.codecs import CODECS, packed_size
+from fedclip_flwr.exchange.records import Report
+from fedclip_flwr.flower.sizes import message_size
+from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
+from fedclip_flwr.learning.metrics import BINS, Quality, Score
 
 WHOLE = 2 * 4 * 151_277_313
 GOALS = {
@@ -34,7 +35,7 @@ def bare() -> int:
     """Two messages without content."""
     question = Message(RecordDict(), dst_node_id=2**63, message_type="train")
     question.metadata.__dict__.update(_run_id=2**63, _src_node_id=1, _message_id="0" * 64)
-    return exchange.size(question) + exchange.size(Message(RecordDict(), reply_to=question))
+    return message_size(question) + message_size(Message(RecordDict(), reply_to=question))
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         state = make_adapter(kind, DIM).state_dict()
         for codec in ("float32", *CODECS):
             one_way = packed_size(codec, state) if codec in CODECS else sum(t.nbytes for t in state.values())
-            whole = exchange.round_size(state, codec, "0" * exchange.MARK, report)
+            whole = records.round_size(state, codec, "0" * records.MARK, report)
             less, goal = WHOLE / whole, GOALS.get((kind, codec))
             sizes = [f"{size:,}" for size in (2 * one_way, bare(), whole - bare() - 2 * one_way, whole)]
             rows.append([kind, codec, *sizes, f"{less:,.0f}", f"{goal:,}" if goal else ""])

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import at_least, machine, workplace, write_features
-from fedclip_flwr import simulation
+from fedclip_flwr.operations import simulation
 
 IMAGES = {"art_painting": 2048, "cartoon": 2344, "photo": 1670, "sketch": 3929}
 

@@ -17,13 +17,14 @@ from statistics import mean
 
 import torch
 
-from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import open_features
-from fedclip_flwr.inprocess import federate, make_sites
-from fedclip_flwr.learning import evaluate
-from fedclip_flwr.metrics import mean_accuracy
-from fedclip_flwr.sites import learn_alone, new_adapter
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.adapters import new_adapter
+from fedclip_flwr.learning.metrics import mean_accuracy
+from fedclip_flwr.learning.training import evaluate
+from fedclip_flwr.site.work import learn_alone
 
 
 def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, float, float]:

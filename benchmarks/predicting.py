@@ -27,13 +27,16 @@ from torch.nn import functional as F
 
 from benchmarks.common import CLASSES, at_least, machine, table, workplace
 from benchmarks.encoding import seconds, write_model
-from fedclip_flwr import clip, featurefolder, saved
-from fedclip_flwr.adapters import ADAPTERS, make_adapter
 from fedclip_flwr.data import drawn
-from fedclip_flwr.learning import Classes, Examples
-from fedclip_flwr.model import FedCLIP
-from fedclip_flwr.predict import likeliest
-from fedclip_flwr.vocabulary import Vocabulary
+from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.features import models
+from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.features.folder import FACTS
+from fedclip_flwr.inference.model import FedCLIP
+from fedclip_flwr.inference.predict import likeliest
+from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
+from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.runs import saved
 
 SIZE = (500, 375)
 TEMPLATES = ("a picture of a {}",)
@@ -51,8 +54,8 @@ def write_images(folder: Path, count: int) -> list[str]:
     return paths
 
 
-def made(found: clip.Model, kind: str = "attention", device: str = "cpu", precision: str = "float32") -> FedCLIP:
-    loaded = found.load(device, precision)
+def made(found: models.Model, kind: str = "attention", device: str = "cpu", precision: str = "float32") -> FedCLIP:
+    loaded = Clip(found, device, precision)
     adapter = make_adapter(kind, found.dim, identity=False)
     facts = {"kind": kind, "model": found.name}
     return FedCLIP(loaded, Vocabulary(drawn.CLASSES, TEMPLATES), adapter, facts)
@@ -89,7 +92,7 @@ class Bare:
         return found
 
 
-def beside_the_bare_model(found: clip.Model, paths: Sequence[str], turns: int) -> list[str]:
+def beside_the_bare_model(found: models.Model, paths: Sequence[str], turns: int) -> list[str]:
     """A row: images a second of both, and the median share."""
     model = made(found)
     bare = Bare(found.folder, model.loaded.batch_size)
@@ -115,7 +118,7 @@ def of_features(rows: int, dim: int, root: Path, turns: int) -> list[list[str]]:
     save_file({"image_features": features, "labels": labels}, folder / "photo.safetensors")
     save_file({"text_features": text}, folder / "classes.safetensors")
     facts: dict[str, Any] = {"model": "random", "embedding_dim": dim, "logit_scale": 100.0, "prompt": TEMPLATES[0]}
-    saved.write_json(folder / featurefolder.FACTS, {**facts, "class_names": CLASSES, "domains": ["photo"]})
+    saved.write_json(folder / FACTS, {**facts, "class_names": CLASSES, "domains": ["photo"]})
     examples, classes = Examples(features, labels), Classes(text, 100.0).ready()
     found = []
     for kind in ADAPTERS:
@@ -136,7 +139,7 @@ def of_features(rows: int, dim: int, root: Path, turns: int) -> list[list[str]]:
 
 def all_drawn() -> torch.Tensor:
     """The drawn pictures of all four domains, prepared for the bundled CLIP."""
-    source, prepare = drawn.Drawn(0), clip.find("bundled").load("cpu", "float32").preparer()
+    source, prepare = drawn.Drawn(0), Clip(models.find("bundled"), "cpu", "float32").preparer()
     return torch.cat(
         [
             prepare([picture.image for picture in source.pictures(domain) if picture.image])["pixel_values"]
@@ -149,9 +152,9 @@ def as_onnx(kind: str, pixels: torch.Tensor, turns: int) -> list[str]:
     """A row: the file of this adapter on the bundled CLIP, beside torch."""
     import onnxruntime
 
-    from fedclip_flwr import onnx_file
+    from fedclip_flwr.inference import onnx_file
 
-    model = made(clip.find("bundled"), kind)
+    model = made(models.find("bundled"), kind)
     with tempfile.TemporaryDirectory() as name:
         onnx_file.write(model, Path(name))
         tower, file = onnx_file.Tower(model), Path(name) / onnx_file.FILE
@@ -177,7 +180,7 @@ def main() -> None:
     with workplace() as root:
         paths = write_images(root / "images", given.images)
         rows = [
-            beside_the_bare_model(clip.find("bundled"), paths, given.turns),
+            beside_the_bare_model(models.find("bundled"), paths, given.turns),
             beside_the_bare_model(write_model(root / "model"), paths[: given.large], given.turns),
         ]
         print(table(["CLIP", "JPEGs", "bare model, images/s", "ours", "share"], rows))

@@ -18,10 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.common import at_least, workplace
-from fedclip_flwr import precompute
-from fedclip_flwr.data import open_source
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.data.opening import open_source
 from fedclip_flwr.data.presets import loose
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.inference import encode
 
 CALTECH = (
     *("Leopards", "accordion", "airplanes", "ant", "barrel", "butterfly", "camera", "cannon"),
@@ -71,7 +71,7 @@ def main() -> None:
         images = place / "images"
         taken(given.caltech, CALTECH, given.each, "caltech", images)
         taken(given.cifar, CIFAR, given.each, "cifar", images)
-        print(precompute.encode([f"data=folder:{images}", f"model={given.model}", "prompt=a {}"], str(out)))
+        print(encode.encode([f"data=folder:{images}", f"model={given.model}", "prompt=a {}"], str(out)))
 
 
 if __name__ == "__main__":

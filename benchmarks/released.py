@@ -33,12 +33,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import DIM, at_least, machine, table, workplace, write_features
-from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.featurefolder import FeatureFolder
-from fedclip_flwr.inprocess import federate
-from fedclip_flwr.learning import RECIPES, Classes, Examples, seed_of, train
-from fedclip_flwr.sites import Site, divide, new_adapter
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.experiments.inprocess import federate
+from fedclip_flwr.features.folder import FeatureFolder
+from fedclip_flwr.learning.adapters import new_adapter
+from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.learning.training import train
+from fedclip_flwr.site.holdings import Site, divide
 
 SEED, HELD_OUT = 7, "held out"
 FUNCTIONS = ("train", "communication", "test")

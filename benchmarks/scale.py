@@ -49,11 +49,14 @@ from benchmarks.common import (
 from benchmarks.fleet import PAUSE, Answer, Site, fleet, living
 from deploy.processes import superlink
 from deploy.relay import relayed
-from fedclip_flwr import content, exchange
-from fedclip_flwr.adapters import make_adapter
-from fedclip_flwr.codecs import CODECS, State, wrap
-from fedclip_flwr.exchange import Hello, Report
-from fedclip_flwr.metrics import BINS, Quality, Score
+from fedclip_flwr.base import content
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange.codecs import CODECS, wrap
+from fedclip_flwr.exchange.records import Hello, Report
+from fedclip_flwr.flower.sizes import message_size
+from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.learning.metrics import BINS, Quality, Score
 
 CALCULATED = (10, 1000, 100_000)
 UNDER_WAY = {False: (1000, 100_000), True: (1000, 4000)}
@@ -136,8 +139,8 @@ def answers(setting: Setting) -> Answer:
 
     def answer(name: str, kind: str) -> RecordDict:
         if kind == MessageType.QUERY:
-            return exchange.write_hello(replace(hello, site=name))
-        return exchange.write_answer(REPORT, own() if kind == MessageType.TRAIN else None)
+            return records.write_hello(replace(hello, site=name))
+        return records.write_answer(REPORT, own() if kind == MessageType.TRAIN else None)
 
     return answer
 
@@ -350,18 +353,18 @@ def load(adapter: str, codec: str, trains: bool) -> Load:
     """
     state = dict(make_adapter(adapter, DIM).state_dict())
     arrays = adapter_of(Setting(0, adapter, codec))
-    answer = exchange.write_answer(REPORT, arrays if trains else None)
-    asked = RecordDict({"arrays": exchange.write_adapter(arrays), "config": exchange.write_task("0" * exchange.MARK)})
+    answer = records.write_answer(REPORT, arrays if trains else None)
+    asked = RecordDict({"arrays": records.write_adapter(arrays), "config": records.write_task("0" * records.MARK)})
     down, up = (objects(record) for record in (asked, answer))
-    size = exchange.round_size(state, codec, "0" * exchange.MARK, REPORT)
+    size = records.round_size(state, codec, "0" * records.MARK, REPORT)
     if not trains:
-        size -= answered(exchange.write_answer(REPORT, arrays)) - answered(answer)
+        size -= answered(records.write_answer(REPORT, arrays)) - answered(answer)
     return Load(size, (1 + down + 1) + (1 + up) + 1 + (1 + up + 1))
 
 
 def answered(record: RecordDict) -> int:
     """The size of an answer."""
-    return exchange.size(Message(record, reply_to=Message(RecordDict(), 2**63, MessageType.TRAIN)))
+    return message_size(Message(record, reply_to=Message(RecordDict(), 2**63, MessageType.TRAIN)))
 
 
 def objects(record: RecordDict) -> int:

@@ -24,8 +24,8 @@ from benchmarks.common import (
     workplace,
     write_features,
 )
-from fedclip_flwr import simulation
-from fedclip_flwr.adapters import ADAPTERS
+from fedclip_flwr.learning.adapters import ADAPTERS
+from fedclip_flwr.operations import simulation
 
 GOAL = 0.6
 

@@ -23,11 +23,14 @@ from typing import Any
 
 import torch
 
-from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features, open_features
-from fedclip_flwr.inprocess import federate, make_sites
-from fedclip_flwr.learning import RECIPES, seed_of, split
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.learning.training import split
 
 FIRST_SEED = 500
 RATES = {

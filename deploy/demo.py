@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 
 from deploy.processes import SuperLink, superlink, supernode
-from fedclip_flwr import keys, simulation
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.operations import keys, simulation
 
 SITES = ("art-0", "cartoon-0", "photo-0")
 """As three simulated nodes that share the drawn pictures are called."""

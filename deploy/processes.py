@@ -17,8 +17,8 @@ from typing import Any
 
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 
-from fedclip_flwr import simulation
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.operations import simulation
 
 WAIT = 90.0
 """Seconds in which SuperNodes have to be there."""

@@ -14,6 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import fedclip_flwr
+from fedclip_flwr.features.clip import Clip
 
 PLACE = Path(sysconfig.get_path("purelib"))
 UNUSED = (
@@ -59,9 +60,9 @@ def use() -> None:
     import datasets  # noqa: F401
     from PIL import Image
 
-    from fedclip_flwr import clip
+    from fedclip_flwr.features import models
 
-    model = clip.find("bundled").load()
+    model = Clip(models.find("bundled"))
     model.encode_prompts(["a picture"])
     list(model.encode_images([Image.new("RGB", (8, 8))]))
 

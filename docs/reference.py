@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.cli import app
-from fedclip_flwr.config import Settings
 
 HERE = Path(__file__).parent
 GROUPS = {

@@ -26,8 +26,9 @@ from xml.etree import ElementTree
 from filelock import FileLock
 
 from benchmarks.common import OURS, machine, table
-from fedclip_flwr import content, simulation
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.base import content
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.operations import simulation
 from reliability import faults, kills, trials
 from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, federation
 from reliability.soak import GROWTH, HANDLES, LAST, Soak, flat, grown, named, soak

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from benchmarks.common import write_features
 from deploy.processes import SuperLink, SuperNode, superlink, supernode
 from deploy.relay import Relay, relayed
-from fedclip_flwr import keys, simulation
+from fedclip_flwr.operations import keys, simulation
 
 SITES = ("art-0", "cartoon-0", "photo-0")
 """As three simulated nodes are called."""

@@ -47,7 +47,8 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, i
 from benchmarks import fleet
 from benchmarks.common import OURS, memory, processes, write_features
 from deploy.processes import SuperLink, superlink
-from fedclip_flwr import exchange, simulation
+from fedclip_flwr.exchange import records
+from fedclip_flwr.operations import simulation
 from reliability.federation import BrokenError, Run, handed_over, kill, until
 
 SITES, ROUNDS, ROWS = 20, 300, 40
@@ -174,7 +175,7 @@ def spoil(reply: Message, what: str) -> None:
     name = min(state)
     tensors = {key: torch.from_numpy(value) for key, value in state.items()}
     tensors[name] = tensors[name] * float("nan") if what == "not finite" else tensors[name].flatten()[:1]
-    reply.content["arrays"] = exchange.write_adapter(tensors)
+    reply.content["arrays"] = records.write_adapter(tensors)
 
 
 @dataclass
@@ -226,7 +227,7 @@ class Soak:
             point = self._chance.random() * 1000
             for what, often in SPOILT.items():
                 if point < often:
-                    number = exchange.read_task(question.content).round
+                    number = records.read_task(question.content).round
                     self.spoilt.append(Spoilt(number, site, what))
                     return what
                 point -= often

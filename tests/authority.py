@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from fedclip_flwr.doctor.endpoints import Address
+from fedclip_flwr.operations.doctor.endpoints import Address
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from xdist.scheduler import LoadScopeScheduling
 
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.drawn import picture
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import open_features
 from tests import budget
 from tests.learnt import saved_adapter
 
@@ -42,15 +43,15 @@ TOGETHER = (
     "test_reliability",
     "test_secure",
     "test_traffic",
-    "test_superlink",
+    "flower/test_superlink",
     "documentation/test_site",
     "documentation/test_extending",
     "documentation/test_guide",
-    "doctor/",
+    "operations/doctor/",
     "report/",
-    "test_hub",
-    "test_trackers",
-    "test_onnx_file",
+    "base/test_hub",
+    "runs/test_trackers",
+    "inference/test_onnx_file",
     "data/test_drawn",
 )
 """Tests that share what takes long to make: `pytest -n` gives those of a file, or of a folder, to one process."""
@@ -63,7 +64,7 @@ FIRST = (
     "documentation/",
     "test_running",
     *TOGETHER,
-    "test_sweep",
+    "experiments/test_sweep",
 )
 """What takes long is begun first there, so that at the end no process is alone with it."""
 

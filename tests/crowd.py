@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from fedclip_flwr import content, store
-from fedclip_flwr.growing import Growing
+from fedclip_flwr.base import files, store
+from fedclip_flwr.base.growing import Growing
+from fedclip_flwr.base.tensors import State
 
 COUNT, BATCH, WIDTH = 96, 8, 64
 KEPT, GROWN = "kept.safetensors", "grown.safetensors"
@@ -43,7 +44,7 @@ def work(folder: Path, before_batch: Callable[[Growing, int], None] = lambda *_:
     return told(kept, store.grown(folder / GROWN, COUNT, grow))
 
 
-def told(*entries: tuple[store.Tensors, store.Facts]) -> str:
+def told(*entries: tuple[State, store.Facts]) -> str:
     whole = hashlib.sha256()
     for tensors, facts in entries:
         for name in sorted(tensors):
@@ -60,7 +61,7 @@ def victim(folder: Path, way: str, signalled: int) -> NoReturn:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("alive")
 
-    def half_a_file(tensors: store.Tensors, path: Path, facts: dict[str, str]) -> None:
+    def half_a_file(tensors: State, path: Path, facts: dict[str, str]) -> None:
         save(tensors, path, facts)
         os.truncate(path, path.stat().st_size // 2)
         die()
@@ -75,9 +76,9 @@ def victim(folder: Path, way: str, signalled: int) -> NoReturn:
         if done == 2 and way in ("a batch", "half a batch", "half a line"):
             die()
 
-    save = content.save_tensors
+    save = files.save_tensors
     if way == "half a file":
-        content.save_tensors = half_a_file
+        files.save_tensors = half_a_file
     elif way == "a whole file":
         os.fsync = die  # which comes between writing a file and putting it in its place
     elif way == "a finish":
@@ -94,7 +95,7 @@ def victim(folder: Path, way: str, signalled: int) -> NoReturn:
 
 def reader(folder: Path, expected: str) -> None:
     """Reads until both are there; what it finds is never half of one."""
-    found: dict[str, tuple[store.Tensors, store.Facts]] = {}
+    found: dict[str, tuple[State, store.Facts]] = {}
     while len(found) < 2:
         for name in (KEPT, GROWN):
             if entry := store.read(folder / name):

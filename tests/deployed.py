@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.common import write_features
 from deploy.processes import superlink, supernode
-from fedclip_flwr import simulation
+from fedclip_flwr.operations import simulation
 
 PROJECT = Path(__file__).parent.parent
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedclip_flwr import content
+from fedclip_flwr.base import files
 
 EVER = 10**9
 
@@ -17,7 +17,7 @@ def failing(
     monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, *, after: int = 0, times: int = EVER
 ) -> list[str]:
     """From now on files of that name can't be opened so often, once they were opened `after` times; all the tries."""
-    monkeypatch.setattr(content, "PAUSE", 0.0)
+    monkeypatch.setattr(files, "PAUSE", 0.0)
     tries: list[str] = []
     open_file = os.open
 

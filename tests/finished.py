@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr import history, saved
-from fedclip_flwr.adapters import make_adapter
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.runs import history, saved
 
 CLASSES = ["cat", "dog", "fish"]
 

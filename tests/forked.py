@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fedclip_flwr.features", "fedclip_flwr.sweep", "tests.forked"])
+CONTEXT.set_forkserver_preload(["fedclip_flwr.features.encoded", "fedclip_flwr.experiments.sweep", "tests.forked"])
 
 
 class Python:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from fedclip_flwr.adapters import Adapter
-from fedclip_flwr.config import Settings
-from fedclip_flwr.features import Features, Pixels, open_features
-from fedclip_flwr.learning import Learner
-from fedclip_flwr.runs import RunFolder
-from fedclip_flwr.saved import save_adapter
-from fedclip_flwr.sites import new_adapter
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.encoded import Pixels
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.adapters import Adapter, new_adapter
+from fedclip_flwr.learning.base import Learner
+from fedclip_flwr.runs.folder import RunFolder
+from fedclip_flwr.runs.saved import save_adapter
 
 
 def strong_adapter(settings: Settings, dim: int) -> Adapter:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fedclip_flwr import clip
+from fedclip_flwr.features import models
 
 WORDS = ["a picture of a cat", "a photo of the dog", "sketch car boat bird house", "fish flower tree chair cup"]
 TEXT = {
@@ -26,7 +26,7 @@ def small_clip(folder: Path) -> Path:
 
     torch.manual_seed(1)
     vision = {**VISION, "image_size": 32}
-    tokenizer = AutoTokenizer.from_pretrained(clip.BUNDLED)
+    tokenizer = AutoTokenizer.from_pretrained(models.BUNDLED)
     text = {**TEXT, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 20}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}

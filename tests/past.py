@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base.settings import Settings
 
 FAILURE = {"round": 2, "site": "photo-0", "why": "no answer"}
 

@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from fedclip_flwr.clip import Preparer
+from fedclip_flwr.features.clip import Preparer
 
 
 class Pixels:

@@ -19,8 +19,8 @@ from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.common import OURS, memory, processes, table
 from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.featurefolder import FeatureFolder
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.features.folder import FeatureFolder
 from tests import forked
 
 

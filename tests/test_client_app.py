@@ -17,15 +17,22 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 import client_app
-from fedclip_flwr import clip, content, exchange
-from fedclip_flwr.codecs import CODECS
-from fedclip_flwr.config import Settings
-from fedclip_flwr.learning import RECIPES, evaluate, examine, seed_of, train
-from fedclip_flwr.link import Downlink
-from fedclip_flwr.saved import load_adapter
-from fedclip_flwr.session import Session
-from fedclip_flwr.sites import new_adapter, new_learner, open_desk
-from fedclip_flwr.vocabulary import Vocabulary
+from fedclip_flwr.base import content
+from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange.codecs import CODECS
+from fedclip_flwr.exchange.link import Downlink
+from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.features import clip
+from fedclip_flwr.features.opening import new_learner
+from fedclip_flwr.flower.sizes import message_size
+from fedclip_flwr.learning.adapters import new_adapter
+from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.learning.training import evaluate, examine, train
+from fedclip_flwr.runs.saved import load_adapter
+from fedclip_flwr.site.context import open_desk
 from tests.failing import failing
 
 NAMES = ("car", "cat", "fish")
@@ -50,15 +57,15 @@ def asked(
     """What the site with the images in `tree` answers."""
     session = session_of(names, personal, node.pop("model_content", ""))
     session.remember(content.memory())
-    config = exchange.write_task(session.key, bool(personal), blend)
+    config = records.write_task(session.key, bool(personal), blend)
     if kind == "query":
-        config = exchange.write_greeting(session)
+        config = records.write_greeting(session)
     config["server-round"] = 4
     if mark:
         config["state"] = mark
     task = RecordDict({"config": config})
     if state is not None:
-        task["arrays"] = exchange.write_adapter(state)
+        task["arrays"] = records.write_adapter(state)
     given = {"site": "north", "data": f"folder:{tree}", **node}
     node_config = {key: value for key, value in given.items() if value is not None}
     context = Context(1, 2, node_config, RecordDict(), settings.as_run_config())
@@ -79,8 +86,8 @@ def test_a_client_app_that_is_loaded_late_brings_no_traces_of_flower_back(before
 
 
 def test_a_hello_tells_who_is_there(tree: Path) -> None:
-    hello = exchange.read_hello(asked("query", tree).content)
-    assert isinstance(hello, exchange.Hello)
+    hello = records.read_hello(asked("query", tree).content)
+    assert isinstance(hello, records.Hello)
     assert (hello.site, hello.role, hello.domain) == ("north", "train", "cartoon+photo")
     assert (hello.train, hello.validation, hello.test) == (14, 4, 4)
     assert hello.classes == [0, 1, 2]
@@ -91,16 +98,16 @@ def test_a_site_that_is_still_encoding_tells_how_far_it_is(tree: Path, monkeypat
     monkeypatch.setattr(clip, "PART", 8)
     monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
     settings = replace(SETTINGS, round_timeout=1e-6)
-    answers = [exchange.read_hello(asked("query", tree, settings=settings).content) for _ in range(3)]
-    assert answers[:2] == [exchange.Progress("north", 8, 24), exchange.Progress("north", 20, 24)]
-    assert isinstance(answers[2], exchange.Hello)
+    answers = [records.read_hello(asked("query", tree, settings=settings).content) for _ in range(3)]
+    assert answers[:2] == [records.Progress("north", 8, 24), records.Progress("north", 20, 24)]
+    assert isinstance(answers[2], records.Hello)
 
 
 def test_training_answers_with_the_received_adapters_scores_and_the_trained_adapter(tree: Path) -> None:
     settings = SETTINGS
     adapter = new_adapter(settings, 128)
     state = {name: tensor + 0.01 for name, tensor in adapter.state_dict().items()}
-    answer = exchange.read_answer(asked("train", tree, state).content, state)
+    answer = records.read_answer(asked("train", tree, state).content, state)
 
     node = {"site": "north", "data": f"folder:{tree}"}
     desk = open_desk(settings.as_run_config(), node, session_of(), False)
@@ -122,7 +129,7 @@ def test_a_whole_model_learns_from_images_and_comes_back(tree: Path) -> None:
     desk = open_desk(settings.as_run_config(), node, session_of(), False)
     model = new_learner(settings, desk.features)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    answer = exchange.read_answer(asked("train", tree, state, settings=settings).content, state)
+    answer = records.read_answer(asked("train", tree, state, settings=settings).content, state)
     assert answer.report.validation == evaluate(model, desk.site.validation, desk.classes)
     how: dict[str, Any] = {"learning_rate": 5e-5, "batch_size": 8, "proximal": 0.5}
     train(model, desk.site.train, desk.classes, RECIPES["paper"], seed=seed_of(7, "train", "north", 4), **how)
@@ -135,8 +142,8 @@ def test_of_a_whole_model_only_what_came_goes_back(tree: Path, monkeypatch: pyte
     settings = Settings(method="full-model")
     desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
     state = new_learner(settings, desk.features).state_dict()
-    write = exchange.write_adapter
-    monkeypatch.setattr(exchange, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
+    write = records.write_adapter
+    monkeypatch.setattr(records, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
     assert "pixels in it must not leave" in str(asked("train", tree, state, settings=settings).error.reason)
 
 
@@ -151,7 +158,7 @@ def test_an_adapter_is_evaluated_and_made_the_sites_own_with_the_blend_that_is_a
     reports = []
     for blend in (None, 0.25):
         adapter.blend = 1.0 if blend is None else blend
-        report = exchange.read_answer(asked("evaluate", tree, state, blend=blend, settings=settings).content).report
+        report = records.read_answer(asked("evaluate", tree, state, blend=blend, settings=settings).content).report
         assert report.validation == evaluate(adapter, desk.site.validation, desk.classes)
         reports.append(report)
     assert reports[0] != reports[1]
@@ -164,12 +171,12 @@ def test_with_a_codec_a_site_makes_the_first_adapter_itself_and_answers_with_a_p
     settings = replace(SETTINGS, codec=codec)
     start = new_adapter(settings, 128).state_dict()
     node: dict[str, Any] = {"site": f"with-{codec}"}
-    plain = exchange.read_answer(asked("train", tree, start, **node).content, start)
-    reply = asked("train", tree, settings=settings, mark=exchange.mark_of(start), **node)
+    plain = records.read_answer(asked("train", tree, start, **node).content, start)
+    reply = asked("train", tree, settings=settings, mark=records.mark_of(start), **node)
     assert set(reply.content["arrays"]) == {codec}
-    assert exchange.size(reply) < 0.6 * exchange.size(asked("train", tree, start, **node))
+    assert message_size(reply) < 0.6 * message_size(asked("train", tree, start, **node))
     Downlink(start, codec, 0).receive(reply, start)
-    packed = exchange.read_answer(reply.content, start)
+    packed = records.read_answer(reply.content, start)
     assert packed.report == plain.report
     for name, tensor in plain.state.items():
         step = (tensor - start[name]).abs().max()
@@ -179,7 +186,7 @@ def test_with_a_codec_a_site_makes_the_first_adapter_itself_and_answers_with_a_p
 
 def test_a_site_asks_for_the_whole_if_it_has_nothing_to_build_on(tree: Path) -> None:
     reply = asked("train", tree, settings=replace(SETTINGS, codec="int8"), mark="0123456789abcdef")
-    assert reply.error.code == exchange.LACKS
+    assert reply.error.code == records.LACKS
 
 
 def test_evaluating_sends_no_adapter(tree: Path) -> None:
@@ -189,9 +196,9 @@ def test_evaluating_sends_no_adapter(tree: Path) -> None:
 
 def test_counts_by_class_are_sent_only_if_the_owner_shares_them(tree: Path) -> None:
     state = new_adapter(Settings(), 128).state_dict()
-    kept = exchange.read_answer(asked("evaluate", tree, state).content).report.test
+    kept = records.read_answer(asked("evaluate", tree, state).content).report.test
     owner: dict[str, Any] = {"share-class-counts": True}
-    shared = exchange.read_answer(asked("evaluate", tree, state, **owner).content).report.test
+    shared = records.read_answer(asked("evaluate", tree, state, **owner).content).report.test
     assert kept.classes is None
     assert shared.classes
     assert sum(shared.classes.examples) == shared.score.examples == 4
@@ -201,7 +208,7 @@ def test_counts_by_class_are_sent_only_if_the_owner_shares_them(tree: Path) -> N
 def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: Path) -> None:
     state = new_adapter(Settings(), 128).state_dict()
     options: dict[str, Any] = {"personal": "../20260101", "site": "north/1"}
-    answer = exchange.read_answer(asked("evaluate", tree, state, **options).content)
+    answer = records.read_answer(asked("evaluate", tree, state, **options).content)
     (folder,) = (fedclip_home / "personal").glob("*20260101*/north_1-*")
     adapter, facts = load_adapter(folder)
     assert facts["site"] == "north/1"
@@ -216,7 +223,7 @@ def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: 
 
 def test_a_site_that_was_not_told_the_classes_says_so(tree: Path) -> None:
     state = new_adapter(Settings(), 128).state_dict()
-    task = RecordDict({"config": exchange.write_task("unknown"), "arrays": exchange.write_adapter(state)})
+    task = RecordDict({"config": records.write_task("unknown"), "arrays": records.write_adapter(state)})
     context = Context(1, 2, {"site": "north", "data": f"folder:{tree}"}, RecordDict(), Settings().as_run_config())
     assert "has forgotten what the run is about" in str(client_app.app(Message(task, 2, "train"), context).error.reason)
 
@@ -251,8 +258,8 @@ def test_an_image_that_cannot_be_read_now_is_answered_without_its_name_and_is_as
         reply = asked("query", tree)
     assert str(reply.error.reason).startswith("north: a file can't be read now (Input/output error): see that its disk")
     assert "photo/cat/Smith.png can't be read now" in caplog.text
-    hello = exchange.read_hello(asked("query", tree).content)
-    assert isinstance(hello, exchange.Hello)
+    hello = records.read_hello(asked("query", tree).content)
+    assert isinstance(hello, records.Hello)
     assert hello.train + hello.validation + hello.test == 22
 
 
@@ -277,14 +284,14 @@ def test_a_gpus_memory_is_given_back_after_each_message(tree: Path, monkeypatch:
 
 
 def test_nothing_leaves_that_is_not_on_the_list(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = exchange.write_answer
+    write = records.write_answer
 
     def more(*given: Any) -> RecordDict:
         answer = write(*given)
         answer.metric_records["metrics"]["labels"] = [1, 2, 3]
         return answer
 
-    monkeypatch.setattr(exchange, "write_answer", more)
+    monkeypatch.setattr(records, "write_answer", more)
     reply = asked("evaluate", tree, new_adapter(Settings(), 128).state_dict())
     assert "must not leave this site" in str(reply.error.reason)
 
@@ -298,7 +305,8 @@ for kind in ("query", "train", "evaluate"):
     state = None if kind == "query" else new_adapter(Settings(), 128).state_dict()
     assert asked(kind, Path(sys.argv[1]), state).has_content()
 heavy = {"transformers", "datasets", "flwr_datasets", "ray", "torch._dynamo", "sklearn", "matplotlib"}
-heavy |= {"fedclip_flwr.nodes", "fedclip_flwr.strategy", "fedclip_flwr.secure.site", "dp_accounting"}
+heavy |= {"fedclip_flwr.server.nodes", "fedclip_flwr.server.strategy", "dp_accounting"}
+heavy |= {"fedclip_flwr.exchange.secure.site"}
 print(sorted(heavy & set(sys.modules)))
 """
 

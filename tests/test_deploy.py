@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from deploy import demo
 from deploy.demo import SITES, Outcome
 from deploy.processes import SuperLink, SuperNode, supernode
-from fedclip_flwr import keys, simulation
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.operations import keys, simulation
 from tests.extras import needs
 from tests.processes import alive, until_gone
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_flwr.content import own_app
+from fedclip_flwr.base.files import own_app
 
 HOME = own_app()
 PACKAGE = HOME / "fedclip_flwr"
@@ -112,12 +112,12 @@ def test_only_clip_knows_transformers() -> None:
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("config", {"torch", "flwr", "fedclip_flwr.content"}),
-        ("kinds", {"torch", "flwr", "fedclip_flwr.config"}),
-        ("learning", {"flwr", "safetensors", "fedclip_flwr.content", "fedclip_flwr.clip"}),
-        ("adapters", {"flwr", "safetensors", "fedclip_flwr.content", "fedclip_flwr.clip"}),
-        ("codecs", {"flwr", "safetensors", "fedclip_flwr.content"}),
-        ("metrics", {"flwr", "fedclip_flwr.content"}),
+        ("config", {"torch", "flwr", "fedclip_flwr.base.content"}),
+        ("kinds", {"torch", "flwr", "fedclip_flwr.base.settings"}),
+        ("learning", {"flwr", "safetensors", "fedclip_flwr.base.content", "fedclip_flwr.features.clip"}),
+        ("adapters", {"flwr", "safetensors", "fedclip_flwr.base.content", "fedclip_flwr.features.clip"}),
+        ("codecs", {"flwr", "safetensors", "fedclip_flwr.base.content"}),
+        ("metrics", {"flwr", "fedclip_flwr.base.content"}),
         ("inprocess", {"flwr"}),
         ("history", {"torch", "flwr"}),
         ("console", {"torch", "flwr"}),

@@ -22,16 +22,17 @@ from torch.nn import functional as F
 
 from benchmarks.common import write_features
 from deploy.processes import superlink, supernode
-from fedclip_flwr import content, simulation
-from fedclip_flwr.adapters import tensor_names
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base import content
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.drawn import picture
-from fedclip_flwr.exchange import may_leave
-from fedclip_flwr.features import Features, open_features
-from fedclip_flwr.inprocess import Result, federate, make_sites
-from fedclip_flwr.saved import load_adapter
-from fedclip_flwr.sites import new_learner
-from fedclip_flwr.sweep import Cell, solve
+from fedclip_flwr.exchange.records import may_leave
+from fedclip_flwr.experiments.inprocess import Result, federate, make_sites
+from fedclip_flwr.experiments.sweep import Cell, solve
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.learning.adapters import tensor_names
+from fedclip_flwr.operations import simulation
+from fedclip_flwr.runs.saved import load_adapter
 from tests.processes import alive, kill, until_gone
 
 pytestmark = pytest.mark.federation
@@ -278,7 +279,7 @@ def test_simulated_sites_need_data_to_share(flower: dict[str, str], tmp_path: Pa
     assert "simulated sites have no images of their own" in printed
 
 
-@pytest.mark.soak  # on a grid in memory: tests/test_federation.py
+@pytest.mark.soak  # on a grid in memory: tests/server/test_loop.py
 def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str, str], tmp_path: Path) -> None:
     printed, status = flwr_run(flower, "--run-config", f"min-sites=11 results-dir='{tmp_path}'")
     assert status == "finished:failed"
@@ -382,7 +383,7 @@ def spoiled(tmp_path: Path, spoil: str) -> tuple[Path, list[dict[str, Any]]]:
     return folder, [json.loads(file.read_text()) for file in sent.iterdir()]
 
 
-@pytest.mark.soak  # on a grid in memory: tests/test_federation.py, tests/test_strategy.py
+@pytest.mark.soak  # on a grid in memory: tests/server/test_loop.py, tests/server/test_strategy.py
 def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
     without, _ = spoiled(tmp_path, "away")
     folder, sent = spoiled(tmp_path, "spoil")

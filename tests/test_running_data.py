@@ -10,16 +10,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from fedclip_flwr import clip
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.drawn import CLASSES, picture
-from fedclip_flwr.features import open_features
-from fedclip_flwr.inprocess import make_sites
-from fedclip_flwr.learning import evaluate
-from fedclip_flwr.saved import load_adapter
+from fedclip_flwr.experiments.inprocess import make_sites
+from fedclip_flwr.features import models
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.training import evaluate
+from fedclip_flwr.runs.saved import load_adapter
 from tests.data.test_dataset import save_to_disk, table
+from tests.features.test_encoded import write_folder
 from tests.models import small_siglip
-from tests.test_features import write_folder
 from tests.test_running import completed, fedclip, read, run_folder
 
 pytestmark = pytest.mark.federation
@@ -27,9 +27,11 @@ pytestmark = pytest.mark.federation
 
 def known_pictures() -> dict[str, Image.Image]:
     """For each class the first photo that CLIP recognises, by transformers' own forward pass."""
-    net = CLIPModel.from_pretrained(clip.BUNDLED, dtype=torch.float32).eval()
-    texts = AutoTokenizer.from_pretrained(clip.BUNDLED)([f"a {c}" for c in CLASSES], padding=True, return_tensors="pt")
-    processor = AutoImageProcessor.from_pretrained(clip.BUNDLED)
+    net = CLIPModel.from_pretrained(models.BUNDLED, dtype=torch.float32).eval()
+    texts = AutoTokenizer.from_pretrained(models.BUNDLED)(
+        [f"a {c}" for c in CLASSES], padding=True, return_tensors="pt"
+    )
+    processor = AutoImageProcessor.from_pretrained(models.BUNDLED)
     found = {}
     for number, name in enumerate(CLASSES):
         photos = [picture(5, "photo", name, i)[0] for i in range(20)]

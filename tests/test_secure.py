@@ -18,13 +18,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client_app
-from fedclip_flwr import exchange
-from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.exchange import ExchangeError, Report
-from fedclip_flwr.metrics import BINS, Quality, Score
-from fedclip_flwr.secure import site
-from fedclip_flwr.secure.member import Member
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange.records import ExchangeError, Report
+from fedclip_flwr.exchange.secure import site
+from fedclip_flwr.exchange.secure.member import Member
+from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from reliability.federation import INJECTED
 from tests import deployed
 from tests.dropouts.sitecustomize import GONE, STEPS
@@ -154,7 +154,7 @@ def test_a_site_that_masks_its_updates_gives_none_without(run: bool, node: dict[
     with pytest.raises(ExchangeError, match="gives its update only with secure aggregation"):
         site.masked(RecordDict(), {}, trained, trained)
     none = Score(0, 0, 0.0)
-    content = exchange.write_answer(Report(1, none, Quality(none, 0.0, 0.0, [0.0] * BINS)), trained)
+    content = records.write_answer(Report(1, none, Quality(none, 0.0, 0.0, [0.0] * BINS)), trained)
     context = Context(1, 2, node, RecordDict(), Settings(secure_aggregation=run).as_run_config())
     reply = client_app.guard(Message(RecordDict(), 2, "train"), context, lambda m, c: Message(content, reply_to=m))
     assert "must not leave this site" in str(reply.error.reason)

@@ -21,10 +21,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from deploy.processes import SuperLink, superlink, supernode
 from deploy.relay import Streams, relayed
-from fedclip_flwr import keys, simulation
-from fedclip_flwr.adapters import make_adapter, tensor_names
-from fedclip_flwr.exchange import may_leave
-from fedclip_flwr.features import Features
+from fedclip_flwr.exchange.records import may_leave
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.learning.adapters import make_adapter, tensor_names
+from fedclip_flwr.operations import keys, simulation
 
 pytestmark = pytest.mark.federation
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy.processes import SuperLink, SuperNode
-from fedclip_flwr import keys, simulation
+from fedclip_flwr.operations import keys, simulation
 from tests import units
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings, meaning_of
 from fedclip_flwr.cli.common import command, option
-from fedclip_flwr.config import Settings, meaning_of
-from fedclip_flwr.errors import UserError
 
 
 def _settings() -> str:
@@ -48,7 +48,7 @@ def run(
 
     Examples: fedclip run --nodes 4 data=folder:images num-server-rounds=50; fedclip run --on hospitals min-sites=3
     """
-    from fedclip_flwr import simulation  # not for --help: it brings torch
+    from fedclip_flwr.operations import simulation  # not for --help: it brings torch
 
     if on and nodes is not None:
         raise UserError(f"--nodes {nodes}: the SuperLink {on} has its own sites; leave it out")
@@ -70,7 +70,7 @@ def init(
 
     Example: fedclip init study data=folder:images num-server-rounds=50; cd study; fedclip run --nodes 4
     """
-    from fedclip_flwr import scaffold  # not for --help
+    from fedclip_flwr.operations import scaffold  # not for --help
 
     typer.echo(scaffold.init(folder, settings or []))
 
@@ -89,10 +89,11 @@ def encode(
 
     Example: fedclip encode data=folder:images model=openai/clip-vit-base-patch32 --out features
     """
-    from fedclip_flwr import precompute, simulation  # not for --help: they bring torch
+    from fedclip_flwr.inference import encode
+    from fedclip_flwr.operations import simulation  # not for --help: they bring torch
 
     simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
-    typer.echo(precompute.encode(settings or [], out))
+    typer.echo(encode.encode(settings or [], out))
 
 
 @command()
@@ -139,7 +140,8 @@ def sweep(
     Examples: fedclip sweep --data pacs --model openai/clip-vit-base-patch32; fedclip sweep --data features:PATH --seeds
     10 --methods paper,gate
     """
-    from fedclip_flwr import comparison, simulation  # not for --help: they bring torch
+    from fedclip_flwr.experiments import comparison
+    from fedclip_flwr.operations import simulation  # not for --help: they bring torch
 
     simulation.stop_in_order("Stopped. The results so far are kept: the same command goes on from here.")
     wishes = comparison.Wishes(

@@ -28,7 +28,7 @@ def runs(
 
     Examples: fedclip runs; fedclip runs latest; fedclip runs 20261126-140212 20261126-141530 --json
     """
-    from fedclip_flwr import runlist  # not for --help
+    from fedclip_flwr.runs import runlist  # not for --help
 
     typer.echo(runlist.show(names or [], results_dir, as_json))
 
@@ -46,7 +46,7 @@ def watch(
 
     Examples: fedclip watch; fedclip watch 20261126-140212 --results-dir /data/runs
     """
-    from fedclip_flwr import watch  # not for --help
+    from fedclip_flwr.runs import watch  # not for --help
 
     raise typer.Exit(watch.watch(run, results_dir))
 
@@ -68,11 +68,11 @@ def report(
 
     Examples: fedclip report; fedclip report runs/20261126-140212 --out report; fedclip report 20261126-140212 latest
     """
-    from fedclip_flwr import report  # not for --help: it brings torch and matplotlib
+    from fedclip_flwr.report import writing  # not for --help: it brings torch and matplotlib
 
     if sys.stderr.isatty():
         typer.echo("Looking at what is there, and drawing: some seconds…", err=True)
-    typer.echo(report.make(names or ["latest"], out, results_dir))
+    typer.echo(writing.make(names or ["latest"], out, results_dir))
 
 
 @command()
@@ -92,7 +92,7 @@ def clean(
 
     Examples: fedclip clean; fedclip clean features --older-than 30 --yes
     """
-    from fedclip_flwr import clean  # not for --help
+    from fedclip_flwr.operations import clean  # not for --help
 
     ask = (lambda _: True) if yes else typer.confirm if sys.stdin.isatty() else None
     clean.clean(kinds or [], older_than, ask, typer.echo)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.cli.common import command, option
-from fedclip_flwr.errors import UserError
 
 
 @command()
@@ -29,7 +29,7 @@ def keys(
 
     Examples: fedclip keys keys --server fl.example.org --site north --site south; fedclip keys mine --site north
     """
-    from fedclip_flwr import keys  # not for --help
+    from fedclip_flwr.operations import keys  # not for --help
 
     typer.echo(keys.make(folder, server, site or [], days))
 
@@ -43,7 +43,7 @@ def server(given: typer.Context) -> None:
     Example: fedclip server --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key
     --enable-supernode-auth --database superlink.db --control-api-address 127.0.0.1:9093
     """
-    from fedclip_flwr import superlink  # not for --help
+    from fedclip_flwr.flower import superlink  # not for --help
 
     superlink.start(given.args)
 
@@ -58,7 +58,7 @@ def site(given: typer.Context) -> None:
     Example: fedclip site --superlink fl.example.org:9092 --root-certificates ca.crt --auth-supernode-private-key
     node.key --node-config "site='north' data='folder:/data/north'"
     """
-    from fedclip_flwr import pinned  # not for --help
+    from fedclip_flwr.flower import pinned  # not for --help
 
     pinned.start(given.args)
 
@@ -103,7 +103,10 @@ def doctor(
     --auth-supernode-private-key node.key --node-config "site='north' data='folder:/data'"; fedclip doctor server
     --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --on hospitals
     """
-    from fedclip_flwr import doctor, outgoing  # not for --help: they bring torch
+    from fedclip_flwr.operations import (
+        doctor,
+        outgoing,  # not for --help: they bring torch
+    )
 
     site = doctor.Site(superlink, root_certificates, auth_supernode_private_key, node_config)
     server = doctor.Server(

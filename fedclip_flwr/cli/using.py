@@ -42,7 +42,7 @@ def predict(
     Examples: fedclip predict photos --top 3; fedclip predict *.jpg --adapter 20260102-030405 --out found.csv; fedclip
     predict photos --classes zebra,lion --prompt "a photo of a {}"
     """
-    from fedclip_flwr import predict  # not for --help: it brings torch
+    from fedclip_flwr.inference import predict  # not for --help: it brings torch
 
     wishes = predict.Wishes(images, adapter, top, classes, prompt, out, as_json, model, revision, device, precision)
     raise typer.Exit(predict.predict(wishes))
@@ -69,7 +69,8 @@ def evaluate(
 
     Examples: fedclip evaluate images; fedclip evaluate drawn:7 --adapter 20260102-030405 --by-class --json
     """
-    from fedclip_flwr import evaluate, simulation  # not for --help: they bring torch
+    from fedclip_flwr.inference import evaluate
+    from fedclip_flwr.operations import simulation  # not for --help: they bring torch
 
     simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
     wishes = evaluate.Wishes(data, settings or [], adapter, classes, prompt, by_class, as_json, model, revision)
@@ -97,7 +98,7 @@ def export(
 
     Examples: fedclip export --out adapter; fedclip export 20260102-030405 --out adapter --onnx --push me/adapter
     """
-    from fedclip_flwr import export  # not for --help: it brings torch
+    from fedclip_flwr.inference import export  # not for --help: it brings torch
 
     wishes = export.Wishes(run, out, onnx, with_sites, push, private, classes, prompt, model, revision)
     typer.echo(export.export(wishes))

@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedclip_flwr import content, hub
-from fedclip_flwr.config import PLACES, place_of
-from fedclip_flwr.data import FIND, Columns, Picture
+from fedclip_flwr.base import content, files, hub
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import PLACES, place_of
+from fedclip_flwr.data.base import FIND, Columns, Picture
 from fedclip_flwr.data.images import changed, content_of, known, read
-from fedclip_flwr.errors import UserError
 
 log = logging.getLogger(__name__)
 SAVED = ("dataset_dict.json", "state.json")
@@ -63,14 +63,14 @@ def from_hub(name: str, told: str) -> Path:
 
 def _lacks(folder: Path) -> str | None:
     """What a data set's folder obviously lacks: all data, or some of its numbered parts."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", "")]
-    for path in files:
+    found = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", "")]
+    for path in found:
         if part := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", path.name):
             for number in range(int(part[3])):
                 name = f"{part[1]}{number:05}{part[2]}"
                 if not (path.parent / name).is_file():
                     return name
-    return None if files else "data files"
+    return None if found else "data files"
 
 
 class DataSet:
@@ -83,8 +83,8 @@ class DataSet:
         self._root, self._told = root, f"data = {name!r}"
         self._columns = columns
         self._name = place_of(name)[1].rstrip("/").rpartition("/")[2] or "images"
-        files = sorted(os.path.relpath(path, root) for path in root.rglob("*") if path.is_file())
-        self._state = content.state_of(root, files, self._name, *self._columns)
+        names = sorted(os.path.relpath(path, root) for path in root.rglob("*") if path.is_file())
+        self._state = content.state_of(root, names, self._name, *self._columns)
         facts = json.loads(content.remembered(self._state, lambda: json.dumps(self._look()), content.memory()))
         self.class_names = tuple(facts["class_names"])
         self._domains: Mapping[str, dict[str, Any]] = facts["domains"]
@@ -174,7 +174,7 @@ class _Table:
     def image(self, row: int) -> bytes:
         """As it is stored; empty if there is none."""
         name = f"{self._root}: row {row}"
-        stored = content.patiently(name, lambda: self._images[row][self._image]) or {"bytes": b""}
+        stored = files.patiently(name, lambda: self._images[row][self._image]) or {"bytes": b""}
         if stored["bytes"] is not None:
             return bytes(stored["bytes"])
         return read(Path(stored["path"])) if stored["path"] else b""

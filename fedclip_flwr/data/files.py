@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from fedclip_flwr import content
-from fedclip_flwr.data import Picture
+from fedclip_flwr.base import content, files
+from fedclip_flwr.base.errors import ReadError, UserError
+from fedclip_flwr.data.base import Picture
 from fedclip_flwr.data.folder import ENDINGS
 from fedclip_flwr.data.images import decoded, mark, read
-from fedclip_flwr.errors import ReadError, UserError
 
 
 def find_images(places: Iterable[str]) -> list[str]:
@@ -32,9 +32,9 @@ def find_images(places: Iterable[str]) -> list[str]:
 
 
 def _inside(root: str) -> Iterator[str]:
-    for folder, below, files in os.walk(root, onerror=_raise):
+    for folder, below, here in os.walk(root, onerror=_raise):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(files):
+        for name in sorted(here):
             if name.lower().endswith(ENDINGS) and not name.startswith("."):
                 yield os.path.join(folder, name)
 
@@ -61,7 +61,7 @@ class Files:
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
         for number, path in enumerate(self._paths[start:stop], start):
             try:
-                image = content.patiently(path, partial(decoded, read(Path(path))))
+                image = files.patiently(path, partial(decoded, read(Path(path))))
             except ReadError:  # nothing is stored: who asks for it again gets it, once it can be read
                 image = None
             yield Picture(path, number, image)

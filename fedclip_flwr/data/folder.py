@@ -10,10 +10,10 @@ from itertools import filterfalse
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from fedclip_flwr.console import counted
-from fedclip_flwr.data import Picture
+from fedclip_flwr.base.errors import UserError, shown
+from fedclip_flwr.base.text import counted
+from fedclip_flwr.data.base import Picture
 from fedclip_flwr.data.images import ImageFiles
-from fedclip_flwr.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

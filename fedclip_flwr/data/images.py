@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedclip_flwr import content
-from fedclip_flwr.content import UNREADABLE
-from fedclip_flwr.data import Picture
-from fedclip_flwr.errors import ReadError, UserError
+from fedclip_flwr.base import content, files
+from fedclip_flwr.base.content import UNREADABLE
+from fedclip_flwr.base.errors import ReadError, UserError
+from fedclip_flwr.data.base import Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What Pillow may take it for: others start programs (EPS), or are nothing that images of data sets are kept in."""
@@ -38,7 +38,7 @@ SCANNED = 2**31
 def read(path: Path) -> bytes:
     """The image's file; nothing if there is none to read (`content.LASTING`). `ReadError` if it can't be read now."""
     try:
-        return content.patiently(path, lambda: content.read_bytes(path, MOST_BYTES))
+        return files.patiently(path, lambda: files.read_bytes(path, MOST_BYTES))
     except OSError:
         return b""
 
@@ -46,7 +46,7 @@ def read(path: Path) -> bytes:
 def mark(path: Path) -> str:
     """The hash of the image's file; the same word for all of which `read` gives nothing."""
     try:
-        size = content.patiently(path, path.stat).st_size
+        size = files.patiently(path, path.stat).st_size
     except OSError:
         return UNREADABLE
     return content.of_file(path) if size <= MOST_BYTES else UNREADABLE
@@ -74,7 +74,7 @@ def known(name: object, data: bytes, hashed: str) -> Image.Image | None:
     """The same of data that had that hash when they were looked at: what is made of them is stored under it."""
     if content.of_bytes(data) != hashed:
         raise changed(name)
-    return content.patiently(name, partial(decoded, data))
+    return files.patiently(name, partial(decoded, data))
 
 
 def changed(name: object) -> ReadError:
@@ -147,9 +147,9 @@ def content_of(rows: Iterable[tuple[int, str]]) -> str:
 class ImageFiles:
     """The image files of a domain: their order and their content follow from images and class numbers alone."""
 
-    def __init__(self, root: Path, files: Sequence[tuple[str, int]]) -> None:
-        """`files` are names below `root`, each with the number of its class."""
-        self._root, self._files = root, files
+    def __init__(self, root: Path, names: Sequence[tuple[str, int]]) -> None:
+        """`names` are those of files below `root`, each with the number of its class."""
+        self._root, self._files = root, names
         self._content = self._state = ""
         self._rows: list[tuple[int, str, str]] = []
         self._fit = False

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedclip_flwr import content, store
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.learning import seed_of
+from fedclip_flwr.base import content, files, store
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.tensors import State
 
 
 class Shard(NamedTuple):
@@ -56,11 +57,11 @@ def _divided(labels: Tensor, partition: str, sites: int, seed: int, alpha: float
     how = (partition, str(sites), str(seed), str(alpha) * (partition == "dirichlet"))
     key = content.digest(*how, labels.numpy().tobytes())
 
-    def make() -> tuple[store.Tensors, dict[str, str]]:
+    def make() -> tuple[State, dict[str, str]]:
         parts = _by_flower(labels, partition, sites, seed_of(seed, "partition"), alpha)
         return {"rows": torch.cat(parts), "sizes": torch.tensor([len(part) for part in parts])}, {}
 
-    kept, _ = store.kept(content.home() / "partitions" / f"{key}.safetensors", make)
+    kept, _ = store.kept(files.home() / "partitions" / f"{key}.safetensors", make)
     return torch.split(kept["rows"], kept["sizes"].tolist())
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedclip_flwr.data import Picture, Source
+    from fedclip_flwr.data.base import Picture, Source
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedclip_flwr import content
-from fedclip_flwr.config import Settings
-from fedclip_flwr.console import percent
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.history import WHERE, Run
-from fedclip_flwr.report import PAGE, check_out, compare_plots, write_plots, write_text
+from fedclip_flwr.base import content, files
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base.text import percent
+from fedclip_flwr.report import compare_plots
 from fedclip_flwr.report.drawing import styled
 from fedclip_flwr.report.markup import aside, e, gain, page, plots, section, setting, table
+from fedclip_flwr.report.output import check_out, write_plots, write_text
 from fedclip_flwr.report.story import Story
+from fedclip_flwr.runs.history import PAGE, WHERE, Run
 
 
 def write(runs: Sequence[Run], out: Path | None) -> str:
     """Writes the page into its folder; what there is to say of it."""
     stories = [Story(run) for run in runs]
     names = named(runs)
-    folder = out.expanduser().absolute() if out else content.home() / "reports" / content.file_name("_".join(names))
+    folder = out.expanduser().absolute() if out else files.home() / "reports" / content.file_name("_".join(names))
     check_out(folder)
     with styled():
         figures = write_plots(compare_plots.of_runs(dict(zip(names, stories, strict=True))), folder)

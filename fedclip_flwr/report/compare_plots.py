@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedclip_flwr.console import bytes_of
+from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.report.drawing import Plot, apart, canvas, room_for, short, write
 from fedclip_flwr.report.plots import ROW, dumbbells, percent
 from fedclip_flwr.report.story import Story

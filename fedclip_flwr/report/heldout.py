@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedclip_flwr import clip, content, store
-from fedclip_flwr.adapters import Adapter
-from fedclip_flwr.config import Settings
-from fedclip_flwr.data import held_out, pick_holdout
-from fedclip_flwr.errors import UserError, one_line
-from fedclip_flwr.features import Encoded, Features, Pixels, open_features
-from fedclip_flwr.learning import Classes, Examples, Learner, logits_of
-from fedclip_flwr.metrics import BINS, bins_of
-from fedclip_flwr.report import FILE
-from fedclip_flwr.saved import TENSORS, load_adapter
-from fedclip_flwr.sites import gathered, together
+from fedclip_flwr.base import content, files, store
+from fedclip_flwr.base.errors import UserError, one_line
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.data.holdout import held_out, pick_holdout
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.encoded import Encoded, Pixels
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.adapters import Adapter
+from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.learning.metrics import BINS, bins_of
+from fedclip_flwr.learning.training import logits_of
+from fedclip_flwr.report.output import FILE
+from fedclip_flwr.runs.saved import TENSORS, load_adapter
+from fedclip_flwr.site.holdings import gathered, together
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,7 +94,7 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
     examples = together(gathered(features, domains).values())
     if not len(examples.labels):
         raise UserError(f"none of the images of {holdout} can be read")
-    device = clip.pick_device(settings.device)
+    device = models.pick_device(settings.device)
     classes = features.classes.ready(device)
     before = features.whole_model().to(device) if isinstance(features, Pixels) else None
     after = learnt(folder, features).to(device)
@@ -141,7 +145,7 @@ def as_text(found: dict[str, Any]) -> str:
 def kept(folder: Path, why: str) -> tuple[dict[str, Any] | None, str]:
     """The analysis that is kept in the run's folder, and a sentence on why it was not made again, or can't be used."""
     try:
-        found = content.read_json(folder / FILE)
+        found = files.read_json(folder / FILE)
         if lacking := [key for key in KEPT if key not in found]:
             raise ValueError(f"it lacks {lacking[0]}")
         fits = found["learnt"] == mark(folder)

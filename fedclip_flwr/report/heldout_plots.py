@@ -10,7 +10,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from fedclip_flwr.metrics import BINS
+from fedclip_flwr.learning.metrics import BINS
 from fedclip_flwr.report.drawing import Plot, canvas, room_for, short, write
 from fedclip_flwr.report.plots import MOST_ROWS, ROW, dumbbells, percent
 from fedclip_flwr.report.theme import LIGHT, STEPS

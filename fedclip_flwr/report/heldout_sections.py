@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fedclip_flwr.console import percent
+from fedclip_flwr.base.text import percent
 from fedclip_flwr.report.heldout_plots import greatest, recalls
 from fedclip_flwr.report.markup import Figures, aside, details, e, plots, section, table
 from fedclip_flwr.report.story import Story

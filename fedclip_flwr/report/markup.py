@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedclip_flwr import console
-from fedclip_flwr.errors import shown
+from fedclip_flwr.base import text
+from fedclip_flwr.base.errors import shown
 from fedclip_flwr.report.theme import DARK, LIGHT, variables
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def e(text: object) -> str:
 
 def gain(zero: float | None, adapted: float | None) -> str:
     """The difference of what is shown, with a true minus."""
-    return console.gain(zero, adapted).replace("-", "−")
+    return text.gain(zero, adapted).replace("-", "−")
 
 
 def setting(value: object) -> str:

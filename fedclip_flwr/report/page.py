@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from fedclip_flwr.config import Settings
-from fedclip_flwr.console import NOT_THE_PAPERS, counted, left_out, percent
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base.text import counted, percent
 from fedclip_flwr.report import heldout_sections
 from fedclip_flwr.report.markup import (
     Figures,
@@ -23,6 +23,7 @@ from fedclip_flwr.report.markup import (
     tile,
 )
 from fedclip_flwr.report.story import Story
+from fedclip_flwr.runs.console import NOT_THE_PAPERS, left_out
 
 MEASURES = {
     "accuracy": "accuracy",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedclip_flwr.console import bytes_of
+from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.report.drawing import Plot, apart, canvas, room_for, short, write
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.report.theme import LIGHT

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from fedclip_flwr.console import bytes_of
+from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.report.drawing import Plot, apart, canvas, room_for, write
 from fedclip_flwr.report.theme import LIGHT
 

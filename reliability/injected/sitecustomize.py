@@ -135,10 +135,10 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "flwr.superlink.grid.grpc_grid": grid,
     "flwr.supernode.start_client_internal": supernode,
     "flwr.supernode.runtime.run_clientapp": clientapp,
-    "fedclip_flwr.content": content,
-    "fedclip_flwr.averaging": averaging,
-    "fedclip_flwr.inbox": inbox,
-    "fedclip_flwr.sites": sites,
+    "fedclip_flwr.base.content": content,
+    "fedclip_flwr.server.averaging": averaging,
+    "fedclip_flwr.flower.inbox": inbox,
+    "fedclip_flwr.site.context": sites,
 }
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_flwr import clip
 from fedclip_flwr.bundled import pretrain
 from fedclip_flwr.data.drawn import CLASSES, FIGURES, SEEDS
 from fedclip_flwr.data.drawn.canvas import Rng
+from fedclip_flwr.features import models
+from fedclip_flwr.features.clip import Clip
 
 
 def test_it_learns_from_no_sketch_and_no_seed_of_a_data_set() -> None:
@@ -45,13 +46,13 @@ def made(folder: Path) -> Path:
 @pytest.mark.soak
 def test_the_script_makes_what_the_package_ships(tmp_path: Path) -> None:
     one = made(tmp_path / "one")
-    assert {f.name for f in one.iterdir()} == {f.name for f in clip.BUNDLED.iterdir()}
+    assert {f.name for f in one.iterdir()} == {f.name for f in models.BUNDLED.iterdir()}
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
-        assert (one / name).read_text() == (clip.BUNDLED / name).read_text()
-    assert clip.find(str(one)).load().parameters == clip.find("bundled").load().parameters
+        assert (one / name).read_text() == (models.BUNDLED / name).read_text()
+    assert Clip(models.find(str(one))).parameters == Clip(models.find("bundled")).parameters
 
 
 @pytest.mark.soak
 def test_the_script_makes_the_same_model_again(tmp_path: Path) -> None:
-    one, two = (clip.find(str(made(tmp_path / name))).content(tmp_path) for name in ("one", "two"))
+    one, two = (models.find(str(made(tmp_path / name))).content(tmp_path) for name in ("one", "two"))
     assert one == two

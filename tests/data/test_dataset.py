@@ -13,11 +13,12 @@ import datasets
 import pytest
 import torch
 
-from fedclip_flwr import content
-from fedclip_flwr.data import Columns, open_source
+from fedclip_flwr.base import content
+from fedclip_flwr.base.errors import ReadError, UserError
+from fedclip_flwr.data.base import Columns
 from fedclip_flwr.data.dataset import DataSet
 from fedclip_flwr.data.folder import ImageFolder
-from fedclip_flwr.errors import ReadError, UserError
+from fedclip_flwr.data.opening import open_source
 from tests.failing import failing
 
 CLASSES = ["fish", "car", "cat"]

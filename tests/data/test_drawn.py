@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.data.drawn import CLASSES, DOMAINS, FIGURES, SEEDS, Drawn, Scene, picture
 from fedclip_flwr.data.drawn.canvas import Figure, Rng, arc, place, smooth
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Features
-from fedclip_flwr.learning import evaluate
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.learning.training import evaluate
 
 
 def pixels(seed: int, domain: str, figure: str, index: int) -> bytes:

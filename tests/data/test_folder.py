@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fedclip_flwr import content
-from fedclip_flwr.config import Settings
-from fedclip_flwr.data import Columns, held_out, open_source, pick_holdout
+from fedclip_flwr.base import content
+from fedclip_flwr.base.errors import ReadError, UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.data.base import Columns
 from fedclip_flwr.data.folder import ImageFolder
-from fedclip_flwr.errors import ReadError, UserError
-from fedclip_flwr.features import open_features
+from fedclip_flwr.data.holdout import held_out, pick_holdout
+from fedclip_flwr.data.opening import open_source
+from fedclip_flwr.features.opening import open_features
 from tests.failing import failing
 
 

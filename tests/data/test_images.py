@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
+from fedclip_flwr.base.errors import ReadError
 from fedclip_flwr.data import images
 from fedclip_flwr.data.images import content_of, decoded, mark, read
-from fedclip_flwr.errors import ReadError
 from tests.failing import failing
 
 

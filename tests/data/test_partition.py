@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
+from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.data.partition import Shard, shard
-from fedclip_flwr.errors import UserError
 from tests import forked
 
 LABELS = {domain: torch.arange(count) % 3 for domain, count in {"photo": 10, "art": 7, "cartoon": 9}.items()}

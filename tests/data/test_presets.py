@@ -6,14 +6,15 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fedclip_flwr import content
-from fedclip_flwr.config import Settings
-from fedclip_flwr.data import open_source, pick_holdout
+from fedclip_flwr.base import files
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.drawn import CLASSES, picture
+from fedclip_flwr.data.holdout import pick_holdout
+from fedclip_flwr.data.opening import open_source
 from fedclip_flwr.data.presets import PRESETS, fitting
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import open_features
-from fedclip_flwr.inprocess import make_sites
+from fedclip_flwr.experiments.inprocess import make_sites
+from fedclip_flwr.features.opening import open_features
 from tests.data.test_dataset import in_cache
 
 
@@ -80,7 +81,7 @@ def test_a_tree_in_its_place_is_found_by_the_presets_name(
 ) -> None:
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path))
     spelling = {"Real_World": "Real World", "Alarm_Clock": "Alarm Clock", "SUN09": "sun", "art_painting": "art"}
-    tree_of(name, content.home() / "data" / name, spelling)
+    tree_of(name, files.home() / "data" / name, spelling)
     source, preset = open_source(name)
     assert preset is PRESETS[name]
     assert source.domains == tuple(sorted(preset.domains))

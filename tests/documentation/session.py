@@ -49,14 +49,14 @@ def images(folder: Path, domains: Collection[str], classes: Collection[str], cou
 
 
 def cached_models(cache: Path) -> None:
-    from fedclip_flwr import clip  # brings torch, and is not needed to collect the tests
+    from fedclip_flwr.features import models  # brings torch, and is not needed to collect the tests
 
     for name in HUB_MODELS:
         folder = cache / "hub" / f"models--{name.replace('/', '--')}"
         sha = "0123456789abcdef0123456789abcdef01234567"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text(sha)
-        shutil.copytree(clip.BUNDLED, folder / "snapshots" / sha)
+        shutil.copytree(models.BUNDLED, folder / "snapshots" / sha)
 
 
 def lay_out(place: Path) -> tuple[Path, dict[str, str]]:

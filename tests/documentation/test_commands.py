@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fedclip_flwr import simulation
+from fedclip_flwr.operations import simulation
 from tests.documentation import session
 from tests.documentation.pages import PAGES, ROOT, Block, blocks
 from tests.documentation.shell import Course
 from tests.local_hub import local_hub
 
 if TYPE_CHECKING:
-    from fedclip_flwr.features import Features
+    from fedclip_flwr.features.base import Features
 
 RUN = ("bash", "python")
 CI = ".ci/run"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_flwr.content import own_app
+from fedclip_flwr.base.files import own_app
 from fedclip_flwr.data.drawn import Drawn
 from tests import forked
 
@@ -51,7 +51,13 @@ for name in [name for name in sys.modules if name.partition(".")[0] in ("fedclip
     del sys.modules[name]
 """
 PYTEST = "import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-TESTS = ["tests/test_kinds.py", "tests/test_config.py", "tests/test_adapters.py", "-k", "not app and not contract"]
+TESTS = [
+    "tests/base/test_kinds.py",
+    "tests/base/test_settings.py",
+    "tests/learning/test_adapters.py",
+    "-k",
+    "not app and not contract",
+]
 
 
 def blocks() -> list[tuple[str, str, str]]:

@@ -265,7 +265,7 @@ def update(federation: Federation) -> None:
     """All come to another version, the sites after the server, so that it hears from them that they are stopped."""
     guide = federation.guide
     origin = f"{federation.hall.place}/post/origin"
-    federation.hall.shell.run(f"cd {origin}; echo '# later' >> fedclip_flwr/errors.py")
+    federation.hall.shell.run(f"cd {origin}; echo '# later' >> fedclip_flwr/base/errors.py")
     federation.hall.shell.run(f"git {shlex.join(NAME)} commit --quiet --all --message Later")
     commands = {name: guide("git pull") for name in federation.at}
     told = [federation.at["server"].run(commands.pop("server").replace("supernode", "superlink"))]

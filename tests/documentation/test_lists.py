@@ -7,11 +7,11 @@ from typing import get_type_hints
 
 import pytest
 
+from fedclip_flwr.base.files import own_app
+from fedclip_flwr.base.kinds import KINDS
+from fedclip_flwr.base.settings import PLACES, TRACKERS, Settings
 from fedclip_flwr.cli.learning import sweep
-from fedclip_flwr.config import PLACES, TRACKERS, Settings
-from fedclip_flwr.content import own_app
 from fedclip_flwr.data.presets import PRESETS
-from fedclip_flwr.kinds import KINDS
 
 HOME = own_app()
 
@@ -27,7 +27,7 @@ def listed(text: str, heading: str) -> list[str]:
 
 
 def methods() -> list[str]:
-    from fedclip_flwr.baselines import METHODS  # brings torch, and is not needed to collect the tests
+    from fedclip_flwr.experiments.baselines import METHODS  # brings torch, and is not needed to collect the tests
 
     return [*METHODS]
 

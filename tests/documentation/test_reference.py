@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base.settings import Settings
 from tests.documentation.pages import ROOT
 
 SPEC = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")

@@ -11,9 +11,9 @@ import click
 import pytest
 import typer
 
-from fedclip_flwr.arguments import read_settings
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.cli import app
-from fedclip_flwr.config import Settings
+from fedclip_flwr.runs.arguments import read_settings
 from tests.documentation.pages import PAGES, ROOT, blocks
 
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -11,8 +11,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fedclip_flwr.errors import LONGEST, UNSEEN, UserError
-from fedclip_flwr.exchange import ExchangeError
+from fedclip_flwr.base.errors import LONGEST, UNSEEN, UserError
+from fedclip_flwr.exchange.records import ExchangeError
 
 PATIENCE = 60
 """Seconds for one input, on a machine however busy: what takes longer hangs."""

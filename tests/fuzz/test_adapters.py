@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedclip_flwr.adapters import ADAPTERS, make_adapter
-from fedclip_flwr.saved import load_adapter
+from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
+from fedclip_flwr.runs.saved import load_adapter
 from tests.fuzz.hostile import Tried, changed, json_bytes, tensor_bytes
 from tests.fuzz.test_feature_folders import whole
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedclip_flwr.config import Settings
-from fedclip_flwr.featurefolder import FeatureFolder
-from fedclip_flwr.features import open_features
-from fedclip_flwr.learning import logits_of
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.features.folder import FeatureFolder
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.training import logits_of
 from tests.fuzz.hostile import Tried, json_bytes, tensor_bytes
 
 FACTS: dict[str, Any] = {

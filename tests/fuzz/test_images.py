@@ -22,9 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
-from fedclip_flwr.ahead import Work
-from fedclip_flwr.clip import Inputs
-from fedclip_flwr.data import Source, images, open_source
+from fedclip_flwr.data import images
+from fedclip_flwr.data.base import Source
+from fedclip_flwr.data.opening import open_source
+from fedclip_flwr.features.ahead import Work
+from fedclip_flwr.features.clip import Inputs
 from tests.fuzz.hostile import Tried, assert_plain, mangled
 
 GROWTH = 3 * 2**29

@@ -15,13 +15,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedclip_flwr import exchange
-from fedclip_flwr.codecs import CODECS, packed_size
-from fedclip_flwr.exchange import Hello, Progress
-from fedclip_flwr.link import Downlink, Shelf
-from fedclip_flwr.metrics import BINS
-from fedclip_flwr.session import Session
-from fedclip_flwr.vocabulary import Vocabulary
+from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange.codecs import CODECS, packed_size
+from fedclip_flwr.exchange.link import Downlink, Shelf
+from fedclip_flwr.exchange.records import Hello, Progress, read_answer
+from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.flower.sizes import message_size
+from fedclip_flwr.learning.metrics import BINS
 from tests.fuzz.hostile import LETTERS, NAMES, NUMBERS, TEXT, Tried, assert_plain, mangled
 
 START = {"a": torch.linspace(-1, 1, 6).reshape(2, 3), "b": torch.tensor([0.5, -2.0, 3.0])}
@@ -92,7 +94,7 @@ ARRAYS = st.one_of(
 
 @st.composite
 def array_records(draw: st.DrawFn, good: dict[str, torch.Tensor]) -> ArrayRecord:
-    whole = dict(exchange.write_adapter(good))
+    whole = dict(records.write_adapter(good))
     for _ in range(draw(st.integers(0, 2))):
         name = draw(st.sampled_from(sorted(good)) | WORDS)
         if draw(st.integers(0, 4)):
@@ -137,7 +139,7 @@ def contents(draw: st.DrawFn, good: RecordDict) -> RecordDict:
 
 SESSION = Session("photo", Vocabulary(("cat", "dog"), ("a {}",)), "0123", "run")
 TASK = {
-    **exchange.write_greeting(SESSION),
+    **records.write_greeting(SESSION),
     "session": "0123abcd",
     "server-round": 3,
     "blend": 0.5,
@@ -152,7 +154,7 @@ def test_tasks(tried: Tried, data: st.DataObject) -> None:
     config = ConfigRecord(data.draw(edited(TASK, CONFIG)))
     content = data.draw(contents(RecordDict({"config": config, "arrays": data.draw(array_records(START))})))
     with tried.one():
-        task = exchange.read_task(content)
+        task = records.read_task(content)
         assert type(task.round) is int
         assert isinstance(task.key + task.state + task.base, str)
         assert task.blend is None or 0 <= task.blend <= 1
@@ -163,18 +165,18 @@ def test_tasks(tried: Tried, data: st.DataObject) -> None:
 
 @given(data=st.data())
 def test_hellos(tried: Tried, data: st.DataObject) -> None:
-    hello = exchange.write_hello(Hello("north", "train", "photo", 6, 2, 2, [0, 2], "0123"))["hello"]
-    progress = exchange.write_progress(Progress("north", 3, 5))["progress"]
+    hello = records.write_hello(Hello("north", "train", "photo", 6, 2, 2, [0, 2], "0123"))["hello"]
+    progress = records.write_progress(Progress("north", 3, 5))["progress"]
     name, record = data.draw(st.sampled_from([("hello", hello), ("progress", progress)]))
     content = data.draw(contents(RecordDict({name: ConfigRecord(data.draw(edited(dict(record), CONFIG)))})))
     with tried.one():
-        found = exchange.read_hello(content)
+        found = records.read_hello(content)
         assert_plain(found.site)
         assert len(found.site) <= 64
         if isinstance(found, Hello):
             assert found.role in ("train", "holdout")
             assert min(found.train, found.validation, found.test) >= 0
-            assert exchange.one_line(found.domain) == found.domain
+            assert one_line(found.domain) == found.domain
         else:
             assert min(found.encoded, found.images) >= 0
 
@@ -205,7 +207,7 @@ def test_answers(tried: Tried, data: st.DataObject) -> None:
     content = data.draw(contents(records))
     like = START if data.draw(st.integers(0, 4)) else None
     with tried.one():
-        report, state = exchange.read_answer(content, like)
+        report, state = read_answer(content, like)
         assert report.examples >= 0
         for score in (report.validation, report.test.score):
             assert 0 <= score.correct <= score.examples
@@ -223,10 +225,10 @@ def assert_state(state: dict[str, torch.Tensor]) -> None:
 @given(record=array_records(START))
 def test_adapters(tried: Tried, record: ArrayRecord) -> None:
     with tried.one():
-        assert_state(exchange.read_adapter(record, START))
+        assert_state(records.read_adapter(record, START))
 
 
-MARKS = st.sampled_from(["", "0" * 16, exchange.mark_of(START), "../../x", "a\nb", "f" * 5000, "F", "\0"]) | WORDS
+MARKS = st.sampled_from(["", "0" * 16, records.mark_of(START), "../../x", "a\nb", "f" * 5000, "F", "\0"]) | WORDS
 PARCEL = {codec: torch.zeros(packed_size(codec, START), dtype=torch.uint8) for codec in CODECS}
 
 
@@ -235,7 +237,7 @@ def parcels(draw: st.DrawFn, codec: str) -> ArrayRecord:
     size = len(PARCEL[codec])
     if draw(st.integers(0, 3)):
         body = draw(st.binary(min_size=size, max_size=size))
-        return exchange.write_adapter({codec: torch.frombuffer(bytearray(body), dtype=torch.uint8)})
+        return records.write_adapter({codec: torch.frombuffer(bytearray(body), dtype=torch.uint8)})
     return draw(array_records({codec: PARCEL[codec]}))
 
 
@@ -249,7 +251,7 @@ def test_what_a_site_takes(
     content = data.draw(contents(RecordDict({"config": ConfigRecord(config), "arrays": record})))
     before = set(tmp_path.parent.iterdir())
     with tried.one():
-        assert_state(Shelf("s", codec).take(exchange.read_task(content), START, lambda: START))
+        assert_state(Shelf("s", codec).take(records.read_task(content), START, lambda: START))
     assert set(tmp_path.parent.iterdir()) == before
 
 
@@ -258,10 +260,10 @@ def test_a_parcel_of_numbers_that_are_not_finite_is_not_taken(tmp_path: Path, mo
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path))
     bad = torch.full((9,), math.nan, dtype=torch.bfloat16).view(torch.uint8)
     made = {name: torch.full_like(tensor, math.nan) for name, tensor in START.items()}
-    config = ConfigRecord({"state": exchange.mark_of(made), "base": exchange.mark_of(START)})
-    content = RecordDict({"config": config, "arrays": exchange.write_adapter({"bfloat16": bad})})
-    with pytest.raises(exchange.ExchangeError):
-        Shelf("s", "bfloat16").take(exchange.read_task(content), START, lambda: START)
+    config = ConfigRecord({"state": records.mark_of(made), "base": records.mark_of(START)})
+    content = RecordDict({"config": config, "arrays": records.write_adapter({"bfloat16": bad})})
+    with pytest.raises(records.ExchangeError):
+        Shelf("s", "bfloat16").take(records.read_task(content), START, lambda: START)
 
 
 @given(data=st.data(), codec=st.sampled_from(sorted(CODECS)))
@@ -271,15 +273,15 @@ def test_what_the_server_takes(tried: Tried, data: st.DataObject, codec: str) ->
     content = data.draw(contents(RecordDict({"metrics": metrics, "arrays": data.draw(parcels(codec))})))
     reply = Message(content, reply_to=Message(RecordDict(), 5, MessageType.TRAIN))
     with tried.one():
-        assert exchange.size(reply) > 0
+        assert message_size(reply) > 0
         link.receive(reply, START)
-        assert_state(exchange.read_answer(reply.content, START).state)
+        assert_state(records.read_answer(reply.content, START).state)
 
 
 @given(said=WORDS | st.builds("<class 'a.{}'>:<'{}'>".format, WORDS, st.text(LETTERS, max_size=40)))
 def test_reasons(tried: Tried, said: str) -> None:
     reply = Message(Error(0, said), reply_to=Message(RecordDict(), 5, MessageType.TRAIN))
     with tried.one():
-        told = exchange.reason(reply)
+        told = records.reason(reply)
         if told:
             assert_plain(told)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedclip_flwr.arguments import read_settings
-from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import open_run
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.runs.opening import open_run
 from tests.fuzz.hostile import NAMES, NUMBERS, SIMPLE, TEXT, VALUES, Tried, assert_plain
 
 KEYS = sorted(Settings.keys())

@@ -166,7 +166,7 @@ def test_its_types_are_seen(end: Environment) -> None:
     (end.work / "typed.py").write_text(TYPED)
     (end.work / "mypy.ini").write_text(WITHOUT)
     said = end.run("python", "-m", "mypy", "--strict", "typed.py").stdout
-    assert 'Revealed type is "fedclip_flwr.model.FedCLIP"' in said
+    assert 'Revealed type is "fedclip_flwr.inference.model.FedCLIP"' in said
     assert 'typed.py:5: error: Argument "seed" to "Settings" has incompatible type "str"; expected "int"' in said
     assert "Found 1 error in 1 file" in said
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_flwr import history, report
-from fedclip_flwr.features import Features
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.report import writing
+from fedclip_flwr.runs import history
 from tests.report.made import a_run, feature_folder
 
 HOSTILE = '<script>alert("1")</script> & \u202e\x07'
@@ -41,13 +42,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory, drawn: Features, plain: Path
         "failed": a_run(named, drawn, adapter="scale", ends="failed", failures=failures[:2]),
         "features": a_run(root / "features", data=f"features:{feature_folder(root / 'data', drawn)}", adapter="gate"),
     }
-    made = {"plain": report.write(history.read(plain), root / "out" / "plain")}
+    made = {"plain": writing.write(history.read(plain), root / "out" / "plain")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedclip_flwr.report.drawing.as_png", lambda plot: b"")  # pages show the SVG
         for name in ("many", "failed", "features"):
-            made[name] = report.write(history.read(runs[name]), root / "out" / name)
-        report.make([str(runs[name]) for name in ("plain", "many", "failed")], root / "out" / "compared")
-    return {**made, "compared": root / "out" / "compared" / report.PAGE}
+            made[name] = writing.write(history.read(runs[name]), root / "out" / name)
+        writing.make([str(runs[name]) for name in ("plain", "many", "failed")], root / "out" / "compared")
+    return {**made, "compared": root / "out" / "compared" / history.PAGE}
 
 
 @pytest.fixture

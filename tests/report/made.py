@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr import content, store
-from fedclip_flwr.config import Settings
-from fedclip_flwr.data import pick_holdout
-from fedclip_flwr.features import Features, open_features
-from fedclip_flwr.inprocess import federate, make_sites
-from fedclip_flwr.runs import RunFolder
-from fedclip_flwr.sites import new_learner
+from fedclip_flwr.base import files
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.data.holdout import pick_holdout
+from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.runs.folder import RunFolder
 
 ROUNDS = 3
 FIGURES = ("accuracy", "balanced_accuracy", "macro_f1", "calibration_error")
@@ -127,14 +128,14 @@ def feature_folder(root: Path, features: Features, names: Sequence[str] = ("phot
         "domains": list(names),
     }
     (root / "features.json").write_text(json.dumps(facts))
-    content.save_tensors({"text_features": features.classes.text.contiguous()}, root / "classes.safetensors", {})
+    files.save_tensors({"text_features": features.classes.text.contiguous()}, root / "classes.safetensors", {})
     for name in names:
         image_features, labels = features.examples(name)
-        tensors: store.Tensors = {
+        tensors: State = {
             "image_features": image_features[:each].clone(),
             "labels": labels[:each].clone(),
         }
-        content.save_tensors(tensors, root / f"{name}.safetensors", {})
+        files.save_tensors(tensors, root / f"{name}.safetensors", {})
     return root
 
 

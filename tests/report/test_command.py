@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedclip_flwr import console, history, report
+from fedclip_flwr.base.text import gain
 from fedclip_flwr.cli import app
-from fedclip_flwr.features import Features
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.report import output, writing
+from fedclip_flwr.runs import history
 from tests.report.made import a_run
 from tests.report.test_page import words
 
@@ -34,7 +36,11 @@ def run(plain: Path, tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    names = [report.PAGE, report.FILE, *(f"{report.PLOTS}/{path.name}" for path in (folder / report.PLOTS).iterdir())]
+    names = [
+        history.PAGE,
+        output.FILE,
+        *(f"{output.PLOTS}/{path.name}" for path in (folder / output.PLOTS).iterdir()),
+    ]
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -46,7 +52,7 @@ def test_a_report_is_written_into_the_runs_folder_and_is_the_same_each_time(
     assert told.splitlines()[-1] == f"Report: {run / 'report.html'}"
     assert "88 kB a site and round" in told
     before, made = (files(folder) for folder in (pages["plain"].parent, run))
-    made[report.PAGE] = made[report.PAGE].replace(bytes(run.parent), bytes(plain.parent))  # it says where the run is
+    made[history.PAGE] = made[history.PAGE].replace(bytes(run.parent), bytes(plain.parent))  # it says where the run is
     assert made == before
     assert not list(run.rglob(".*"))
 
@@ -58,7 +64,7 @@ def test_the_newest_run_is_taken_unless_said_and_out_names_another_folder(
     before = sorted(run.iterdir())
     code, told = fedclip("--results-dir", run.parent, "--out", tmp_path / "there")
     assert (code, told.splitlines()[-1]) == (0, f"Report: {tmp_path / 'there' / 'report.html'}")
-    assert (tmp_path / "there" / report.FILE).exists()
+    assert (tmp_path / "there" / output.FILE).exists()
     assert sorted(run.iterdir()) == before
 
 
@@ -83,7 +89,7 @@ def test_where_the_data_is_not_at_hand_what_was_found_at_the_end_is_told(
     assert code == 0
     assert "As it was analysed before; it can't be made again here" in text
     assert "Confusion, adapted" in text
-    (away / report.FILE).unlink()
+    (away / output.FILE).unlink()
     assert fedclip(away)[0] == 0
     assert "Nothing is told of single classes: data = 'folder:" in words(away / "report.html")
 
@@ -106,7 +112,7 @@ def test_several_runs_are_put_side_by_side(
         facts = history.read(made).summary
         zero, adapted = (facts[key]["unseen"] for key in ("zero_shot", "adapted"))
         assert re.search(
-            rf"{made.name} completed 3 {sites} \S+ \S+ {100 * adapted:.1f} {re.escape(console.gain(zero, adapted))} ",
+            rf"{made.name} completed 3 {sites} \S+ \S+ {100 * adapted:.1f} {re.escape(gain(zero, adapted))} ",
             text,
         )
 
@@ -163,9 +169,9 @@ def test_no_report_lands_among_other_files(run: Path, tmp_path: Path, undrawn: N
 
 def test_a_report_that_can_not_be_made_costs_a_line_and_not_the_run(run: Path, drawn: Features) -> None:
     (run / "summary.json").write_text("{")
-    assert report.at_end(run, drawn, "sketch").startswith("no report: ")
+    assert writing.at_end(run, drawn, "sketch").startswith("no report: ")
     shutil.rmtree(run)
-    assert report.at_end(run, drawn, "sketch").startswith("no report: ")
+    assert writing.at_end(run, drawn, "sketch").startswith("no report: ")
 
 
 @pytest.mark.federation

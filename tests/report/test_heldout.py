@@ -11,18 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from fedclip_flwr import content, history, report
-from fedclip_flwr.adapters import make_adapter
-from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.features import Encoded, Features, open_features
-from fedclip_flwr.learning import Examples, logits_of
-from fedclip_flwr.metrics import quality_of
-from fedclip_flwr.report import heldout
+from fedclip_flwr.base import content
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.encoded import Encoded
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.learning.base import Examples
+from fedclip_flwr.learning.metrics import quality_of
+from fedclip_flwr.learning.training import logits_of
+from fedclip_flwr.report import heldout, output, writing
 from fedclip_flwr.report.heldout import Seen
 from fedclip_flwr.report.heldout_plots import calibration_error, confused, recalls
 from fedclip_flwr.report.story import Story
-from fedclip_flwr.saved import load_adapter
+from fedclip_flwr.runs import history
+from fedclip_flwr.runs.saved import load_adapter
 from tests.report.made import a_run
 
 
@@ -136,8 +140,8 @@ def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_
         path.write_bytes(b"no image")
     features = open_features(Settings(data=f"folder:{tree}"), progress=False)
     shutil.copytree(plain, tmp_path / "run")
-    (tmp_path / "run" / report.FILE).unlink(missing_ok=True)
-    page = report.write(history.read(tmp_path / "run"), opened=(features, "photo"))
+    (tmp_path / "run" / output.FILE).unlink(missing_ok=True)
+    page = writing.write(history.read(tmp_path / "run"), opened=(features, "photo"))
     assert "Nothing is told of single classes: none of the images of photo can be read." in page.read_text()
 
 
@@ -179,7 +183,7 @@ def test_a_whole_model_is_analysed_with_what_it_has_learnt(tmp_path: Path, tree:
 def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, drawn: Features, tmp_path: Path) -> None:
     run = a_run(tmp_path, drawn)
     found = heldout.analyse(run, Settings(), drawn, "sketch")
-    (run / report.FILE).write_text(heldout.as_text(found))
+    (run / output.FILE).write_text(heldout.as_text(found))
     assert heldout.kept(run, "the disk is away") == (
         found,
         "As it was analysed before; it can't be made again here: the disk is away",
@@ -188,9 +192,9 @@ def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, dra
     nothing, why = heldout.kept(run, "the disk is away")
     assert nothing is None
     assert why == "the disk is away; and held_out.json is of an earlier round"
-    (run / report.FILE).write_text("{")
+    (run / output.FILE).write_text("{")
     assert "can't be read" in heldout.kept(run, "")[1]
-    (run / report.FILE).write_text(json.dumps({"learnt": heldout.mark(run)}))
+    (run / output.FILE).write_text(json.dumps({"learnt": heldout.mark(run)}))
     assert heldout.kept(run, "") == (None, "; and held_out.json can't be read (it lacks domain)")
 
 

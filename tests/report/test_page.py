@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedclip_flwr import history, report
-from fedclip_flwr.report import compare, heldout_sections, page
+from fedclip_flwr.report import compare, heldout_sections, page, writing
 from fedclip_flwr.report.story import Story
+from fedclip_flwr.runs import history
 from tests.report.made import many_classes
 
 VOID = {"meta", "img", "br"}
@@ -124,7 +124,7 @@ def test_a_run_that_came_to_nothing_has_a_page_that_says_so(plain: Path, tmp_pat
     (run / "summary.json").write_text(
         json.dumps({"status": "stopped", "why": "it was ended", "round": 0, "failures": []})
     )
-    text = words(report.write(history.read(run)))
+    text = words(writing.write(history.read(run)))
     assert "This run was stopped: it was ended. It came to no round." in text
     assert "Nothing is told of single classes: the run came to no round." in text
     assert "in 0 rounds" in text
@@ -135,18 +135,18 @@ def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path, undrawn: None)
     shutil.copytree(plain, run)
     (run / "summary.json").write_text(json.dumps({"status": "running", "round": 2, "failures": []}))
     assert "This run was killed: what ran it is gone, and could not write why." in words(
-        report.write(history.read(run))
+        writing.write(history.read(run))
     )
 
 
 def test_rounds_that_metrics_jsonl_has_lost_are_told(plain: Path, tmp_path: Path, undrawn: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
-    assert "has lost" not in words(report.write(history.read(run)))
+    assert "has lost" not in words(writing.write(history.read(run)))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     for left, lost in ((lines[:-1], "1 round"), ([], f"{len(lines)} rounds")):
         (run / "metrics.jsonl").write_text("".join(left))
-        told = words(report.write(history.read(run)))
+        told = words(writing.write(history.read(run)))
         assert f"metrics.jsonl has lost the lines of {lost}: they are not shown." in told
 
 
@@ -157,7 +157,7 @@ def test_a_server_without_images_says_in_a_line_why_parts_are_missing(
     shutil.copytree(plain, run)
     facts = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps({**facts, "data": "none"}))
-    path = report.write(history.read(run))
+    path = writing.write(history.read(run))
     assert "Nothing is told of single classes: the server of this run has no images of its own." in words(path)
     assert 'id="confusion' not in path.read_text()
 

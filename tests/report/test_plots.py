@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fedclip_flwr import history, report
-from fedclip_flwr.features import Features
-from fedclip_flwr.report import compare_plots, drawing, heldout_plots, plots
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.report import compare_plots, drawing, heldout_plots, output, plots
 from fedclip_flwr.report.drawing import Plot, apart, styled
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.report.theme import DARK, LIGHT
+from fedclip_flwr.runs import history
 from tests.report.made import a_run, many_classes
 
 
@@ -158,7 +158,7 @@ def test_ids_of_the_plots_are_not_those_of_others(pages: dict[str, Path]) -> Non
 
 
 def test_plots_are_files_too_that_can_be_read_alone(pages: dict[str, Path]) -> None:
-    folder = pages["plain"].parent / report.PLOTS
+    folder = pages["plain"].parent / output.PLOTS
     names = {path.stem for path in folder.glob("*.svg")}
     assert names == {path.stem for path in folder.glob("*.png")}
     assert {"rounds", "sites", "bytes", "confusion-adapted", "weights"} <= names

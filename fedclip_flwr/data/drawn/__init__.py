@@ -11,13 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedclip_flwr import content
-from fedclip_flwr.data import Picture
+from fedclip_flwr.base import content
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.data.base import Picture
 from fedclip_flwr.data.drawn.canvas import Rng
 from fedclip_flwr.data.drawn.figures import CLASSES, FIGURES
 from fedclip_flwr.data.drawn.scene import Scene, compose
 from fedclip_flwr.data.drawn.styles import DOMAINS, SIZE
-from fedclip_flwr.errors import UserError
 
 __all__ = ["CLASSES", "DOMAINS", "FIGURES", "SEEDS", "SIZE", "Drawn", "Scene", "picture"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.data.drawn import CLASSES, SIZE, Drawn, picture
-from fedclip_flwr.errors import UserError
 
 GAP, MARGIN = 4, 22
 

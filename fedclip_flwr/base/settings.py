@@ -1,0 +1,334 @@
+"""The settings of a run: typed, frozen, and checked all at once.
+
+They come from Flower's run config (`[tool.flwr.app.config]` and `--run-config`), whose keys have hyphens where the
+fields here have underscores. Each field tells its default, what it means and what it may be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedclip_flwr.base.errors import UserError, shown
+from fedclip_flwr.base.kinds import KINDS
+
+
+def _setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field with its meaning and its limits: `choices`, `least`, `most`, `above`, `pattern` with `expected`.
+
+    `word`: a number that may also be this word.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
+
+
+OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
+"""The strategies in which the server makes a step of its own of the sites' mean."""
+ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
+"""Those that compare the sites' updates with each other."""
+CODECS = ("float32", "bfloat16", "int8")
+"""How tensors travel: whole, or as `codecs.py` packs differences."""
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Experiment trackers that a run can tell."""
+STORED = "features:"
+"""Begins the name of data that are features already."""
+MOST_NORM = 10.0**4
+"""No CLIP's features are as long."""
+PLACES = ("folder:", STORED)
+"""What begins the name of data that lies in a place of this machine; the path follows."""
+_DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
+_TRACK = {
+    "pattern": r"(({0})( *, *({0}))*)?".format("|".join(TRACKERS)),
+    "expected": f"some of {', '.join(TRACKERS)}, with commas",
+}
+_NAME = {"pattern": r"(?!\.)[\w.-]*", "expected": "the name of a run, without slashes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str = _setting("bundled", "`bundled`, a Hugging Face id, or a folder saved by `save_pretrained`")
+    model_revision: str = _setting("", "a commit, tag or branch of a Hugging Face model")
+    data: str = _setting(
+        "drawn",
+        "`drawn`, `drawn:SEED`, `pacs`, `vlcs`, `office-home`, a Hugging Face data set, `folder:PATH` (images as "
+        "domain/class/image or class/image, or a data set) or `features:PATH`; `none` if only real sites have any",
+    )
+    image_column: str = _setting("", "the data set's column of images; empty to find it by type and name")
+    label_column: str = _setting("", "the same of class labels")
+    domain_column: str = _setting("", "the same of domains")
+    holdout: str = _setting(
+        "auto",
+        "the domain no site trains on, or several with + between; `auto` is the last in sorted order, empty for none",
+    )
+    method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
+    adapter: str = _setting("attention", "the trainable part", choices=tuple(KINDS))
+    adapter_rank: int = _setting(4, "the rank, of adapters that have one (`gate`)", least=1, most=2**14)
+    blend: float | str = _setting(
+        1.0,
+        "share of the adapted feature; `auto` is chosen by validation after the last round",
+        least=0.0,
+        most=1.0,
+        word="auto",
+    )
+    recipe: str = _setting("default", "loss, optimizer and prompt", choices=("default", "paper"))
+    feature_norm: float = _setting(
+        0.0,
+        "the length that the adapter's network sees image features scaled to; 0 is the recipe's own: 1, and with paper "
+        "the length that CLIP gives them",
+        least=0.0,
+        most=MOST_NORM,
+    )
+    prompt: str = _setting(
+        "", "overrides the recipe's template; `{}` stands for the class name; several with | between"
+    )
+    class_names: str = _setting("", "overrides the data's class names: a comma list, or a file with one in each line")
+    num_server_rounds: int = _setting(20, "rounds", least=1)
+    local_epochs: int = _setting(1, "epochs at a site in a round", least=1)
+    batch_size: int = _setting(32, "examples a step", least=1)
+    learning_rate: float = _setting(0.0, "0 is the recipe's own", least=0.0)
+    seed: int = _setting(0, "all that is random follows from it", least=0, most=2**63 - 1)
+    strategy: str = _setting(
+        "fedavg",
+        "how the sites' work comes together",
+        choices=("fedavg", "fedprox", *OPTIMIZED, *ROBUST),
+    )
+    server_learning_rate: float = _setting(0.0, "of fedadam and its like; 0 is the strategy's own", least=0.0)
+    proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
+    max_update_norm: float = _setting(
+        3.0,
+        "longer updates than so many times the sites' lower median are scaled down to it, far longer ones left out; "
+        "0 for no limit; for adapters, and not with recipe = paper",
+        least=0.0,
+    )
+    hostile_share: float = _setting(
+        0.2, "share of the sites that fedtrimmedavg, krum, multikrum and bulyan take to be hostile", least=0.0, most=0.5
+    )
+    site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
+    max_site_weight: float = _setting(
+        3.0,
+        "with site-weights = examples, a site counts for at most so many times the lower median; 0 for no limit",
+        least=0.0,
+    )
+    dp: str = _setting(
+        "off",
+        "differential privacy of sites: noise that the server adds to their mean, or each site to what it sends",
+        choices=("off", "central", "local"),
+    )
+    noise_multiplier: float = _setting(
+        1.0, "of dp: the noise's standard deviation in clipping norms", least=0.01, most=1000.0
+    )
+    clipping_norm: float = _setting(0.5, "of dp: the length to which updates are cut", least=1e-4, most=100.0)
+    delta: float = _setting(1e-5, "of dp: the δ for which ε is told", least=1e-15, most=0.5)
+    secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
+    codec: str = _setting("float32", "how tensors travel", choices=CODECS)
+    fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
+    early_stop: int = _setting(0, "rounds since the selected one after which the run ends; 0 for never", least=0)
+    min_sites: int = _setting(1, "answers that a round needs to count", least=1)
+    round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
+    partition: str = _setting(
+        "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes")
+    )
+    alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0)
+    personalize: bool = _setting(False, "each site goes on alone after the last round; never sent")
+    device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
+    precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
+    name: str = _setting("", "the run's name, which its folder gets; empty for one by the time", **_NAME)
+    resume: str = _setting("", "the run to go on with after its last complete round; `latest`", **_NAME)
+    results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
+    track: str = _setting("", "experiment trackers that are told: tensorboard, wandb, mlflow; with commas", **_TRACK)
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
+        """Settings from Flower's run config, and what is wrong with those keys that can't be used and keep defaults."""
+        fields = cls.keys()
+        values, problems = {}, {}
+        for key, value in given.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, 1)
+                problems[key] = f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+                continue
+            if key == "data" and isinstance(value, str) and value.startswith("/"):
+                value = f"folder:{value}"
+            try:
+                values[fields[key].name] = _checked(key, value, fields[key])
+            except ValueError as error:
+                problems[key] = f"{key} = {value!r}: {error}"
+        settings = cls(**values)
+        if settings.recipe == "paper" and settings.batch_size < 2:
+            problems["batch-size"] = "batch-size = 1: the paper's recipe skips a batch of one; expected at least 2"
+        problems |= {key: f"{key} = {_value(settings, key)!r}: {why}" for key, why in _contradictions(settings).items()}
+        return settings, problems
+
+    @property
+    def proximal(self) -> float:
+        """FedProx's μ; 0 with another strategy."""
+        return self.proximal_mu if self.strategy == "fedprox" else 0.0
+
+    @property
+    def update_limit(self) -> float:
+        """How many times the sites' median an update may be as long as; 0 for any length."""
+        limited = self.method == "adapter" and self.recipe != "paper"  # a sum of whole models is large
+        return self.max_update_norm if limited else 0.0
+
+    @property
+    def sees_given_length(self) -> bool:
+        """Whether the adapter's network sees image features of the length that CLIP gives them."""
+        return self.recipe == "paper" and self.method == "adapter" and not self.feature_norm
+
+    @property
+    def least_sites(self) -> int:
+        """Answers that a round needs to count: of a sum of two, each knows the other's part."""
+        return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
+
+    @property
+    def starts_as_zero_shot(self) -> bool:
+        """Whether what is learnt predicts at first exactly as the frozen model does, and not only nearly so."""
+        return self.method == "full-model" or self.recipe != "paper" or KINDS[self.adapter].exact
+
+    @property
+    def trained_blend(self) -> float:
+        """The share of the adapted feature while adapters are trained."""
+        return self.blend if isinstance(self.blend, float) else 1.0
+
+    @classmethod
+    def from_run_config(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings from Flower's run config; every problem is told in one `UserError`."""
+        settings, problems = cls.read(given)
+        if problems:
+            raise unusable(problems.values())
+        return settings
+
+    @classmethod
+    def keys(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields under the keys of the run config."""
+        return {field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
+
+    def as_run_config(self) -> dict[str, Any]:
+        """The settings under the keys that `from_run_config` takes."""
+        return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
+
+
+def place_of(data: str) -> tuple[str, str]:
+    """Which of the `PLACES` begins the data's name, and the path; of other data nothing, and its name."""
+    head = next((head for head in PLACES if data.startswith(head)), "")
+    return head, data.removeprefix(head)
+
+
+def meaning_of(field: dataclasses.Field[Any]) -> str:
+    """What a setting means, and which words it takes."""
+    meaning, choices = field.metadata["meaning"], field.metadata.get("choices")
+    return f"{meaning} ({', '.join(choices)})" if choices else str(meaning)
+
+
+def _value(settings: Settings, key: str) -> Any:
+    return getattr(settings, key.replace("-", "_"))
+
+
+def _contradictions(settings: Settings) -> dict[str, str]:
+    """What does not go together, by the key that had better be another."""
+    found: dict[str, str] = {}
+    if settings.name == "latest":
+        found["name"] = "this is what the newest run is called; give another name"
+    if settings.name and settings.resume:
+        found["name"] = "a run that goes on keeps its name; leave it out"
+    robust, strategy = settings.strategy in ROBUST, f"strategy = {settings.strategy!r}"
+    if robust and settings.site_weights != "equal":
+        found["site-weights"] = f"with {strategy} sites count the same; leave it out"
+    if robust and settings.dp == "central":
+        found["dp"] = f"its noise is for a mean, which {strategy} does not make; take dp = 'local', or another strategy"
+    if settings.recipe == "paper" and settings.max_update_norm not in (0.0, Settings.max_update_norm):
+        found["max-update-norm"] = "with recipe = 'paper' updates of any length count whole; leave it out"
+    elif 0 < settings.max_update_norm < 0.1:
+        found["max-update-norm"] = "expected 0, for no limit, or at least 0.1"
+    if settings.secure_aggregation:
+        how = "with secure-aggregation = true "
+        if robust:
+            found["strategy"] = how + "the server can't compare updates, for it sees none; take fedavg"
+        if settings.codec != "float32":
+            found["codec"] = how + "numbers are masked, and can't be packed; leave it out"
+        if settings.site_weights != "equal":
+            found["site-weights"] = how + "sites count the same; leave it out"
+    if settings.method == "full-model":
+        plain = {"feature-norm": 0.0, "blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
+        for key in [key for key, value in plain.items() if _value(settings, key) != value]:
+            found[key] = "it is for adapters; leave it out with method = 'full-model'"
+    return found
+
+
+def unusable(problems: Collection[str]) -> UserError:
+    """One error for everything that is wrong with the settings."""
+    return UserError(f"{len(problems)} of the settings can't be used:", *problems)
+
+
+def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    """The value in its field's type; `ValueError` says what was expected."""
+    kind: type = type(field.default)
+    if value == field.metadata.get("word", math.nan):
+        return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError("expected at most 63 bits")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise ValueError(f"expected {names[kind]}" + (f" or {word}" if (word := field.metadata.get("word")) else ""))
+    limits = field.metadata
+    if "choices" in limits and value not in limits["choices"]:
+        raise ValueError(f"expected one of {', '.join(limits['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    if value < limits.get("least", value):
+        raise ValueError(f"expected at least {limits['least']:g}")
+    if value > limits.get("most", value):
+        raise ValueError(f"expected at most {limits['most']:g}")
+    if "above" in limits and value <= limits["above"]:
+        raise ValueError(f"expected more than {limits['above']:g}")
+    if isinstance(value, str):
+        if shown(value) != value:
+            raise ValueError("expected plain characters, without line breaks")
+        if not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
+            raise ValueError(f"expected {limits['expected']}")
+        _check_text(key, value)
+    return value
+
+
+def _check_text(key: str, value: str) -> None:
+    """What a single text has to fulfil beyond its field's limits."""
+    if key in ("model", "data") and not value:
+        raise ValueError("expected a name; it is empty")
+    if key == "prompt" and value and any(part.count("{}") != 1 for part in value.split("|")):
+        raise ValueError("expected a template with one {} for the class name, such as 'a photo of a {}'")
+    head, path = "", value
+    if key == "data":
+        head, rest = place_of(value)
+        path = rest if head or value.startswith((".", "~")) else ""
+        if head and not path:
+            raise ValueError(f"expected a path after {head}")
+    elif key in ("model", "class-names"):
+        path = value if value.startswith((".", "~", "/")) else ""
+    elif key != "results-dir":
+        return
+    if path and not Path(path).is_absolute():
+        whole = Path(os.path.expanduser(path)).absolute()
+        raise ValueError(f"expected an absolute path, such as {head}{whole}")
+
+
+TAKEN = (
+    "data",
+    "image-column",
+    "label-column",
+    "domain-column",
+    "model",
+    "model-revision",
+    "prompt",
+    "class-names",
+    "device",
+    "precision",
+)
+"""The settings that encoding has."""

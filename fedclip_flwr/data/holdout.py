@@ -1,0 +1,43 @@
+"""The domains that no site trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.data.presets import loose
+
+
+def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
+    """The domain that no site trains on, or several with + between: `auto` is the last one, empty is none.
+
+    Without domains here, any name will do.
+    """
+    if not holdout:
+        return None
+    if not domains:
+        return None if holdout == "auto" else holdout
+    chosen = domains[-1] if holdout == "auto" and len(domains) > 1 else holdout
+    if chosen == "auto":
+        return None
+    named = held_out(chosen, domains)
+    if lacking := {*map(loose, _parts(chosen, domains))} - {*map(loose, named)}:
+        what = f"there is no {min(lacking)}" if "+" in chosen else "there is no such domain"
+        raise UserError(f"holdout = {holdout!r}: {what}; the data has {', '.join(domains)}")
+    if len(named) == len(domains):
+        what = "it is the only domain" if len(domains) == 1 else "these are all domains"
+        raise UserError(f"holdout = {holdout!r}: {what}, so nothing is left to train on")
+    return "+".join(named)
+
+
+def held_out(holdout: str | None, domains: Sequence[str]) -> list[str]:
+    """Those of the domains that `holdout` names."""
+    wanted = {loose(name) for name in _parts(holdout or "", domains)}
+    return [domain for domain in domains if loose(domain) in wanted]
+
+
+def _parts(holdout: str, domains: Sequence[str]) -> list[str]:
+    """One name, or several with + between; a domain's own name may have one."""
+    if loose(holdout) in map(loose, domains):
+        return [holdout]
+    return [part.strip() for part in holdout.split("+") if part.strip()]

@@ -1,0 +1,121 @@
+"""Where images come from, and which site holds which."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedclip_flwr.base import files
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import place_of
+from fedclip_flwr.data.base import FIND, Columns, Picture, Source
+from fedclip_flwr.data.presets import PRESETS, Canonical, Preset, fitting
+from fedclip_flwr.data.vocabulary import check_plain
+
+
+class NoImages:
+    """What a server has that holds no images."""
+
+    class_names: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+
+    def content(self, domain: str) -> str:
+        raise KeyError(domain)
+
+    def count(self, domain: str) -> int:
+        raise KeyError(domain)
+
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        raise KeyError(domain)
+
+
+def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | None]:
+    """The source that the setting `data` names, and the preset that it fits."""
+    kind, _, rest = data.partition(":")
+    if kind == "drawn":
+        from fedclip_flwr.data.drawn import Drawn
+
+        if not re.fullmatch(r"[0-9]{0,18}", rest):
+            raise UserError(f"data = {data!r}: expected a whole number of at most 18 digits after drawn:")
+        return Drawn(int(rest or 0)), None
+    if data == "none":
+        return NoImages(), None
+    head, path = place_of(data)
+    if head in LOCAL:
+        source = _local(head, Path(path), data, columns)
+    elif data in PRESETS:
+        source = _preset(data, columns)
+    else:
+        source = _of_hub(data, columns)
+    check_plain(f"data = {data!r}: a domain", source.domains)
+    check_plain(f"data = {data!r}: a class", source.class_names)
+    preset = fitting(source.domains, source.class_names)
+    if data in PRESETS and preset is not PRESETS[data]:
+        raise UserError(
+            f"data = {data!r}: expected the domains {', '.join(PRESETS[data].domains)} with the classes of that data "
+            f"set, found {', '.join(source.domains)} with {', '.join(source.class_names)}"
+        )
+    return (Canonical(source, preset), preset) if preset else (source, None)
+
+
+def _local(head: str, path: Path, data: str, columns: Columns) -> Source:
+    """What lies in that place."""
+    try:
+        return LOCAL[head](path, data, columns)
+    except PermissionError as error:
+        raise UserError(
+            f"data = {data!r}: this user may not look into {path} and all below ({error.strerror}: {error.filename}): "
+            "let it read the files and enter the folders"
+        ) from None
+    except OSError as error:
+        raise UserError(f"data = {data!r}: {path} can't be looked into ({error.strerror}: {error.filename})") from None
+
+
+def _folder(root: Path, data: str, columns: Columns) -> Source:
+    """A tree of images or a data set."""
+    from fedclip_flwr.data.dataset import DataSet, is_dataset
+    from fedclip_flwr.data.folder import ImageFolder
+
+    if not root.is_dir():
+        raise UserError(f"data = {data!r}: there is no such folder")
+    if is_dataset(root):
+        return DataSet(root, data, columns)
+    if given := [f"{name}-column" for name, column in columns._asdict().items() if column]:
+        raise UserError(f"{', '.join(given)}: {root} is no data set but a folder of images, and has no columns")
+    return ImageFolder(root)
+
+
+LOCAL: dict[str, Callable[[Path, str, Columns], Source]] = {"folder:": _folder}
+"""By what begins the data's name (`config.PLACES`), but for features, which are no images: what opens that path.
+
+It is told the whole name too, for errors, and the columns. What is open must be plain, so that another process can have
+it, and quick to make: each process does so.
+"""
+
+
+def _of_hub(data: str, columns: Columns) -> Source:
+    from fedclip_flwr.data.dataset import DataSet, from_hub
+
+    try:
+        return DataSet(from_hub(data, f"data = {data!r}"), data, columns)
+    except UserError as error:
+        near = difflib.get_close_matches(data.lower(), ("drawn", *PRESETS), 1)
+        raise UserError(f"{error}; or did you mean {near[0]}?") if near else error from None
+
+
+def _preset(name: str, columns: Columns) -> Source:
+    """A well-known data set: from its place in FEDCLIP_HOME, else from the hub."""
+    from fedclip_flwr.data.dataset import DataSet, from_hub
+
+    place, hub_id = files.home() / "data" / name, PRESETS[name].hub_id
+    if place.is_dir():
+        return _local("folder:", place, name, columns)
+    elsewhere = f"put its tree domain/class/image into {place}, or give data=folder:PATH"
+    if not hub_id:
+        raise UserError(f"data = {name!r}: the hub does not have it; {elsewhere}")
+    try:
+        return DataSet(from_hub(hub_id, f"data = {name!r}: {hub_id}"), hub_id, columns)
+    except UserError as error:
+        raise UserError(f"{error}; or {elsewhere}") from None

@@ -1,0 +1,143 @@
+"""What images are told apart by: the names of the classes, and the templates that make prompts of them.
+
+A site may number its classes otherwise than the run does, lack some of them, or keep them in folders with other names:
+`numbering` says which class of the run each of its own is.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fedclip_flwr.base import content, files
+from fedclip_flwr.base.errors import UserError, shown
+
+SEPARATOR = "|"
+"""Between the templates of an ensemble."""
+MOST_PROMPTS = 2**20
+MOST_BYTES = 2**24
+"""Of a file of class names."""
+
+
+class Vocabulary(NamedTuple):
+    """The classes by number, and the templates: with several, a class is the mean of its prompts' features."""
+
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def prompts(self) -> list[str]:
+        """All classes in the first template, then all in the next. Underscores in names are spaces there."""
+        return [t.replace("{}", name.replace("_", " ")) for t in self.templates for name in self.class_names]
+
+    @property
+    def key(self) -> str:
+        return content.digest(json.dumps(self))
+
+
+def check_classes(vocabulary: Vocabulary) -> None:
+    """Raises unless it names classes in plain characters, two or more, each once: it may come from anywhere."""
+    names, templates = vocabulary
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise UserError(f"classes: expected at least two names, each once, found {', '.join(names[:9]) or 'none'}")
+    check_plain("a class", names)
+    if not templates:
+        raise UserError("there are no prompts")
+    if len(names) * len(templates) > MOST_PROMPTS:
+        raise UserError(
+            f"{len(names):,} classes with {len(templates):,} templates: expected {MOST_PROMPTS:,} prompts at most"
+        )
+
+
+def usable(vocabulary: Vocabulary) -> Vocabulary:
+    """The same; raises if no images can be told apart by its prompts."""
+    names, templates = vocabulary
+    check_classes(vocabulary)
+    check_apart(names)
+    if any(template.count("{}") != 1 for template in templates):
+        raise UserError(
+            f"prompt = {SEPARATOR.join(templates[:9])!r}: expected a template with one {{}} for the class name, "
+            "such as 'a photo of a {}'"
+        )
+    return vocabulary
+
+
+def templates_of(prompt: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in prompt.split(SEPARATOR))
+
+
+def read_names(setting: str) -> tuple[str, ...]:
+    """Class names from the setting: a comma list, or a file with a name in each line; none if it is empty."""
+    if not setting:
+        return ()
+    text = setting.replace(",", "\n")
+    if "," not in setting and not setting.startswith("/"):
+        raise UserError(f"class-names = {setting!r}: there is no such file, and a list would have commas")
+    if setting.startswith("/"):
+        try:
+            text = files.read_bytes(Path(setting), MOST_BYTES).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"class-names = {setting!r}: the file can't be read ({error})") from None
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UserError(f"class-names: {', '.join(twice)} more than once; expected each name once")
+    if len(names) < 2:
+        raise UserError(f"class-names = {setting!r}: expected at least two names")
+    check_plain("class-names: a class", names)
+    return names
+
+
+def renamed(own: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a run's classes if these are `wanted`, and the names that the data's own classes have among them.
+
+    If the data's names are all among the wanted ones, these give the order, and may be more. Else there must be as
+    many, and none of them the data's own: they are other words for the same classes, in the same order.
+    """
+    if not wanted:
+        return tuple(own), tuple(own)
+    if {*own} <= {*wanted}:
+        return tuple(wanted), tuple(own)
+    if len(own) == len(wanted) and not {*map(_spelt, own)} & {*map(_spelt, wanted)}:
+        return tuple(wanted), tuple(wanted)
+    missing = ", ".join(sorted({*own} - {*wanted}))
+    raise UserError(
+        f"class-names has {len(wanted)} names and lacks {missing}; give all of the data's {len(own)} classes, and more "
+        f"if you like, or as many words for them that are all other ones, in this order: {', '.join(own)}"
+    )
+
+
+def check_plain(what: str, names: Iterable[str]) -> None:
+    """Raises if one of the names can't be shown as it is, or written into a prompt: they come from files."""
+    for name in names:
+        if shown(name) != name or not name.strip():
+            raise UserError(f"{what} is called {name!a}: give it a name of plain characters, in UTF-8")
+
+
+def check_apart(names: Sequence[str]) -> None:
+    """Raises if two of the names are the same but for their spelling: they would be two classes."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(_spelt(name), name)
+        if other != name:
+            raise UserError(
+                f"{other!r} and {name!r} would be different classes; give them one spelling in all of the data"
+            )
+
+
+def _spelt(name: str) -> str:
+    """What different spellings of a name have in common: accents may be written in two ways."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
+
+
+def numbering(own: Sequence[str], run: Sequence[str]) -> list[int]:
+    """The run's number of each of these classes, which may be fewer."""
+    if unknown := sorted({*own} - {*run}):
+        raise UserError(
+            f"this site has classes that the run does not know: {', '.join(unknown)} (it knows {', '.join(run)}); "
+            "rename or remove their folders, or tell the server's class-names"
+        )
+    return [run.index(name) for name in own]

@@ -1,0 +1,9 @@
+"""What travels between sites and server, and how it is checked: records, session, codecs, links, privacy, masks.
+
+May import: base, learning, data, flower.
+"""
+
+from fedclip_flwr.exchange.records import ExchangeError, Hello, Progress, Report, Task
+from fedclip_flwr.exchange.session import Session
+
+__all__ = ["ExchangeError", "Hello", "Progress", "Report", "Session", "Task"]

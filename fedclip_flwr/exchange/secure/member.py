@@ -1,0 +1,158 @@
+"""A site's side of a round of secure aggregation; what it is: `masking.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from cryptography.fernet import InvalidToken
+from flwr.common.secure_aggregation.crypto.shamir import create_shares
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
+
+from fedclip_flwr.exchange.secure.masking import (
+    DIGEST,
+    FEWEST,
+    PRIVATE_PIECE,
+    PUBLIC,
+    SEED,
+    SEED_PIECE,
+    Numbers,
+    Shares,
+    digest,
+    digests_of,
+    label,
+    listed,
+    new_private,
+    own_mask,
+    pair_mask,
+    point,
+    private_of,
+    public_of,
+    threshold,
+)
+from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
+
+OWN = "name", "context", "step", "private", "seed"
+"""What a member holds besides what it knows of others."""
+
+
+@dataclass(repr=False)
+class Member:
+    """A site's side of a round: each step once, in order, and what is no longer needed is forgotten.
+
+    A step that is refused changes nothing.
+    """
+
+    name: str
+    context: str
+    step: str = "shares"
+    private: list[bytes] = field(default_factory=list)
+    seed: bytes = b""
+    publics: dict[str, bytes] = field(default_factory=dict)
+    pieces: dict[str, bytes] = field(default_factory=dict)
+    """By the member that they came from: a piece of its seed, then one of its private key."""
+
+    @classmethod
+    def begin(cls, name: str, context: str) -> Member:
+        """A member with new keys; the context names the round, and must be the same for all."""
+        return cls(name, context, private=[new_private(), new_private()])
+
+    @property
+    def public(self) -> bytes:
+        """For the pairs' masks, then for encryption."""
+        return b"".join(map(public_of, self.private))
+
+    def share(self, publics: Mapping[str, bytes]) -> Shares:
+        """Of its secrets a piece for each; `publics` are those of all that share, this one included."""
+        self._check_step("shares")
+        if len(publics) < FEWEST:
+            raise MaskingError(f"there are {len(publics)} members to share with, expected {FEWEST} or more")
+        if publics.get(self.name) != self.public:
+            raise MaskingError("this member's own public keys came back as others")
+        if any(len(public) != 2 * PUBLIC for public in publics.values()):
+            raise MaskingError("public keys have another size than they should")
+        if len({key for public in publics.values() for key in (public[:PUBLIC], public[PUBLIC:])}) < 2 * len(publics):
+            raise MaskingError("two public keys are the same")
+        seed, order, needed = os.urandom(SEED), sorted(publics), threshold(len(publics))
+        split = zip(*(create_shares(secret, needed, len(order)) for secret in (seed, self.private[0])), strict=True)
+        pieces = dict(zip(order, map(b"".join, split), strict=True))
+        keys = self._encryption_keys({other: publics[other] for other in order if other != self.name})
+        letters = {other: encrypt(key, pieces[other] + self._address(self.name, other)) for other, key in keys.items()}
+        self.step, self.seed, self.publics = "vectors", seed, dict(publics)
+        self.pieces = {self.name: pieces[self.name]}
+        return Shares(letters, {other: digests_of(piece) for other, piece in pieces.items()}, digest(seed))
+
+    def mask(self, letters: Mapping[str, bytes], numbers: Numbers) -> Numbers:
+        """The numbers, masked; `letters` are the pieces from others, by sender: these have a part in the sum."""
+        self._check_step("vectors")
+        if unknown := letters.keys() - (self.publics.keys() - {self.name}):
+            raise MaskingError(f"pieces came from members that nothing was shared with: {listed(unknown)}")
+        if len(letters) + 1 < (needed := threshold(len(self.publics))):
+            raise MaskingError(f"pieces came of {len(letters) + 1} members, expected {needed} or more")
+        if numbers.dtype != np.uint32 or numbers.ndim != 1:
+            raise MaskingError(f"numbers are {numbers.dtype} in {numbers.ndim} dimensions, expected uint32 in one")
+        keys = self._encryption_keys({sender: self.publics[sender] for sender in letters})
+        pieces = {sender: self._open(sender, keys[sender], letter) for sender, letter in letters.items()}
+        masked = numbers + own_mask(self.seed, self.context, self.name, len(numbers))
+        private = private_of(self.private[0])
+        for other in letters:
+            secret = generate_shared_key(private, point(self.publics[other][:PUBLIC]))
+            masked += pair_mask(secret, self.context, self.name, other, len(numbers))
+        self.step, self.private, self.seed, self.pieces = "reveals", [], b"", {**self.pieces, **pieces}
+        return masked
+
+    def reveal(self, survivors: Iterable[str], dropped: Iterable[str]) -> dict[str, bytes]:
+        """Pieces of the survivors' seeds and of the private keys of the dropped."""
+        self._check_step("reveals")
+        survivors, dropped = set(survivors), set(dropped)
+        if both := survivors & dropped:
+            raise MaskingError(f"both pieces are asked of {listed(both)}: that would unmask a single vector")
+        if unknown := (survivors | dropped) - self.pieces.keys():
+            raise MaskingError(f"pieces are asked that never came: of {listed(unknown)}")
+        if self.name not in survivors:
+            raise MaskingError("this member is not among those whose vector came, but its vector went")
+        if len(survivors) < (needed := max(threshold(len(self.publics)), FEWEST)):
+            raise MaskingError(f"vectors of {len(survivors)} members came, expected {needed} or more")
+        told = {name: self.pieces[name][:SEED_PIECE] for name in survivors}
+        told |= {name: self.pieces[name][SEED_PIECE:] for name in dropped}
+        self.step, self.publics, self.pieces = "nothing", {}, {}
+        return told
+
+    def dump(self) -> dict[str, Any]:
+        """All of it, as a Flower ConfigRecord can hold it."""
+        own = {key: getattr(self, key) for key in OWN}
+        publics = {"publics": list(self.publics), "publics-of": list(self.publics.values())}
+        return own | publics | {"pieces": list(self.pieces), "pieces-of": list(self.pieces.values())}
+
+    @classmethod
+    def load(cls, known: Mapping[str, Any]) -> Member:
+        publics, pieces = (dict(zip(known[key], known[f"{key}-of"], strict=True)) for key in ("publics", "pieces"))
+        return cls(**{key: known[key] for key in OWN}, publics=publics, pieces=pieces)
+
+    def _check_step(self, step: str) -> None:
+        if self.step != step:
+            raise MaskingError(f"this member is asked for {step}, expected to be asked for {self.step}")
+
+    def _encryption_keys(self, publics: Mapping[str, bytes]) -> dict[str, bytes]:
+        private = private_of(self.private[1])
+        return {other: generate_shared_key(private, point(public[PUBLIC:])) for other, public in publics.items()}
+
+    def _address(self, sender: str, receiver: str) -> bytes:
+        return label("pieces", self.context, sender, receiver)
+
+    def _open(self, sender: str, key: bytes, letter: bytes) -> bytes:
+        """What is in the letter, behind which the server has put the digests that its sender told."""
+        letter, digests = letter[: -2 * DIGEST], letter[-2 * DIGEST :]
+        try:
+            opened = decrypt(key, letter)
+        except InvalidToken:
+            raise LetterError(sender, "are damaged or not meant for this one") from None
+        pieces, address = opened[: SEED_PIECE + PRIVATE_PIECE], opened[SEED_PIECE + PRIVATE_PIECE :]
+        if digests_of(pieces) != digests:
+            raise LetterError(sender, "have other digests than it told")
+        if address != self._address(sender, self.name):
+            raise LetterError(sender, "are of another round, sender or receiver")
+        return pieces

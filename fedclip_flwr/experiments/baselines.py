@@ -1,0 +1,161 @@
+"""What is compared: our adapters, and what they have to be better than.
+
+Every method learns and averages by the same code, on the same sites, splits and images. Zero-shot is the frozen CLIP.
+`local` is each site alone, with as much training, tested on its own images and, as a mean over the sites, on the unseen
+domain. FedAVG (arXiv 1602.05629) and FedProx (arXiv 1812.06127) train and send the whole CLIP, from pixels. In
+`centralised`, all training features are in one place: no federation could ask for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.experiments.inprocess import Line, federate, tested
+from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.learning.metrics import Score, mean_of
+from fedclip_flwr.learning.training import evaluate
+from fedclip_flwr.site.holdings import Site
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a method is tried on; `start` is what learns, where that is no adapter."""
+
+    sites: Sequence[Site]
+    classes: Classes
+    unseen: Mapping[str, Examples]
+    settings: Settings
+    start: Learner | None = None
+    each_round: Callable[[], object] = lambda: None
+
+
+def zero_shot(case: Case) -> Line:
+    classes = case.classes.ready(case.classes.text.device)
+    validated = {site.name: evaluate(None, site.validation, classes) for site in case.sites}
+    return tested(None, case.sites, classes, case.unseen, 0, validated)
+
+
+def together(case: Case) -> Line:
+    """The federation."""
+    more: dict[str, Any] = {"start": case.start, "all_lines": False, "each_round": case.each_round}
+    return federate(case.sites, case.classes, case.unseen, case.settings, **more).selected
+
+
+def centralised(case: Case) -> Line:
+    return together(replace(case, sites=pooled(case.sites)))
+
+
+def pooled(sites: Sequence[Site]) -> list[Site]:
+    """All sites' training rows in one place, their validation and test rows where they were."""
+    whole = Examples(*(torch.cat(parts) for parts in zip(*(s.train for s in sites), strict=True)))
+    none = Examples(whole.features[:0], whole.labels[:0])
+    return [Site("centralised", whole, none, none), *(Site(s.name, none, s.validation, s.test) for s in sites)]
+
+
+def local_only(case: Case) -> Line:
+    able = [site for site in case.sites if len(site.train.labels)]
+    if not able:
+        raise UserError("no site has an example to learn from: use more data or fewer sites")
+    found = [together(replace(case, sites=[site])) for site in able]
+    own = {site.name: line.tests[site.name] for site, line in zip(able, found, strict=True)}
+    apart = {domain: [line.tests[domain] for line in found] for domain in case.unseen}
+    sums = {domain: Score(*map(sum, zip(*scores, strict=True))) for domain, scores in apart.items()}
+    return Line(
+        max(line.round for line in found),
+        seen=mean_of(line.seen for line in found if line.seen is not None),
+        validation=mean_of(line.validation for line in found if line.validation is not None),
+        unseen=mean_of(line.unseen for line in found if line.unseen is not None),
+        tests=own | sums,
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison: what is done, and with which settings beside those of all rows."""
+
+    label: str
+    run: Callable[[Case], Line]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole_model(self) -> bool:
+        return self.settings.get("method") == "full-model"
+
+    @property
+    def sends(self) -> bool:
+        """Whether something travels in each round."""
+        return self.run is together
+
+
+METHODS = {
+    "zero-shot": Method("zero-shot", zero_shot),
+    "local": Method("each site alone", local_only),
+    "fedavg": Method(
+        "FedAVG, whole model, as we read the paper", together, {"method": "full-model", "recipe": "paper"}
+    ),
+    "fedprox": Method(
+        "FedProx, whole model, as we read the paper",
+        together,
+        {"method": "full-model", "recipe": "paper", "strategy": "fedprox"},
+    ),
+    "paper": Method("FedCLIP, the paper's recipe", together, {"recipe": "paper"}),
+    "attention": Method("ours, attention", together),
+    "gate": Method("ours, gate", together, {"adapter": "gate"}),
+    "scale": Method("ours, scale", together, {"adapter": "scale"}),
+    "blend": Method("ours, attention, blend chosen", together, {"blend": "auto"}),
+    "centralised": Method("attention, all in one place", centralised),
+}
+OWN = frozenset({"method", "adapter", "recipe", "strategy"})
+"""The settings in which methods differ."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Accuracies that others report, in per cent: by held-out domain, and their mean.
+
+    `every` if they are means over all domains, the held-out one included; else over the held-out domain only. They
+    stand only beside results of the same `model`.
+    """
+
+    label: str
+    by_domain: Mapping[str, float]
+    mean: float | None
+    every: bool = False
+    model: str = "clip-vit-base-patch16"
+
+
+_B32 = "clip-vit-base-patch32"
+_FEDMVP = "ViT-B/16, as FedMVP (ICCV 2025) reports it, held-out accuracy"
+
+
+def _readme(method: str, *accuracies: float, mean: float) -> Published:
+    """What the readme of the released code has, by held-out domain."""
+    label = f"{method}: ViT-B/32, readme of the released code, almost certainly the mean over all four domains"
+    domains = ("art_painting", "cartoon", "photo", "sketch")
+    return Published(label, dict(zip(domains, accuracies, strict=True)), mean, every=True, model=_B32)
+
+
+PUBLISHED = {
+    "pacs": [
+        _readme("FedAVG", 64.65, 84.50, 87.87, 89.16, mean=81.55),
+        _readme("FedProx", 77.81, 87.95, 89.42, 90.08, mean=86.32),
+        _readme("FedCLIP", 95.15, 95.36, 95.46, 94.99, mean=95.24),
+        Published(
+            "FedCLIP: ViT-B/32, a log in issue 38 of the released code, held-out accuracy",
+            {"sketch": 89.36},
+            None,
+            model=_B32,
+        ),
+        Published(f"zero-shot: {_FEDMVP}", {}, 96.16),
+        Published(f"FedCLIP: {_FEDMVP}", {}, 96.29),
+    ],
+    "vlcs": [Published(f"zero-shot: {_FEDMVP}", {}, 83.29), Published(f"FedCLIP: {_FEDMVP}", {}, 82.70)],
+    "office-home": [Published(f"zero-shot: {_FEDMVP}", {}, 81.49), Published(f"FedCLIP: {_FEDMVP}", {}, 81.74)],
+}
+"""By preset. Where they come from is in the labels; none was measured here."""

@@ -1,0 +1,252 @@
+"""A sweep from the user's wishes, checked, to its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from fedclip_flwr import x as output
+from fedclip_flwr.base import content, files
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import STORED, Settings, unusable
+from fedclip_flwr.base.text import counted
+from fedclip_flwr.data.holdout import pick_holdout
+from fedclip_flwr.data.presets import PRESETS, fitting
+from fedclip_flwr.experiments import printed
+from fedclip_flwr.experiments.baselines import METHODS, OWN, PUBLISHED, Published
+from fedclip_flwr.experiments.sweep import Plan, sweep
+from fedclip_flwr.experiments.tables import Row, as_csv, markdown, rows
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.runs.console import NOT_THE_PAPERS
+from fedclip_flwr.runs.opening import open_run
+
+OPTIONS = {"data": "data", "model": "model", "holdout": "holdouts", "seed": "seeds", "num-server-rounds": "rounds"}
+"""Settings that a sweep takes as options."""
+MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "name", "resume", "results-dir", "track"})
+"""Settings of messages and run folders, of which a sweep has none."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks for; a comma list where there are several, and empty or 0 for the default."""
+
+    data: str
+    model: str
+    methods: str
+    holdouts: str
+    nodes: int
+    seeds: int
+    first_seed: int
+    rounds: int
+    full_model_rounds: int
+    full_model_seeds: int
+    jobs: int
+    out: str
+    name: str
+    against: str
+    settings: Sequence[str]
+
+
+def compare(wishes: Wishes) -> str:
+    """Runs the sweep; its tables and summary. They are also written to a folder, with all that they were made of."""
+    begun = time.monotonic()
+    plan, features = planned(wishes)
+    folder = _folder(wishes, plan, features)
+    jobs = wishes.jobs or (1 if models.pick_device(plan.settings.device).type == "cuda" else os.cpu_count() or 1)
+    results, kept = sweep(plan, jobs)
+    made = rows(plan, results, len(features.domains))
+    published, remarks = _published(plan, features)
+    facts = [plan.settings.data, features.model, *wishes.settings, counted(plan.sites, "site")]
+    told = f"{wishes.name}: " * bool(wishes.name) + f"{', '.join(facts)}, seeds from {plan.seeds[0]}"
+    on = f"{counted(jobs, 'process')} on {counted(os.cpu_count() or 1, 'core')}, {platform.machine()}"
+    took = f"{time.monotonic() - begun:.0f} s with {on}"
+    took += f"; {kept} of {len(results)} results from earlier" if kept else ""
+    compared, cells = printed.differences(plan, results), printed.accuracies(made, published)
+    differing = printed.differences_table(compared, _against(wishes, plan))
+    every = " / all domains" if any(source.every for source in published) else ""
+    text = "\n".join(
+        [
+            markdown(made, published, 2 * 4 * features.parameters if features.parameters else None),
+            *([differing, DIFFERING, ""] if differing else []),
+            f"Test accuracy in %, seen / unseen{every}, {SPREAD}; gains over zero-shot.",
+            *remarks,
+            *_warnings(plan, features),
+            f"{told}; {took}",
+        ]
+    )
+    texts = {
+        "table.md": f"{text}\n",
+        "table.csv": as_csv(made, published),
+        "accuracy.md": f"{printed.as_markdown(cells)}\nTest accuracy in %, {SPREAD}.\n{told}\n",
+        "accuracy.tex": printed.as_latex(cells, told),
+        "results.csv": printed.by_site(plan, results, wishes.name),
+        "differences.csv": printed.differences_csv(compared, wishes.name),
+    }
+    for file, whole in texts.items():
+        files.write_whole(folder / file, partial(_write, whole), "--out")
+    return f"{text}\nWritten to {folder}: {', '.join([*texts, *_plots(made, folder)])}"
+
+
+SPREAD = "mean ± standard deviation over the seeds"
+DIFFERING = (
+    "Differences, means over the held-out domains: mean over the seeds [95 % interval], p of a paired t-test. Seeds "
+    "draw other splits and first weights, of the same images: this says nothing of other images."
+)
+FACTS = "sweep.json"
+"""What the results in a folder are of."""
+
+
+def _folder(wishes: Wishes, plan: Plan, features: Features) -> Path:
+    """Where the results go. No sweep takes another's place, unless the user names its folder."""
+    mark = content.digest(str(replace(wishes, jobs=0)), features.content)[:8]
+    name = wishes.name or f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}-{mark}"
+    folder = files.home() / "sweeps" / content.file_name(name)
+    if wishes.out:
+        folder = Path(wishes.out).expanduser().absolute()
+    elif wishes.name and folder.exists():
+        try:
+            known = files.read_json(folder / FACTS)["mark"]
+        except (OSError, ValueError, KeyError, TypeError):
+            known = None
+        if known != mark:
+            raise UserError(f"--name {wishes.name}: another sweep has this name, in {folder}; give another one")
+    files.make_folder(folder, "--out")  # before the work, not after it
+    asked = {**dataclasses.asdict(wishes), "settings": list(wishes.settings), "mark": mark}
+    files.write_whole(folder / FACTS, partial(_write, json.dumps(asked, indent=2) + "\n"), "--out")
+    return folder
+
+
+def _against(wishes: Wishes, plan: Plan) -> list[str]:
+    """What all methods are compared with: zero-shot, and the paper's unless the user names another."""
+    other = wishes.against or ("paper" if "paper" in plan.methods and len(plan.methods) > 2 else "")
+    return list(dict.fromkeys(name for name in ("zero-shot", other) if name))
+
+
+def _published(plan: Plan, features: Features) -> tuple[list[Published], list[str]]:
+    """What others have published of this data with this model, and a remark where there is something else."""
+    preset = fitting(features.domains, features.vocabulary.class_names)
+    known = next((PUBLISHED[name] for name, of in PRESETS.items() if of is preset), [])
+    model = features.model.rstrip("/").rpartition("/")[2]
+    found = [source for source in known if source.model == model]
+    if known and not found:
+        others = ", ".join(sorted({source.model for source in known}))
+        return [], [
+            f"Published figures of this data are for {others}, and stand only beside results of the same model."
+        ]
+    if set(plan.holdouts) != set(features.domains):  # then the column mean is of others than theirs
+        found = [replace(source, mean=None) for source in found if source.by_domain]
+    return found, []
+
+
+def _warnings(plan: Plan, features: Features) -> list[str]:
+    paper = replace(plan.settings, **METHODS["paper"].settings)
+    if "paper" in plan.methods and paper.sees_given_length and features.has_unit_length(features.domains):
+        return [f"The row {METHODS['paper'].label} can't be the paper's result: {NOT_THE_PAPERS}."]
+    return []
+
+
+def _plots(made: Sequence[Row], folder: Path) -> list[str]:
+    """Draws the gains, of the mean over the held-out domains; the files' names."""
+    from fedclip_flwr.report import (
+        drawing,
+        sweep_plots,  # not for --help
+    )
+
+    points = [
+        sweep_plots.Point(
+            METHODS[row.method].label,
+            row.gain_seen.mean,
+            row.gain_unseen.mean if row.gain_unseen else None,
+            row.gain_seen.deviation,
+            row.gain_unseen.deviation if row.gain_unseen else None,
+            row.bytes,
+        )
+        for row in made
+        if row.held_out == made[-1].held_out and row.gain_seen
+    ]
+    with drawing.styled():
+        drawn = output.write_plots(sweep_plots.of_sweep(points), folder)
+    return [f"{output.PLOTS}/{name}.{kind}" for name in drawn for kind in ("svg", "png")]
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def planned(wishes: Wishes) -> tuple[Plan, Features]:
+    """The plan; everything that is wrong is told at once."""
+    rounds = f"num-server-rounds={max(wishes.rounds, 1)}"
+    given, problems = read_settings([f"data={wishes.data}", f"model={wishes.model}", rounds])
+    more, wrong = read_settings(wishes.settings)
+    problems |= wrong
+    least = {
+        "nodes": 0,
+        "seeds": 1,
+        "first_seed": 0,
+        "rounds": 1,
+        "full_model_rounds": 1,
+        "full_model_seeds": 1,
+        "jobs": 0,
+    }
+    for name, number in least.items():
+        if getattr(wishes, name) < number:
+            told = f"--{name.replace('_', '-')} {getattr(wishes, name)}"
+            problems[told] = f"{told}: expected at least {number}"
+    for key in more:
+        if key in OPTIONS:
+            problems[key] = f"{key}: a sweep takes it as --{OPTIONS[key]}"
+        elif key in OWN:
+            problems[key] = f"{key}: methods differ in it; choose some with --methods"
+        elif key in MEANINGLESS:
+            problems[key] = f"{key}: it means nothing in a sweep; leave it out"
+    unfit = {name: why for name in METHODS if (why := _unfit(name, wishes.data, more))}
+    methods = _listed(wishes.methods) or [name for name in METHODS if name not in unfit]
+    if unknown := sorted({*methods} - {*METHODS}):
+        problems["methods"] = f"--methods {', '.join(unknown)}: expected some of {', '.join(METHODS)}"
+    for name in sorted({*methods} & {*unfit}):
+        problems[name] = f"--methods {name}: {unfit[name]}"
+    if wishes.against and wishes.against not in methods:
+        problems["against"] = f"--against {wishes.against}: expected one of the methods that are compared"
+    if not re.fullmatch(Settings.keys()["name"].metadata["pattern"], wishes.name) or wishes.name == "results":
+        problems["name"] = f"--name {wishes.name}: expected letters, digits, points and dashes, and not results"
+    seed = wishes.first_seed + wishes.seeds - 1
+    settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)
+    try:
+        holdouts = [pick_holdout(name, features.domains) or "" for name in _listed(wishes.holdouts)]
+    except UserError as error:
+        raise unusable([str(error).replace("holdout =", "--holdouts")]) from None
+    if not holdouts:
+        holdouts = list(features.domains) if len(features.domains) > 1 else [""]
+    plan = Plan(
+        settings,
+        ["zero-shot", *(name for name in METHODS if name in methods and name != "zero-shot")],
+        list(dict.fromkeys(holdouts)),
+        range(wishes.first_seed, wishes.first_seed + wishes.seeds),
+        wishes.nodes or max(1, len(features.domains) - (holdouts != [""])),
+        wishes.full_model_rounds,
+        wishes.full_model_seeds,
+    )
+    return plan, features
+
+
+def _unfit(name: str, data: str, given: Mapping[str, object]) -> str:
+    """Why the method can't be tried on the data or with these settings; empty if it can."""
+    if METHODS[name].whole_model and data.startswith(STORED):
+        return f"needs images, and {data} has only their features"
+    if "blend" in given and (METHODS[name].whole_model or "blend" in METHODS[name].settings):
+        return "leaves no room for another blend; leave one of them out"
+    return ""
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

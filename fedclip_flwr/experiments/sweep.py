@@ -1,0 +1,204 @@
+"""Every method on every held-out domain, with several seeds.
+
+A result is kept as soon as it is there, under a key made of all that it follows from: settings, data, model, and the
+code of this package. So a sweep that was stopped goes on where it was, and a larger one takes over what it can.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from multiprocessing import active_children, get_context
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from fedclip_flwr.base import content, files
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange.records import Report
+from fedclip_flwr.experiments.baselines import METHODS, Case
+from fedclip_flwr.experiments.inprocess import make_sites
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.learning.metrics import BINS, Quality, Score
+
+
+class Cell(NamedTuple):
+    """One method, one held-out domain, one seed."""
+
+    method: str
+    settings: Settings
+    sites: int
+
+    @property
+    def whole_model(self) -> bool:
+        return self.settings.method == "full-model"
+
+    @property
+    def rounds(self) -> int:
+        """How many it takes, for the progress bar."""
+        rounds = {"zero-shot": 0, "local": self.sites * self.settings.num_server_rounds}
+        return rounds.get(self.method, self.settings.num_server_rounds)
+
+    def key(self, features: Features) -> str:
+        """Of all that the result follows from. Data and model are told by their content, wherever they are."""
+        how = {k: v for k, v in self.settings.as_run_config().items() if k not in ("data", "model", "results-dir")}
+        code = content.of_package(content.memory())
+        return content.digest(self.method, str(self.sites), json.dumps(how), features.content, code, torch.__version__)
+
+
+class Found(NamedTuple):
+    """What a cell came to: accuracies as fractions, the selected round, and the bytes of a site's round.
+
+    `tests` has for each site, and for each unseen domain, its name, its test examples, and how many were right.
+    """
+
+    seen: float | None
+    unseen: float | None
+    round: int
+    bytes: int | None
+    tests: Sequence[Sequence[Any]] = ()
+
+
+Results = dict[Cell, Found]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is swept over. The whole model takes longer by far, and has numbers of its own."""
+
+    settings: Settings
+    methods: Sequence[str]
+    holdouts: Sequence[str]
+    seeds: range
+    sites: int
+    whole_rounds: int
+    whole_seeds: int
+
+    def cells(self) -> list[Cell]:
+        """What takes longest comes first."""
+        order = sorted(self.methods, key=lambda method: not METHODS[method].whole_model)
+        return [
+            Cell(method, self._settings(method, holdout, seed), self.sites)
+            for method in order
+            for seed in (self.seeds[: self.whole_seeds] if METHODS[method].whole_model else self.seeds)
+            for holdout in self.holdouts
+        ]
+
+    def _settings(self, method: str, holdout: str, seed: int) -> Settings:
+        rounds = self.rounds_of(method) or self.settings.num_server_rounds
+        own = {"holdout": holdout, "seed": seed, "num_server_rounds": rounds, **METHODS[method].settings}
+        return replace(self.settings, **own)
+
+    def rounds_of(self, method: str) -> int:
+        if method == "zero-shot":
+            return 0
+        return self.whole_rounds if METHODS[method].whole_model else self.settings.num_server_rounds
+
+
+def solve(cell: Cell, features: Features, each_round: Callable[[], object] = lambda: None) -> Found:
+    """Does what the cell says."""
+    settings, method = cell.settings, METHODS[cell.method]
+    device = models.pick_device(settings.device)
+    how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
+    sites, unseen = make_sites(features, settings.holdout, cell.sites, settings.seed, **how)
+    start = new_learner(settings, features).to(device)
+    case = Case(sites, features.classes.ready(device), unseen, settings, start, each_round)
+    size = None
+    if method.sends:
+        score = Score(1000, 1000, 1.0)
+        report = Report(1000, score, Quality(score, 1.0, 1.0, [0.5] * BINS))
+        size = records.round_size(start.state_dict(), settings.codec, "0" * 16, report)
+    line = method.run(case)
+    tests = [(name, score.examples, score.correct) for name, score in line.tests.items()]
+    return Found(line.seen, line.unseen, line.round, size, tests)
+
+
+def sweep(plan: Plan, jobs: int) -> tuple[Results, int]:
+    """The results of all cells, and how many of them were kept from earlier."""
+    cells, store = plan.cells(), files.home() / "sweeps" / "results"
+    opened = {whole: _open(plan.settings, whole) for whole in sorted({cell.whole_model for cell in cells})}
+    keys = {cell: cell.key(opened[cell.whole_model]) for cell in cells}
+    kept = {cell: content.recall(key, store) for cell, key in keys.items()}
+    results = {cell: Found(**json.loads(text)) for cell, text in kept.items() if text}
+    todo, known = [cell for cell in cells if cell not in results], len(results)
+    for whole in {cell.whole_model for cell in todo}:
+        for domain in opened[whole].domains:  # encoded once, by this process, with a progress bar
+            opened[whole].examples(domain)
+    for cell, found in _solved(todo, plan.settings, jobs, len(cells)):
+        results[cell] = found
+        content.remember(keys[cell], json.dumps(found._asdict()), store)
+    return {cell: results[cell] for cell in cells}, known
+
+
+def _solved(todo: Sequence[Cell], settings: Settings, jobs: int, cells: int) -> Iterator[tuple[Cell, Found]]:
+    """The cells' results as they come in, worked out by so many processes."""
+    if not todo:
+        return
+    context = get_context("spawn")  # CUDA can't be forked
+    rounds = context.Value("q", 0)
+    pool = ProcessPoolExecutor(min(jobs, len(todo)), context, _begin, (settings, rounds))
+    how = {
+        "bar_format": "{desc} |{bar}| {n_fmt} of {total_fmt} rounds, {elapsed}",
+        "mininterval": 0.5 if sys.stderr.isatty() else 10,
+    }
+    with tqdm(total=sum(cell.rounds for cell in todo), **how) as bar:
+        try:
+            waiting = {pool.submit(_solve, cell): cell for cell in todo}
+            while waiting:
+                bar.set_description_str(f"{cells - len(waiting)} of {cells} results", refresh=False)
+                bar.update(rounds.value - bar.n)
+                done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a process of the sweep was ended from outside, perhaps for want of memory: give fewer --jobs; the "
+                "same command goes on from here"
+            ) from None
+        finally:
+            if waiting:  # an error, or the user wants no more
+                for child in active_children():
+                    child.terminate()
+            pool.shutdown(cancel_futures=True)
+
+
+# In the processes that do the work
+
+_settings: Settings
+_rounds: Any
+
+
+def _begin(settings: Settings, rounds: Any) -> None:
+    global _settings, _rounds
+    _settings, _rounds = settings, rounds
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    torch.set_num_threads(1)  # there are as many processes as cores; and one thread gives the same everywhere
+
+
+def _solve(cell: Cell) -> Found:
+    return solve(cell, _open_once(cell.whole_model), _count)
+
+
+def _count() -> None:
+    with _rounds.get_lock():
+        _rounds.value += 1
+
+
+@lru_cache
+def _open_once(whole: bool) -> Features:
+    return _open(_settings, whole)
+
+
+def _open(settings: Settings, whole: bool) -> Features:
+    return open_features(replace(settings, method="full-model") if whole else settings)

@@ -1,0 +1,179 @@
+"""The frozen CLIP on disk: found by name, identified by content, not loaded."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedclip_flwr.base import content, files, hub
+from fedclip_flwr.base.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+BUNDLED = files.PACKAGE / "bundled" / "model"
+FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
+"""What a model consists of: settings, vocabulary, weights. Never a pickle."""
+MOST_BYTES = 2**26
+"""Of a model's settings."""
+LARGE = 100 * 10**6
+"""Bytes of weights from which on a lower precision pays."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A CLIP on disk, not loaded."""
+
+    name: str
+    folder: Path
+    revision: str = ""  # the hub's commit
+
+    def content(self, memory: Path) -> str:
+        """The hash of the model's files, weights and image processor included."""
+        return content.of_files(self.folder, [file.name for file in model_files(self.folder)], memory)
+
+    @property
+    def size(self) -> int:
+        """The bytes of its weights."""
+        return sum(file.stat().st_size for file in model_files(self.folder) if file.suffix == ".safetensors")
+
+    @property
+    def dim(self) -> int:
+        """How many numbers a feature has; where the model does not say so, more than any has."""
+        return int(self._config.get("projection_dim") or self._vision.get("hidden_size") or 1152)
+
+    @property
+    def image_size(self) -> int:
+        """How many pixels an image has in a row, as it takes them."""
+        return int(self._vision.get("image_size") or 384)
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return _json(self.folder / "config.json")
+
+    @property
+    def _vision(self) -> dict[str, Any]:
+        vision = self._config.get("vision_config")
+        return vision if isinstance(vision, dict) else {}
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files in the folder that the model consists of."""
+    return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in FILES))
+
+
+def find(name: str, revision: str = "") -> Model:
+    """The model of that name: `bundled`, a folder saved by `save_pretrained`, or a Hugging Face id."""
+    folder = BUNDLED if name == "bundled" else Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
+        if folder.is_absolute() or name.startswith("."):
+            raise UserError(f"model = {name!r}: there is no such folder")
+        folder = _from_hub(name, revision)
+        revision = folder.name
+    elif revision:
+        raise UserError(f"model-revision = {revision!r}: only models of the Hugging Face hub have revisions")
+    elif missing := _lacks(folder):
+        raise UserError(f"model = {name!r}: {folder} lacks {missing}; save all of it with save_pretrained")
+    config = _json(folder / "config.json")
+    towers = {"an image tower": "vision_config", "a text tower": "text_config"}
+    if without := [tower for tower, key in towers.items() if not {key, f"{key}_dict"} & config.keys()]:
+        kind = config.get("model_type", "model without a type")
+        raise UserError(f"model = {name!r}: a {kind} lacks {' and '.join(without)}; expected a CLIP or SigLIP")
+    return Model(name, folder, revision)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        facts = files.read_json(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): get it once more") from None
+    return facts if isinstance(facts, dict) else {}
+
+
+def _lacks(folder: Path) -> str | None:
+    """What a model's folder would have to hold and doesn't."""
+    for name, needed in {
+        "config.json": ["config.json"],
+        "preprocessor_config.json": ["preprocessor_config.json", "processor_config.json"],
+        "a tokenizer": ["tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"],
+    }.items():
+        if not any((folder / file).exists() for file in needed):
+            return name
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.exists():
+        told = _json(index).get("weight_map")
+        weights = set(map(str, told.values())) if isinstance(told, dict) else {"a list of weights"}
+    if missing := sorted(file for file in weights if not (folder / file).exists()):
+        pickled = any(folder.glob("*.bin"))
+        return missing[0] + " (weights are there as a pickle only, which is never read)" * pickled
+    for file in sorted(weights):
+        try:
+            with safe_open(folder / file, "pt"):  # reads the header, which tells the file's size
+                pass
+        except (OSError, SafetensorError):
+            return f"the whole of {file}"
+    return None
+
+
+def _from_hub(name: str, revision: str) -> Path:
+    """The folder in which the hub's cache holds the model; weights may come from the hub's own conversion of them."""
+
+    def snapshot(revision: str) -> Path:
+        told = f"model = {name!r}"
+        return hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, told=told, allow_patterns=FILES)
+
+    known = f"conversion-{content.digest(name)}"
+    try:
+        return snapshot(revision or content.recall(known, content.memory()) or "")
+    except hub.IncompleteError:
+        converted = None if revision else hub.conversion(name)
+        if not converted:
+            raise
+        log.warning("%s has no safetensors; taken are those that the hub has converted (%s)", name, converted)
+        content.remember(known, converted, content.memory())
+        return snapshot(converted)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"device = {name!r}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}; use auto"
+        )
+    return device
+
+
+def pick_precision(name: str, model: Model, device: str = "auto") -> torch.dtype:
+    """What encoding computes in, told without loading the model.
+
+    `auto` is bfloat16 (on an older GPU float16) where the device has instructions for it and the model is large: a
+    small one would gain nothing, and in float32 its features are the same everywhere.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if model.size < LARGE:
+        return torch.float32
+    if pick_device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def has_bfloat16(facts: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for bfloat16; without them it is several times slower than float32."""
+    try:
+        found = re.search(r"^(flags|Features)\s*:(.*)", facts.read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return bool(found and {"amx_bf16", "avx512_bf16", "bf16"} & set(found[2].split()))

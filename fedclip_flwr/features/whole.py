@@ -1,0 +1,67 @@
+"""A whole CLIP that is trained, from pixels: the method `full-model`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedclip_flwr.features.clip import PART, Clip, full_convolutions, unit
+from fedclip_flwr.learning.base import Classes, Learner
+
+
+class WholeModel(Learner):
+    """A whole CLIP that learns: from pixels in bytes as a `Preparer` makes them, with class features of its own.
+
+    Its weights are float32; it computes in the precision that is asked for.
+    """
+
+    factor: Tensor
+    shift: Tensor
+
+    def __init__(self, net: Any, processor: Any, tokens: Mapping[str, Tensor], templates: int, dtype: torch.dtype):
+        super().__init__()
+        self.net = net.float().requires_grad_(True)
+        self._templates, self._dtype = templates, dtype
+        scale = processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        constants = {
+            "factor": (scale / torch.tensor(std)).view(3, 1, 1),
+            "shift": (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1),
+            **tokens,
+        }
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)  # goes to the device with it, but does not travel
+        self._tokens = tuple(tokens)
+
+    @classmethod
+    def copy_of(
+        cls, loaded: Clip, prompts: Sequence[str], templates: int = 1, dtype: torch.dtype = torch.float32
+    ) -> WholeModel:
+        """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""
+        net = copy.deepcopy(loaded.net).to(memory_format=torch.contiguous_format)  # as tensors travel
+        return cls(net, loaded.processor, loaded.tokens(prompts), templates, dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """In parts, so that any number of images can be evaluated."""
+        return torch.cat([self._features(part) for part in torch.split(pixels, PART)])
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        with self._precision(), full_convolutions():
+            images = pixels * self.factor - self.shift
+            return unit(self.net.get_image_features(pixel_values=images))
+
+    def against(self, classes: Classes) -> Classes:
+        """Its own class features, scale and bias; those that are given are the frozen model's."""
+        with self._precision():
+            features = unit(self.net.get_text_features(**{name: getattr(self, name) for name in self._tokens}))
+        text = F.normalize(features.view(self._templates, -1, features.shape[1]).mean(0), dim=-1)
+        bias = getattr(self.net, "logit_bias", None)
+        return Classes(text, self.net.logit_scale.exp(), 0.0 if bias is None else bias)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.factor.device.type, self._dtype, enabled=self._dtype != torch.float32)

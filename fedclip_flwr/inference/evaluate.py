@@ -1,0 +1,183 @@
+"""The command `fedclip evaluate`: how well labelled images are told apart, zero-shot beside adapted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import STORED, TAKEN, Settings, unusable
+from fedclip_flwr.base.text import counted, gain, percent, some, table
+from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.data.vocabulary import SEPARATOR
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.folder import FeatureFolder
+from fedclip_flwr.features.opening import open_features, source_of
+from fedclip_flwr.inference.learnt import Learnt, find_learnt
+from fedclip_flwr.learning.metrics import Quality, mean_figures
+from fedclip_flwr.learning.training import examine
+from fedclip_flwr.runs import history
+from fedclip_flwr.runs.arguments import read_settings
+
+OPTIONS = {"data", "model", "model-revision", "prompt", "class-names"}
+"""Settings that this command has other ways for."""
+FIGURES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "calibration_error": "calibration error"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks for; empty for the default."""
+
+    data: str
+    settings: Sequence[str]
+    adapter: str
+    classes: str
+    prompt: str
+    by_class: bool
+    as_json: bool
+    model: str
+    revision: str
+
+
+class Pair(NamedTuple):
+    """How well a domain's images are told apart."""
+
+    zero: Quality
+    adapted: Quality
+
+
+def evaluate(wishes: Wishes) -> str:
+    """The tables, or their facts as JSON."""
+    learnt = find_learnt(wishes.adapter, wishes.revision)
+    settings = _settings(wishes, learnt)
+    plain, adapted, own = _opened(settings, learnt, wishes)
+    found = _examined(plain, adapted, learnt, settings)
+    if not found:
+        raise UserError(f"{wishes.data}: there are no images in it that can be read")
+    names, known = plain.vocabulary.class_names, _learnt_from(learnt, settings, plain)
+    if wishes.as_json:
+        domains = {
+            domain: {
+                "images": pair.zero.score.examples,
+                "zero_shot": _facts(pair.zero, names),
+                "adapted": _facts(pair.adapted, names),
+            }
+            for domain, pair in found.items()
+        }
+        facts = {"adapter": str(learnt.folder), "model": plain.model, "data": settings.data, "learnt_from": known}
+        return json.dumps({**facts, "domains": domains}, indent=2)
+    parts = [_table(found)]
+    if wishes.by_class:
+        parts.append(_by_class(found, names))
+    parts.append(f"{learnt.folder} on {plain.model}; {counted(len(names), 'class')}; in %.")
+    if {*own} - {*names}:
+        words = [f"{name} = {word}" for name, word in zip(own, names, strict=True)]
+        parts[-1] += f"\nThe data's classes, and the words for them: {some(words)}."
+    if known:
+        parts[-1] += f"\nThe run has learnt from parts of these: {', '.join(known)}."
+    return "\n\n".join(parts)
+
+
+def _settings(wishes: Wishes, learnt: Learnt) -> Settings:
+    """Those under which the data is opened; everything that is wrong is told at once."""
+    data, problems = read_settings([f"data={wishes.data}", f"class-names={wishes.classes}"])
+    given, wrong = read_settings(wishes.settings)
+    for key in given.keys() - ({*TAKEN} - OPTIONS):
+        wrong.setdefault(key, f"{key}: expected columns, device or precision here; leave it out")
+    settings, unfit = Settings.read({**data, **given, "prompt": wishes.prompt})
+    if problems := {**problems, **wrong, **unfit}:
+        raise unusable(problems.values())
+    return settings if settings.prompt else replace(settings, prompt=SEPARATOR.join(learnt.facts["templates"]))
+
+
+def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Features, Features, Sequence[str]]:
+    """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model.
+
+    And the classes' names in the data.
+    """
+    told = None if wishes.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
+    if settings.data.startswith(STORED):
+        learnt.check_features(settings.data, FeatureFolder(Path(settings.data.removeprefix(STORED))))
+        features = open_features(settings, told)
+        return features, features, features.vocabulary.class_names
+    own = source_of(settings)[0].class_names
+    if told and (others := sorted({*own} - {*told.class_names})):
+        raise UserError(
+            f"{wishes.data} has classes that {learnt.folder} did not know: {some(others)}; name another run "
+            "with --adapter, or words for all of the data's classes with --classes"
+        )
+    frozen = learnt.frozen(wishes.model)
+    plain = open_features(_with(settings, frozen), told)
+    if not learnt.whole:
+        learnt.check_dim(plain.classes.dim, frozen.name)
+    return plain, open_features(_with(settings, learnt.model()), told) if learnt.whole else plain, own
+
+
+def _with(settings: Settings, model: models.Model) -> Settings:
+    return replace(settings, model=model.name, model_revision=model.revision)
+
+
+def _examined(plain: Features, adapted: Features, learnt: Learnt, settings: Settings) -> dict[str, Pair]:
+    """By domain, those that have images."""
+    device = models.pick_device(settings.device)
+    adapter = learnt.adapter.to(device) if learnt.adapter else None
+    found = {}
+    for domain in plain.domains:
+        qualities = [
+            examine(learner, features.examples(domain).ready(device), features.classes.ready(device))
+            for learner, features in ((None, plain), (adapter, adapted))
+        ]
+        if qualities[0].score.examples:
+            found[domain] = Pair(*qualities)
+    return found
+
+
+def _learnt_from(learnt: Learnt, settings: Settings, features: Features) -> list[str]:
+    """The domains from which the run's sites have had images, where this is the run's own data."""
+    if not (learnt.folder / history.SETTINGS).exists():
+        return []
+    run = history.read(learnt.folder)
+    if run.settings["data"] != settings.data:
+        return []
+    apart = held_out(run.summary.get("holdout"), features.domains)
+    return [domain for domain in features.domains if domain not in apart]
+
+
+def _facts(quality: Quality, names: Sequence[str]) -> dict[str, Any]:
+    recalls = quality.classes.recalls if quality.classes else []
+    return {**quality.figures(), "recall": dict(zip(names, recalls, strict=False))}
+
+
+def _table(found: dict[str, Pair]) -> str:
+    """Accuracy in each domain and the mean of these; then the means of what accuracy does not tell."""
+    rows = [(domain, f"{pair.zero.score.examples:,}", *_accuracies([pair])) for domain, pair in found.items()]
+    pairs = list(found.values())
+    if len(found) > 1:
+        rows.append(("mean", "", *_accuracies(pairs)))
+    means = [mean_figures(qualities) for qualities in zip(*pairs, strict=True)]
+    others = [(title, *(percent(figures[name]) for figures in means)) for name, title in FIGURES.items()]
+    accuracy = table([("accuracy, %", "images", "zero-shot", "adapted", "gain"), *rows])
+    return accuracy + "\n\n" + table([("in %, means", "zero-shot", "adapted"), *others])
+
+
+def _accuracies(pairs: Sequence[Pair]) -> tuple[str, str, str]:
+    zero, adapted = (mean_figures(qualities)["accuracy"] for qualities in zip(*pairs, strict=True))
+    return percent(zero), percent(adapted), gain(zero, adapted)
+
+
+def _by_class(found: dict[str, Pair], names: Sequence[str]) -> str:
+    """How many of each class are recognised, zero-shot and adapted."""
+    rows: list[tuple[str, ...]] = [("recognised", *(head for domain in found for head in (domain, "adapted")))]
+    recalls = {
+        domain: [quality.classes.recalls for quality in (pair.zero, pair.adapted) if quality.classes]
+        for domain, pair in found.items()
+    }
+    for number, name in enumerate(names):
+        of_class = [one[number] for domain in found for one in recalls[domain]]
+        if any(recall is not None for recall in of_class):
+            rows.append((name, *map(percent, of_class)))
+    return table(rows)

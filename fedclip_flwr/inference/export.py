@@ -1,0 +1,177 @@
+"""The command `fedclip export`: what was learnt in a folder for elsewhere, and on the hub; as ONNX, too.
+
+A folder that holds an older export is replaced file by file, its config.json last; a model card that was edited stays.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedclip_flwr.base import content, files, hub
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.text import bytes_of
+from fedclip_flwr.inference import onnx_file
+from fedclip_flwr.inference.model import FedCLIP
+from fedclip_flwr.inference.predict import names_of
+from fedclip_flwr.runs import history, saved
+
+CARD, WHOLE = "README.md", "model"
+OWN = (CARD, saved.CONFIG, saved.TENSORS, WHOLE, onnx_file.FILE, onnx_file.WEIGHTS, onnx_file.PREPARING)
+"""What an export may consist of."""
+BEGUN = ".export-"
+"""How the folder begins in which an export is made; a killed one leaves it."""
+MARK = "\n<!-- fedclip export wrote this card: {}. An edited one is kept. -->\n"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks for; empty for the default."""
+
+    adapter: str
+    out: str
+    onnx: bool
+    sites: bool
+    push: str
+    private: bool
+    classes: str
+    prompt: str
+    model: str
+    revision: str
+
+
+def export(wishes: Wishes) -> str:
+    """Writes the folder and says what there is, and how it is used."""
+    if not wishes.out:
+        raise UserError("--out: name the folder that is to be written")
+    if wishes.private and not wishes.push:
+        raise UserError("--private: nothing is uploaded without --push ORG/NAME")
+    if wishes.onnx:
+        onnx_file.check_installed()
+    if wishes.push:
+        hub.check_upload(wishes.push)
+    out = Path(wishes.out).expanduser().absolute()
+    check(out)
+    model = FedCLIP.from_pretrained(
+        wishes.adapter, revision=wishes.revision, model=wishes.model, device="cpu", precision="float32"
+    )
+    told = _warned(model, wishes)
+    if wishes.classes or wishes.prompt:
+        model = model.with_classes(names_of(wishes.classes) or None, wishes.prompt)
+    told += write(model, out, onnx=wishes.onnx, sites=wishes.sites)
+    lines = [f"  {name:<28}{bytes_of(size):>8}" for name, size in _sizes(out)]
+    parts = [f"Written to {out}:", *lines, *told]
+    use = str(out)
+    if wishes.push:
+        message = f"Export of fedclip-flwr, round {model.facts.get('round', 0)}"
+        patterns = [*OWN, f"{WHOLE}/*"]
+        parts.append(f"On the hub: {hub.upload(out, wishes.push, patterns, message, private=wishes.private or None)}")
+        use = wishes.push
+    parts += ["", "from fedclip_flwr import FedCLIP", f'model = FedCLIP.from_pretrained("{use}")']
+    return "\n".join([*parts, 'print(model.predict("image.jpg"))'])
+
+
+def check(out: Path) -> None:
+    """Raises where the folder holds something else than an export."""
+    if not out.is_dir():
+        return
+    found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    others = [name for name in found if name not in OWN]
+    if not others and found not in ([], [CARD]) and not _is_export(out):
+        others = [name for name in found if name != CARD]
+    if others:
+        raise UserError(f"--out: {out} holds something else, such as {others[0]}: name another folder")
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        facts = files.read_json(folder / saved.CONFIG)
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and "fedclip_flwr" in facts
+
+
+def write(model: FedCLIP, out: Path, *, onnx: bool = False, sites: bool = False) -> list[str]:
+    """The folder, as `check` found it good, and lines for the user. It is made aside, then put in place."""
+    told = []
+    with files.writing_to(out, "--out"):
+        for left in out.glob(f"{BEGUN}*"):
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=BEGUN, dir=out) as name:
+            made = Path(name)
+            model.save_pretrained(made, model_card_kwargs={"sites": sites})
+            _mark(made / CARD)
+            if onnx:
+                print(f"writing {onnx_file.FILE}, and trying it …", file=sys.stderr, flush=True)
+                found = onnx_file.write(model, made)
+                told.append(
+                    f"{onnx_file.FILE} beside torch: {found.same} of {found.pictures} drawn pictures have the same "
+                    f"class, and no probability differs by more than {found.difference:.0e}."
+                )
+            if (out / CARD).exists() and not _as_written(out / CARD):
+                (made / CARD).unlink()
+                told.append(f"{CARD} was edited and is kept; for a new one, move it away and give the command again.")
+            _put(made, out)
+    return told
+
+
+def _put(made: Path, out: Path) -> None:
+    """What was made in the place of what is there; what says that it is an export stays till the end."""
+    new = sorted((path.name for path in made.iterdir()), key=lambda name: name == saved.CONFIG)
+    kept = {CARD, saved.CONFIG}
+    for name in OWN:
+        if (old := out / name).is_dir():
+            shutil.rmtree(old)
+        elif name not in {*new, *kept}:
+            old.unlink(missing_ok=True)
+    for name in new:
+        os.replace(made / name, out / name)
+
+
+def _mark(card: Path) -> None:
+    """Writes below a card what tells later whether it was edited."""
+    text = card.read_text(encoding="utf-8").rpartition(MARK.partition("{}")[0])
+    plain = (text[0] if text[1] else text[2]).rstrip() + "\n"
+    card.write_text(plain + MARK.format(content.digest(plain)), encoding="utf-8")
+
+
+def _as_written(card: Path) -> bool:
+    """Whether the card is as it was when it was marked."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    plain = text.rpartition(MARK.partition("{}")[0])[0]
+    return text == plain + MARK.format(content.digest(plain))
+
+
+def _warned(model: FedCLIP, wishes: Wishes) -> list[str]:
+    """What a user should know of the run it comes from."""
+    run = history.read(model.origin) if model.origin and (model.origin / history.SETTINGS).exists() else None
+    if run is None:
+        if wishes.sites:
+            raise UserError(f"--with-sites: {wishes.adapter} is no run's folder, which alone knows the sites")
+        return []
+    if run.status == "running":
+        raise UserError(f"{run.path} is still running: wait for its end, or stop it")
+    if not run.completed:
+        return [f"The run was not completed ({run.status}): this is its best adapter till round {_last(run)}."]
+    return []
+
+
+def _last(run: history.Run) -> object:
+    return run.summary.get("round", "?")
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """The export's files."""
+    for name in OWN:
+        path = folder / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                yield file.relative_to(folder).as_posix(), file.stat().st_size

@@ -1,0 +1,153 @@
+"""The trainable part: a small network that reweights the features of a frozen CLIP.
+
+`attention` is FedCLIP's (arXiv 2302.13485): Linear → Tanh → Linear → Softmax, multiplied into the feature, which is
+then brought to unit length. Deviations: with `identity=True` the last layer starts at zero, so that the first
+prediction is exactly zero-shot (the paper starts from random weights, which is only next to it); with a `length`,
+features are brought to that length before the network sees them (the paper takes them as CLIP gives them).
+
+`gate` does the same through a few dimensions, `scale` is one number for each dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.learning.base import Learner
+from fedclip_flwr.learning.recipes import length_of
+
+
+class Adapter(Learner, ABC):
+    """Takes features [N, dim] as CLIP gives them, gives adapted features of unit length.
+
+    `blend` is the share of the adapted feature in the result. Its network sees features of that `length`; with 0, of
+    the length that they have.
+    """
+
+    length = 1.0
+
+    def __init__(self, blend: float) -> None:
+        super().__init__()
+        self.blend = blend
+
+    @abstractmethod
+    def weigh(self, features: Tensor) -> Tensor:
+        """What each dimension is multiplied by, for features as `scaled` gives them."""
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Features of the length that the network sees."""
+        if not self.length:
+            return features
+        unit = F.normalize(features, dim=-1)
+        return unit if self.length == 1.0 else unit * self.length
+
+    def forward(self, features: Tensor) -> Tensor:
+        scaled = self.scaled(features)
+        adapted = F.normalize(scaled * self.weigh(scaled), dim=-1)
+        if self.blend == 1.0:
+            return adapted
+        own = scaled if self.length == 1.0 else F.normalize(features, dim=-1)
+        return F.normalize((1 - self.blend) * own + self.blend * adapted, dim=-1)
+
+
+def _two_layers(dim: int, hidden: int, identity: bool) -> tuple[nn.Linear, nn.Linear]:
+    """Down and up again; with `identity` the second layer answers zero."""
+    inner, outer = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    if identity:
+        nn.init.zeros_(outer.weight)
+        nn.init.zeros_(outer.bias)
+    return inner, outer
+
+
+class Attention(Adapter):
+    """The paper's: 2·(dim² + dim) parameters in four tensors."""
+
+    def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
+        super().__init__(blend)
+        self.inner, self.outer = _two_layers(dim, dim, identity)
+
+    def weigh(self, features: Tensor) -> Tensor:
+        return torch.softmax(self.outer(torch.tanh(self.inner(features))), dim=-1)
+
+
+class Gate(Adapter):
+    """Low rank: 2·dim·rank + rank + dim parameters; each weight is 1 + tanh of its input's answer."""
+
+    def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
+        super().__init__(blend)
+        self.inner, self.outer = _two_layers(dim, rank, identity)
+
+    def weigh(self, features: Tensor) -> Tensor:
+        return 1 + torch.tanh(self.outer(torch.tanh(self.inner(features))))
+
+
+class Scale(Adapter):
+    """Diagonal: dim parameters in one tensor, the same weights for every feature."""
+
+    def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
+        super().__init__(blend)
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+
+    def weigh(self, features: Tensor) -> Tensor:
+        return self.log_scale.exp()
+
+
+ADAPTERS: dict[str, Callable[[int, int, float, bool], Adapter]] = {
+    "attention": Attention,
+    "gate": Gate,
+    "scale": Scale,
+}
+"""By the names in `kinds.py`; each is made of the features' dimension, the rank, the blend and the start."""
+
+
+def make_adapter(
+    kind: str,
+    dim: int,
+    *,
+    rank: int = 4,
+    blend: float = 1.0,
+    length: float = 1.0,
+    identity: bool = True,
+    seed: int = 0,
+) -> Adapter:
+    """A new adapter whose random weights follow from the seed alone."""
+    if kind not in ADAPTERS:
+        raise UserError(f"adapter = {kind!r}: expected one of {', '.join(ADAPTERS)}")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        adapter = ADAPTERS[kind](dim, rank, blend, identity)
+    adapter.length = length
+    return adapter
+
+
+def blank_adapter(kind: str, dim: int, *, rank: int, blend: float, length: float) -> Adapter:
+    """One without numbers, into which a state is to be put with `assign=True`: random ones would take a while."""
+    with torch.device("meta"):
+        adapter = ADAPTERS[kind](dim, rank, blend, False)
+    adapter.length = length
+    return adapter
+
+
+@lru_cache
+def tensor_names(kind: str) -> frozenset[str]:
+    """The tensors that an adapter of that kind consists of."""
+    return frozenset(make_adapter(kind, 1, rank=1).state_dict())
+
+
+def new_adapter(settings: Settings, dim: int) -> Adapter:
+    return make_adapter(
+        settings.adapter,
+        dim,
+        rank=settings.adapter_rank,
+        blend=settings.trained_blend,
+        length=length_of(settings),
+        identity=settings.starts_as_zero_shot,
+        seed=settings.seed,
+    )

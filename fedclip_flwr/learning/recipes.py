@@ -1,0 +1,92 @@
+"""The recipes: loss, learning rates, and how a round is selected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedclip_flwr.base.kinds import KINDS
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.learning.base import Classes
+
+
+def class_loss(features: Tensor, labels: Tensor, classes: Classes) -> Tensor:
+    """Cross-entropy over the class prompts."""
+    return F.cross_entropy(classes.logits(features), labels)
+
+
+def contrastive_loss(features: Tensor, labels: Tensor, classes: Classes) -> Tensor:
+    """CLIP's own loss: each image against the prompts of its batch, and each prompt against the images."""
+    logits = classes._replace(text=classes.text[labels]).logits(features)
+    targets = torch.arange(len(labels), device=labels.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a site learns."""
+
+    loss: Callable[[Tensor, Tensor, Classes], Tensor]
+    learning_rate: Mapping[str, float]  # for each kind of adapter, and for the whole model
+    weight_decay: float
+    prompt: str
+    first_choice: int = 0  # the first round that may be selected
+    most_gain: float = 0.05  # of accuracy at a site, that counts when rounds are compared
+    loss_breaks_ties: bool = True  # else the first of equally accurate rounds is selected
+    smallest_batch: int = 1
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    width: int | None = None  # the dimension that the rates of wide adapters are meant for
+    steps: int = 1  # an epoch of fewer takes steps that are as many times larger
+    length: float = 1.0  # of features as the adapter's network sees them; 0: as CLIP gives them
+
+    def rate(self, kind: str, dim: int, steps: int) -> float:
+        """The learning rate for so many steps an epoch.
+
+        Adam moves each number by about the rate in each step: a layer that is wider takes steps that are as many times
+        smaller, and a site with few steps takes larger ones, so that its adapter too gets somewhere in a round.
+        """
+        rate = self.learning_rate[kind]
+        if kind == "full-model":
+            return rate
+        rate *= max(1.0, self.steps / max(steps, 1))
+        return rate * self.width / dim if self.width and KINDS[kind].wide else rate
+
+
+RECIPES = {
+    "default": Recipe(
+        loss=class_loss,
+        learning_rate={**{name: kind.learning_rate for name, kind in KINDS.items()}, "full-model": 1e-5},
+        width=512,
+        steps=10,
+        weight_decay=0.0,
+        prompt="a picture of a {}",
+    ),
+    "paper": Recipe(
+        loss=contrastive_loss,
+        learning_rate=dict.fromkeys((*KINDS, "full-model"), 5e-5),
+        weight_decay=0.2,
+        prompt="a picture of a {}",
+        first_choice=1,
+        most_gain=1.0,
+        loss_breaks_ties=False,
+        smallest_batch=2,
+        length=0.0,
+    ),
+}
+
+
+def length_of(settings: Settings) -> float:
+    """To what length the adapter brings features before its network sees them; 0 to none."""
+    return settings.feature_norm or RECIPES[settings.recipe].length
+
+
+def learning_rate(settings: Settings, dim: int, examples: int) -> float:
+    """The rate that the settings ask for, or else the recipe's own for a site with so many examples."""
+    kind = settings.adapter if settings.method == "adapter" else settings.method
+    steps = -(-examples // settings.batch_size)
+    return settings.learning_rate or RECIPES[settings.recipe].rate(kind, dim, steps)

@@ -1,0 +1,221 @@
+"""Whether server and site can reach and trust each other: certificates, ports, node keys."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.x509 import Certificate
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedclip_flwr.base.errors import FaultError
+from fedclip_flwr.operations import certificates
+from fedclip_flwr.operations.doctor import endpoints
+from fedclip_flwr.operations.doctor.endpoints import Address
+from fedclip_flwr.operations.doctor.findings import Examination
+
+SOON = 30
+"""So many days before its end a certificate is worth a note."""
+FLEET, CONTROL, APPS = "Fleet API", "Control API", "ServerAppIo API"
+OTHERS = {APPS: 9091, CONTROL: 9093}
+"""What else a SuperLink serves, and no site needs."""
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a SuperNode is started with."""
+
+    superlink: Address | None = None
+    root_certificates: Path | None = None
+    private_key: Path | None = None
+    insecure: bool = False
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a SuperLink is started with; the name by which sites reach it, and Flower's name for it."""
+
+    fleet: Address
+    control: Address
+    apps: Address
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+    host: str = ""
+    connection: str = ""
+
+
+def examine_site(ex: Examination, site: Site) -> None:
+    ca = None if site.insecure else site.root_certificates
+    trusts = not ca or ex.look("CA", _authority, ex, ca)
+    key = None
+    if site.private_key:
+        key = ex.look("node key", _node_key, ex, site.private_key)
+    else:
+        ex.note(
+            "node key",
+            "none is named: a SuperLink with --enable-supernode-auth takes no such site in",
+            "give --auth-supernode-private-key node.key (fedclip keys makes one)",
+        )
+    there = site.superlink
+    if not there:
+        ex.note("SuperLink", "not looked for", "give --superlink HOST:9092 and --root-certificates ca.crt")
+    elif trusts and ex.look(FLEET, _served, ex, FLEET, there, ca, there.host, site.insecure):
+        if key and site.private_key:
+            public = site.private_key.with_suffix(".pub")
+            ex.look("registration", _registered, ex, there, ca, site.insecure, key, public)
+        _others(ex, there.host, OTHERS, "if this is not the server itself, have its firewall close that port")
+
+
+def examine_server(ex: Examination, server: Server) -> None:
+    ca, host = None if server.insecure else server.ca, server.host
+    fleet, control, apps = _own(server.fleet, host or "localhost"), _own(server.control), _own(server.apps)
+    if ex.look("certificates", _files, ex, server):
+        if server.insecure or ca:
+            ex.look(FLEET, _served, ex, FLEET, fleet, ca, host or None, server.insecure)
+            ex.look(CONTROL, _served, ex, CONTROL, control, ca, None, server.insecure)
+        ex.look(APPS, _apps_served, ex, apps, ca)
+        if host:
+            ports = {CONTROL: control.port, APPS: apps.port}
+            _others(ex, host, ports, "let the SuperLink have that address on 127.0.0.1")
+    if server.connection:
+        ex.look("nodes", _nodes, ex, server)
+    else:
+        ex.note("nodes", "not asked for", "give --on NAME: what Flower's configuration calls the SuperLink")
+
+
+def _authority(ex: Examination, ca: Path) -> bool:
+    return _tell(ex, "CA", certificates.read(ca), str(ca), str(ca))
+
+
+def _tell(ex: Examination, what: str, certificate: Certificate, whose: str, found: str) -> bool:
+    """That it is good, and until when."""
+    left = certificates.days_left(certificate, whose)
+    told = f"{found}, until {certificate.not_valid_after_utc:%Y-%m-%d}"
+    if left < SOON:
+        ex.note(what, f"{told}: {left} days are left", certificates.AGAIN)
+    else:
+        ex.ok(what, told)
+    return True
+
+
+def _node_key(ex: Examination, path: Path) -> ec.EllipticCurvePrivateKey:
+    key = certificates.node_key(path)
+    if ex.look("node key", certificates.check_secret, path):
+        ex.ok("node key", f"{path}, {key.curve.name}, for its owner only")
+    return key
+
+
+def _served(
+    ex: Examination, what: str, there: Address, ca: Path | None, name: str | None, insecure: bool = False
+) -> bool:
+    """Whether that API is there, with TLS unless it is `insecure`."""
+    if insecure:
+        if not endpoints.speaks_plainly(there):
+            raise FaultError(f"{there} does not answer without TLS", "leave --insecure out, and name the certificates")
+        ex.note(what, f"{there} answers, without TLS: everybody on the way can read along and change what is sent")
+        return True
+    greeting = endpoints.greet(there, ca, name)
+    names = ", ".join(certificates.names_of(greeting.certificate))
+    found = f"{there}, {greeting.version}, h2, certificate for {names}"
+    return _tell(ex, what, greeting.certificate, f"the certificate of {there}", found)
+
+
+def _registered(
+    ex: Examination, there: Address, ca: Path | None, insecure: bool, key: ec.EllipticCurvePrivateKey, public: Path
+) -> None:
+    if not endpoints.knows(there, key, ca, insecure):
+        raise FaultError(
+            f"{there} does not know this node key",
+            f"send {public} to the server's administrator: flwr supernode register {public.name} CONNECTION",
+        )
+    ex.ok("registration", f"{there} knows this node key")
+
+
+def _files(ex: Examination, server: Server) -> bool:
+    """Whether the certificates are good, if there are to be any."""
+    ca, certificate, key = server.ca, server.certificate, server.key
+    if server.insecure:
+        ex.note("certificates", "none, as --insecure says", "use TLS wherever a network is in between")
+        return True
+    if not (ca and certificate and key):
+        if ca or certificate or key:
+            raise FaultError("only some are named", "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
+        ex.note("certificates", "not looked at", "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
+        return True
+    _authority(ex, ca)
+    shown = certificates.read(certificate)
+    names = ", ".join(certificates.names_of(shown)) or "no name at all"
+    _tell(ex, "certificate", shown, str(certificate), f"{certificate}, for {names}")
+    certificates.rehearse(ca, certificate, key)
+    if ex.look("server's key", certificates.check_secret, key):
+        ex.ok("server's key", f"{key}, the certificate's, for its owner only")
+    return True
+
+
+def _own(bound: Address, host: str = "localhost") -> Address:
+    """Where an API is looked for that is bound there."""
+    return Address(host, bound.port) if bound.host in EVERYWHERE else bound
+
+
+def _others(ex: Examination, host: str, ports: Mapping[str, int], remedy: str) -> None:
+    """Which ports can be reached that are for nobody else."""
+    for what, port in ports.items():
+        if endpoints.listens(Address(host, port)):
+            ex.note(what, f"port {port} of {host} can be reached from here, and no site needs it", remedy)
+
+
+def _apps_served(ex: Examination, there: Address, ca: Path | None) -> None:
+    if endpoints.speaks_plainly(there):
+        ex.ok(APPS, f"{there} answers, without TLS (only --appio-ssl-certfile gives it that): for this machine alone")
+    else:
+        _served(ex, APPS, there, ca, None)
+
+
+def _nodes(ex: Examination, server: Server) -> None:
+    """Which nodes are registered, and which of the keys beside the server's certificate are theirs."""
+    known = {node.public_key: node for node in endpoints.nodes(server.connection)}
+    counts = Counter(node.status for node in known.values() if node.status != NodeStatus.UNREGISTERED)
+    found = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    if counts:
+        ex.ok("nodes", f"{server.connection} knows {counts.total()}: {found}")
+    else:
+        ex.note("nodes", f"{server.connection} knows none", f"flwr supernode register NODE.pub {server.connection}")
+    for path in sorted(server.certificate.parent.glob("*.pub")) if server.certificate else ():
+        ex.look(path.stem, _node, ex, path, known, server.connection)
+
+
+def _public(path: Path) -> bytes:
+    """The key as Flower has it."""
+    try:
+        key = load_ssh_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise FaultError(f"{path} holds no public ECDSA key", "get it from its site once more")
+    return public_key_to_bytes(key)
+
+
+def _node(ex: Examination, path: Path, known: Mapping[bytes, NodeInfo], connection: str) -> None:
+    node = known.get(_public(path))
+    if not node:
+        raise FaultError(f"{path} is not registered", f"flwr supernode register {path} {connection}")
+    if node.status == NodeStatus.UNREGISTERED:
+        raise FaultError(
+            f"{path} was unregistered, and Flower takes no key a second time",
+            "delete it; if the site is to come back, it needs a new key: fedclip keys",
+        )
+    found = f"node {node.node_id} is {node.status}"  # that number is all that Flower's own commands know it by
+    if node.status == NodeStatus.ONLINE:
+        ex.ok(path.stem, found)
+    else:
+        ex.note(path.stem, found, "there, fedclip doctor site tells what is in the way")

@@ -1,0 +1,297 @@
+"""What a run shows its user: the plan before round 1, a line a round, and the closing tables."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedclip_flwr.base import files
+from fedclip_flwr.base.kinds import of_rank
+from fedclip_flwr.base.roles import HOLDOUT
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # they bring torch, and who looks at runs needs none
+    from fedclip_flwr.base.tensors import State
+    from fedclip_flwr.exchange.records import Hello
+    from fedclip_flwr.features.base import Features
+    from fedclip_flwr.server.results import Line
+from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
+
+HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
+
+
+UNCOVERED = "not covered: numbers of images, and accuracies and losses, by which the round is selected"
+
+
+NOT_THE_PAPERS = (
+    "its adapter sees features of the length that CLIP gives them, and here some were brought to unit length; give "
+    "feature-norm=N, or feature_norm in features.json"
+)
+
+
+def say(text: str) -> None:
+    """To the user, at once."""
+    print(text, flush=True)
+
+
+def plan(
+    settings: Settings,
+    features: Features,
+    holdout: str | None,
+    hellos: Collection[Hello],
+    tensors: State,
+    folder: Path,
+) -> str:
+    """All that is decided before round 1."""
+    trainable = sum(tensor.numel() for tensor in tensors.values())
+    rounds, epochs = settings.num_server_rounds, settings.local_epochs
+    weights = "sites weigh the same" if settings.site_weights == "equal" else "sites weigh by their examples"
+    part, pull = settings.fraction_train, f" with mu {settings.proximal:g}" if settings.proximal else ""
+    share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
+    names = features.vocabulary.class_names
+    revision = f" at {features.model_revision[:12]}" if features.model_revision else ""
+    alpha = f", alpha {settings.alpha:g}" if settings.partition == "dirichlet" else ""
+    partition = "" if settings.partition == "domain" else f", divided by {settings.partition}{alpha}"
+    facts = [
+        ("model", f"{features.model}{revision}, {_prompt(features.vocabulary)}"),
+        ("data", settings.data + partition),
+        ("classes", f"{len(names)}: {some(names)}"),
+        ("held out", _held_out(features, holdout, hellos)),
+        ("trained", _trained(settings, features, trainable, len(tensors))),
+        ("traffic", _traffic(settings, tensors)),
+        ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
+        ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
+        *([("", f"features brought to the length {settings.feature_norm:g}")] if settings.feature_norm else []),
+        *(
+            [("warning", f"this can't be the paper's result: {NOT_THE_PAPERS}")]
+            if settings.sees_given_length and any(hello.unit_length for hello in hellos)
+            else []
+        ),
+        ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
+        *_privacy(settings),
+        ("features", str(files.home() / "features")),
+        ("run folder", str(folder)),
+    ]
+    sites = sorted(hellos, key=lambda hello: natural(hello.site))
+    domains = {domain for hello in sites for domain in hello.domain.split("+") if hello.role != HOLDOUT}
+    apart = {*held_out(holdout, features.domains)}
+    nowhere = sorted({*features.domains} - apart - domains) if domains <= {*features.domains} else []
+    held = {number for hello in sites for number in hello.classes}
+    nowhere += [f"class {name}" for number, name in enumerate(names) if number not in held]
+    if nowhere:
+        facts.append(("at no site", some(nowhere)))
+    rows = [(h.site, _domain(h), f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
+    shown = table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
+    return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", shown, ""])
+
+
+def _privacy(settings: Settings) -> list[tuple[str, str]]:
+    """What keeps sites from being known by their updates."""
+    facts = []
+    if settings.dp != "off":
+        who, to = ("the server", "their sum") if settings.dp == "central" else ("each site", "what it sends")
+        cut, noise = f"updates are cut to {settings.clipping_norm:g}", f"noise of {settings.noise_multiplier:g} times"
+        facts.append(f"{settings.dp}: {cut}; {noise} that is added to {to} by {who}; ε is for δ = {settings.delta:g}")
+    if settings.secure_aggregation:
+        facts.append("secure aggregation: the server sees only the sum of the updates")
+    if settings.dp != "off" or settings.secure_aggregation:
+        facts.append(UNCOVERED)
+    return [("" if number else "privacy", fact) for number, fact in enumerate(facts)]
+
+
+def _held_out(features: Features, holdout: str | None, hellos: Collection[Hello]) -> str:
+    """What nobody trains on, and where it is."""
+    places = [f"{hello.test:,} images at {hello.site}" for hello in hellos if hello.role == HOLDOUT]
+    if here := sum(len(features.examples(domain).labels) for domain in held_out(holdout, features.domains)):
+        places.append(f"{here:,} images here")
+    return ", ".join([*([holdout] if holdout else []), *sorted(places)]) or "nothing"
+
+
+def _domain(hello: Hello) -> str:
+    return f"{hello.domain}, unseen" if hello.role == HOLDOUT else hello.domain
+
+
+def _trained(settings: Settings, features: Features, numbers: int, tensors: int) -> str:
+    whole, holds = features.parameters, f"{numbers:,} numbers in {counted(tensors, 'tensor')}"
+    if settings.method == "full-model":
+        return f"the whole model: {holds}"
+    rank = of_rank(settings.adapter, settings.adapter_rank)
+    blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
+    share = f", {100 * numbers / whole:.2f} % of the model's {whole:,}" if whole else ""
+    return f"{settings.adapter}{rank}: {holds}{share}{blend}"
+
+
+def _traffic(settings: Settings, tensors: State) -> str:
+    from fedclip_flwr.exchange.codecs import (
+        CODECS,
+        packed_size,  # see above
+    )
+
+    packed = settings.codec in CODECS
+    size = packed_size(settings.codec, tensors) if packed else sum(tensor.nbytes for tensor in tensors.values())
+    how = f", differences in {settings.codec}" if packed else ""
+    return f"{bytes_of(size)} to a site and as much back in each round{how}"
+
+
+def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> str:
+    """The learning rate, or the least and the greatest of the sites'."""
+    from fedclip_flwr.learning.recipes import learning_rate  # see above
+
+    rates = sorted({learning_rate(settings, features.classes.dim, hello.train) for hello in hellos if hello.train})
+    return f"learning rate {rates[0]:.3g}" + (f" to {rates[-1]:.3g}, by size of the site" if rates[1:] else "")
+
+
+def heading(settings: Settings) -> str:
+    """Above the lines of the rounds: accuracies in per cent."""
+    return row(headings(settings.dp != "off"))
+
+
+def headings(private: bool) -> list[str]:
+    return [*HEADINGS, *(["ε"] if private else [])]
+
+
+def line(line: Line, start: str = "zero-shot") -> str:
+    """One round; `start` is what round 0 is."""
+    return round_of(line.facts, start)
+
+
+def round_of(facts: Mapping[str, Any], start: str) -> str:
+    """The same of a line of metrics.jsonl."""
+    return row(cells(facts)) + (f"  {start}" if facts["round"] == 0 else "")
+
+
+def cells(facts: Mapping[str, Any]) -> list[str]:
+    """What is shown of a round, one by one, as the headings have it."""
+    return [
+        str(facts["round"]),
+        *(percent(facts[part]) for part in ("seen", "unseen", "val")),
+        "–" if facts["loss"] is None else f"{facts['loss']:.3f}",
+        str(facts["sites"]),
+        bytes_of(facts["bytes"]),
+        f"{facts['seconds']:.1f}",
+        *([f"{facts['epsilon']:.2f}"] if "epsilon" in facts else []),
+    ]
+
+
+def row(cells: Iterable[str]) -> str:
+    """A line of what is shown of the rounds."""
+    return "  ".join(f"{cell:>8}" for cell in cells)
+
+
+def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, validated: bool) -> str:
+    """Zero-shot beside the adapted result, and what it cost."""
+    zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
+    own = adapted["personal"]
+    if not validated:
+        how = "is taken, for no site has validation images to choose by"
+    elif adapted["round"]:
+        how = "was selected by validation"
+    else:
+        how = "was selected by validation: nothing was gained over zero-shot"
+    blend = f", with {adapted['blend']:g} of the adapted feature" if settings.blend != 1.0 else ""
+    parts = [
+        "",
+        accuracies(zero, adapted, holdout),
+        "",
+        _figures(summary),
+        "",
+        *_weakest(adapted, holdout or "the unseen"),
+        *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
+        *(
+            [f"Stopped after round {summary['rounds']}: none of the last {settings.early_stop} was a gain."]
+            if summary["rounds"] < settings.num_server_rounds
+            else []
+        ),
+        f"Round {adapted['round']} of {summary['rounds']} {how}{blend}; tests are on images set apart before training.",
+        *([f"This is not the paper's result: {NOT_THE_PAPERS}."] if summary.get("unknown_norm") else []),
+        cost(traffic, settings.method),
+        *_spent(summary),
+        f"{seconds['total']:.0f} s: {seconds['encode']:.0f} s opening features, {seconds['rounds']:.0f} s rounds, "
+        "the rest waiting for the sites.",
+        *left_out((f["round"], f["site"], f["why"]) for f in summary["failures"]),
+    ]
+    return "\n".join(parts)
+
+
+def accuracies(zero: Mapping[str, Any], adapted: Mapping[str, Any], holdout: str | None) -> str:
+    """Zero-shot beside the adapted result, by site: a table of what summary.json tells of both."""
+    own, own_mean = adapted["personal"], (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
+    rows: list[tuple[object, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
+    for site in sorted(adapted["sites"], key=natural):
+        z, a = zero["sites"].get(site), adapted["sites"].get(site)
+        rows.append((site, percent(z), percent(a), gain(z, a), percent((own or {}).get(site))))
+    z, a = zero["seen"], adapted["seen"]
+    rows.append(("mean of the seen", percent(z), percent(a), gain(z, a), percent(own_mean)))
+    unseen = adapted["holdout_sites"]
+    for site in sorted(unseen, key=natural):
+        z, a = zero["holdout_sites"].get(site), unseen[site]
+        rows.append((f"{site}, unseen", percent(z), percent(a), gain(z, a), "–"))
+    if adapted["unseen"] is not None and [adapted["unseen"]] != [*unseen.values()]:
+        z, a = zero["unseen"], adapted["unseen"]
+        name = "mean of the unseen" if unseen else f"{holdout}, unseen"
+        rows.append((name, percent(z), percent(a), gain(z, a), "–"))
+    return table(rows if own else [row[:-1] for row in rows])
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    """What accuracy does not tell, in per cent."""
+    zero, adapted = summary["zero_shot"]["metrics"], summary["adapted"]["metrics"]
+    columns = [("seen: zero-shot", zero["seen"]), ("adapted", adapted["seen"])]
+    if own := summary["adapted"]["personal_metrics"]:
+        columns.append(("own", own["seen"]))
+    if adapted["unseen"]:
+        columns += [("unseen: zero-shot", zero["unseen"] or {}), ("adapted", adapted["unseen"])]
+    names = ("balanced_accuracy", "macro_f1", "calibration_error")
+    rows = [
+        (name.replace("_f1", " F1").replace("_", " "), *(percent(f.get(name)) for _, f in columns)) for name in names
+    ]
+    return table([("in %, means", *(name for name, _ in columns)), *rows])
+
+
+def _weakest(adapted: dict[str, Any], unseen: str, most: int = 3) -> list[str]:
+    """The classes of the unseen images that are recognised least."""
+    recalls = (adapted["metrics"]["unseen"] or {}).get("recall", {})
+    known = sorted((recall, name) for name, recall in recalls.items() if recall is not None)[:most]
+    if not known:
+        return []
+    return [f"Weakest in {unseen}: {', '.join(f'{n} {percent(r)} %' for r, n in known)}; all classes: summary.json."]
+
+
+def _prompt(vocabulary: Vocabulary) -> str:
+    first, *more = vocabulary.templates
+    return f"prompt {first!r}" + (f" and {len(more)} more, averaged" if more else "")
+
+
+def _spent(summary: dict[str, Any]) -> list[str]:
+    """What a site's privacy has come to."""
+    if not (private := summary.get("privacy")):
+        return []
+    trusted = "anyone but the server" if private["dp"] == "central" else "anyone, the server too"
+    spent = f"{private['epsilon']:.2f} at δ = {private['delta']:g}"
+    return [f"Privacy of a site as a whole, before {trusted}: ε = {spent}; {UNCOVERED}."]
+
+
+def left_out(failures: Iterable[tuple[int, str, str]]) -> list[str]:
+    """Of rounds, sites and reasons: each reason once, with the sites that it left out, and the rounds."""
+    rounds: dict[tuple[str, str], list[int]] = {}
+    for number, site, why in failures:
+        rounds.setdefault((site, why), []).append(number)
+    sites: dict[tuple[str, str], list[str]] = {}
+    for (site, why), numbers in rounds.items():
+        when = f"round {numbers[0]}" + (f" to {numbers[-1]}, {len(numbers)} times" if numbers[1:] else "")
+        sites.setdefault((why, when), []).append(site)
+    return sorted(
+        f"Left out: {some(sorted(names, key=natural))}: {why} ({when})" for (why, when), names in sites.items()
+    )
+
+
+def cost(traffic: dict[str, Any], method: str) -> str:
+    """What a site has sent and received in a round, against FedAVG of the whole model."""
+    text = f"{bytes_of(traffic['per_site_round_bytes'])} a site and round"
+    if traffic["times_less"] is None or method == "full-model":
+        return f"{text}, {bytes_of(traffic['down_bytes'] + traffic['up_bytes'])} in all."
+    whole = bytes_of(traffic["full_model_bytes"])
+    return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:,.0f} times as much."

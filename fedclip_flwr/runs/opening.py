@@ -1,0 +1,50 @@
+"""A run opened: settings, features and held-out domain, with every problem told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedclip_flwr.base import files
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import STORED, Settings, unusable
+from fedclip_flwr.data.holdout import pick_holdout
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.encoded import T
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.runs.history import check_name, results
+
+
+def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -> tuple[Settings, Features, str | None]:
+    """The settings of a run, its features and the held-out domain.
+
+    One `UserError` tells everything that is wrong, beginning with the problems that are `known`.
+    """
+    from fedclip_flwr.runs import trackers  # not for sites, which tell none
+
+    settings, found = Settings.read(given)
+    problems = {**(known or {}), **found}
+    features = holdout = None
+
+    def check(key: str, *needs: str, look: Callable[[], T]) -> T | None:
+        if problems.keys() & {key, *needs}:
+            return None
+        try:
+            return look()
+        except UserError as error:
+            problems[key] = str(error)
+            return None
+
+    check("device", look=lambda: models.pick_device(settings.device))
+    if not settings.data.startswith(STORED):
+        check("model", "model-revision", look=lambda: models.find(settings.model, settings.model_revision))
+    features = check("data", "model", "prompt", look=lambda: open_features(settings))
+    if features:
+        holdout = check("holdout", look=lambda: pick_holdout(settings.holdout, features.domains))
+    check("results-dir", look=lambda: files.make_folder(*results(settings)))
+    check("name", "resume", look=lambda: check_name(settings))
+    check("track", look=lambda: trackers.check(settings.track))
+    if problems or not features:
+        raise unusable(problems.values())
+    return settings, features, holdout

@@ -1,0 +1,185 @@
+"""What was learnt, on disk, with all that is needed to use it elsewhere.
+
+An adapter is `adapter.safetensors` and `adapter.json` (in a folder for the hub `config.json`); a whole model is a
+folder as `save_pretrained` writes it, with `fedclip.json`.
+
+State and facts are two files, and a process may be killed after it has replaced the first one, the tensors. So their
+header has the facts that change from round to round, too. They count if the other file is not of these tensors, whose
+hash it has.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedclip_flwr.base import content, files, store, tensorfile
+from fedclip_flwr.base.errors import UserError, one_line
+from fedclip_flwr.base.settings import MOST_NORM, Settings
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.data.vocabulary import Vocabulary, check_classes
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.encoded import Pixels
+from fedclip_flwr.learning.adapters import ADAPTERS, Adapter, blank_adapter
+from fedclip_flwr.learning.recipes import length_of
+from fedclip_flwr.runs.history import FACTS as FACTS
+from fedclip_flwr.runs.history import TENSORS as TENSORS
+
+WHOLE, WEIGHTS, CONFIG = "fedclip.json", "model.safetensors", "config.json"
+"""Facts like those of an adapter: beside a whole model, and under the name that the hub knows."""
+OF_A_MACHINE = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+"""What a model's files tell of the machine that they were on."""
+LARGEST = 2**16
+"""No feature has so many numbers."""
+
+
+def save_adapter(
+    folder: Path,
+    state: State,
+    settings: Settings,
+    features: Features,
+    number: int,
+    setting: str = "FEDCLIP_HOME",
+    *,
+    blend: float | None = None,
+    **more: object,
+) -> None:
+    """The adapter of round `number`; `setting` says where the folder is."""
+    own = {"blend": settings.trained_blend if blend is None else blend, **more}
+    write_tensors(folder / TENSORS, state, number, setting, **{key: json.dumps(value) for key, value in own.items()})
+    facts = {
+        "kind": settings.adapter,
+        "rank": settings.adapter_rank,
+        "dim": features.classes.text.shape[1],
+        **_made_for(features),
+        "prompts": features.vocabulary.prompts,
+        "feature_norm": length_of(settings)
+        or float(features.has_unit_length()),  # unit length, if that is how they came
+        "scale": features.classes.scale,
+        "bias": features.classes.bias,
+        "round": number,
+        **own,
+        "tensors": content.of_file(folder / TENSORS),
+    }
+    write_json(folder / FACTS, facts, setting)
+
+
+def _made_for(features: Features) -> dict[str, Any]:
+    """The frozen model, and what it tells images apart by."""
+    names, templates = features.vocabulary
+    return {
+        "model": features.model,
+        "model_revision": features.model_revision,
+        "model_content": features.model_content,
+        "class_names": names,
+        "templates": templates,
+    }
+
+
+def save_model(folder: Path, state: State, features: Pixels, number: int, setting: str = "FEDCLIP_HOME") -> None:
+    """The whole model of round `number`, in a folder that the setting `model` takes."""
+    for file in models.model_files(features.model_folder):
+        if file.name in ("config.json", "tokenizer_config.json"):
+            facts = {key: value for key, value in json.loads(file.read_text()).items() if key not in OF_A_MACHINE}
+            more = {"dtype": "float32"} if file.name == "config.json" else {}
+            write_json(folder / file.name, {**facts, **more}, setting)
+        elif not file.name.startswith("model"):  # the weights
+            files.write_whole(folder / file.name, partial(shutil.copyfile, file), setting)
+    weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
+    write_tensors(folder / WEIGHTS, weights, number, setting, format="pt")  # else transformers does not read the file
+    write_json(folder / WHOLE, {"kind": "full-model", **_made_for(features), "round": number}, setting)
+
+
+def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME") -> None:
+    text = json.dumps(facts, indent=2) + "\n"
+    files.write_whole(path, lambda part: part.write_text(text), setting)
+
+
+def write_tensors(path: Path, state: State, number: int, setting: str = "FEDCLIP_HOME", **facts: str) -> None:
+    """The tensors of round `number`, which is in the header beside the `facts`."""
+    header = {**facts, "round": str(number)}
+    files.write_whole(path, lambda part: tensorfile.save(state, part, header), setting)
+
+
+def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter in a folder, such as that of a run or one for the hub, and what it was made for."""
+    described, tensors = folder / FACTS, folder / TENSORS
+    if folder.is_dir() and not described.exists():
+        described = folder / CONFIG
+    if folder.is_dir() and not described.exists():
+        if (folder / "settings.json").exists():
+            raise UserError(f"{folder} holds no adapter: its run came to no round; `fedclip runs {folder}` tells more")
+        raise UserError(f"{folder} holds no adapter: name a run, or a folder that `fedclip export` has written")
+    path = described
+    try:
+        facts = files.read_json(path)
+        if not isinstance(facts, dict):
+            raise ValueError("expected an object")
+        path = tensors
+        state, header = store.mapped(path)
+        found = content.of_file(path)
+        if facts.get("tensors") not in (None, found):
+            if "blend" not in header:
+                raise UserError(f"{path} is another one than {described.name} tells of: export it once more")
+            facts |= {key: files.parsed(fact) for key, fact in header.items()} | {"tensors": found}
+        path = described
+        adapter = _blank(facts)
+        like = adapter.state_dict()
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path} can't be read ({one_line(error)})") from None
+    if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
+        raise UserError(f"{tensors} does not hold the {facts['kind']} adapter that adapter.json tells of")
+    if not all(tensorfile.all_finite(tensor) for tensor in state.values()):
+        raise UserError(f"{tensors} has numbers that are not finite")
+    adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return adapter, facts
+
+
+def load_whole(folder: Path) -> dict[str, Any]:
+    """What the whole model in that folder was made for."""
+    path = folder / WHOLE
+    try:
+        facts: dict[str, Any] = files.read_json(path)
+        _check_texts(facts)
+        path = folder / WEIGHTS
+        if path.exists() and (number := files.read_header(path).get("round")):
+            facts["round"] = int(number)  # the other file may be older
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be read ({one_line(error)})") from None
+    return facts
+
+
+def _blank(facts: dict[str, Any]) -> Adapter:
+    """The adapter that `adapter.json` tells of, to be filled: nothing here takes memory because that says so."""
+    kind, dim, rank, blend = (facts[key] for key in ("kind", "dim", "rank", "blend"))
+    if kind not in ADAPTERS:
+        raise ValueError(f"its kind is {kind!r}, expected one of {', '.join(ADAPTERS)}")
+    if any(type(size) is not int or not 0 < size <= LARGEST for size in (dim, rank)):
+        raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
+    if type(blend) not in (int, float) or not 0 <= blend <= 1:
+        raise ValueError(f"its blend is {blend!r}, expected a number from 0 to 1")
+    length = facts.get("feature_norm", 1.0)  # before it was told, all adapters took features of unit length
+    if type(length) not in (int, float) or not 0 <= length <= MOST_NORM:
+        raise ValueError(f"its feature_norm is {length!r}, expected a number from 0 to {MOST_NORM:,.0f}")
+    _check_texts(facts)
+    return blank_adapter(kind, dim, rank=rank, blend=float(blend), length=float(length))
+
+
+def _check_texts(facts: dict[str, Any]) -> None:
+    for key in ("class_names", "templates"):
+        if not isinstance(facts[key], list) or not all(isinstance(text, str) for text in facts[key]):
+            raise ValueError(f"its {key} are no list of texts")
+    try:
+        check_classes(Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
+    except UserError as error:
+        raise ValueError(str(error)) from None

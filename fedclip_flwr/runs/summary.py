@@ -1,0 +1,100 @@
+"""`summary.json` of a completed run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.learning.metrics import Quality, mean_accuracy, mean_figures
+from fedclip_flwr.server.nodes import Nodes
+from fedclip_flwr.server.results import Line, Outcome
+
+
+def summary_of(
+    outcome: Outcome,
+    nodes: Nodes,
+    holdout: str | None,
+    features: Features,
+    settings: Settings,
+    seconds: dict[str, float],
+    resumed: list[int],
+) -> dict[str, Any]:
+    """What `summary.json` tells of a completed run, which went on after the rounds `resumed`."""
+    traffic, names, parameters = nodes.traffic, features.vocabulary.class_names, features.parameters
+    per_round = outcome.site_round_bytes
+    whole = None if parameters is None else 2 * 4 * parameters
+    return {
+        "status": "completed",
+        "holdout": holdout,
+        "examples": {site: [hello.train, hello.validation, hello.test] for site, hello in sorted(nodes.hellos.items())},
+        "zero_shot": _results(outcome.zero_shot, names),
+        "adapted": {
+            **_results(outcome.adapted, names),
+            "round": outcome.adapted.round,
+            "blend": outcome.blend,
+            **_personal(outcome, names),
+        },
+        "traffic": {
+            "down_bytes": traffic.down,
+            "up_bytes": traffic.up,
+            "per_site_round_bytes": per_round,
+            "full_model_bytes": whole,
+            "times_less": None if whole is None else whole / per_round,
+        },
+        "privacy": None
+        if outcome.epsilon is None
+        else {"dp": settings.dp, "epsilon": outcome.epsilon, "delta": settings.delta},
+        "seconds": seconds,
+        "rounds": outcome.rounds,
+        "resumed": resumed,
+        "failures": [failure._asdict() for failure in nodes.failures],
+        "scaled": dict(sorted(nodes.scaled.items())),
+        "unknown_norm": settings.sees_given_length and any(hello.unit_length for hello in nodes.hellos.values()),
+    }
+
+
+def _results(line: Line, class_names: Sequence[str]) -> dict[str, Any]:
+    """Accuracies, and all figures below `metrics`."""
+    tests = {site: report.test for site, report in line.reports.items()}
+    apart = {site: report.test for site, report in line.holdouts.items()}
+    if len(line.unseen) > 1:
+        apart = {**line.unseen, **apart}
+    return {
+        "seen": line.seen,
+        "unseen": mean_accuracy(line.held_out),
+        "sites": {site: quality.accuracy for site, quality in tests.items()},
+        "holdout_sites": {site: quality.accuracy for site, quality in apart.items()},
+        "metrics": {
+            "seen": mean_figures(tests.values()),
+            "unseen": _unseen(line, class_names),
+            "sites": {site: _figures(quality, class_names) for site, quality in tests.items()},
+        },
+    }
+
+
+def _unseen(line: Line, class_names: Sequence[str]) -> dict[str, Any] | None:
+    """Figures of what nobody trains on: by class where it is one set of images, means where there are several."""
+    if len(line.held_out) == 1:
+        return _figures(line.held_out[0], class_names)
+    return mean_figures(line.held_out) or None
+
+
+def _figures(quality: Quality, class_names: Sequence[str]) -> dict[str, Any]:
+    by_class = {"recall": dict(zip(class_names, quality.classes.recalls, strict=False))} if quality.classes else {}
+    return {**quality.figures(), **by_class}
+
+
+def _personal(outcome: Outcome, class_names: Sequence[str]) -> dict[str, Any]:
+    """What the sites' own adapters come to; None where none was asked for."""
+    tests = {site: report.test for site, report in outcome.personal.items()}
+    return {
+        "personal": {site: quality.accuracy for site, quality in tests.items()} or None,
+        "personal_metrics": {
+            "seen": mean_figures(tests.values()),
+            "sites": {site: _figures(quality, class_names) for site, quality in tests.items()},
+        }
+        if tests
+        else None,
+    }

@@ -1,0 +1,8 @@
+"""The server's side: the loop over rounds, the nodes, the strategy, averaging, robust rules, noise, the secure sum.
+
+Knows nothing of a site's side. May import: base, learning, data, flower, features, exchange.
+"""
+
+from fedclip_flwr.server.results import Line, Outcome, Standing
+
+__all__ = ["Line", "Outcome", "Standing"]

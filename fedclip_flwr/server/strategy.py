@@ -1,0 +1,174 @@
+"""Adapter-only federated averaging, as a Flower strategy.
+
+FedAvg (arXiv 1602.05629) over the tensors of the adapter. Deviations from Flower's `FedAvg`: each reply is looked at
+before anything is made of it, and a bad one is dropped and named while the round goes on with the others; sites count
+the same (as in FedCLIP) or by their examples; what comes of the replies is `averaging.py`'s business.
+
+What that is used for may be another of Flower's strategies: those that take the sites' mean step as a gradient, and
+the server makes a step of its own of it (adaptive federated optimization, arXiv 2003.00295).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
+from torch import Tensor
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.kinds import KINDS
+from fedclip_flwr.base.settings import OPTIMIZED, Settings
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.exchange.records import ExchangeError, Report, read_adapter, read_answer, reason, write_adapter
+from fedclip_flwr.server.averaging import Gather, bounded
+from fedclip_flwr.server.gathering import gather_of
+
+OPTIMIZERS = dict(zip(OPTIMIZED, (FedAdam, FedYogi, FedAdagrad), strict=True))
+RATE_OF_MODEL = 3e-4
+MOMENTS = ("m_t", "v_t")
+"""What Flower calls the means of the steps and of their squares, which such a strategy keeps."""
+
+
+class Optimizer:
+    """The server's step by one of Flower's `OPTIMIZERS`: the sites' mean comes to it as the one reply of a round."""
+
+    def __init__(self, name: str, rate: float) -> None:
+        self._flowers = OPTIMIZERS[name](eta=rate, tau=rate / 10)
+
+    def step(self, number: int, sent: State, mean: State) -> State:
+        """Where it goes from what was sent, when the sites have come to this mean."""
+        self._flowers.current_arrays = {name: tensor.numpy() for name, tensor in sent.items()}
+        content = RecordDict({"arrays": write_adapter(mean), "metrics": MetricRecord({"num-examples": 1})})
+        stepped, _ = self._flowers.aggregate_train(number, [Message(content, 1, MessageType.TRAIN)])
+        assert stepped is not None  # there was a reply
+        return {name: torch.from_numpy(stepped[name].numpy()).to(tensor.dtype) for name, tensor in mean.items()}
+
+    @property
+    def memory(self) -> State:
+        kept = {moment: getattr(self._flowers, moment) or {} for moment in MOMENTS}
+        return {  # of a single number, numpy makes no array
+            f"{m}/{name}": torch.from_numpy(np.asarray(array))
+            for m, arrays in kept.items()
+            for name, array in arrays.items()
+        }
+
+    @memory.setter
+    def memory(self, memory: State) -> None:
+        for moment in MOMENTS:
+            parts = {name.partition("/")[2]: t.numpy() for name, t in memory.items() if name.startswith(f"{moment}/")}
+            setattr(self._flowers, moment, parts or None)
+
+
+class AdapterFedAvg(FedAvg):
+    """Averages adapters that have the names, shapes and types of `like`, the one that a run begins with.
+
+    `names` tells the sites' names by node id, and may grow during the run; `claims` how much a site says that it has,
+    if that is to be its weight. The settings say how what the sites send comes together. After each round `reports`
+    holds what the good replies reported, `dropped` why the others were left out, both by site, and `scaled` whose
+    updates were too long to count whole.
+    """
+
+    def __init__(
+        self,
+        like: State,
+        names: Mapping[int, str],
+        settings: Settings,
+        claims: Callable[[str], float] = lambda site: 1.0,
+        classes: int | None = None,
+    ) -> None:
+        super().__init__(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+        self.like, self.names = like, names
+        self._gather: Gather = gather_of(settings)
+        self._claims = claims if settings.site_weights == "examples" else lambda site: 1.0
+        self._most, self._classes = settings.max_site_weight, classes
+        self._optimizer, self._sent = optimizer_of(settings), like
+        self._asked: list[str] = []
+        self.reports: dict[str, Report] = {}
+        self.dropped: dict[str, str] = {}
+        self.scaled: Sequence[str] = ()
+
+    @property
+    def memory(self) -> State:
+        """What it knows of earlier rounds."""
+        return self._optimizer.memory if self._optimizer else {}
+
+    @memory.setter
+    def memory(self, memory: State) -> None:
+        if self._optimizer:
+            self._optimizer.memory = memory
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._sent = read_adapter(arrays, self.like)
+        self._asked = [self.names[message.metadata.dst_node_id] for message in messages]
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What comes of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
+        asked, self._asked = self._asked, []  # the next round may ask nobody, without `configure_train`
+        weights = bounded({site: self._claims(site) for site in asked}, self._most)
+        gathering = self._gather(self._sent)
+
+        def take(site: str, report: Report, state: State) -> None:
+            if site not in weights:
+                raise ExchangeError("it was not asked")
+            if report.examples:
+                gathering.add(site, state, weights[site])
+
+        self.screen(replies, self.like, take)
+        made, left_out, self.scaled = gathering.close()
+        self.dropped |= left_out
+        self.reports = {site: report for site, report in self.reports.items() if site not in left_out}
+        return (None if made is None else self.step(server_round, made)), None
+
+    def step(self, server_round: int, made: State) -> ArrayRecord:
+        """The next adapter, where the sites have come to this."""
+        return write_adapter(self._optimizer.step(server_round, self._sent, made) if self._optimizer else made)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Only sorts the replies: see `reports`."""
+        self.scaled = ()
+        self.screen(replies, None, lambda *_: None)
+        return None
+
+    def screen(
+        self,
+        replies: Iterable[Message],
+        like: Mapping[str, Tensor] | None,
+        take: Callable[[str, Report, State], None],
+    ) -> None:
+        """Sorts the replies: those with tensors as `like` are taken, unless that raises. See `reports`, `dropped`."""
+        self.reports, self.dropped = {}, {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            site = self.names.get(node)
+            if reply.has_error():
+                self.dropped[site or f"node {node}"] = reason(reply)
+                continue
+            try:
+                if site is None:
+                    raise ExchangeError("nobody knows this node")
+                if site in self.reports:
+                    raise ExchangeError("it answered twice")
+                report, state = read_answer(reply.content, like, self._classes)
+                take(site, report, state)
+                self.reports[site] = report
+            except (ExchangeError, UserError) as error:
+                self.dropped[site or f"node {node}"] = str(error)
+        self.reports = dict(sorted(self.reports.items()))
+
+
+def optimizer_of(settings: Settings) -> Optimizer | None:
+    """The server's, if the settings ask for one."""
+    if settings.strategy not in OPTIMIZERS:
+        return None
+    own = KINDS[settings.adapter].server_rate if settings.method == "adapter" else RATE_OF_MODEL
+    return Optimizer(settings.strategy, settings.server_learning_rate or own)

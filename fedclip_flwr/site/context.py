@@ -1,0 +1,153 @@
+"""What one site holds: its rows of the data, split into training, validation and test."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings, place_of
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.features import models
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.encoded import Pixels
+from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.learning.adapters import blank_adapter
+from fedclip_flwr.learning.base import Classes, Learner
+from fedclip_flwr.learning.recipes import length_of
+from fedclip_flwr.site.holdings import Site, own_site, owners_words, simulated_site
+
+OWN = (
+    *("data", "model", "device", "precision", "image-column", "label-column", "domain-column"),
+    *("dp", "noise-multiplier", "clipping-norm", "secure-aggregation"),
+)
+"""The settings that a site's owner may give in its node config."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a site needs to answer a message."""
+
+    settings: Settings
+    site: Site
+    features: Features
+    classes: Classes
+    device: torch.device
+    session: Session
+
+    def start(self) -> State:
+        """What every site can begin with."""
+        return new_learner(self.settings, self.features).on_cpu()
+
+    def blank(self) -> Learner:
+        """What is learnt, to be filled with a state that came."""
+        if isinstance(self.features, Pixels):
+            return self.features.whole_model()
+        own = self.settings
+        how = {"blend": own.trained_blend, "length": length_of(own)}
+        return blank_adapter(own.adapter, self.classes.dim, rank=own.adapter_rank, **how)
+
+    def require(self) -> None:
+        """Raises unless the model here is the server's, where both know its content: features would not compare."""
+        own = self.features.model_content
+        if self.session.model and own and self.session.model != own:
+            raise UserError(
+                f"this site's model {self.features.model!r} has other content than the server's: give both the same "
+                "model-revision, or copy the server's model and name its folder in the node config (model='/PATH')"
+            )
+
+
+def in_simulation() -> bool:
+    """Whether this process is one of those in which Flower simulates sites: a worker that Ray has started.
+
+    Only in those may the server's settings name data of this machine. So it depends on the program that was started, in
+    which no server has a say, and not on Ray: anything in a real site's process may import that, or even start it.
+    """
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""
+    return Path(program).parts[-4:] == ("ray", "_private", "workers", "default_worker.py")
+
+
+def open_desk(
+    run_config: Mapping[str, object], node_config: Mapping[str, object], session: Session, simulated: bool
+) -> Desk:
+    """This site's desk; kept in a process that answers several messages.
+
+    The `session` tells what the server resolved: the domain that no site trains on, and the vocabulary.
+    """
+    run, node = (tuple(sorted(config.items())) for config in (run_config, node_config))
+    return _desk(run, node, session, simulated)
+
+
+def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], simulated: bool = False) -> Settings:
+    """The run's settings as they are at this site: its owner's words come first."""
+    given = dict(run_config)
+    if not simulated and str(given.get("class-names", "")).startswith("/"):
+        del given["class-names"]  # a file of the server's
+    if "model" in node:
+        given.pop("model-revision", None)
+    if node.get("dp", "local") != "local":
+        raise UserError(f"dp = {node['dp']!r} in the node config: a site can only add noise of its own, dp='local'")
+    if {"noise-multiplier", "clipping-norm"} & node.keys() and "dp" not in node:
+        raise UserError("noise-multiplier and clipping-norm in the node config are for dp='local' there")
+    if "dp" in node and "noise-multiplier" not in node:
+        raise UserError("dp='local' in the node config needs noise-multiplier beside it: else the server says how much")
+    if "data" in node:
+        given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
+    own = {key: node[key] for key in OWN if key in node}
+    if given.get("secure-aggregation"):
+        own.pop("secure-aggregation", None)  # an owner can ask for it, and not undo the run's
+    settings = Settings.from_run_config({**given, **own})
+    if given.get("dp") == "local" and settings.noise_multiplier < float(str(given["noise-multiplier"])):
+        raise UserError(
+            f"noise-multiplier = {settings.noise_multiplier:g} in the node config: the run has more, and tells what is "
+            "spent by that; give at least as much"
+        )
+    here_only = settings.data == "none" or place_of(settings.data)[0]
+    if not simulated and "data" not in node and here_only:
+        raise UserError(
+            "this site was not told where its data is: start its SuperNode with --node-config \"data='folder:/PATH'\""
+        )
+    return settings
+
+
+@lru_cache(maxsize=64)
+def _desk(
+    run_config: Sequence[tuple[str, object]],
+    node_config: Sequence[tuple[str, object]],
+    session: Session,
+    simulated: bool,
+) -> Desk:
+    node = dict(node_config)
+    settings = settings_at(dict(run_config), node, simulated)
+    number, sites = node.get("partition-id"), node.get("num-partitions")
+    features = _features(settings, session, simulated)
+    device = models.pick_device(settings.device)
+    if isinstance(number, int) and isinstance(sites, int):
+        if not 0 <= number < sites:
+            raise UserError(f"partition-id = {number}: expected a number from 0 to num-partitions - 1 = {sites - 1}")
+        site = simulated_site(
+            features,
+            session.holdout or None,
+            number,
+            sites,
+            settings.seed,
+            device,
+            partition=settings.partition,
+            alpha=settings.alpha,
+        )
+    else:
+        words = owners_words(node, features.domains, session.holdout)
+        site = own_site(features, words, settings.seed, device)
+    return Desk(settings, site, features, features.classes.ready(device), device, session)
+
+
+@lru_cache(maxsize=4)
+def _features(settings: Settings, session: Session, simulated: bool) -> Features:
+    """Opened once for all sites that a process simulates."""
+    return open_features(settings, session.vocabulary, progress=not simulated)

@@ -1,0 +1,130 @@
+"""What one site holds: its rows of the data, split into training, validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.roles import HOLDOUT, ROLES, TRAIN
+from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.data.partition import shard
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.encoding import UnfinishedError
+from fedclip_flwr.learning.base import Examples
+from fedclip_flwr.learning.training import split
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site by name, and its examples."""
+
+    name: str
+    train: Examples
+    validation: Examples
+    test: Examples
+    domain: str = ""
+    role: str = TRAIN
+
+    @property
+    def class_numbers(self) -> list[int]:
+        """The classes that the site has examples of."""
+        labels = torch.cat([self.train.labels, self.validation.labels, self.test.labels])
+        return sorted(set(labels.tolist()))
+
+
+def divide(name: str, domain: str, examples: Examples, seed: int, device: str | torch.device = "cpu") -> Site:
+    """The site of that name with its examples split, each part taken from the store by itself."""
+    parts = split(len(examples.labels), seed_of(seed, "split", name))
+    train, validation, test = (examples.rows(rows).ready(device) for rows in parts)
+    return Site(name, train, validation, test, domain)
+
+
+def simulated_site(
+    features: Features,
+    holdout: str | None,
+    number: int,
+    sites: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    *,
+    partition: str = "domain",
+    alpha: float = 0.5,
+) -> Site:
+    """Site `number` of so many simulated ones."""
+    apart = held_out(holdout, features.domains)
+    domains = gathered(features, [domain for domain in features.domains if domain not in apart])
+    own = shard(number, {d: e.labels for d, e in domains.items()}, sites, seed, partition, alpha)
+    examples = together(domains[domain].rows(rows) for domain, rows in own.rows.items())
+    domain = "+".join(domain for domain, rows in own.rows.items() if len(rows) or len(own.rows) == 1)
+    return divide(own.site, domain, examples, seed, device)
+
+
+def gathered(features: Features, domains: Sequence[str]) -> dict[str, Examples]:
+    """The examples of these domains; an `UnfinishedError` tells how many images of all of them are encoded."""
+    found: dict[str, Examples] = {}
+    for domain in domains:
+        try:
+            found[domain] = features.examples(domain)
+        except UnfinishedError as error:
+            done = error.done + sum(map(features.count, found))
+            raise UnfinishedError(done, sum(map(features.count, domains))) from None
+    return found
+
+
+def together(parts: Iterable[Examples]) -> Examples:
+    """The examples of several domains; of a single one as they are, perhaps in a file."""
+    first, *more = parts
+    if not more:
+        return first
+    features, labels = zip(first, *more, strict=True)
+    return Examples(torch.cat(features), torch.cat(labels))
+
+
+class Words(NamedTuple):
+    """What a site's owner says: its name, what it does, and what it holds of the data."""
+
+    site: str
+    role: str
+    domains: list[str]
+
+
+def owners_words(node: Mapping[str, object], domains: Sequence[str], holdout: str) -> Words:
+    """What the node config says of data with these domains; a site that trains leaves the held-out one alone."""
+    name, role, wanted = (str(node.get(key, other)) for key, other in (("site", ""), ("role", TRAIN), ("domains", "")))
+    if not name:
+        raise UserError("this site has no name: start its SuperNode with --node-config \"site='NAME'\"")
+    if role not in ROLES:
+        raise UserError(f"role = {role!r}: expected one of {', '.join(ROLES)}")
+    own = _some(domains, wanted)
+    if role == HOLDOUT:
+        return Words(name, role, own)
+    own = [domain for domain in own if domain not in held_out(holdout, domains)]
+    if not own:
+        raise UserError(
+            f"all images of this site belong to {holdout}, which is held out: with role='holdout' in its node config "
+            "it would evaluate only"
+        )
+    return Words(name, role, own)
+
+
+def own_site(features: Features, words: Words, seed: int, device: torch.device) -> Site:
+    """A site by its owner's words."""
+    domain, examples = "+".join(words.domains), together(gathered(features, words.domains).values())
+    if words.role == HOLDOUT:
+        held = examples.ready(device)
+        nothing = held.rows(torch.arange(0))
+        return Site(words.site, nothing, nothing, held, domain, words.role)
+    return divide(words.site, domain, examples, seed, device)
+
+
+def _some(domains: Sequence[str], wanted: str) -> list[str]:
+    """Those domains that are named in a list with commas; all, where none is."""
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in domains]:
+        raise UserError(f"domains = {wanted!r}: this site's data has no {unknown[0]}; it has {', '.join(domains)}")
+    return [domain for domain in domains if not names or domain in names]

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.client.grpc_rere_client import node_auth_client_interceptor as interceptor
+
+from deploy import processes
+from fedclip_flwr.base.errors import FaultError, UserError
+from fedclip_flwr.operations import certificates, keys, simulation
+from fedclip_flwr.operations.doctor import endpoints
+from fedclip_flwr.operations.doctor.endpoints import Address
+from tests.authority import certify, serving
+
+
+@contextmanager
+def listening(backlog: int = 5) -> Iterator[Address]:
+    """A port that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=backlog) as server:
+        yield Address("127.0.0.1", server.getsockname()[1])
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "PATIENCE", 0.3)
+
+
+def test_a_server_with_tls_shows_its_certificate(tmp_path: Path) -> None:
+    files = certify(tmp_path / "own", ["localhost", "fl.example.org"])
+    with serving(files) as address:
+        greeting = endpoints.greet(address, files.ca, "localhost")
+        assert (
+            endpoints.greet(address, files.ca, "fl.example.org") == endpoints.greet(address, files.ca, None) == greeting
+        )
+        assert not endpoints.speaks_plainly(address)
+    assert greeting.version == "TLSv1.3"
+    assert certificates.names_of(greeting.certificate) == ["localhost", "fl.example.org"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "name", "told"),
+    [
+        ({"begins": -3, "ends": -2}, None, r"certificate of localhost:\d+ has expired on 20"),
+        ({"begins": 2}, None, "is good only from 20.*check this clock"),
+        ({"names": ["a.example", "b.example"]}, "localhost", "is for a.example, b.example, and not for localhost"),
+        ({"names": ()}, "localhost", "is for no name at all"),
+    ],
+)
+def test_a_certificate_that_is_no_good_is_told(tmp_path: Path, faults: dict[str, int], name: str, told: str) -> None:
+    files = certify(tmp_path / "own", **faults)  # type: ignore[arg-type]
+    with serving(files) as address, pytest.raises(FaultError, match=told):
+        endpoints.greet(address, files.ca, name)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_another_authoritys_server_is_told(tmp_path: Path, known: bool) -> None:
+    own, other = (certify(tmp_path / name) for name in ("own", "other"))
+    by = str(other.ca) if known else "those that this machine trusts"
+    with serving(own) as address, pytest.raises(FaultError, match=f"another authority .* than {re.escape(by)}"):
+        endpoints.greet(address, other.ca if known else None, "localhost")
+
+
+def test_a_server_without_tls_is_told(tmp_path: Path) -> None:
+    with serving(None) as address:
+        assert endpoints.speaks_plainly(address)
+        with pytest.raises(FaultError, match=r"speaks without TLS.*not with --insecure"):
+            endpoints.greet(address, certify(tmp_path / "own").ca, "localhost")
+
+
+def test_a_name_that_does_not_exist_is_told() -> None:
+    for host in ("nowhere.invalid", "a" * 70 + ".invalid"):
+        with pytest.raises(FaultError, match="can't be resolved") as told:
+            endpoints.connect(Address(host, 9092))
+        assert host in str(told.value)
+
+
+def test_a_closed_port_is_told() -> None:
+    with listening() as address:
+        assert endpoints.listens(address)
+    assert not endpoints.listens(address)
+    with pytest.raises(FaultError, match="refuses connections"):
+        endpoints.connect(address)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_address_that_does_not_answer_is_told() -> None:
+    """A full queue of connections is as silent as a firewall."""
+    with listening(backlog=0) as address, ExitStack() as stack:
+        stack.enter_context(socket.create_connection(address))
+        with pytest.raises(FaultError, match=r"does not answer within 0.3 s"):
+            endpoints.connect(address)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_port_that_says_nothing_is_told(tmp_path: Path) -> None:
+    with listening() as address:
+        with pytest.raises(FaultError, match="takes connections, but says nothing"):
+            endpoints.greet(address, None, None)
+        assert not endpoints.speaks_plainly(address)
+
+
+@pytest.mark.parametrize("text", ["fl.example.org", "fl.example.org:http", ":9092", "fl.example.org:0", "host:70000"])
+def test_an_address_without_a_host_or_a_port_is_told(text: str) -> None:
+    with pytest.raises(UserError, match=r"--superlink .* expected HOST:PORT"):
+        endpoints.read_address(text, "--superlink")
+
+
+def test_addresses_are_read_and_shown_as_flower_has_them() -> None:
+    assert endpoints.read_address("[::1]:9092", "--superlink") == Address("::1", 9092)
+    assert str(Address("::1", 9092)) == "[::1]:9092"
+    assert str(endpoints.read_address("localhost:1", "--superlink")) == "localhost:1"
+
+
+# A real SuperLink
+
+
+def own_key(link: processes.SuperLink, site: str) -> Path:
+    assert link.keys
+    return link.keys / "sites" / site / "node.key"
+
+
+def knows(link: processes.SuperLink, site: str, port: int | None = None) -> bool:
+    key = own_key(link, site)
+    address = Address("localhost", port or link.fleet)
+    return endpoints.knows(address, certificates.node_key(key), key.with_name("ca.crt"), False)
+
+
+def test_a_superlink_tells_whether_it_knows_a_key(secured: processes.SuperLink) -> None:
+    assert knows(secured, "north")
+    assert not knows(secured, "south")
+
+
+def test_a_supernode_that_is_there_is_not_disturbed(
+    secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(secured.folder))
+
+    def known() -> list[Any]:
+        """But for those that other tests have unregistered."""
+        return [node for node in endpoints.nodes(simulation.CONNECTION) if node.status != "unregistered"]
+
+    assert [node.status for node in known()] == ["registered"]
+    assert knows(secured, "north")
+    (before,) = known()
+    assert (before.status, before.last_activated_at) == ("registered", "")
+    with processes.supernode(secured, "north", "site='north'") as node:
+        secured.wait_for([node], print)
+        (before,) = known()
+        assert knows(secured, "north")
+        (after,) = known()
+        assert node.process.poll() is None
+    assert before.status == after.status == "online"
+    assert (before.last_activated_at, before.heartbeat_interval) == (after.last_activated_at, after.heartbeat_interval)
+
+
+def test_another_api_is_told(secured: processes.SuperLink) -> None:
+    with pytest.raises(FaultError, match="is not where SuperNodes are served"):
+        knows(secured, "north", secured.control)
+
+
+def test_a_clock_that_is_wrong_is_told(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = interceptor.now  # type: ignore[attr-defined]
+    for wrong in (timedelta(minutes=10), timedelta(minutes=-10)):
+        monkeypatch.setattr(interceptor, "now", lambda wrong=wrong: now() + wrong)
+        with pytest.raises(FaultError, match=r"refuses what this machine signs.*set the clocks"):
+            knows(secured, "north")
+
+
+def test_whoever_does_not_answer_as_flower_does_is_told(tmp_path: Path) -> None:
+    keys.make(tmp_path / "keys", sites=["north"])
+    key = certificates.node_key(tmp_path / "keys" / "sites" / "north" / "node.key")
+    with listening() as address:
+        pass
+    with pytest.raises(FaultError, match=r"does not answer as Flower 1.31 does .UNAVAILABLE"):
+        endpoints.knows(address, key, None, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (None, "there is no .*config.toml"),
+        ('[superlink.other]\naddress = "127.0.0.1:1"\n', "'here' not found"),
+        ('[superlink.here]\naddress = ":local:"\n', "here is for simulations on this machine"),
+        ('[superlink.here]\naddress = "127.0.0.1:1"\ninsecure = true\n', "127.0.0.1:1 does not answer"),
+        ('[superlink.here]\naddress = "127.0.0.1:1"\nroot-certificates = "/nowhere"\n', "/nowhere"),
+        ("[superlink", "config.toml"),
+    ],
+)
+def test_a_connection_that_can_not_be_used_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None, told: str
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    if config:
+        (tmp_path / "config.toml").write_text(config)
+    with pytest.raises(FaultError, match=told):
+        endpoints.nodes("here")
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["config.toml"] if config else [])

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import PLACES, Settings
+from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.features import clip, encoding, models
+from fedclip_flwr.learning.base import Examples
+from fedclip_flwr.learning.recipes import learning_rate
+from fedclip_flwr.site.context import Desk, in_simulation, open_desk, settings_at
+from fedclip_flwr.site.holdings import divide
+
+NAMES = ("car", "cat", "fish")
+TOLD = Vocabulary(NAMES, ("a {}",))
+
+
+def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any) -> Desk:
+    return open_desk({"data": f"folder:{tree}", "seed": 3, **run}, node, session(holdout=holdout), simulated)
+
+
+def session(told: Vocabulary = TOLD, holdout: str = "", model: str = "") -> Session:
+    return Session(holdout, told, model, "run-7")
+
+
+@pytest.mark.parametrize("program", [None, "/bin/flwr-clientapp", "/data/default_worker.py"])
+def test_a_process_is_a_real_sites_unless_ray_has_started_it(
+    program: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not in_simulation()
+    rays = find_spec("ray")
+    assert rays
+    assert rays.origin
+    worker = Path(rays.origin).with_name("_private") / "workers" / "default_worker.py"
+    assert worker.is_file(), "Ray starts its workers with another program: simulated sites would be taken for real ones"
+    for path, simulated in ((program, False), (str(worker), True)):
+        main = ModuleType("__main__")
+        main.__file__ = path
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        assert in_simulation() == simulated
+
+
+def test_a_simulated_site_holds_its_shard_split(tree: Path) -> None:
+    """2 domains of 12 images over 3 sites: cartoon in two shards of 6, photo in one."""
+    sites = [desk(tree, {"partition-id": i, "num-partitions": 3}, simulated=True).site for i in range(3)]
+    assert [(s.name, s.domain) for s in sites] == [
+        ("cartoon-0", "cartoon"),
+        ("photo-0", "photo"),
+        ("cartoon-1", "cartoon"),
+    ]
+    assert [[len(p.labels) for p in (s.train, s.validation, s.test)] for s in sites] == [
+        [3, 1, 1],
+        [7, 2, 2],
+        [3, 1, 1],
+    ]
+    assert sites[1].class_numbers == [0, 1, 2]
+
+
+def test_no_site_holds_the_held_out_domain(tree: Path) -> None:
+    sites = [desk(tree, {"partition-id": i, "num-partitions": 2}, "photo", True).site for i in range(2)]
+    assert {site.domain for site in sites} == {"cartoon"}
+
+
+def test_a_site_with_data_of_its_own_holds_all_of_it_but_the_held_out_domain(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    assert desk(tree, node, data="drawn").site.domain == "cartoon+photo"
+    own = desk(tree, node, "photo", data="drawn").site
+    assert (own.name, own.domain) == ("north", "cartoon")
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [7, 2, 2]
+    assert (own.train.features.norm(dim=1) > 10).all()  # as CLIP gives them
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"site": "north"}, "was not told where its data is"),
+        ({"partition-id": 0, "num-partitions": 2}, "was not told where its data is"),
+        ({"data": "folder:TREE"}, "has no name"),
+        ({"data": "folder:/nowhere", "site": "north"}, "no such folder"),
+        ({"data": "folder:TREE", "partition-id": 2, "num-partitions": 2}, "expected a number from 0"),
+        ({"data": "folder:TREE", "site": "north", "device": "cuda:77"}, "device"),
+        ({"data": "folder:TREE", "site": "north", "role": "chief"}, "expected one of train, holdout"),
+        ({"data": "folder:TREE", "site": "north", "domains": "photo, x-ray"}, "no x-ray; it has cartoon, photo"),
+    ],
+)
+def test_a_real_site_is_told_what_its_owner_has_to_mend(tree: Path, node: dict[str, Any], told: str) -> None:
+    given = {key: str(tree).join(v.split("TREE")) if isinstance(v, str) else v for key, v in node.items()}
+    with pytest.raises(UserError, match=told):
+        desk(tree, given)
+
+
+def test_device_and_precision_are_the_owners_choice(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}", "device": "cpu", "precision": "bfloat16"}
+    own = desk(tree, node, device="cuda:3", precision="float32")
+    assert (own.settings.device, own.settings.precision) == ("cpu", "bfloat16")
+    assert own.device == torch.device("cpu")
+
+
+def test_a_site_may_take_some_of_its_domains(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    own = desk(tree, {**node, "domains": "photo"}).site
+    assert (own.domain, len(own.train.labels)) == ("photo", 7)
+    assert desk(tree, {**node, "domains": "cartoon,photo"}).site.domain == "cartoon+photo"
+
+
+def test_a_holdout_site_tests_all_that_it_holds(tree: Path) -> None:
+    node = {"site": "west", "data": f"folder:{tree}", "role": "holdout"}
+    own = desk(tree, node, "photo").site
+    assert (own.role, own.domain) == ("holdout", "cartoon+photo")
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [0, 0, 24]
+    assert own.class_numbers == [0, 1, 2]
+
+
+def test_the_held_out_domain_is_known_in_other_spellings(tree: Path) -> None:
+    assert desk(tree, {"site": "north", "data": f"folder:{tree}"}, "Photo").site.domain == "cartoon"
+
+
+def test_where_the_server_has_no_images_a_site_needs_its_own(tree: Path) -> None:
+    with pytest.raises(UserError, match="was not told where its data is"):
+        desk(tree, {"site": "north"}, data="none")
+    own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, data="none")
+    assert own.site.class_numbers == [0, 1, 2]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_server_names_a_place_of_a_real_sites_machine(place: str) -> None:
+    with pytest.raises(UserError, match="was not told where its data is"):
+        settings_at({"data": f"{place}/etc"}, {"site": "north"})
+    assert settings_at({"data": "drawn"}, {"site": "north", "data": f"{place}/own"}).data == f"{place}/own"
+
+
+def test_a_site_that_encodes_in_slices_tells_of_all_its_images(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "PART", 5)
+    monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
+    (tree / "photo" / "cat" / "0.png").write_bytes(b"no picture")
+    found = []
+    for _ in range(9):
+        try:
+            with encoding.at_most(0):
+                own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, seed=71).site
+                break
+        except encoding.UnfinishedError as error:
+            found.append((error.done, error.of))
+    assert found == [(5, 24), (10, 24), (17, 24), (22, 24)]  # a domain's last batch needs no more time
+    assert len(own.train.labels) == 13
+
+
+def test_a_site_whose_images_are_all_held_out_is_told(tree: Path) -> None:
+    for picture in (tree / "photo").rglob("*.png"):
+        picture.unlink()
+    with pytest.raises(UserError, match="all images of this site belong to cartoon"):
+        desk(tree, {"data": f"folder:{tree}", "site": "north"}, "cartoon")
+
+
+def test_a_site_numbers_its_classes_as_the_server_does(tree: Path) -> None:
+    """The server knows more classes, in another order."""
+    shutil.rmtree(tree / "photo" / "car")
+    shutil.rmtree(tree / "cartoon")
+    told = Vocabulary(("zebra", "fish", "dog", "cat"), ("a {}",))
+    node = {"site": "north", "data": f"folder:{tree}"}
+    own = open_desk({}, node, session(told), False)
+    assert own.site.class_numbers == [1, 3]
+    assert own.features.vocabulary == told
+    assert own.classes.text.shape == (4, 128)
+
+
+def test_classes_that_the_server_does_not_know_are_told(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    with pytest.raises(UserError, match="classes that the run does not know: car, fish"):
+        open_desk({}, node, session(Vocabulary(("cat", "dog"), ("a {}",))), False)
+
+
+@pytest.mark.parametrize("names", ["car,cat", "car,cat,dog,bird"])
+def test_classes_that_the_servers_list_lacks_are_told_in_a_sites_words(tree: Path, names: str) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    with pytest.raises(UserError, match="classes that the run does not know: fish"):
+        open_desk({"class-names": names}, node, session(Vocabulary(tuple(names.split(",")), ("a {}",))), False)
+
+
+def test_a_file_of_class_names_is_the_servers_and_no_sites(tree: Path) -> None:
+    run = {"class-names": "/server/names.txt"}
+    own = open_desk(run, {"site": "north", "data": f"folder:{tree}"}, session(), False)
+    assert own.features.vocabulary.class_names == NAMES
+
+
+def test_columns_are_those_of_the_servers_data(tree: Path) -> None:
+    node = {"site": "north", "data": f"folder:{tree}"}
+    assert open_desk({"label-column": "fine"}, node, session(), False).site.class_numbers == [0, 1, 2]
+    with pytest.raises(UserError, match="label-column"):
+        open_desk({}, {**node, "label-column": "fine"}, session(), False)
+
+
+def test_another_model_than_the_servers_is_told(tree: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(models.BUNDLED, tmp_path / "clip")
+    node = {"site": "north", "data": f"folder:{tree}", "model": str(model)}
+    own = open_desk({"model": "openai/clip", "model-revision": "abc"}, node, session(), False)
+    content = own.features.model_content
+    assert content
+    own.require()
+    replace(own, session=session(model=content)).require()
+    with pytest.raises(UserError, match="other content than the server's"):
+        replace(own, session=session(model="0123")).require()
+
+
+def test_a_site_with_one_image_trains_on_it(tree: Path) -> None:
+    for picture in (tree / "photo").rglob("*.png"):
+        if picture.parent.name != "cat" or picture.name != "0.png":
+            picture.unlink()
+    sites = [desk(tree, {"partition-id": i, "num-partitions": 2}, simulated=True).site for i in range(2)]
+    assert [[len(p.labels) for p in (s.train, s.validation, s.test)] for s in sites] == [[7, 2, 2], [1, 0, 0]]
+    assert sites[1].train.labels.tolist() == [1]
+
+
+def test_a_site_whose_images_are_all_broken_has_none(tree: Path) -> None:
+    for picture in (tree / "photo").rglob("*.png"):
+        picture.write_bytes(b"no picture")
+    own = desk(tree, {"partition-id": 1, "num-partitions": 2}, simulated=True).site
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [0, 0, 0]
+
+
+def test_sites_of_another_partition_hold_rows_of_all_domains(tree: Path) -> None:
+    node = {"partition-id": 1, "num-partitions": 2}
+    own = desk(tree, node, simulated=True, partition="iid").site
+    assert (own.name, own.domain) == ("site-1", "cartoon+photo")
+    assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [7, 2, 2]
+
+
+def test_the_settings_of_the_run_are_those_of_the_desk(tree: Path) -> None:
+    own = desk(tree, {"partition-id": 0, "num-partitions": 1}, simulated=True, adapter="scale")
+    assert own.settings == Settings(data=f"folder:{tree}", seed=3, adapter="scale")
+
+
+def test_sites_split_equally_many_images_each_in_its_own_way() -> None:
+    examples = Examples(torch.eye(50), torch.arange(50))
+    first, again, other = (divide(name, "photo", examples, 0).train.labels.tolist() for name in ("a", "a", "b"))
+    assert first == again
+    assert sorted(first) != sorted(other)
+
+
+def test_the_learning_rate_is_that_for_the_steps_of_an_epoch_unless_one_is_given() -> None:
+    """33 images are two steps, which are as large as ten together."""
+    assert learning_rate(Settings(), 512, 33) == pytest.approx(5 * learning_rate(Settings(), 512, 320))
+    assert learning_rate(Settings(learning_rate=0.5), 512, 33) == 0.5
