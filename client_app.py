@@ -9,31 +9,27 @@ gc.disable()  # a deployed site answers each message in a new process, and a six
 import logging
 import warnings
 from collections.abc import Collection
-from dataclasses import replace
+from typing import Any
 
 import torch
 from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import ErrorCode
 
 from fedclip_flwr.base import content, files
 from fedclip_flwr.base.errors import ReadError, UserError, one_line
-from fedclip_flwr.exchange import privacy, records
+from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.codecs import CODECS
-from fedclip_flwr.exchange.link import Shelf, forget
-from fedclip_flwr.exchange.records import LACKS, ExchangeError, Hello, LacksError, Progress, Report, Task
+from fedclip_flwr.exchange.link import SiteCache, StatesOnDisk, forget
+from fedclip_flwr.exchange.records import LACKS, ExchangeError, Hello, LacksError, Progress
 from fedclip_flwr.exchange.secure import protocol
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.exchange.session import recall
 from fedclip_flwr.features import encoding
+from fedclip_flwr.flower.clientapp import RAISED, ClientAppCallable
 from fedclip_flwr.learning.adapters import Adapter, tensor_names
-from fedclip_flwr.learning.base import Learner
-from fedclip_flwr.learning.training import evaluate, examine
 from fedclip_flwr.runs.saved import save_adapter
-from fedclip_flwr.site.context import Desk, in_simulation, open_desk
-from fedclip_flwr.site.work import learn as learn_on
-from fedclip_flwr.site.work import learn_alone
+from fedclip_flwr.site.context import OpenedContext, in_simulation, open_context
+from fedclip_flwr.site.work import answer_evaluate, answer_train
 
 gc.freeze()
 gc.enable()
@@ -60,7 +56,7 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     except LacksError as error:
         return Message(Error(LACKS, str(error)), reply_to=message)
     except LetterError as error:
-        log.error("this site can't go on in this round: %s", error)
+        log.error("this site can't continue in this round: %s", error)
         return Message(Error(records.BLAMES, error.sender), reply_to=message)
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError | MaskingError)
@@ -70,7 +66,7 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
             why = one_line(error.unnamed)
         if message.metadata.message_type == MessageType.QUERY and (name := context.node_config.get("site")):
             why = one_line(f"{name}: {why}")  # the server knows its number only
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, why), reply_to=message)
+        return Message(Error(RAISED, why), reply_to=message)
     finally:
         torch.cuda.empty_cache()  # others on this GPU may need it before the next message comes
 
@@ -81,59 +77,48 @@ app = ClientApp(mods=[guard])
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Who this site is and how much it holds; or how far it has come with encoding, to be asked again."""
-    task = records.read_task(message.content)
     if masks(context) and not context.run_config.get("secure-aggregation"):
         raise UserError("this site gives its updates only in runs with secure-aggregation = true")
     try:
         with encoding.at_most(records.slice_of(float(context.run_config["round-timeout"]))):
-            desk = desk_of(context, task)
+            opened = opened_for(message, context)
     except encoding.UnfinishedError as error:
         name = str(context.node_config.get("site") or f"node {context.node_id}")
         return Message(records.write_progress(Progress(name, error.done, error.of)), reply_to=message)
-    site = desk.site
-    desk.require()
+    site = opened.site
+    opened.require_same_model()
     forget()
-    counts = {part: len(getattr(site, part).labels) for part in ("train", "validation", "test")}
     said = Hello(
         site=site.name,
         role=site.role,
         domain=site.domain,
+        train=len(site.train.labels),
+        validation=len(site.validation.labels),
+        test=len(site.test.labels),
         classes=site.class_numbers,
         package=content.of_package(content.memory()),
-        unit_length=desk.features.has_unit_length(),
-        **counts,
+        unit_length=opened.features.has_unit_length(),
     )
     return Message(records.write_hello(said), reply_to=message)
 
 
 @app.train()
 def learn(message: Message, context: Context) -> Message:
-    """How the received adapter does here, and the adapter trained on."""
-    task = records.read_task(message.content)
-    desk = desk_of(context, task)
-    shelf = Shelf(desk.session.key, desk.settings.codec)
-    learner = received(task, desk, shelf)
-    report = report_on(learner, desk, context)
-    protected = masks(context) or desk.settings.dp != "off"
-    before = learner.on_cpu() if protected else {}
-    learn_on(learner, desk.site, desk.classes, desk.settings, task.round)
-    trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
-    trained = privacy.at_site(trained, before, desk.settings)
-    if masks(context):
-        from fedclip_flwr.exchange.secure import site  # not for all: it brings cryptography
-
-        sent = site.masked(message.content, context.state.config_records, trained, before)
-    else:
-        sent = shelf.pack(trained, desk.site.name, task.round, desk.settings.seed)
-    return Message(records.write_answer(report, sent), reply_to=message)
+    """The scores of the received adapter here, and the adapter trained."""
+    opened = opened_for(message, context)
+    memory = context.state.config_records if masks(context) else None
+    by_class = shares_classes(context)
+    return Message(
+        answer_train(message.content, opened, cache_of(opened), by_class=by_class, memory=memory), reply_to=message
+    )
 
 
 @app.query("keys")
 @app.query("shares")
 @app.query("unmask")
 def mask(message: Message, context: Context) -> Message:
-    """With secure aggregation, the steps before and after an update that is masked."""
-    from fedclip_flwr.exchange.secure import site
+    """With secure aggregation, the steps before and after a masked update."""
+    from fedclip_flwr.exchange.secure import site  # brings cryptography, which few runs need
 
     step = site.STEPS[message.metadata.message_type.removeprefix("query.")]
     return Message(step(message.content, context.state.config_records), reply_to=message)
@@ -141,45 +126,44 @@ def mask(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def score(message: Message, context: Context) -> Message:
-    """How the received adapter does here; or, at the end of a run that personalises, the site's own made from it."""
-    task = records.read_task(message.content)
-    desk = desk_of(context, task)
-    learner = received(task, desk, Shelf(desk.session.key, desk.settings.codec))
-    if task.personal:
-        keep_own(learner, desk, task.round)
-    return Message(records.write_answer(report_on(learner, desk, context)), reply_to=message)
+    """The scores of the received adapter here; or, at the end of a run that personalises, of the site's own."""
+    opened = opened_for(message, context)
 
+    def keep(adapter: Adapter, number: int, epoch: int) -> None:
+        save_own(adapter, opened, number, epoch)
 
-def keep_own(adapter: Learner, desk: Desk, number: int) -> None:
-    """Makes the adapter the site's own and keeps it here."""
-    assert isinstance(adapter, Adapter)  # the settings have it so
-    site = desk.site
-    epoch = learn_alone(adapter, site, desk.classes, desk.settings)
-    folder = files.home() / "personal" / content.file_name(desk.session.run) / content.file_name(site.name)
-    state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
-    save_adapter(
-        folder,
-        state,
-        desk.settings,
-        desk.features,
-        number,
-        blend=adapter.blend,
-        site=site.name,
-        personal_epoch=epoch,
+    by_class = shares_classes(context)
+    return Message(
+        answer_evaluate(message.content, opened, cache_of(opened), by_class=by_class, keep=keep), reply_to=message
     )
 
 
-def desk_of(context: Context, task: Task) -> Desk:
+def save_own(adapter: Adapter, opened: OpenedContext, number: int, epoch: int) -> None:
+    """Keeps the site's own adapter here: it is never sent."""
+    run, name = content.file_name(opened.session.run), opened.site.name
+    folder = files.home() / "personal" / run / content.file_name(name)
+    state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
+    about: dict[str, Any] = {"blend": adapter.blend, "site": name, "personal_epoch": epoch}
+    save_adapter(folder, state, opened.settings, opened.features, number, **about)
+
+
+def opened_for(message: Message, context: Context) -> OpenedContext:
+    """What this site needs to answer the message; a hello brings the session, which later messages name by its key."""
     simulated = in_simulation()
     if simulated:
         torch.set_num_threads(1)  # simulated sites share the cores: more threads would wait for each other
+    task = records.read_task(message.content)
     if task.session:
         task.session.remember(content.memory())
     session = task.session or recall(task.key, content.memory())
-    desk = open_desk(context.run_config, context.node_config, session, simulated)
-    if desk.settings.method == "adapter" and len(desk.site.train.labels) < MANY:
+    opened = open_context(context.run_config, context.node_config, session, simulated)
+    if opened.settings.method == "adapter" and len(opened.site.train.labels) < MANY:
         torch.set_num_threads(1)
-    return desk
+    return opened
+
+
+def cache_of(opened: OpenedContext) -> SiteCache:
+    return SiteCache(StatesOnDisk(opened.session.key), opened.settings.codec)
 
 
 def shares_classes(context: Context) -> bool:
@@ -202,23 +186,3 @@ def travelling(message: Message, context: Context) -> Collection[str]:
     if method == "adapter":
         return tensor_names(adapter)
     return message.content.array_records.get("arrays", {}).keys()
-
-
-def received(task: Task, desk: Desk, shelf: Shelf) -> Learner:
-    """The adapter that the message brings, or whatever else is trained."""
-    learner = desk.blank()
-    state = shelf.take(task, learner.state_dict(), desk.start)
-    learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    if task.blend is not None and isinstance(learner, Adapter):
-        learner.blend = task.blend
-    return learner.to(desk.device)
-
-
-def report_on(learner: Learner, desk: Desk, context: Context) -> Report:
-    site = desk.site
-    test = examine(learner, site.test, desk.classes)
-    return Report(
-        examples=len(site.train.labels),
-        validation=evaluate(learner, site.validation, desk.classes),
-        test=test if shares_classes(context) else replace(test, classes=None),
-    )

@@ -24,14 +24,17 @@ from dataclasses import dataclass, field, replace
 from statistics import mean
 
 import torch
+from flwr.app import Message, MessageType
 
 from benchmarks.common import at_least, machine, table
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import ROBUST, Settings
 from fedclip_flwr.base.tensors import State, length_of
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.exchange.records import read_answer, read_task, write_answer
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning.adapters import ADAPTERS, new_adapter
 from fedclip_flwr.learning.metrics import Score, mean_accuracy
 from fedclip_flwr.learning.recipes import RECIPES
@@ -81,6 +84,25 @@ class Attackers:
             return score._replace(correct=0, loss=1e6 * score.examples)
         return score._replace(correct=score.examples, loss=0.0)
 
+    def wrap(self, name: str, node: Node) -> Node:
+        """The site's node, which sends and claims what an attacker does."""
+        if name not in self.names:
+            return node
+
+        def answer(message: Message) -> Message:
+            reply, content = node(message), message.content
+            if message.metadata.message_type == MessageType.QUERY:
+                return reply
+            arrays = content.array_records["arrays"]
+            received: State = {key: torch.from_numpy(array.numpy()) for key, array in arrays.items()}
+            trains = message.metadata.message_type == MessageType.TRAIN
+            report, state = read_answer(reply.content, received if trains else None)
+            report = report._replace(validation=self.claims(name, report.validation))
+            sent = self.sends(read_task(content).round, name, state, received) if trains else None
+            return Message(write_answer(report, sent), reply_to=message)
+
+        return answer
+
     def together(self, number: int, state: State, received: State) -> State:
         return times(self.learnt.setdefault(number, state), received, -REACH)
 
@@ -112,7 +134,14 @@ def accuracy(features: Features, sites: Sequence[Site], settings: Settings, atta
         hostile = Attackers(names, attack, zero, settings.seed)
         if attack == "label flip":
             sites = [flipped(site, classes) if site.name in names else site for site in sites]
-    result = federate(sites, features.classes, None, settings, all_lines=False, hostile=hostile)
+    result = simulate(
+        sites,
+        features.classes,
+        None,
+        settings,
+        every_round=False,
+        wrap=hostile.wrap if hostile else lambda name, node: node,
+    )
     adapter = new_adapter(settings, features.classes.dim)
 
     def tested() -> float:

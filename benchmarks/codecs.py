@@ -16,7 +16,7 @@ import torch
 from benchmarks.common import at_least, machine, table
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange.codecs import CODECS
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
@@ -29,7 +29,7 @@ def predictions(features: Features, settings: Settings, sites: int) -> torch.Ten
     classes = features.classes.ready()
     found, unseen = make_sites(features, settings.holdout, sites, settings.seed)
     adapter = make_adapter(settings.adapter, classes.dim)
-    adapter.load_state_dict(federate(found, classes, unseen, settings, all_lines=False).state)
+    adapter.load_state_dict(simulate(found, classes, unseen, settings, every_round=False).state)
     images = torch.cat([features.examples(domain).ready().features for domain in features.domains])
     with torch.no_grad():
         return classes.logits(adapter(images)).argmax(dim=1)

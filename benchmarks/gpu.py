@@ -37,7 +37,7 @@ from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data import drawn
 from fedclip_flwr.data.files import Files, find_images
-from fedclip_flwr.experiments.inprocess import Result, federate, make_sites
+from fedclip_flwr.experiments.simulate import Result, make_sites, simulate
 from fedclip_flwr.features import ahead, clip, encoding, models
 from fedclip_flwr.features.clip import Clip
 from fedclip_flwr.features.opening import open_features
@@ -324,7 +324,7 @@ def federation_table(bench: Bench) -> Told:
         classes = opened["cpu"].classes.ready(device)
         torch.set_num_threads(1)  # as sites have it
         begun = time.perf_counter()
-        found[name] = federate(sites, classes, unseen, settings)
+        found[name] = simulate(sites, classes, unseen, settings)
         took = time.perf_counter() - begun
         torch.set_num_threads(cores)
         line = found[name].selected
@@ -336,7 +336,7 @@ def federation_table(bench: Bench) -> Told:
     same = all(torch.equal(states[1][name], states[2][name]) for name in states[1])
     lines = [
         abs((one.unseen or 0.0) - (other.unseen or 0.0))
-        for one, other in zip(found["cpu"].lines, found["GPU"].lines, strict=True)
+        for one, other in zip(found["cpu"].rounds, found["GPU"].rounds, strict=True)
     ]
     return [
         ("bundled CLIP, float32: greatest difference of a feature, GPU to CPU", f"{apart:.1e}"),
@@ -365,7 +365,7 @@ def arriving(bench: Bench) -> Told:
     ):
         settings = replace(Settings(num_server_rounds=1), **given)  # type: ignore[arg-type]
         try:
-            line = federate(sites, classes, unseen, settings).selected
+            line = simulate(sites, classes, unseen, settings).selected
             answer = f"unseen {line.unseen:.4f}" if line.unseen is not None else "no unseen"
         except Exception as error:
             traceback.print_exc()

@@ -19,7 +19,7 @@ import torch
 
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.metrics import mean_accuracy
@@ -32,7 +32,7 @@ def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, f
     features = open_features(settings)
     parts, _ = make_sites(features, "auto", sites, settings.seed, partition=partition, alpha=settings.alpha)
     classes = features.classes.ready()
-    result = federate(parts, classes, None, settings)
+    result = simulate(parts, classes, None, settings)
     shared = new_adapter(settings, classes.dim)
     shared.load_state_dict(result.state)
     scores = []

@@ -23,7 +23,7 @@ from benchmarks.common import at_least, machine, table
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange import privacy
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
@@ -39,7 +39,7 @@ def accuracies(features: Features, sites: int, rounds: int, seeds: int, **given:
     for seed in range(seeds):
         parts, _ = make_sites(features, "", sites, seed)
         settings = Settings(num_server_rounds=rounds, seed=seed, **given)
-        lines = federate(parts, features.classes, None, settings).lines
+        lines = simulate(parts, features.classes, None, settings).rounds
         found.append((100 * (lines[0].seen or 0), 100 * (lines[-1].seen or 0)))
     return found
 

@@ -36,7 +36,7 @@ from benchmarks.common import DIM, at_least, machine, table, workplace, write_fe
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.experiments.inprocess import federate
+from fedclip_flwr.experiments.simulate import simulate
 from fedclip_flwr.features.folder import FeatureFolder
 from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.base import Classes, Examples
@@ -182,10 +182,10 @@ def cases(features: FeatureFolder, lengths: Sequence[str]) -> dict[tuple[str, st
 def ours(case: Case, rounds: int) -> tuple[State, Mapping[int, list[float]], int]:
     """The last round's adapter, the accuracies after each, and the round that is selected."""
     settings, unseen = Settings(recipe="paper", seed=SEED, num_server_rounds=rounds), {HELD_OUT: case.unseen}
-    chosen = federate(case.sites, case.classes, unseen, settings)
+    chosen = simulate(case.sites, case.classes, unseen, settings)
     blind = [replace(site, validation=site.validation.rows(slice(0))) for site in case.sites]
-    last = federate(blind, case.classes, None, settings)  # nothing to choose by: the last round is taken
-    lines = {line.round: [line.validation or 0.0, line.seen or 0.0, line.unseen or 0.0] for line in chosen.lines}
+    last = simulate(blind, case.classes, None, settings)  # nothing to choose by: the last round is taken
+    lines = {line.round: [line.validation or 0.0, line.seen or 0.0, line.unseen or 0.0] for line in chosen.rounds}
     return last.state, lines, chosen.selected.round
 
 

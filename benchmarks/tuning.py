@@ -26,7 +26,7 @@ import torch
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.recipes import RECIPES
@@ -46,7 +46,7 @@ def gains(features: Features, holdout: str, sites: int, settings: Settings) -> t
     parts = [replace(site, test=site.validation) for site in parts]
     _, validation, _ = split(len(unseen[holdout].labels), seed_of(settings.seed, "tuning", holdout))
     apart = {holdout: unseen[holdout].rows(validation)}
-    result = federate(parts, features.classes, apart, settings, all_lines=False)
+    result = simulate(parts, features.classes, apart, settings, every_round=False)
     zero, found = result.zero_shot, result.selected
     return tuple(100 * ((getattr(found, of) or 0.0) - (getattr(zero, of) or 0.0)) for of in ("seen", "unseen"))
 

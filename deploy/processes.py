@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
-
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.flower.connections import IN_MEMORY
 from fedclip_flwr.operations import simulation
 
 WAIT = 90.0
@@ -108,7 +107,7 @@ def superlink(
         options = [*secured, "--enable-supernode-auth"]
     else:
         trust, options = "insecure = true", ["--insecure"]
-    options += ["--database", database if database == FLWR_IN_MEMORY_DB_NAME else str(folder / database)]
+    options += ["--database", database if database == IN_MEMORY else str(folder / database)]
     for name, port in (("serverappio", apps), ("fleet", fleet), ("control", control)):
         options += [f"--{name}-api-address", f"127.0.0.1:{port}"]
     simulation.connect(folder, control, trust)

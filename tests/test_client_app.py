@@ -32,7 +32,7 @@ from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.recipes import RECIPES
 from fedclip_flwr.learning.training import evaluate, examine, train
 from fedclip_flwr.runs.saved import load_adapter
-from fedclip_flwr.site.context import open_desk
+from fedclip_flwr.site.context import open_context
 from tests.failing import failing
 
 NAMES = ("car", "cat", "fish")
@@ -110,7 +110,7 @@ def test_training_answers_with_the_received_adapters_scores_and_the_trained_adap
     answer = records.read_answer(asked("train", tree, state).content, state)
 
     node = {"site": "north", "data": f"folder:{tree}"}
-    desk = open_desk(settings.as_run_config(), node, session_of(), False)
+    desk = open_context(settings.as_run_config(), node, session_of(), False)
     adapter.load_state_dict(state)
     assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
     assert answer.report.test == replace(examine(adapter, desk.site.test, desk.classes), classes=None)
@@ -126,7 +126,7 @@ def test_training_answers_with_the_received_adapters_scores_and_the_trained_adap
 def test_a_whole_model_learns_from_images_and_comes_back(tree: Path) -> None:
     settings = Settings(method="full-model", recipe="paper", strategy="fedprox", proximal_mu=0.5, seed=7, batch_size=8)
     node = {"site": "north", "data": f"folder:{tree}"}
-    desk = open_desk(settings.as_run_config(), node, session_of(), False)
+    desk = open_context(settings.as_run_config(), node, session_of(), False)
     model = new_learner(settings, desk.features)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     answer = records.read_answer(asked("train", tree, state, settings=settings).content, state)
@@ -140,7 +140,7 @@ def test_a_whole_model_learns_from_images_and_comes_back(tree: Path) -> None:
 
 def test_of_a_whole_model_only_what_came_goes_back(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(method="full-model")
-    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
+    desk = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
     state = new_learner(settings, desk.features).state_dict()
     write = records.write_adapter
     monkeypatch.setattr(records, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
@@ -154,7 +154,7 @@ def test_an_adapter_is_evaluated_and_made_the_sites_own_with_the_blend_that_is_a
     adapter = new_adapter(settings, 128)
     state = {"log_scale": torch.linspace(-2, 2, 128)}
     adapter.load_state_dict(state)
-    desk = open_desk(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
+    desk = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
     reports = []
     for blend in (None, 0.25):
         adapter.blend = 1.0 if blend is None else blend
@@ -212,7 +212,7 @@ def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: 
     (folder,) = (fedclip_home / "personal").glob("*20260101*/north_1-*")
     adapter, facts = load_adapter(folder)
     assert facts["site"] == "north/1"
-    desk = open_desk(
+    desk = open_context(
         Settings(seed=7).as_run_config(), {"site": "north/1", "data": f"folder:{tree}"}, session_of(), False
     )
     assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
@@ -333,7 +333,7 @@ def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) ->
     secure = replace(SETTINGS, secure_aggregation=True)
     assert not asked("query", tree, settings=secure).has_error()
     undone: dict[str, Any] = {"site": "a", "data": f"folder:{tree}", "secure-aggregation": False}
-    assert open_desk(secure.as_run_config(), undone, session_of(), False).settings.secure_aggregation
+    assert open_context(secure.as_run_config(), undone, session_of(), False).settings.secure_aggregation
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from fedclip_flwr.base import content
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.exchange.records import may_leave
-from fedclip_flwr.experiments.inprocess import Result, federate, make_sites
+from fedclip_flwr.experiments.simulate import Result, make_sites, simulate
 from fedclip_flwr.experiments.sweep import Cell, solve
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import new_learner, open_features
@@ -72,18 +72,18 @@ def in_one_process(features: Features, nodes: int, settings: Settings | None = N
     settings = replace(settings or Settings(), num_server_rounds=ROUNDS)
     sites, unseen = make_sites(features, settings.holdout, nodes, settings.seed)
     whole = new_learner(settings, features) if settings.method == "full-model" else None
-    return federate(sites, features.classes, unseen, settings, start=whole)
+    return simulate(sites, features.classes, unseen, settings, start=whole)
 
 
 def assert_same_result(folder: Path, truth: Result) -> None:
     """The run came to what the one-process federation comes to."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["round"] for line in lines] == [line.round for line in truth.lines]
-    for line, expected in zip(lines, truth.lines, strict=True):
+    assert [line["round"] for line in lines] == [line.round for line in truth.rounds]
+    for line, expected in zip(lines, truth.rounds, strict=True):
         assert line["seen"] == pytest.approx(expected.seen, abs=0.004)  # one image more or less may be right
         assert line["val"] == pytest.approx(expected.validation, abs=0.004)
         assert line["unseen"] == pytest.approx(expected.unseen, abs=0.002)
-    last = truth.lines[-1]
+    last = truth.rounds[-1]
     assert last.round == ROUNDS
     adapted = read(folder, "summary.json")["adapted"]
     assert (adapted["round"], adapted["blend"]) == (truth.selected.round, truth.blend)
@@ -136,7 +136,7 @@ def test_what_can_be_set_does_the_same_in_a_run_as_in_one_process(
     truth = in_one_process(drawn, 5, Settings(**given))
     assert_same_result(folder, truth)
     plain = in_one_process(drawn, 5, Settings(seed=given.get("seed", 0)))
-    assert truth.lines[1:] != plain.lines[1:]
+    assert truth.rounds[1:] != plain.rounds[1:]
     if "fraction_train" not in given:  # then all messages of a round are alike, as a sweep takes them to be
         settings = Settings(**given, holdout="sketch", num_server_rounds=1)
         told = solve(Cell("attention", settings, 5), drawn).bytes

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.drawn import CLASSES, picture
-from fedclip_flwr.experiments.inprocess import make_sites
+from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import models
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.training import evaluate

@@ -73,17 +73,17 @@ CODECS = {
 
 
 class Parcel(NamedTuple):
-    """What travels, what the other side makes of it, and what rounding left over."""
+    """What travels, what the other side makes of it, and what rounding has left over."""
 
     packed: Tensor
     arrives: State
-    left: State
+    residual: State
 
 
-def wrap(codec: str, new: Mapping[str, Tensor], base: State, left: Mapping[str, Tensor], seed: int) -> Parcel:
-    """A parcel that brings someone who has `base` to `new`; what is `left` of an earlier one goes with it."""
+def wrap(codec: str, new: Mapping[str, Tensor], base: State, residual: Mapping[str, Tensor], seed: int) -> Parcel:
+    """A parcel that brings someone who has `base` to `new`; the `residual` of an earlier one goes with it."""
     generator = torch.Generator().manual_seed(seed)
-    wished = {name: new[name] - base[name] + left.get(name, 0.0) for name in sorted(base)}
+    wished = {name: new[name] - base[name] + residual.get(name, 0.0) for name in sorted(base)}
     parts = [part for tensor in wished.values() for part in CODECS[codec].pack(tensor, generator)]
     packed = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
     brought = _contents(codec, packed, base)

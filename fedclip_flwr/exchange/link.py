@@ -12,8 +12,10 @@ import contextlib
 import re
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -22,9 +24,8 @@ from safetensors import SafetensorError
 from fedclip_flwr.base import content, files, store
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.codecs import CODECS, packed_size, unwrap, wrap
-from fedclip_flwr.exchange.records import LacksError, Task, mark_of, read_adapter, write_adapter
+from fedclip_flwr.exchange.records import ExchangeError, LacksError, Task, mark_of, read_adapter, write_adapter
 
 MONTH = 30 * 24 * 3600.0
 
@@ -32,20 +33,20 @@ MONTH = 30 * 24 * 3600.0
 class Downlink:
     """The server's end.
 
-    `state` is the adapter as the sites have it after the last step, and `left` what rounding left over of it; every
-    site begins with `start`.
+    `state` is the adapter as the sites have it after the last step, and `residual` what rounding has left over of it;
+    every site begins with `start`.
     """
 
     def __init__(self, start: State, codec: str, seed: int) -> None:
         self.state, self._codec, self._seed = start, codec, seed
         self._start = self._mark = mark_of(start) if codec in CODECS else ""
         self._base, self._parcel = "", ArrayRecord()
-        self.left: State = {}
+        self.residual: State = {}
         self._held: dict[int, str] = {}
 
-    def go_on(self, state: State, left: State) -> None:
+    def resume(self, state: State, residual: State) -> None:
         """As after the step that came to this state and left this over; sites are sent the whole first."""
-        self.state, self.left = state, left
+        self.state, self.residual = state, residual
         if self._codec in CODECS:
             self._mark = mark_of(state)
 
@@ -54,9 +55,9 @@ class Downlink:
         if self._codec not in CODECS:
             self.state = wished
             return wished
-        parcel = wrap(self._codec, wished, self.state, self.left, seed_of(self._seed, "down", number))
+        parcel = wrap(self._codec, wished, self.state, self.residual, seed_of(self._seed, "down", number))
         self._base, self._parcel = self._mark, write_adapter({self._codec: parcel.packed})
-        self.state, self.left = parcel.arrives, parcel.left
+        self.state, self.residual = parcel.arrives, parcel.residual
         self._mark = mark_of(self.state)
         return self.state
 
@@ -104,14 +105,6 @@ def _read_parcel(arrays: ArrayRecord, codec: str, like: State) -> torch.Tensor:
     return read_adapter(arrays, {codec: torch.empty(packed_size(codec, like), dtype=torch.uint8)})[codec]
 
 
-def _read(path: Path) -> State | None:
-    """What was kept, if it is there and can be read."""
-    try:
-        return store.mapped(path)[0]
-    except (OSError, SafetensorError):
-        return None
-
-
 def forget(session: str = "") -> None:
     """Removes what the sites of this machine keep for the session, and for those of more than a month ago."""
     root = files.home() / "exchange"
@@ -121,14 +114,71 @@ def forget(session: str = "") -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class Shelf:
-    """A site's end: adapters by their marks, and what rounding left over, on disk: any process may be the next.
+class States(Protocol):
+    """Where a site keeps states between messages: each below a folder (or none), under a name."""
+
+    def read(self, name: str, folder: str = "") -> State | None:
+        """The state of that name, if it is there and can be read."""
+
+    def write(self, state: State, name: str, folder: str = "") -> None: ...
+
+    def names(self, folder: str = "") -> list[str]: ...
+
+    def remove(self, name: str, folder: str = "") -> None: ...
+
+
+class StatesOnDisk:
+    """In files, for the next message may come to another process."""
+
+    def __init__(self, session: str) -> None:
+        self._root = files.home() / "exchange" / session
+
+    def _path(self, name: str, folder: str) -> Path:
+        return self._root / folder / f"{name}.safetensors"
+
+    def read(self, name: str, folder: str = "") -> State | None:
+        try:
+            return store.mapped(self._path(name, folder))[0]
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, state: State, name: str, folder: str = "") -> None:
+        files.write_whole(self._path(name, folder), lambda part: files.save_tensors(state, part, {}))
+
+    def names(self, folder: str = "") -> list[str]:
+        return [path.stem for path in (self._root / folder).glob("*.safetensors") if not path.is_dir()]
+
+    def remove(self, name: str, folder: str = "") -> None:
+        self._path(name, folder).unlink(missing_ok=True)
+
+
+class StatesInMemory:
+    """In memory, for sites of one process."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, dict[str, State]] = defaultdict(dict)
+
+    def read(self, name: str, folder: str = "") -> State | None:
+        return self._states[folder].get(name)
+
+    def write(self, state: State, name: str, folder: str = "") -> None:
+        self._states[folder][name] = state
+
+    def names(self, folder: str = "") -> list[str]:
+        return [*self._states[folder]]
+
+    def remove(self, name: str, folder: str = "") -> None:
+        self._states[folder].pop(name, None)
+
+
+class SiteCache:
+    """A site's end: adapters by their marks, and its residuals.
 
     Simulated sites of one machine share the adapters. Those of the round before are kept: the message may come again.
     """
 
-    def __init__(self, session: str, codec: str) -> None:
-        self._folder, self._codec = files.home() / "exchange" / session, codec
+    def __init__(self, states: States, codec: str) -> None:
+        self._states, self._codec = states, codec
         self._taken: State = {}
 
     def take(self, task: Task, like: State, start: Callable[[], State]) -> State:
@@ -140,7 +190,7 @@ class Shelf:
         elif task.arrays is not None:
             state = read_adapter(task.arrays, like)
         else:
-            raise records.ExchangeError("the server's message lacks the adapter")
+            raise ExchangeError("the server's message lacks the adapter")
         if self._codec in CODECS:
             self._keep(state, task)
             self._taken = state
@@ -151,43 +201,41 @@ class Shelf:
         if not task.base:
             return base
         if task.arrays is None or self._codec not in CODECS:
-            raise records.ExchangeError("the server's message lacks the difference to the adapter that it builds on")
+            raise ExchangeError("the server's message lacks the difference to the adapter that it builds on")
         made = unwrap(self._codec, _read_parcel(task.arrays, self._codec, like), base)
         if not all(tensor.isfinite().all() for tensor in made.values()):
-            raise records.ExchangeError("the difference to the adapter comes to numbers that are not finite")
+            raise ExchangeError("the difference to the adapter comes to numbers that are not finite")
         return made
 
     def _find(self, mark: str, start: Callable[[], State]) -> State:
         if not re.fullmatch(r"[0-9a-f]+", mark):  # it comes from outside, and names a file
             raise LacksError("the server names an adapter in a way that can't be")
-        kept = _read(self._folder / f"{mark}.safetensors")
-        if kept is None and mark == mark_of(first := start()):
+        known = self._states.read(mark)
+        if known is None and mark == mark_of(first := start()):
             return first
-        if kept is None:
+        if known is None:
             raise LacksError("this site no longer has the adapter that the server builds on")
-        return kept
+        return known
 
     def _keep(self, state: State, task: Task) -> None:
         mark = task.state or mark_of(state)
-        path = self._folder / f"{mark}.safetensors"
-        if not path.exists():
-            files.write_whole(path, lambda part: files.save_tensors(state, part, {}))
-            for old in self._folder.glob("*.safetensors"):
-                if old.stem not in (mark, task.base) and not old.is_dir():
-                    old.unlink(missing_ok=True)
+        if mark not in (names := self._states.names()):
+            self._states.write(state, mark)
+            for old in names:
+                if old != task.base:
+                    self._states.remove(old)
 
     def pack(self, trained: State, site: str, number: int, seed: int) -> State:
         """What is sent of the adapter that the site has made in round `number` of the one that it took."""
         if self._codec not in CODECS:
             return trained
-        folder = self._folder / content.file_name(site)
-        earlier = sorted((int(p.stem), p) for p in folder.glob("*.safetensors") if int(p.stem) < number)
-        left = _read(earlier[-1][1]) if earlier else {}
-        parcel = wrap(self._codec, trained, self._taken, left or {}, seed_of(seed, "up", site, number))
-        if not all(tensor.isfinite().all() for tensor in parcel.left.values()):
-            raise records.ExchangeError("training came to numbers that are not finite")
-        path = folder / f"{number}.safetensors"
-        files.write_whole(path, lambda part: files.save_tensors(parcel.left, part, {}))
-        for _, old in earlier[:-1]:
-            old.unlink(missing_ok=True)
+        folder = content.file_name(site)
+        earlier = sorted(int(name) for name in self._states.names(folder) if int(name) < number)
+        residual = self._states.read(str(earlier[-1]), folder) if earlier else None
+        parcel = wrap(self._codec, trained, self._taken, residual or {}, seed_of(seed, "up", site, number))
+        if not all(tensor.isfinite().all() for tensor in parcel.residual.values()):
+            raise ExchangeError("training came to numbers that are not finite")
+        self._states.write(parcel.residual, str(number), folder)
+        for old in earlier[:-1]:
+            self._states.remove(str(old), folder)
         return {self._codec: parcel.packed}

@@ -16,10 +16,9 @@ import torch
 
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.experiments.inprocess import Line, federate, tested
+from fedclip_flwr.experiments.simulate import Accuracies, accuracies_of, simulate
 from fedclip_flwr.learning.base import Classes, Examples, Learner
 from fedclip_flwr.learning.metrics import Score, mean_of
-from fedclip_flwr.learning.training import evaluate
 from fedclip_flwr.site.holdings import Site
 
 
@@ -35,19 +34,17 @@ class Case:
     each_round: Callable[[], object] = lambda: None
 
 
-def zero_shot(case: Case) -> Line:
-    classes = case.classes.ready(case.classes.text.device)
-    validated = {site.name: evaluate(None, site.validation, classes) for site in case.sites}
-    return tested(None, case.sites, classes, case.unseen, 0, validated)
+def zero_shot(case: Case) -> Accuracies:
+    return accuracies_of(None, case.sites, case.classes.ready(case.classes.text.device), case.unseen)
 
 
-def together(case: Case) -> Line:
+def together(case: Case) -> Accuracies:
     """The federation."""
-    more: dict[str, Any] = {"start": case.start, "all_lines": False, "each_round": case.each_round}
-    return federate(case.sites, case.classes, case.unseen, case.settings, **more).selected
+    more: dict[str, Any] = {"start": case.start, "every_round": False, "each_round": case.each_round}
+    return simulate(case.sites, case.classes, case.unseen, case.settings, **more).selected
 
 
-def centralised(case: Case) -> Line:
+def centralised(case: Case) -> Accuracies:
     return together(replace(case, sites=pooled(case.sites)))
 
 
@@ -58,7 +55,7 @@ def pooled(sites: Sequence[Site]) -> list[Site]:
     return [Site("centralised", whole, none, none), *(Site(s.name, none, s.validation, s.test) for s in sites)]
 
 
-def local_only(case: Case) -> Line:
+def local_only(case: Case) -> Accuracies:
     able = [site for site in case.sites if len(site.train.labels)]
     if not able:
         raise UserError("no site has an example to learn from: use more data or fewer sites")
@@ -66,7 +63,7 @@ def local_only(case: Case) -> Line:
     own = {site.name: line.tests[site.name] for site, line in zip(able, found, strict=True)}
     apart = {domain: [line.tests[domain] for line in found] for domain in case.unseen}
     sums = {domain: Score(*map(sum, zip(*scores, strict=True))) for domain, scores in apart.items()}
-    return Line(
+    return Accuracies(
         max(line.round for line in found),
         seen=mean_of(line.seen for line in found if line.seen is not None),
         validation=mean_of(line.validation for line in found if line.validation is not None),
@@ -80,7 +77,7 @@ class Method:
     """One row of the comparison: what is done, and with which settings beside those of all rows."""
 
     label: str
-    run: Callable[[Case], Line]
+    run: Callable[[Case], Accuracies]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -26,7 +26,7 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.records import Report
 from fedclip_flwr.experiments.baselines import METHODS, Case
-from fedclip_flwr.experiments.inprocess import make_sites
+from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import models
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import new_learner, open_features

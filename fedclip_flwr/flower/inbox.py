@@ -10,27 +10,30 @@ one by one, up to a size, and put together as far as they make sense; from the S
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grpc
 from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
-from flwr.app.message import make_message
-from flwr.common.constant import ErrorCode
-from flwr.common.serde_utils import metadata_from_proto
-from flwr.proto.appio_pb2 import PullAppMessagesRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.app.message import make_message  # `Message(...)` sets its own metadata, and takes none
+from flwr.common.constant import ErrorCode  # the codes that `flwr.app.Error` takes
+from flwr.common.serde_utils import metadata_from_proto  # what the SuperLink itself tells of a reply
+from flwr.proto.appio_pb2 import PullAppMessagesRequest  # a grid's `pull_messages`, without fetching the parts
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # lets the SuperLink forget a reply
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_head_values_from_object_content,
-    iterate_object_tree,
+    get_object_body,  # what a part consists of: no public way to look before it is put together
+    get_object_head_values_from_object_content,  # and of what kind it is
+    iterate_object_tree,  # and which parts a reply has
 )
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
-from flwr.superlink.grid import GrpcGrid
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf  # fetches one part
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectUnavailableError,  # a part that is not there yet
+    inflate_object_from_contents,  # puts the parts together
+)
 
 from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.flower.grids import GrpcGrid
 from fedclip_flwr.flower.sizes import message_size
 
 MOST_PARTS = 2_000
@@ -55,11 +58,12 @@ class Inbox:
         self._waiting: dict[str, _Announced] = {}
         self._given_up: list[str] = []
 
-    def take(self, asked: Collection[str], most: int) -> list[tuple[Message, int]]:
+    def take(self, asked: Collection[str], most: int) -> Iterator[tuple[Message, int]]:
         """The replies to these messages that are there whole, and their sizes; a larger one is an error instead."""
-        if not isinstance(self._grid, GrpcGrid):  # sites on this machine, by this package
-            return [(message, message_size(message)) for message in self._grid.pull_messages(asked)]
-        return [message for key in self._announced(asked) if (message := self._message(key, most))]
+        if isinstance(self._grid, GrpcGrid):
+            yield from (message for key in self._announced(asked) if (message := self._message(key, most)))
+        else:  # sites on this machine, by this package
+            yield from ((message, message_size(message)) for message in self._grid.pull_messages(asked))
 
     def give_up(self, keys: Iterable[str]) -> None:
         """The replies to these messages are no longer wanted: what has come of them by now, or by a later call, goes.

@@ -40,7 +40,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 def start(options: Sequence[str]) -> NoReturn:
     """Becomes a SuperNode with these options, which listens to this machine only unless told otherwise."""
-    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode  # its flags: nothing else tells them
 
     parser = _parse_args_run_supernode()
     parser.set_defaults(clientappio_api_address="127.0.0.1:9094")
@@ -82,10 +82,10 @@ def _require(program: Path, path: str) -> None:
 
 def _answering(path: str) -> str | None:
     """The program that Flower starts for a message, with that PATH: it does so here, and nothing is started."""
-    from flwr.common.constant import ExecPluginType
+    from flwr.common.constant import ExecPluginType  # these name what a SuperNode starts for a message:
     from flwr.common.typing import Run
     from flwr.proto.task_pb2 import Task
-    from flwr.supercore.cli.flower_superexec import _get_plugin_and_stub_class
+    from flwr.supercore.cli.flower_superexec import _get_plugin_and_stub_class  # no setting or hook says which program
     from flwr.supercore.constant import ExecutorType, TaskType
     from flwr.supercore.superexec.executor import get_executor
 
@@ -105,8 +105,8 @@ def _answering(path: str) -> str | None:
 
 def answer() -> None:
     """Flower's own command, which here runs the installed app, and unpacks none that comes."""
-    from flwr.supernode.cli import flwr_clientapp
-    from flwr.supernode.runtime import run_clientapp
+    from flwr.supernode.cli import flwr_clientapp  # the command as a function
+    from flwr.supernode.runtime import run_clientapp  # where it unpacks and loads an app: no hook to choose another
 
     own = {
         "install_from_fab": lambda bundle, **_: check(bundle),

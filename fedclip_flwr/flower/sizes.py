@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.common.serde import message_to_proto, recorddict_to_proto
-from flwr.common.serde_utils import metadata_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-
-from fedclip_flwr.base.errors import one_line as one_line  # of all that comes from elsewhere
+from flwr.common.serde import (
+    message_to_proto,  # messages as they are sent: no public way to know their size
+    recorddict_to_proto,  # and their contents
+)
+from flwr.common.serde_utils import metadata_to_proto  # and their metadata
+from flwr.proto.message_pb2 import Message as ProtoMessage  # and what holds both
 
 
 def message_size(message: Message) -> int:

@@ -14,8 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest, RegisterNodeFleetRequest
-from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import NodeAuthServerInterceptor
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,  # a node says that it is there: whose key it names is compared
+    PushMessagesRequest,  # a node answers: whose number it names is compared
+    RegisterNodeFleetRequest,  # a node asks to be known: as the first
+)
+from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import (
+    NodeAuthServerInterceptor,  # checks signatures: a SuperLink takes no interceptor of its user's
+)
 
 
 def start(options: Sequence[str]) -> NoReturn:
@@ -55,7 +61,7 @@ def objection(request: Any, key: bytes) -> str | None:
 
 
 def main() -> None:
-    from flwr.server.app import run_superlink
+    from flwr.server.app import run_superlink  # the command as a function, once that is mended
 
     interceptor: Any = NodeAuthServerInterceptor
     interceptor._wrap_method_handler = owned(interceptor._wrap_method_handler)

@@ -21,15 +21,22 @@ from logging import ERROR
 from typing import Any
 
 from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode, Status, SubStatus
-from flwr.common.logger import log
-from flwr.common.typing import Fab
-from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.constant import FORCE_EXIT_TIMEOUT_SECONDS
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store import ObjectStore
-from flwr.supernode import start_client_internal as flower
-from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR, InMemoryNodeState
+from flwr.common.constant import (  # how far a task of the SuperNode's is
+    ErrorCode,  # the codes that `flwr.app.Error` takes
+    Status,
+    SubStatus,
+)
+from flwr.common.logger import log  # the SuperNode's own log
+from flwr.common.typing import Fab  # an app's bundle, as it comes
+from flwr.proto.message_pb2 import ObjectTree  # the parts of a message
+from flwr.supercore.constant import FORCE_EXIT_TIMEOUT_SECONDS  # how long a SuperNode takes to end
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree  # which parts a message has
+from flwr.supercore.object_store import ObjectStore  # where they are
+from flwr.supernode import start_client_internal as flower  # the SuperNode's loop: it has no hooks
+from flwr.supernode.nodestate.in_memory_nodestate import (
+    CLIENT_APP_CRASHED_ERROR,  # its own answer for a dead process
+    InMemoryNodeState,  # the messages that it works on
+)
 
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.flower import pinned
@@ -125,7 +132,7 @@ def _forget(messages: list[str], state: InMemoryNodeState, object_store: ObjectS
 
 def main() -> None:
     """`flower-supernode`, whose end is the end of the process."""
-    from flwr.supernode.cli import flower_supernode
+    from flwr.supernode.cli import flower_supernode  # the command as a function, once the loop is mended
 
     functions = vars(flower)
     functions["_pull_and_store_message"] = taking(functions["_pull_and_store_message"])

@@ -11,15 +11,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
-from flwr.serverapp import Grid
 
 from fedclip_flwr.base import content, files, tensorfile
 from fedclip_flwr.base.errors import UserError
@@ -33,17 +32,18 @@ from fedclip_flwr.exchange.records import Hello, Report
 from fedclip_flwr.exchange.secure import site as secure
 from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.features.opening import new_learner, open_features, told_by_server
+from fedclip_flwr.flower.grids import RUN, Node, local_grid
 from fedclip_flwr.flower.pinned import own_client_app
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
-from fedclip_flwr.server.loop import federate
+from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import Line, Standing
+from fedclip_flwr.server.results import RoundResult, RunState
 from fedclip_flwr.server.strategy import AdapterFedAvg
 from fedclip_flwr.site.context import settings_at
 
-NODE, SERVER, RUN = 2**63, 1, 2**63
-"""Ids as long as Flower's are."""
+NODE = 2**63
+"""An id as long as Flower's are."""
 SCORE = "examples, how many were right, their summed loss"
 MEANINGS = {
     "site": "its name",
@@ -91,35 +91,19 @@ class Sent(NamedTuple):
     error: str
 
 
-class Wire:
-    """As much of Flower's grid as the server's loop needs: at its other end this site, and others that are played."""
+def recorded(node: Node, sent: list[Sent]) -> Node:
+    """The node, whose answers are recorded."""
 
-    def __init__(self, sites: Mapping[int, Callable[[Message], Message]]) -> None:
-        self.sent: list[Sent] = []
-        self._sites = sites
-        self._answers: dict[str, Message] = {}
+    def answer(message: Message) -> Message:
+        reply = node(message)
+        number = records.read_task(message.content).round
+        leaving = {} if reply.has_error() else dict(reply.content)  # the server will unpack what it gets
+        error = records.reason(reply) if reply.has_error() else ""
+        sizes = message_size(message), message_size(reply)
+        sent.append(Sent(message.metadata.message_type, number, *sizes, leaving, error))
+        return reply
 
-    def get_node_ids(self) -> Iterable[int]:
-        return [*self._sites]
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        names = []
-        for message in messages:
-            names.append(os.urandom(32).hex())
-            message.metadata.__dict__.update(_run_id=RUN, _src_node_id=SERVER, _message_id=names[-1])
-            node = message.metadata.dst_node_id
-            self._answers[names[-1]] = answer = self._sites[node](message)
-            if node != NODE:
-                continue
-            number = records.read_task(message.content).round
-            came = {} if answer.has_error() else dict(answer.content)  # the server will unpack what it gets
-            error = records.reason(answer) if answer.has_error() else ""
-            sizes = message_size(message), message_size(answer)
-            self.sent.append(Sent(message.metadata.message_type, number, *sizes, came, error))
-        return names
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._answers.pop(name) for name in list(message_ids) if name in self._answers]
+    return answer
 
 
 class _Other:
@@ -150,11 +134,11 @@ class _Other:
 class _Nobody:
     """Watches a run, and keeps nothing of it."""
 
-    def line(self, line: Line) -> None: ...
+    def result(self, result: RoundResult) -> None: ...
 
     def selected(self, number: int, state: State, blend: float) -> None: ...
 
-    def complete(self, standing: Standing) -> None: ...
+    def complete(self, state: RunState) -> None: ...
 
 
 def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str], None]) -> bool:
@@ -188,22 +172,21 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     app = own_client_app()
     link, package = Downlink(start, run.codec, run.seed), content.of_package(content.memory())
     context = Context(RUN, NODE, dict(node), RecordDict(), run.as_run_config())
-    sites: dict[int, Callable[[Message], Message]] = {NODE: lambda message: app(message, context)}
+    sent: list[Sent] = []
+    sites: dict[int, Node] = {NODE: recorded(lambda message: app(message, context), sent)}
     if settings.secure_aggregation:
         sites |= {NODE + n: _Other(f"another site ({n})", package) for n in (1, 2)}
-    wire = Wire(sites)
     with _leaving_nothing(session):
-        grid, endless = cast(Grid, wire), sys.float_info.max
+        grid, endless = local_grid(sites), sys.float_info.max
         nodes = Nodes(grid, link, session=session, package=package, timeout=endless, say=lambda _: None)
         while nodes.meet() and not nodes.failures:  # a site that is encoding is asked again
             pass
         if nodes.hellos and not nodes.failures:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off")  # asked once
             with suppress(UserError):  # no site has trained: this one only evaluates, or has answered with an error
-                federate(nodes, AdapterFedAvg(start, nodes.names, once), once, start, lambda *_: {}, _Nobody())
-    return [
-        message for message, later in zip(wire.sent, [*wire.sent[1:], None], strict=True) if not _again(message, later)
-    ]
+                strategy = AdapterFedAvg(start, nodes.names, once)
+                RoundLoop(nodes, strategy, once, start, lambda *_: {}, _Nobody()).run()
+    return [message for message, later in zip(sent, [*sent[1:], None], strict=True) if not _again(message, later)]
 
 
 def _again(message: Sent, later: Sent | None) -> bool:

@@ -187,7 +187,7 @@ def go_on(story: Story) -> str:
         predict = ["predict", "IMAGES", "--adapter", str(story.run.path)]
         lines.insert(0, ("Images of your own, with what was learnt", predict))
     if not story.completed and story.run.status != "running" and story.run.done:
-        lines.insert(0, ("To go on from its last complete round", ["run", *story.run.to_go_on]))
+        lines.insert(0, ("To go on from its last complete round", ["run", *story.run.to_resume]))
     told = "\n".join(
         f"<dt>{e(name)}</dt><dd><code>{e(shlex.join(['fedclip', *words]))}</code></dd>" for name, words in lines
     )

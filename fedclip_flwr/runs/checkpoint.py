@@ -20,21 +20,21 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.records import ExchangeError, Report, read_answer, write_answer
 from fedclip_flwr.learning.metrics import Score
-from fedclip_flwr.server.results import Line, Standing
+from fedclip_flwr.server.results import RoundResult, RunState
 
 PARTS = ("best", "left", "strategy")
 NO_SCORE = Score(0, 0, 0.0)
 
 
 class Checkpoint(NamedTuple):
-    """Where the run stands; what rounding left over, and what the strategy remembers.
+    """The state of a run, the server's residual, and the strategy's memory.
 
-    `nodes` is what is known of the sites (`Nodes.record`), `session` the key of what the run is about, `seconds` what
-    the run has taken so far. It was `resumed` after these rounds; `metrics` are the lines of the rounds.
+    `nodes` is the record of the sites (`Nodes.record`), `session` the session's key, `seconds` the time that the run
+    has taken so far. It was `resumed` after these rounds; `metrics` are the lines of metrics.jsonl.
     """
 
-    standing: Standing
-    left: State
+    state: RunState
+    residual: State
     strategy: State
     nodes: dict[str, Any]
     session: str
@@ -44,15 +44,15 @@ class Checkpoint(NamedTuple):
 
 
 def write(path: Path, of: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
-    at = of.standing
-    parts = dict(zip(PARTS, (at.best_state, of.left, of.strategy), strict=True))
+    at = of.state
+    parts = dict(zip(PARTS, (at.best_state, of.residual, of.strategy), strict=True))
     tensors = at.state | {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
     assert at.zero  # a round is complete
     assert at.best
     numbers = {key: value for key, value in vars(at).items() if key not in ("state", "best_state")}
     facts = {
         "standing": {**numbers, "zero": _of_line(at.zero), "best": _of_line(at.best)},
-        **{key: value for key, value in of._asdict().items() if key not in ("standing", *PARTS)},
+        **{key: value for key, value in of._asdict().items() if key not in ("state", "residual", "strategy")},
     }
     tensors["facts/json"] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
     told = {"round": str(at.round)}
@@ -88,11 +88,11 @@ def _made(tensors: State, facts: dict[str, Any]) -> Checkpoint:
         parts[part if slash else ""][own if slash else name] = tensor.clone()  # the file may be replaced
     at = facts.pop("standing")
     at |= {"zero": _line(at["zero"]), "best": _line(at["best"])}
-    standing = Standing(state=parts[""], best_state=parts["best"], **at)
-    return Checkpoint(standing, parts["left"], parts["strategy"], **facts)
+    state = RunState(state=parts[""], best_state=parts["best"], **at)
+    return Checkpoint(state, parts["left"], parts["strategy"], **facts)
 
 
-def _of_line(line: Line) -> dict[str, Any]:
+def _of_line(line: RoundResult) -> dict[str, Any]:
     return {
         "round": line.round,
         "bytes": line.bytes,
@@ -104,12 +104,12 @@ def _of_line(line: Line) -> dict[str, Any]:
     }
 
 
-def _line(facts: dict[str, Any]) -> Line:
+def _line(facts: dict[str, Any]) -> RoundResult:
     of = facts["unseen"] or {}
     by_domain = {"": of} if "num-examples" in of else of  # as it was with a single domain at most
     unseen = {domain: _report(figures).test for domain, figures in by_domain.items()}
     reports, holdouts = ({site: _report(of) for site, of in facts[part].items()} for part in ("reports", "holdouts"))
-    return Line(facts["round"], reports, unseen, facts["bytes"], facts["seconds"], holdouts, facts["epsilon"])
+    return RoundResult(facts["round"], reports, unseen, facts["bytes"], facts["seconds"], holdouts, facts["epsilon"])
 
 
 def _figures(report: Report) -> dict[str, Any]:

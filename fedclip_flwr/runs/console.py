@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # they bring torch, and who looks at runs needs none
     from fedclip_flwr.base.tensors import State
     from fedclip_flwr.exchange.records import Hello
     from fedclip_flwr.features.base import Features
-    from fedclip_flwr.server.results import Line
+    from fedclip_flwr.server.results import RoundResult
 from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
@@ -144,6 +144,12 @@ def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> 
     return f"learning rate {rates[0]:.3g}" + (f" to {rates[-1]:.3g}, by size of the site" if rates[1:] else "")
 
 
+def resuming(number: int, with_other_package: bool) -> str:
+    """Said of a run that is resumed after round `number`."""
+    other = ", with another version of this package" if with_other_package else ""
+    return f"resuming after round {number}{other}\n"
+
+
 def heading(settings: Settings) -> str:
     """Above the lines of the rounds: accuracies in per cent."""
     return row(headings(settings.dp != "off"))
@@ -153,7 +159,7 @@ def headings(private: bool) -> list[str]:
     return [*HEADINGS, *(["ε"] if private else [])]
 
 
-def line(line: Line, start: str = "zero-shot") -> str:
+def line(line: RoundResult, start: str = "zero-shot") -> str:
     """One round; `start` is what round 0 is."""
     return round_of(line.facts, start)
 

@@ -39,7 +39,7 @@ from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.runs.saved import TENSORS, save_adapter, save_model, write_json
 from fedclip_flwr.runs.trackers import Trackers
 from fedclip_flwr.server.nodes import Failure
-from fedclip_flwr.server.results import Line
+from fedclip_flwr.server.results import RoundResult
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
@@ -53,7 +53,7 @@ LOOKS = 5
 class RunFolder:
     """The folder of a new run, or of one that goes on. As a context manager it records how the run ends.
 
-    Where it goes on, `before` is the last complete round, if there is one, and nothing is written before `go_on`.
+    Where it goes on, `before` is the last complete round, if there is one, and nothing is written before `begin`.
     """
 
     def __init__(self, settings: Settings, package: str) -> None:
@@ -80,7 +80,7 @@ class RunFolder:
                 self.before = checkpoint.read(self._checkpoint)
             else:
                 self._facts["run"] = f"{self.path.name}-{secrets.token_hex(4)}"
-                self.go_on([])
+                self.begin([])
             self._held = held.pop_all()
 
     @property
@@ -92,13 +92,13 @@ class RunFolder:
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint" / TENSORS
 
-    def go_on(self, failures: list[Failure], sites: int | None = None) -> None:
+    def begin(self, failures: list[Failure], sites: int | None = None) -> None:
         """From now on the run is under way, with so many sites; the failures are those so far, and may become more."""
         self._going, self._failures, self._facts["sites"] = True, failures, sites
         for folder in (self.path, self._checkpoint.parent, self.path / "model"):
             files.tidy(folder, self._setting)
         if self.before:
-            self._round = self.before.standing.round
+            self._round = self.before.state.round
             self._lines = [json.dumps(line) + "\n" for line in self.before.metrics]
         self._json(history.SETTINGS, self._facts)
         self._write_lines()
@@ -106,11 +106,11 @@ class RunFolder:
         _link(self.path.parent / "latest", self.path.name)
 
     @property
-    def how_to_go_on(self) -> str:
+    def how_to_resume(self) -> str:
         """For the user, where the run has come to something."""
         return f"It goes on after round {self._round} with resume='{self.path.name}'." if self._round else ""
 
-    def line(self, line: Line) -> None:
+    def line(self, line: RoundResult) -> None:
         """Adds a line to metrics.jsonl."""
         self._lines.append(json.dumps(line.facts) + "\n")
         self._write_lines()
@@ -124,7 +124,7 @@ class RunFolder:
         """The last complete round."""
         with self._under_way():
             checkpoint.write(self._checkpoint, made, self._setting)
-        self._round = made.standing.round
+        self._round = made.state.round
         self._tell("running")
 
     def adapter(self, number: int, state: State, features: Features, blend: float | None = None) -> None:
@@ -144,7 +144,7 @@ class RunFolder:
         """Records that the run was ended from outside; from then on nothing more is written."""
         with self._writing:
             if self._going:
-                self._end("stopped", f"it was ended from outside. {self.how_to_go_on}".strip())
+                self._end("stopped", f"it was ended from outside. {self.how_to_resume}".strip())
             self._stopped = True
         self.trackers.end("stopped")
 

@@ -133,11 +133,11 @@ class Run:
         """What has ended it before it was completed."""
         if self.status != "killed":
             return str(self.summary.get("why", ""))
-        how = f". It goes on after round {self.done} with {shlex.join(self.to_go_on)}." if self.done else ""
+        how = f". It goes on after round {self.done} with {shlex.join(self.to_resume)}." if self.done else ""
         return f"what ran it is gone, and could not write why{how}"
 
     @property
-    def to_go_on(self) -> list[str]:
+    def to_resume(self) -> list[str]:
         """The settings with which it goes on."""
         root = self.path.parent
         return [f"resume={self.name}", *([] if root == runs_folder().resolve() else [f"results-dir={root}"])]

@@ -9,7 +9,7 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.learning.metrics import Quality, mean_accuracy, mean_figures
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import Line, Outcome
+from fedclip_flwr.server.results import Outcome, RoundResult
 
 
 def summary_of(
@@ -55,7 +55,7 @@ def summary_of(
     }
 
 
-def _results(line: Line, class_names: Sequence[str]) -> dict[str, Any]:
+def _results(line: RoundResult, class_names: Sequence[str]) -> dict[str, Any]:
     """Accuracies, and all figures below `metrics`."""
     tests = {site: report.test for site, report in line.reports.items()}
     apart = {site: report.test for site, report in line.holdouts.items()}
@@ -74,7 +74,7 @@ def _results(line: Line, class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _unseen(line: Line, class_names: Sequence[str]) -> dict[str, Any] | None:
+def _unseen(line: RoundResult, class_names: Sequence[str]) -> dict[str, Any] | None:
     """Figures of what nobody trains on: by class where it is one set of images, means where there are several."""
     if len(line.held_out) == 1:
         return _figures(line.held_out[0], class_names)

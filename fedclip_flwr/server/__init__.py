@@ -3,6 +3,6 @@
 Knows nothing of a site's side. May import: base, learning, data, flower, features, exchange.
 """
 
-from fedclip_flwr.server.results import Line, Outcome, Standing
+from fedclip_flwr.server.results import Outcome, RoundResult, RunState
 
-__all__ = ["Line", "Outcome", "Standing"]
+__all__ = ["Outcome", "RoundResult", "RunState"]

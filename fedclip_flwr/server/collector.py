@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.common.secure_aggregation.crypto.shamir import combine_shares
-from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
 
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.exchange.secure.masking import (
@@ -32,6 +30,7 @@ from fedclip_flwr.exchange.secure.masking import (
     threshold,
 )
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
+from fedclip_flwr.flower.crypto import combine_shares, generate_shared_key
 
 
 class Collector:

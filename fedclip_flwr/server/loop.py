@@ -1,22 +1,20 @@
 """The loop over rounds, on Flower's `Strategy` interface.
 
-It is our own because Flower's counts from round 1 only, polls slowly and dies of one bad reply.
+It is our own because Flower's counts from round 1 only, polls slowly, and ends with the first bad reply.
 
-One exchange a round: a site first evaluates the adapter that it receives, then trains it, and answers with both. So
-the line of round r (r = 0 is zero-shot) is known when the answers of round r + 1 are there; a closing EVALUATE
+There is one exchange a round: a site evaluates the adapter that it receives, then trains it, and answers with both.
+So the result of round r (r = 0 is zero-shot) is known when the answers of round r + 1 arrive; a closing EVALUATE
 completes the last one. Sites that do not train in a round evaluate in it: rounds are compared on the same sites.
 
-After each round the watcher is told where the run stands; from such a `Standing` it goes on as if it had never stopped.
+After each round the watcher gets the `RunState`; a run resumed from it ends with an identical result.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn, Protocol
+from typing import NamedTuple, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
@@ -32,190 +30,230 @@ from fedclip_flwr.learning.recipes import RECIPES
 from fedclip_flwr.learning.selection import BLENDS, better, chosen
 from fedclip_flwr.server import noised
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import Line, Outcome, Standing
+from fedclip_flwr.server.results import Outcome, RoundResult, RunState
 from fedclip_flwr.server.secure_sum import SecureSum
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
+Reports = Mapping[str, Report]
+Unseen = Callable[[State, float], Mapping[str, Quality]]
+"""The quality of an adapter, with a blend, on the held-out domains that the server has."""
 ATTEMPTS = 3
-"""So often a round is tried before the run stops for want of answers."""
+"""A round that gets too few answers is tried this many times; then the run fails."""
 
 
 class Watcher(Protocol):
-    """Who is told how the run goes."""
+    """Is called as a run proceeds."""
 
-    def line(self, line: Line) -> None:
-        """A round's line is known."""
+    def result(self, result: RoundResult) -> None:
+        """The result of a round is known."""
 
     def selected(self, number: int, state: State, blend: float) -> None:
-        """This round's adapter, with so much of it in the features, is the best so far."""
+        """The adapter of this round, with this blend, is the best so far."""
 
-    def complete(self, standing: Standing) -> None:
-        """A round's adapter is made; the run can go on from here."""
+    def complete(self, state: RunState) -> None:
+        """A round is complete; the run can be resumed from here."""
 
 
-def federate(
-    nodes: Nodes,
-    strategy: AdapterFedAvg,
-    settings: Settings,
-    start: State,
-    unseen: Callable[[State, float], Mapping[str, Quality]],
-    watcher: Watcher,
-    standing: Standing | None = None,
-) -> Outcome:
-    """Runs the rounds, beginning with the adapter `start`, or going on from where the run stands.
+class Attempt(NamedTuple):
+    """One attempt at a round: the average (None if nothing was trained), and the reports of those that did and didn't
+    train."""
 
-    `unseen` is how good an adapter is on the held-out domains, with such a blend.
-    """
-    at = standing or Standing(0, start, start, bytes=nodes.traffic.both)  # so far, of the hellos
-    share = settings.trained_blend
-    if standing and settings.dp == "local":  # what was under way when the run was stopped has been seen, too
-        nodes.trained.update(dict.fromkeys(nodes.trained, ATTEMPTS))
-    at.epsilon = privacy.spent(settings, nodes.trained.values())
-    if standing and settings.dp == "local":
-        watcher.complete(at)  # it may be stopped again
-    if at.best:  # what was selected after that round, which was not completed, may be in its place
-        watcher.selected(at.best.round, at.best_state, share)
-    recipe = RECIPES[settings.recipe]
+    averaged: ArrayRecord | None
+    trained: Reports
+    evaluated: Reports
 
-    def messages_of(
-        configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
-    ) -> Iterable[Message]:
-        """What the strategy has for these nodes; Flower's strategies would wait for some if there were none."""
-        if not asked:
-            return []
-        return configure(number, records.write_adapter(state), config, nodes.view(asked))
 
-    def with_reports(line: Line, reports: Mapping[str, Report]) -> Line:
-        """The line with these reports, those of the holdout sites apart."""
-        sites, holdouts = ({name: reports[name] for name in sorted(reports.keys() & of)} for of in nodes.by_role)
-        return replace(line, reports=sites, holdouts=holdouts)
+class RoundLoop:
+    """Runs the rounds, from the adapter `start` or from the state of a run that is resumed: `run` does it all."""
 
-    def add(reports: Mapping[str, Report]) -> tuple[Line, Line]:
-        """The line of the latest adapter, and whether it is the best so far; that of round 0, and the best."""
-        line = with_reports(
-            Line(at.round, {}, unseen(at.state, share), at.bytes, at.seconds, epsilon=at.epsilon), reports
-        )
-        watcher.line(line)
-        at.zero = at.zero or line
-        if (
-            at.best is None
-            or at.best.round < recipe.first_choice
-            or chosen(line.validations, at.best.validations, at.zero.validations, recipe)
-        ):
-            at.best, at.best_state = line, at.state
-            watcher.selected(line.round, at.state, share)
-        return at.zero, at.best
+    def __init__(
+        self,
+        nodes: Nodes,
+        strategy: AdapterFedAvg,
+        settings: Settings,
+        start: State,
+        unseen: Unseen,
+        watcher: Watcher,
+        resumed: RunState | None = None,
+    ) -> None:
+        self._nodes, self._strategy, self._settings = nodes, strategy, settings
+        self._start, self._unseen, self._watcher = start, unseen, watcher
+        self._recipe = RECIPES[settings.recipe]
+        self._at = resumed or RunState(0, start, start, bytes=nodes.traffic.both)  # so far, of the hellos
+        self._resumed = resumed is not None
 
-    def attempt(
-        number: int, without: Collection[str]
-    ) -> tuple[ArrayRecord | None, Mapping[str, Report], Mapping[str, Report]]:
-        """The mean of what the sites have trained, the reports that came with it, and those of the other sites."""
-        training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.least_sites, without)
-        nodes.trains(training)
-        masks: SecureSum | None = None
-        if settings.secure_aggregation:
-            masks = SecureSum(nodes, number, at.state, training, settings)
-        try:
-            training = masks.prepare() if masks else training
-            messages = messages_of(strategy.configure_train, number, at.state, training, nodes.config())
-            asked = [masks.address(message) if masks else message for message in messages]
-            asked += messages_of(strategy.configure_evaluate, number, at.state, others, nodes.config())
-            at.questions += len(asked)
-            evaluations: list[Message] = []
-            replies = trained(nodes.ask(number, asked, at.state), evaluations)
-            if masks:
-                mean = masks.mean(strategy, replies)
-                averaged: ArrayRecord | None = strategy.step(
-                    number, noised.of_sum(mean, at.state, len(strategy.reports), settings)
-                )
-            else:
-                averaged, _ = strategy.aggregate_train(number, replies)
-        except MaskingError as error:
-            nodes.say(f"round {number}: no sum can be made: {error}")
-            return None, {}, {}
-        reports = nodes.sort_out(number, strategy)
-        strategy.aggregate_evaluate(number, evaluations)
-        return averaged, reports, nodes.sort_out(number, strategy)
-
-    for number in range(at.round + 1, settings.num_server_rounds + 1):
-        if settings.early_stop and at.best and at.round - 1 - at.best.round >= settings.early_stop:
-            break  # the line before the latest adapter's is the last that is known
-        nodes.meet(number)
-        before, begun, memory = nodes.traffic.both, time.monotonic(), strategy.memory
-        tried, without = 0, frozenset[str]()
-        while True:
-            trusted = len(nodes.distrusted)
-            averaged, reports, others = attempt(number, without)
-            if len(reports) >= settings.least_sites:
+    def run(self) -> Outcome:
+        """All rounds, then what closes a run."""
+        self._begin()
+        for number in range(self._at.round + 1, self._settings.num_server_rounds + 1):
+            if self._no_longer_gains():
                 break
-            tried += trusted == len(nodes.distrusted)  # else there is one less to spoil it
-            without = nodes.failed if settings.secure_aggregation else without
-            needed = f"min-sites = {settings.least_sites} are needed"
-            few = f"round {number}: answers that can be used: {len(reports)}, {needed}"
-            if tried == ATTEMPTS:
-                raise UserError(f"{few}; it was tried {ATTEMPTS} times")
-            nodes.say(f"{few}; the round is repeated")
-            strategy.memory = memory
-            nodes.wait_for(settings.least_sites, number)
-        if averaged is None:
+            self._round(number)
+        zero, best = self._conclude(self._evaluate(self._at.round, self._at.state, self._nodes.good()))
+        return self._outcome(zero, best)
+
+    def _begin(self) -> None:
+        at, settings = self._at, self._settings
+        again = self._resumed and settings.dp == "local"
+        if again:  # what was under way when the run was interrupted has been sent, too
+            self._nodes.trained.update(dict.fromkeys(self._nodes.trained, ATTEMPTS))
+        at.epsilon = privacy.spent(settings, self._nodes.trained.values())
+        if again:
+            self._watcher.complete(at)  # it may be interrupted again
+        if at.best:  # a later round, which was not completed, may have been selected since
+            self._watcher.selected(at.best.round, at.best_state, settings.trained_blend)
+
+    def _no_longer_gains(self) -> bool:
+        """Whether `early-stop` rounds have passed since the selected one; the result of the last is not known yet."""
+        at, patience = self._at, self._settings.early_stop
+        return bool(patience and at.best and at.round - 1 - at.best.round >= patience)
+
+    def _round(self, number: int) -> None:
+        """One round: from the adapter that the sites are sent to the next one."""
+        at, nodes = self._at, self._nodes
+        nodes.meet(number)
+        before, begun = nodes.traffic.both, time.monotonic()
+        made = self._attempts(number)
+        if made.averaged is None:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
         spent = nodes.traffic.both - before
         at.question_bytes += spent
-        add({**reports, **others})
-        at.state = nodes.link.step(records.read_adapter(averaged, at.state), number)
+        self._conclude({**made.trained, **made.evaluated})
+        at.state = nodes.link.step(records.read_adapter(made.averaged, at.state), number)
         at.round, at.bytes, at.seconds = number, spent, time.monotonic() - begun
-        at.epsilon = privacy.spent(settings, nodes.trained.values())
-        watcher.complete(at)
+        at.epsilon = privacy.spent(self._settings, nodes.trained.values())
+        self._watcher.complete(at)
 
-    def evaluated(
-        number: int, state: State, asked: Sequence[int], personal: bool = False, blend: float | None = None
-    ) -> Mapping[str, Report]:
-        config = nodes.config(personal, blend)
-        messages = messages_of(strategy.configure_evaluate, number, state, asked, config)
-        strategy.aggregate_evaluate(number, nodes.ask(number, messages, state))
-        return nodes.sort_out(number, strategy)
+    def _attempts(self, number: int) -> Attempt:
+        """Repeats the round, as if it had not been tried, until enough sites have answered."""
+        nodes, needed, memory = self._nodes, self._settings.least_sites, self._strategy.memory
+        tried, without = 0, frozenset[str]()
+        while True:
+            distrusted = len(nodes.distrusted)
+            made = self._attempt(number, without)
+            if len(made.trained) >= needed:
+                return made
+            tried += distrusted == len(nodes.distrusted)  # else there is one site less to spoil it
+            without = nodes.failed if self._settings.secure_aggregation else without
+            few = f"round {number}: usable answers: {len(made.trained)}, min-sites = {needed} are needed"
+            if tried == ATTEMPTS:
+                raise UserError(f"{few}; it was tried {ATTEMPTS} times")
+            nodes.say(f"{few}; the round is repeated")
+            self._strategy.memory = memory
+            nodes.wait_for(needed, number)
 
-    zero, best = add(evaluated(at.round, at.state, nodes.good()))
+    def _attempt(self, number: int, without: Collection[str]) -> Attempt:
+        """Asks the sites, some to train and the others to evaluate, and averages what comes back."""
+        settings, nodes, state = self._settings, self._nodes, self._at.state
+        training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.least_sites, without)
+        nodes.trains(training)
+        masks = SecureSum(nodes, number, state, training, settings) if settings.secure_aggregation else None
+        evaluations: list[Message] = []
+        try:
+            training = masks.prepare() if masks else training
+            asked = self._messages(self._strategy.configure_train, number, state, training, nodes.config())
+            asked = [masks.address(message) for message in asked] if masks else asked
+            asked += self._messages(self._strategy.configure_evaluate, number, state, others, nodes.config())
+            self._at.questions += len(asked)
+            averaged = self._average(number, _trained(nodes.ask(number, asked, state), evaluations), masks)
+        except MaskingError as error:
+            nodes.say(f"round {number}: no sum can be made: {error}")
+            return Attempt(None, {}, {})
+        reports = nodes.sort_out(number, self._strategy)
+        self._strategy.aggregate_evaluate(number, evaluations)
+        return Attempt(averaged, reports, nodes.sort_out(number, self._strategy))
 
-    def whole(line: Line, state: State) -> Line:
-        """The line with the reports of sites that were not there in its round."""
-        known = {**line.reports, **line.holdouts}
-        return with_reports(line, {**known, **evaluated(line.round, state, nodes.good(known))})
+    def _average(self, number: int, replies: Iterable[Message], masks: SecureSum | None) -> ArrayRecord | None:
+        strategy = self._strategy
+        if not masks:
+            return strategy.aggregate_train(number, replies)[0]
+        mean = masks.mean(strategy, replies)
+        return strategy.step(number, noised.of_sum(mean, self._at.state, len(strategy.reports), self._settings))
 
-    def blended(line: Line, state: State, blend: float) -> Line:
-        """The line with less of the adapter in the features."""
-        reports = evaluated(line.round, state, nodes.good(), blend=blend)
-        return with_reports(replace(line, unseen=unseen(state, blend)), reports)
+    def _messages(
+        self, configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
+    ) -> list[Message]:
+        """The strategy's messages to these nodes; without any, Flower's strategies would wait for some."""
+        if not asked:
+            return []
+        made = configure(number, records.write_adapter(state), config, self._nodes.view(asked))
+        return sorted(made, key=lambda message: message.metadata.dst_node_id)  # Flower's strategies shuffle them
 
-    zero_shot = whole(zero, start) if settings.starts_as_zero_shot else blended(zero, start, 0.0)
-    adapted = whole(best, at.best_state)
-    if settings.blend == "auto":
-        plain = adapted
-        for blend in sorted((b for b in BLENDS if b < 1), reverse=True):  # of several that do as well, the smallest
-            found = blended(plain, at.best_state, blend)
-            if not better(adapted.validations, found.validations, recipe):
-                share, adapted = blend, found
-        watcher.selected(adapted.round, at.best_state, share)
-    told = share if share != settings.trained_blend else None
-    alone = nodes.good(without=nodes.by_role.holdouts)
-    personal = evaluated(adapted.round, at.best_state, alone, True, told) if settings.personalize else {}
-    per_question = at.question_bytes / max(at.questions, 1)
-    return Outcome(at.round, zero_shot, adapted, share, personal, at.best_state, per_question, at.epsilon)
+    def _conclude(self, reports: Reports) -> tuple[RoundResult, RoundResult]:
+        """The latest adapter's result, compared with the best so far; returns that of round 0, and the best."""
+        at, blend = self._at, self._settings.trained_blend
+        unseen = self._unseen(at.state, blend)
+        result = self._with_reports(
+            RoundResult(at.round, {}, unseen, at.bytes, at.seconds, epsilon=at.epsilon), reports
+        )
+        self._watcher.result(result)
+        at.zero = at.zero or result
+        if (
+            at.best is None
+            or at.best.round < self._recipe.first_choice
+            or chosen(result.validations, at.best.validations, at.zero.validations, self._recipe)
+        ):
+            at.best, at.best_state = result, at.state
+            self._watcher.selected(result.round, at.state, blend)
+        return at.zero, at.best
+
+    def _evaluate(
+        self, number: int, state: State, asked: Sequence[int], *, personal: bool = False, blend: float | None = None
+    ) -> Reports:
+        """The reports of these nodes on the adapter, or on the own ones that they make of it (`personal`)."""
+        config = self._nodes.config(personal, blend)
+        messages = self._messages(self._strategy.configure_evaluate, number, state, asked, config)
+        self._strategy.aggregate_evaluate(number, self._nodes.ask(number, messages, state))
+        return self._nodes.sort_out(number, self._strategy)
+
+    def _with_reports(self, result: RoundResult, reports: Reports) -> RoundResult:
+        """The result with these reports, those of the holdout sites apart."""
+        sites, holdouts = ({name: reports[name] for name in sorted(reports.keys() & of)} for of in self._nodes.by_role)
+        return replace(result, reports=sites, holdouts=holdouts)
+
+    def _completed(self, result: RoundResult, state: State) -> RoundResult:
+        """The result with the reports of sites that were absent in its round."""
+        known = {**result.reports, **result.holdouts}
+        asked = self._nodes.good(known)
+        return self._with_reports(result, {**known, **self._evaluate(result.round, state, asked)})
+
+    def _blended(self, result: RoundResult, state: State, blend: float) -> RoundResult:
+        """The result with another share of the adapted feature."""
+        reports = self._evaluate(result.round, state, self._nodes.good(), blend=blend)
+        return self._with_reports(replace(result, unseen=self._unseen(state, blend)), reports)
+
+    def _outcome(self, zero: RoundResult, best: RoundResult) -> Outcome:
+        """Completes the two results that are reported, chooses the blend, and lets the sites personalise."""
+        at, settings, start = self._at, self._settings, self._start
+        exact = settings.starts_as_zero_shot
+        zero_shot = self._completed(zero, start) if exact else self._blended(zero, start, 0.0)
+        adapted, blend = self._completed(best, at.best_state), settings.trained_blend
+        if settings.blend == "auto":
+            adapted, blend = self._best_blend(adapted)
+            self._watcher.selected(adapted.round, at.best_state, blend)
+        personal: Reports = {}
+        if settings.personalize:
+            alone = self._nodes.good(without=self._nodes.by_role.holdouts)
+            given = blend if blend != settings.trained_blend else None
+            personal = self._evaluate(adapted.round, at.best_state, alone, personal=True, blend=given)
+        per_question = at.question_bytes / max(at.questions, 1)
+        return Outcome(at.round, zero_shot, adapted, blend, personal, at.best_state, per_question, at.epsilon)
+
+    def _best_blend(self, full: RoundResult) -> tuple[RoundResult, float]:
+        """The best share of the adapted feature by validation; the smallest of several that do as well."""
+        best, share = full, 1.0
+        for blend in sorted((blend for blend in BLENDS if blend < 1), reverse=True):
+            found = self._blended(full, self._at.best_state, blend)
+            if not better(best.validations, found.validations, self._recipe):
+                best, share = found, blend
+        return best, share
 
 
-def trained(replies: Iterable[Message], others: list[Message]) -> Iterator[Message]:
-    """The replies to TRAIN as they come; the `others` are kept."""
+def _trained(replies: Iterable[Message], others: list[Message]) -> Iterator[Message]:
+    """The replies to TRAIN as they come; the `others` are collected."""
     for reply in replies:
         if reply.metadata.message_type == MessageType.TRAIN:
             yield reply
         else:
             others.append(reply)
-
-
-def refuse(error: UserError) -> NoReturn:
-    """Ends the ServerApp as failed, with the error's text as the last word: Flower would add several traces."""
-    print(f"\nThis run can't go on. {error}", flush=True)
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    threading.excepthook = lambda _: None  # a simulation runs the ServerApp in a thread
-    raise error

@@ -28,7 +28,7 @@ from fedclip_flwr.flower.inbox import Inbox
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.selection import drawn_by_lot
 from fedclip_flwr.server.strategy import AdapterFedAvg
-from fedclip_flwr.server.waiting import _Wait
+from fedclip_flwr.server.waiting import Wait
 
 SIMULATED_AT_ONCE = 40
 """So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them."""
@@ -137,7 +137,7 @@ class Nodes:
             "up": self.traffic.up,
         }
 
-    def go_on(self, record: Mapping[str, Any], count: int) -> None:
+    def resume(self, record: Mapping[str, Any], count: int) -> None:
         """Waits for the sites of the record, and at least so many; from then on it is as if it had been all the time.
 
         Simulated sites must be the same; real ones that are gone or hold something else are told.
@@ -165,7 +165,7 @@ class Nodes:
         says itself, but nobody is waited for without end. The expected may be missing at the end of it. Nodes that do
         not answer within the time that a working site needs are only waited for if there are too few sites without.
         """
-        wait, steps = _Wait(self._timeout), 0
+        wait, steps = Wait(self._timeout), 0
         while (
             (news := self.meet(number))
             or self._may_answer_soon
@@ -182,7 +182,8 @@ class Nodes:
                 break  # simulated sites are all there before the first one answers
             if wait.worth_telling():
                 self.say(f"waiting: {self.readiness} (min-sites = {count})")
-            wait.a_moment(len(self._hellos_under_way))
+            if self._hellos_under_way or not news:
+                wait.a_moment(len(self._hellos_under_way))
         if (ready := len(self._present)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
             why = "; ".join(sorted({f"{f.site}: {f.why}" for f in self.failures})[:3])
@@ -209,8 +210,9 @@ class Nodes:
         self._greeted |= dict.fromkeys(new.values(), time.monotonic())
         self._all_greeted = len(new) == len(strangers)
         self._hellos_under_way |= new
-        answers = self._pull(self._hellos_under_way)
-        for node, reply in answers:
+        news = bool(new)
+        for node, reply in self._pull(self._hellos_under_way):
+            news = True
             try:
                 hello = self._read_hello(reply)
             except ExchangeError as error:
@@ -234,7 +236,7 @@ class Nodes:
             self.names[node] = hello.site
             self._last_failed.discard(hello.site)  # of that name, another node may have been refused
             self.hellos[hello.site] = hello
-        return bool(new or answers)
+        return news
 
     def _refuse(self, number: int, node: int, site: str, why: str) -> None:
         self._refused[node] = time.monotonic()
@@ -355,7 +357,7 @@ class Nodes:
         whole = {message.metadata.dst_node_id: message.content for message in waiting}
         self.link.address(waiting, state)
         under_way: dict[str, int] = {}
-        wait = _Wait(self._timeout)
+        wait = Wait(self._timeout)
         while (waiting or under_way) and not wait.over:
             room = self._room - len(under_way)
             next_ones, waiting = waiting[:room], waiting[room:]
@@ -426,16 +428,14 @@ class Nodes:
         self.traffic.down += sum(sizes[id(message.content)] for message in sent)  # contents are shared: measured once
         return {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
 
-    def _pull(self, under_way: dict[str, int]) -> list[tuple[int, Message]]:
+    def _pull(self, under_way: dict[str, int]) -> Iterator[tuple[int, Message]]:
         """The replies that have come in, with the nodes that were asked; they are no longer under way."""
         if self._ended:
             raise SystemExit
         if not under_way:
-            return []
-        pairs = []
+            return
         for reply, size in self._inbox.take(list(under_way), self._most):
             node = under_way.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
                 self.traffic.up += size
-                pairs.append((node, reply))
-        return pairs
+                yield node, reply

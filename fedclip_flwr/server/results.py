@@ -12,11 +12,11 @@ from fedclip_flwr.learning.metrics import Quality, Score, mean_accuracy, mean_of
 
 
 @dataclass(frozen=True)
-class Line:
-    """The adapter after so many rounds, and what the round that made it took.
+class RoundResult:
+    """The adapter after `round` rounds, and the cost of the round that made it.
 
-    `reports` are of the sites that train, `holdouts` of those that only evaluate; `unseen` is how it does on the
-    held-out domains that the server itself has. `epsilon` is what the sites' privacy has been spent for it.
+    `reports` come from the sites that train, `holdouts` from those that only evaluate; `unseen` is the quality on the
+    held-out domains that the server itself has. `epsilon` is the privacy spent so far.
     """
 
     round: int
@@ -29,30 +29,33 @@ class Line:
 
     @property
     def seen(self) -> float | None:
+        """Mean test accuracy over the sites that train."""
         return mean_accuracy(report.test for report in self.reports.values())
 
     @property
     def held_out(self) -> list[Quality]:
-        """All that is known of what nobody trains on."""
+        """The quality on everything that no site trains on."""
         return [*self.unseen.values(), *(report.test for report in self.holdouts.values())]
 
     @property
     def validation(self) -> float | None:
+        """Mean validation accuracy over the sites that train."""
         return mean_accuracy(report.validation for report in self.reports.values())
 
     @property
     def validations(self) -> dict[str, Score]:
+        """The validation score of each site that trains."""
         return {site: report.validation for site, report in self.reports.items()}
 
     @property
     def loss(self) -> float | None:
-        """Mean validation loss over the sites."""
+        """Mean validation loss over the sites that train."""
         scores = [report.validation for report in self.reports.values()]
         return mean_of(score.loss / score.examples for score in scores if score.examples)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is told of the round: a line of metrics.jsonl, and of the screen."""
+        """The round as a line of metrics.jsonl."""
         return {
             "round": self.round,
             "seen": self.seen,
@@ -67,19 +70,19 @@ class Line:
 
 
 @dataclass
-class Standing:
-    """Where a run stands after so many rounds: the latest adapter, and what is known of those before it.
+class RunState:
+    """The state of a run after `round` complete rounds: enough to resume it.
 
-    `zero` is the line of round 0 and `best` that of the selected round so far, whose adapter is `best_state`; there are
-    none before the first round is complete. The last round has taken so many bytes and seconds. All rounds together
-    have put so many questions to sites, which took so many bytes, there and back.
+    `zero` is the result of round 0 and `best` that of the selected round so far, whose adapter is `best_state`; both
+    are None before the first round is complete. `bytes` and `seconds` are those of the last round; `questions` and
+    `question_bytes` count the messages to sites in all rounds, with their answers.
     """
 
     round: int
     state: State
     best_state: State
-    zero: Line | None = None
-    best: Line | None = None
+    zero: RoundResult | None = None
+    best: RoundResult | None = None
     bytes: int = 0
     seconds: float = 0.0
     epsilon: float | None = None
@@ -89,15 +92,15 @@ class Standing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Zero-shot and the selected round, with a report of each site that could be asked, and that round's adapter.
+    """Zero-shot and the selected round, with the report of each site that could be asked, and that round's adapter.
 
-    `rounds` is how many there were. `blend` is the share of the adapted feature that belongs to the adapter. `personal`
-    has the reports of the sites' own adapters, where there are any.
+    `rounds` is the number of rounds run, `blend` the share of the adapted feature that goes with the adapter, and
+    `personal` has the reports of the sites' own adapters, if there are any.
     """
 
     rounds: int
-    zero_shot: Line
-    adapted: Line
+    zero_shot: RoundResult
+    adapted: RoundResult
     blend: float
     personal: Mapping[str, Report]
     state: State

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class _Wait:
+class Wait:
     """Waiting for answers: prompt while they come, gentler the longer none does. Now and then the user is told."""
 
     SHORTEST, LONGEST = 0.01, 2.0

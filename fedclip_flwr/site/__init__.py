@@ -3,7 +3,7 @@
 Knows nothing of the server. May import: base, learning, data, flower, features, exchange.
 """
 
-from fedclip_flwr.site.context import Desk, open_desk
+from fedclip_flwr.site.context import OpenedContext, SiteContext, open_context
 from fedclip_flwr.site.holdings import Site
 
-__all__ = ["Desk", "Site", "open_desk"]
+__all__ = ["OpenedContext", "Site", "SiteContext", "open_context"]

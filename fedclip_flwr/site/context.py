@@ -1,8 +1,9 @@
-"""What one site holds: its rows of the data, split into training, validation and test."""
+"""What a site needs to answer a message, opened from the run's settings and its owner's."""
 
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,29 +32,41 @@ OWN = (
 
 
 @dataclass(frozen=True)
-class Desk:
-    """What a site needs to answer a message."""
+class SiteContext:
+    """What a site needs to answer a message about its examples."""
 
     settings: Settings
     site: Site
-    features: Features
     classes: Classes
     device: torch.device
+
+    @abstractmethod
+    def start(self) -> State:
+        """The state that every site of the run can begin with."""
+
+    @abstractmethod
+    def blank(self) -> Learner:
+        """A learner to load a received state into."""
+
+
+@dataclass(frozen=True)
+class OpenedContext(SiteContext):
+    """The context of a site that has opened its data, for one session."""
+
+    features: Features
     session: Session
 
     def start(self) -> State:
-        """What every site can begin with."""
         return new_learner(self.settings, self.features).on_cpu()
 
     def blank(self) -> Learner:
-        """What is learnt, to be filled with a state that came."""
         if isinstance(self.features, Pixels):
             return self.features.whole_model()
         own = self.settings
         how = {"blend": own.trained_blend, "length": length_of(own)}
         return blank_adapter(own.adapter, self.classes.dim, rank=own.adapter_rank, **how)
 
-    def require(self) -> None:
+    def require_same_model(self) -> None:
         """Raises unless the model here is the server's, where both know its content: features would not compare."""
         own = self.features.model_content
         if self.session.model and own and self.session.model != own:
@@ -73,15 +86,15 @@ def in_simulation() -> bool:
     return Path(program).parts[-4:] == ("ray", "_private", "workers", "default_worker.py")
 
 
-def open_desk(
+def open_context(
     run_config: Mapping[str, object], node_config: Mapping[str, object], session: Session, simulated: bool
-) -> Desk:
-    """This site's desk; kept in a process that answers several messages.
+) -> OpenedContext:
+    """This site's context; kept in a process that answers several messages.
 
     The `session` tells what the server resolved: the domain that no site trains on, and the vocabulary.
     """
     run, node = (tuple(sorted(config.items())) for config in (run_config, node_config))
-    return _desk(run, node, session, simulated)
+    return _context(run, node, session, simulated)
 
 
 def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], simulated: bool = False) -> Settings:
@@ -117,12 +130,12 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
 
 
 @lru_cache(maxsize=64)
-def _desk(
+def _context(
     run_config: Sequence[tuple[str, object]],
     node_config: Sequence[tuple[str, object]],
     session: Session,
     simulated: bool,
-) -> Desk:
+) -> OpenedContext:
     node = dict(node_config)
     settings = settings_at(dict(run_config), node, simulated)
     number, sites = node.get("partition-id"), node.get("num-partitions")
@@ -144,7 +157,7 @@ def _desk(
     else:
         words = owners_words(node, features.domains, session.holdout)
         site = own_site(features, words, settings.seed, device)
-    return Desk(settings, site, features, features.classes.ready(device), device, session)
+    return OpenedContext(settings, site, features.classes.ready(device), device, features, session)
 
 
 @lru_cache(maxsize=4)

@@ -1,17 +1,87 @@
-"""What one site learns: in a round of the run, or alone at its end."""
+"""What one site does with a message: it evaluates the adapter that it receives, trains it, and answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+from flwr.app import RecordDict
+
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.exchange import privacy
+from fedclip_flwr.exchange.link import SiteCache
+from fedclip_flwr.exchange.records import Report, Task, read_task, write_answer
+from fedclip_flwr.exchange.secure.protocol import Memory
+from fedclip_flwr.learning.adapters import Adapter
 from fedclip_flwr.learning.base import Classes, Learner
 from fedclip_flwr.learning.recipes import RECIPES, learning_rate
-from fedclip_flwr.learning.training import personalize, train
+from fedclip_flwr.learning.training import evaluate, examine, personalize, train
+from fedclip_flwr.site.context import SiteContext
 from fedclip_flwr.site.holdings import Site
 
 
+def answer_train(
+    content: RecordDict, context: SiteContext, cache: SiteCache, *, by_class: bool = False, memory: Memory | None = None
+) -> RecordDict:
+    """The scores of the received adapter here, and the adapter trained.
+
+    `by_class`: counts by class go with the scores. `memory` holds the secrets of a site that masks its updates.
+    """
+    task, settings = read_task(content), context.settings
+    learner = received(task, context, cache)
+    report = report_on(learner, context, by_class)
+    before = learner.on_cpu() if memory is not None or settings.dp != "off" else {}
+    learn(learner, context.site, context.classes, settings, task.round)
+    trained = {name: tensor.cpu() for name, tensor in learner.state_dict().items()}
+    trained = privacy.at_site(trained, before, settings)
+    if memory is None:
+        return write_answer(report, cache.pack(trained, context.site.name, task.round, settings.seed))
+    from fedclip_flwr.exchange.secure import site  # brings cryptography, which few runs need
+
+    return write_answer(report, site.masked(content, memory, trained, before))
+
+
+def answer_evaluate(
+    content: RecordDict,
+    context: SiteContext,
+    cache: SiteCache,
+    *,
+    by_class: bool = False,
+    keep: Callable[[Adapter, int, int], None] = lambda adapter, number, epoch: None,
+) -> RecordDict:
+    """The scores of the received adapter here; or, if the server asks to personalise, of the site's own made from it.
+
+    `keep` gets the site's own adapter, with the round and the epoch that it is of.
+    """
+    task = read_task(content)
+    learner = received(task, context, cache)
+    if task.personal:
+        assert isinstance(learner, Adapter)  # the settings make sure of it
+        epoch = learn_alone(learner, context.site, context.classes, context.settings)
+        keep(learner, task.round, epoch)
+    return write_answer(report_on(learner, context, by_class))
+
+
+def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
+    """The adapter that the message brings, or the whole model."""
+    learner = context.blank()
+    state = cache.take(task, learner.state_dict(), context.start)
+    learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    if task.blend is not None and isinstance(learner, Adapter):
+        learner.blend = task.blend
+    return learner.to(context.device)
+
+
+def report_on(learner: Learner, context: SiteContext, by_class: bool) -> Report:
+    """The learner's scores on the site's validation and test images."""
+    site, test = context.site, examine(learner, context.site.test, context.classes)
+    validation = evaluate(learner, site.validation, context.classes)
+    return Report(len(site.train.labels), validation, test if by_class else replace(test, classes=None))
+
+
 def learn(learner: Learner, site: Site, classes: Classes, settings: Settings, number: int) -> None:
-    """What a site does in round `number`."""
+    """Trains the learner in place, as the site does in round `number`."""
     train(
         learner,
         site.train,
@@ -26,7 +96,7 @@ def learn(learner: Learner, site: Site, classes: Classes, settings: Settings, nu
 
 
 def learn_alone(learner: Learner, site: Site, classes: Classes, settings: Settings) -> int:
-    """Makes the learner the site's own, by as much training as it had in the run; the epoch that was kept."""
+    """Makes the learner the site's own, with as much training as it had in the run; returns the epoch that was kept."""
     return personalize(
         learner,
         site.train,

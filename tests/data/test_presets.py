@@ -13,7 +13,7 @@ from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.data.holdout import pick_holdout
 from fedclip_flwr.data.opening import open_source
 from fedclip_flwr.data.presets import PRESETS, fitting
-from fedclip_flwr.experiments.inprocess import make_sites
+from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features.opening import open_features
 from tests.data.test_dataset import in_cache
 

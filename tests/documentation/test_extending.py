@@ -33,8 +33,8 @@ assert features.domains == ("art", "cartoon", "photo")
 assert [features.count(domain) for domain in features.domains] == [20, 20, 21]
 assert len(features.examples("photo").labels) == 20  # one can't be read
 sites, unseen = make_sites(features, sites=2)
-result = federate(sites, features.classes, unseen, settings)
-whole = federate(sites, features.classes, unseen, Settings.from_run_config(given))
+result = simulate(sites, features.classes, unseen, settings)
+whole = simulate(sites, features.classes, unseen, Settings.from_run_config(given))
 for name, tensor in result.state.items():
     assert tensor.abs().max() > 0
     assert (tensor - whole.state[name]).abs().max() < 1e-4

@@ -6,7 +6,7 @@ import torch
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.codecs import CODECS, packed_size, unwrap, wrap
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
 
@@ -32,7 +32,7 @@ def test_int8_by_hand() -> None:
     assert parcel.packed.tolist() == [x for f, n in zip(factors, numbers, strict=True) for x in [*f, *n]]
     for name, tensor in parcel.arrives.items():
         torch.testing.assert_close(tensor, BASE[name] + by[name])
-    assert all(tensor.abs().max() < 1e-5 for tensor in parcel.left.values())
+    assert all(tensor.abs().max() < 1e-5 for tensor in parcel.residual.values())
 
 
 def test_int8_never_turns_the_largest_number_into_its_negative() -> None:
@@ -48,7 +48,7 @@ def test_bfloat16_by_hand() -> None:
     parcel = wrap("bfloat16", {"a": torch.tensor([1 + 2**-7, 1 + 2**-9])}, zero, {}, 0)
     assert parcel.packed.tolist() == [0x81, 0x3F, 0x80, 0x3F]
     assert parcel.arrives["a"].tolist() == [1 + 2**-7, 1.0]
-    assert parcel.left["a"].tolist() == [0.0, 2**-9]
+    assert parcel.residual["a"].tolist() == [0.0, 2**-9]
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -63,7 +63,7 @@ def test_the_other_side_makes_of_a_parcel_what_this_side_says(codec: str) -> Non
         for name, tensor in base.items():
             assert torch.equal(back[name], parcel.arrives[name])
             assert back[name].shape == tensor.shape
-            torch.testing.assert_close(new[name] - back[name], parcel.left[name], rtol=0, atol=1e-7)
+            torch.testing.assert_close(new[name] - back[name], parcel.residual[name], rtol=0, atol=1e-7)
             assert (new[name] - back[name]).abs().max() <= (new[name] - tensor).abs().max() / 127 + 1e-7
 
 
@@ -99,7 +99,7 @@ def test_what_rounding_leaves_over_goes_with_the_next_parcel(codec: str) -> None
         step = 0.01 * torch.randn(400).exp()
         here = here + step
         parcel = wrap(codec, {"a": there["a"] + step}, there, left, seed)
-        there, left = parcel.arrives, parcel.left
+        there, left = parcel.arrives, parcel.residual
         careless = wrap(codec, {"a": careless["a"] + step}, careless, {}, seed).arrives
     assert (there["a"] + left["a"] - here).abs().max() < 1e-4
     assert 3 * (there["a"] - here).norm() < (careless["a"] - here).norm()
@@ -120,7 +120,7 @@ def test_a_federation_under_a_codec_predicts_as_in_float32(codec: str, kind: str
     classes = drawn.classes.ready()
     states, found = [], []
     for how in ("float32", codec):
-        state = federate(sites, classes, unseen, Settings(adapter=kind, codec=how), all_lines=False).state
+        state = simulate(sites, classes, unseen, Settings(adapter=kind, codec=how), every_round=False).state
         adapter = make_adapter(kind, classes.dim)
         adapter.load_state_dict(state)
         found.append(classes.logits(adapter(images)).argmax(dim=1))

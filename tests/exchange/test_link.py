@@ -13,7 +13,7 @@ from fedclip_flwr.base import files
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.codecs import CODECS
-from fedclip_flwr.exchange.link import Downlink, Shelf, forget
+from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesOnDisk, forget
 from fedclip_flwr.exchange.records import ExchangeError, LacksError, Task, mark_of, write_adapter
 from fedclip_flwr.learning.adapters import make_adapter
 
@@ -37,14 +37,14 @@ def sent(link: Downlink, node: int, state: State | None = None) -> RecordDict:
 
 def taken(content: RecordDict, site: str = "a", codec: str = "int8") -> State:
     """What the site makes of it."""
-    return Shelf(site, codec).take(records.read_task(content), START, lambda: START)
+    return SiteCache(StatesOnDisk(site), codec).take(records.read_task(content), START, lambda: START)
 
 
 def packed(session: str, codec: str, trained: State, received: State, site: str, number: int) -> State:
     """What the site sends of what it has made of what it was sent."""
-    shelf = Shelf(session, codec)
-    shelf.take(Task(number, None, "s", False, None, "", "", write_adapter(received)), START, lambda: START)
-    return shelf.pack(trained, site, number, 0)
+    cache = SiteCache(StatesOnDisk(session), codec)
+    cache.take(Task(number, None, "s", False, None, "", "", write_adapter(received)), START, lambda: START)
+    return cache.pack(trained, site, number, 0)
 
 
 def answered(link: Downlink, node: int, state: State | None = None, **records: Any) -> Message:
@@ -234,7 +234,7 @@ def test_sites_forget_a_session_that_is_over_and_old_ones(own_home: Path) -> Non
 
 def test_a_task_without_a_mark_is_a_whole_adapter() -> None:
     task = Task(1, None, "s", False, None, "", "", write_adapter(moved(START, 0.2)))
-    assert equal(Shelf("a", "int8").take(task, START, lambda: START), moved(START, 0.2))
+    assert equal(SiteCache(StatesOnDisk("a"), "int8").take(task, START, lambda: START), moved(START, 0.2))
     kept = files.home() / "exchange" / "a" / f"{mark_of(moved(START, 0.2))}.safetensors"
     assert kept.exists()
 
@@ -254,7 +254,7 @@ def test_what_rounding_takes_from_small_steps_adds_up_and_is_sent() -> None:
     for number in (1, 2, 3):
         link.step({"w": link.state["w"] + 1 + 2**-9}, number)
     assert link.state["w"].tolist() == [3 + 2**-7]
-    assert link.left["w"].tolist() == [-(2**-9)]
+    assert link.residual["w"].tolist() == [-(2**-9)]
 
 
 def test_a_site_that_could_make_the_latest_adapter_is_sent_the_whole_of_an_earlier_one() -> None:

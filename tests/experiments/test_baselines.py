@@ -19,7 +19,7 @@ from fedclip_flwr.experiments.baselines import (
     together,
     zero_shot,
 )
-from fedclip_flwr.experiments.inprocess import federate
+from fedclip_flwr.experiments.simulate import simulate
 from fedclip_flwr.learning.adapters import make_adapter
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.training import evaluate
@@ -39,11 +39,11 @@ def test_zero_shot_is_the_frozen_features_accuracy() -> None:
 
 
 def test_together_is_the_federation() -> None:
-    assert together(CASE) == federate(SITES, CLASSES, CASE.unseen, HOW).selected
+    assert together(CASE) == simulate(SITES, CLASSES, CASE.unseen, HOW).selected
 
 
 def test_each_site_alone_is_a_federation_of_one_tested_on_its_own() -> None:
-    alone = [federate([site], CLASSES, CASE.unseen, HOW).selected for site in SITES]
+    alone = [simulate([site], CLASSES, CASE.unseen, HOW).selected for site in SITES]
     line = local_only(CASE)
     assert line.seen == pytest.approx(((alone[0].seen or 0.0) + (alone[1].seen or 0.0)) / 2)
     assert line.unseen == pytest.approx(((alone[0].unseen or 0.0) + (alone[1].unseen or 0.0)) / 2)
@@ -79,7 +79,7 @@ def test_centralised_is_one_site_with_all_training_rows_tested_where_they_were()
         [replace(s, name=f"{s.name}-{part}", train=NONE) for s in SITES] for part in ("validation", "test")
     )
     assert len(validation) == len(test) == 2
-    alone = federate([Site("centralised", one, NONE, NONE), *rest], CLASSES, CASE.unseen, HOW).selected
+    alone = simulate([Site("centralised", one, NONE, NONE), *rest], CLASSES, CASE.unseen, HOW).selected
     assert centralised(CASE) == alone
 
 

@@ -11,7 +11,7 @@ import torch
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.learning.adapters import make_adapter
 from fedclip_flwr.learning.base import Classes, Examples
@@ -38,7 +38,7 @@ SITES = [site("b", 20, 10), site("a", 9, 20)]
 
 
 def test_two_rounds_by_hand() -> None:
-    result = federate(SITES, CLASSES, {"sea": some(7, 99)}, Settings(num_server_rounds=2, batch_size=4, seed=3))
+    result = simulate(SITES, CLASSES, {"sea": some(7, 99)}, Settings(num_server_rounds=2, batch_size=4, seed=3))
     shared = make_adapter("attention", 8, seed=3)
     for number in (1, 2):
         own = []
@@ -49,20 +49,20 @@ def test_two_rounds_by_hand() -> None:
             train(adapter, one.train, CLASSES, RECIPES["default"], learning_rate=rate, batch_size=4, seed=seed)
             own.append(adapter.state_dict())
         shared.load_state_dict({k: (own[0][k] + own[1][k]) / 2 for k in own[0]})  # equal, not by examples
-        line = result.lines[number]
+        line = result.rounds[number]
         validation = [evaluate(shared, s.validation, CLASSES).accuracy or 0.0 for s in SITES]
         test = [evaluate(shared, s.test, CLASSES).accuracy or 0.0 for s in SITES]
         assert line.round == number
         assert line.validation == pytest.approx(sum(validation) / 2)
         assert line.seen == pytest.approx(sum(test) / 2)
         assert line.unseen == evaluate(shared, some(7, 99), CLASSES).accuracy
-    assert result.selected.validation == max(line.validation or 0.0 for line in result.lines)
+    assert result.selected.validation == max(line.validation or 0.0 for line in result.rounds)
     if result.selected.round == 2:
         torch.testing.assert_close(result.state, dict(shared.state_dict()))
 
 
 def test_the_selected_adapter_is_the_one_of_the_selected_round() -> None:
-    result = federate(SITES, CLASSES, None, Settings(num_server_rounds=5, learning_rate=0.05, batch_size=4))
+    result = simulate(SITES, CLASSES, None, Settings(num_server_rounds=5, learning_rate=0.05, batch_size=4))
     adapter = make_adapter("attention", 8)
     adapter.load_state_dict(result.state)
     validation = [evaluate(adapter, s.validation, CLASSES).accuracy or 0.0 for s in SITES]
@@ -72,37 +72,37 @@ def test_the_selected_adapter_is_the_one_of_the_selected_round() -> None:
 
 def test_the_same_seed_gives_the_same_adapter_to_the_bit_in_any_order_of_sites() -> None:
     how = Settings(num_server_rounds=3, seed=1)
-    one, two = federate(SITES, CLASSES, None, how), federate(SITES[::-1], CLASSES, None, how)
+    one, two = simulate(SITES, CLASSES, None, how), simulate(SITES[::-1], CLASSES, None, how)
     assert all(torch.equal(one.state[k], two.state[k]) for k in one.state)
-    assert one.lines == two.lines
+    assert one.rounds == two.rounds
 
 
 def test_a_site_without_training_rows_does_not_pull_the_average() -> None:
     none = some(0, 0)
     how = Settings(num_server_rounds=2)
-    with_it = federate([*SITES, Site("c", none, none, none)], CLASSES, None, how)
-    assert with_it.lines == federate(SITES, CLASSES, None, how).lines
+    with_it = simulate([*SITES, Site("c", none, none, none)], CLASSES, None, how)
+    assert with_it.rounds == simulate(SITES, CLASSES, None, how).rounds
 
 
 def test_sites_that_are_all_too_small_are_told() -> None:
     none = some(0, 0)
     with pytest.raises(UserError, match="no site has an example"):
-        federate([Site("c", none, none, none)], CLASSES)
+        simulate([Site("c", none, none, none)], CLASSES)
 
 
 def test_without_all_lines_only_zero_shot_and_the_selected_round_are_tested() -> None:
     how = Settings(num_server_rounds=4, learning_rate=0.05, batch_size=4)
-    whole = federate(SITES, CLASSES, {"sea": some(7, 99)}, how)
-    short = federate(SITES, CLASSES, {"sea": some(7, 99)}, how, all_lines=False)
-    assert short.lines == whole.lines[:1]
+    whole = simulate(SITES, CLASSES, {"sea": some(7, 99)}, how)
+    short = simulate(SITES, CLASSES, {"sea": some(7, 99)}, how, every_round=False)
+    assert short.rounds == whole.rounds[:1]
     assert short.selected == whole.selected
     assert all(torch.equal(short.state[k], whole.state[k]) for k in whole.state)
 
 
 def test_the_papers_recipe_never_selects_the_start_and_the_default_may() -> None:
     still = Settings(num_server_rounds=3, learning_rate=1e-12)
-    assert federate(SITES, CLASSES, None, still).selected.round == 0
-    assert federate(SITES, CLASSES, None, replace(still, recipe="paper")).selected.round == 1
+    assert simulate(SITES, CLASSES, None, still).selected.round == 0
+    assert simulate(SITES, CLASSES, None, replace(still, recipe="paper")).selected.round == 1
 
 
 def test_of_equal_rounds_the_default_selects_by_loss_and_the_paper_the_first() -> None:
@@ -111,8 +111,8 @@ def test_of_equal_rounds_the_default_selects_by_loss_and_the_paper_the_first() -
     sites, classes = [Site("a", images, images, images)], Classes(torch.eye(3, 8), 2.0)
     how = Settings(adapter="scale", num_server_rounds=3, learning_rate=1e-3)
     for recipe, expected in (("default", 3), ("paper", 1)):
-        result = federate(sites, classes, None, replace(how, recipe=recipe))
-        assert [line.validation for line in result.lines] == [1.0] * 4
+        result = simulate(sites, classes, None, replace(how, recipe=recipe))
+        assert [line.validation for line in result.rounds] == [1.0] * 4
         assert result.selected.round == expected
 
 
@@ -130,7 +130,7 @@ def test_a_chosen_blend_is_the_best_by_validation_then_the_smallest(
 ) -> None:
     """By hand: the selected adapter of the same run without blend, tried with every share."""
     how = Settings(adapter="scale", num_server_rounds=4, learning_rate=rate, batch_size=4, seed=1)
-    plain = federate(sites, CLASSES, None, how)
+    plain = simulate(sites, CLASSES, None, how)
     adapter = make_adapter("scale", 8)
     adapter.load_state_dict(plain.state)
     found = {}
@@ -138,7 +138,7 @@ def test_a_chosen_blend_is_the_best_by_validation_then_the_smallest(
         scores = [evaluate(adapter, s.validation, CLASSES) for s in sites]
         found[adapter.blend] = mean(s.accuracy or 0.0 for s in scores), -round(sum(s.loss for s in scores), 3)
     assert max(BLENDS, key=lambda blend: (found[blend], -blend)) == expected
-    chosen = federate(sites, CLASSES, None, replace(how, blend="auto"))
+    chosen = simulate(sites, CLASSES, None, replace(how, blend="auto"))
     adapter.blend = expected
     assert chosen.blend == expected
     assert chosen.selected.validation == pytest.approx(found[expected][0])
@@ -175,7 +175,7 @@ def test_adapting_gains_on_the_sites_and_on_the_unseen_domain(
     seen, unseen = [], []
     for holdout in holdouts:
         sites, rest = make_sites(drawn, holdout, nodes)
-        result = federate(sites, drawn.classes, rest, Settings(adapter=kind))
+        result = simulate(sites, drawn.classes, rest, Settings(adapter=kind))
         seen.append((result.selected.seen or 0.0) - (result.zero_shot.seen or 0.0))
         unseen.append((result.selected.unseen or 0.0) - (result.zero_shot.unseen or 0.0))
     assert mean(seen) >= least
@@ -206,5 +206,5 @@ def test_a_federation_on_a_gpu_ends_whatever_packs_noises_or_averages_its_update
         )
         for site in SITES
     ]
-    found = federate(there, CLASSES.ready("cuda"), {"sea": some(7, 99).ready("cuda")}, settings)
+    found = simulate(there, CLASSES.ready("cuda"), {"sea": some(7, 99).ready("cuda")}, settings)
     assert found.selected.unseen is not None

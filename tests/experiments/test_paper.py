@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, linear, normalize, softmax
 
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.folder import FeatureFolder
 from fedclip_flwr.learning.adapters import make_adapter
 
@@ -146,7 +146,7 @@ def test_three_rounds_over_three_sites_equal_the_plain_protocol(
     features = made(length, sizes)
     settings = Settings(recipe="paper", seed=SEED, num_server_rounds=ROUNDS)
     sites, unseen = make_sites(features, "zoo", sites=3, seed=SEED)
-    result = federate(sites, features.classes, unseen, settings)
+    result = simulate(sites, features.classes, unseen, settings)
 
     plain = {}
     for domain, size in list(sizes.items())[:3]:
@@ -157,10 +157,10 @@ def test_three_rounds_over_three_sites_equal_the_plain_protocol(
     states, found, taken = fedclip(start(), plain, features.examples("zoo"), features.classes.text)
 
     assert result.selected.round == taken
-    for line, figures in zip(result.lines[1:], found[1:], strict=True):
+    for line, figures in zip(result.rounds[1:], found[1:], strict=True):
         assert (line.validation, line.seen, line.unseen) == pytest.approx(figures, abs=1e-6)
     unchosen = [replace(site, validation=site.validation.rows(torch.arange(0))) for site in sites]
-    last = federate(unchosen, features.classes, None, settings)  # nothing to choose by: the last round is taken
+    last = simulate(unchosen, features.classes, None, settings)  # nothing to choose by: the last round is taken
     for number, state in ((taken, result.state), (ROUNDS, last.state)):
         for name, tensor in states[number].items():
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6)
@@ -170,7 +170,7 @@ def test_three_rounds_over_three_sites_equal_the_plain_protocol(
 def adapter_of(features: FeatureFolder, **how: object) -> State:
     settings = Settings(recipe="paper", seed=SEED, num_server_rounds=1, **how)  # type: ignore[arg-type]
     sites, _ = make_sites(features, "zoo", sites=3, seed=SEED)
-    return federate(sites, features.classes, None, settings).state
+    return simulate(sites, features.classes, None, settings).state
 
 
 def close(one: State, other: State, atol: float = 1e-6) -> bool:

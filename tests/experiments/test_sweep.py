@@ -22,7 +22,7 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.experiments import comparison, printed
 from fedclip_flwr.experiments.baselines import METHODS, Published
 from fedclip_flwr.experiments.comparison import Wishes, compare, planned
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.experiments.sweep import Cell, Found, Plan, solve
 from fedclip_flwr.experiments.tables import as_csv, markdown, rows
 from fedclip_flwr.features.opening import open_features
@@ -102,7 +102,7 @@ def test_a_cell_comes_to_what_the_federation_comes_to(tmp_path: Path) -> None:
     features = open_features(Settings(data=data))
     settings = Settings(data=data, adapter="gate", holdout="fox", seed=5, num_server_rounds=3)
     sites, unseen = make_sites(features, "fox", 4, 5)
-    line = federate(sites, features.classes, unseen, settings).selected
+    line = simulate(sites, features.classes, unseen, settings).selected
     rounds = []
     found = solve(Cell("gate", settings, 4), features, lambda: rounds.append(1))
     assert found[:3] == (line.seen, line.unseen, line.round)

@@ -19,7 +19,7 @@ from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.data.vocabulary import Vocabulary
 from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.codecs import CODECS, packed_size
-from fedclip_flwr.exchange.link import Downlink, Shelf
+from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesOnDisk
 from fedclip_flwr.exchange.records import Hello, Progress, read_answer
 from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.flower.sizes import message_size
@@ -251,7 +251,7 @@ def test_what_a_site_takes(
     content = data.draw(contents(RecordDict({"config": ConfigRecord(config), "arrays": record})))
     before = set(tmp_path.parent.iterdir())
     with tried.one():
-        assert_state(Shelf("s", codec).take(records.read_task(content), START, lambda: START))
+        assert_state(SiteCache(StatesOnDisk("s"), codec).take(records.read_task(content), START, lambda: START))
     assert set(tmp_path.parent.iterdir()) == before
 
 
@@ -263,7 +263,7 @@ def test_a_parcel_of_numbers_that_are_not_finite_is_not_taken(tmp_path: Path, mo
     config = ConfigRecord({"state": records.mark_of(made), "base": records.mark_of(START)})
     content = RecordDict({"config": config, "arrays": records.write_adapter({"bfloat16": bad})})
     with pytest.raises(records.ExchangeError):
-        Shelf("s", "bfloat16").take(records.read_task(content), START, lambda: START)
+        SiteCache(StatesOnDisk("s"), "bfloat16").take(records.read_task(content), START, lambda: START)
 
 
 @given(data=st.data(), codec=st.sampled_from(sorted(CODECS)))

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.cli import app
-from fedclip_flwr.experiments.inprocess import Result, federate, make_sites
+from fedclip_flwr.experiments.simulate import Result, make_sites, simulate
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.operations import simulation
 
@@ -27,7 +27,7 @@ def encode(*arguments: str) -> tuple[int, str]:
 def learnt(data: str) -> Result:
     features = open_features(Settings(data=data), progress=False)
     sites, unseen = make_sites(features, sites=2)
-    return federate(sites, features.classes, unseen, Settings(num_server_rounds=2))
+    return simulate(sites, features.classes, unseen, Settings(num_server_rounds=2))
 
 
 def test_a_run_on_the_folder_is_the_run_on_the_images(tree: Path, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_run_on_the_folder_is_the_run_on_the_images(tree: Path, tmp_path: Path
     assert "23 images in 3 classes: cartoon 12, photo 11; 1 more can't be read" in told
     assert told.splitlines()[-1] == f"Feature folder: {tmp_path / 'made'}"
     one, other = learnt(f"folder:{tree}"), learnt(f"features:{tmp_path / 'made'}")
-    assert one.lines == other.lines
+    assert one.rounds == other.rounds
     assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
 
 

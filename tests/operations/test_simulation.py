@@ -38,7 +38,7 @@ def test_a_run_that_was_stopped_before_it_met_its_sites_asks_how_many_there_are(
         simulation.prepared(None, ["resume=latest", results])
     assert simulation.prepared(3, ["resume=latest", results])[2] == 3
     with RunFolder(Settings(results_dir=str(tmp_path), resume=run.path.name), "0123") as run:
-        run.go_on([], 4)
+        run.begin([], 4)
     assert simulation.prepared(None, ["resume=latest", results])[2] == 4
 
 

@@ -12,7 +12,7 @@ from fedclip_flwr.base import files
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data.holdout import pick_holdout
-from fedclip_flwr.experiments.inprocess import federate, make_sites
+from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.runs.folder import RunFolder
@@ -53,9 +53,9 @@ def a_run(
     features = features or open_features(settings, progress=False)
     made, unseen = make_sites(features, settings.holdout, learning, settings.seed)
     start = new_learner(settings, features)
-    learnt = federate(made, features.classes, unseen, settings, start=start)
+    learnt = simulate(made, features.classes, unseen, settings, start=start)
     with RunFolder(settings, "0123456789abcdef") as folder:
-        folder.go_on([], sites)
+        folder.begin([], sites)
         folder.adapter(learnt.selected.round, learnt.state, features, learnt.blend)
         lines = [
             {
@@ -69,11 +69,11 @@ def a_run(
                 "seconds": 0.5 + 0.1 * (line.round % 2),
                 **({} if epsilon is None else {"epsilon": epsilon * line.round / ROUNDS}),
             }
-            for line in learnt.lines
+            for line in learnt.rounds
         ]
         folder._lines = [json.dumps(line) + "\n" for line in lines]
         folder._write_lines()
-        zero, best = learnt.lines[0], learnt.selected
+        zero, best = learnt.rounds[0], learnt.selected
         names = [f"site-{number}" for number in range(sites)]
         before = {name: round(0.4 + 0.4 * (7 * n % sites) / sites, 4) for n, name in enumerate(names)}
         after = {

@@ -11,7 +11,7 @@ from fedclip_flwr.features.base import Features
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.runs import console
 from fedclip_flwr.server.nodes import Failure
-from fedclip_flwr.server.results import Line
+from fedclip_flwr.server.results import RoundResult
 
 
 def metrics(seen: float, unseen: float, **recall: float | None) -> dict[str, Any]:
@@ -150,10 +150,10 @@ def quality(examples: int, correct: int) -> Quality:
 
 def test_a_line_is_under_its_headings() -> None:
     report = Report(5, Score(4, 3, 2.0), quality(8, 2))
-    line = console.line(Line(0, {"a": report}, {"sea": quality(1000, 123)}, 2_660_000, 0.26))
+    line = console.line(RoundResult(0, {"a": report}, {"sea": quality(1000, 123)}, 2_660_000, 0.26))
     assert line.split() == ["0", "25.0", "12.3", "75.0", "0.500", "1", "2.66", "MB", "0.3", "zero-shot"]
     assert line.index("0.500") + 5 == console.heading(Settings()).index("loss") + 4
-    nothing = console.line(Line(1, {}, {}, 0, 0.0))
+    nothing = console.line(RoundResult(1, {}, {}, 0, 0.0))
     assert nothing.split() == ["1", "–", "–", "–", "–", "0", "0", "B", "0.0"]
 
 

@@ -26,14 +26,14 @@ from fedclip_flwr.runs.folder import RunFolder, begun_with
 from fedclip_flwr.runs.opening import open_run
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.server.nodes import Failure
-from fedclip_flwr.server.results import Line, Standing
+from fedclip_flwr.server.results import RoundResult, RunState
 
 
 def complete(number: int, metrics: list[dict[str, Any]] | None = None) -> Checkpoint:
     """As after that round."""
     state = new_adapter(Settings(), 128).state_dict()
-    line = Line(0, {}, {}, 0, 0.0)
-    return Checkpoint(Standing(number, state, state, line, line), {}, {}, {}, "key", {}, [], metrics or [])
+    line = RoundResult(0, {}, {}, 0, 0.0)
+    return Checkpoint(RunState(number, state, state, line, line), {}, {}, {}, "key", {}, [], metrics or [])
 
 
 def started(results: Path, **settings: object) -> RunFolder:
@@ -115,7 +115,7 @@ def test_runs_of_the_same_second_in_other_folders_have_names_of_their_own_that_s
 
 def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     with started(tmp_path) as run:
-        run.go_on([])
+        run.begin([])
         run.checkpoint(complete(1))
     for folder in (run.path, run.path / "checkpoint"):
         (folder / ".adapter.safetensors.0123456789abcdef").write_bytes(b"half")
@@ -124,7 +124,7 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     started(tmp_path)  # a later one
     with again(run.path) as later:
         assert len([*run.path.rglob(".*")]) == 3  # so far nothing was written
-        later.go_on([])
+        later.begin([])
     assert [path.name for path in run.path.rglob(".*")] == [".notes"]
     assert (tmp_path / "latest").resolve() == run.path
 
@@ -152,7 +152,7 @@ def test_how_a_run_ended_is_written_down(tmp_path: Path) -> None:
 
     run, failures = started(tmp_path), [Failure(1, "north", "out of memory")]
     assert summary(run) == {"status": "running", "round": 0, "failures": []}
-    run.go_on(failures, 2)
+    run.begin(failures, 2)
     run.checkpoint(complete(3))
     failures.append(Failure(4, "south", "no answer"))
     with pytest.raises(UserError), run:
@@ -212,7 +212,7 @@ def test_on_a_full_disk_the_last_checkpoint_is_kept_and_the_user_told(tmp_path: 
     assert len(list((folder / "checkpoint").iterdir())) == 1
     with again(folder) as run:
         assert run.before
-        assert run.before.standing.round == 1
+        assert run.before.state.round == 1
 
 
 def again(path: Path, **settings: object) -> RunFolder:
@@ -221,9 +221,9 @@ def again(path: Path, **settings: object) -> RunFolder:
 
 def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_round(tmp_path: Path) -> None:
     first = started(tmp_path, adapter="gate")
-    first.go_on([], 2)
+    first.begin([], 2)
     for number in range(3):
-        first.line(Line(number, {}, {}, 0, 0.0))
+        first.line(RoundResult(number, {}, {}, 0, 0.0))
         if number < 2:
             first.checkpoint(complete(number + 1, first.metrics))
     with pytest.raises(SystemExit), first:
@@ -233,13 +233,13 @@ def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_roun
         assert run.path == first.path
         assert run.before
         assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 3  # so far nothing was written
-        run.go_on([], 2)
+        run.begin([], 2)
         assert [line["round"] for line in run.metrics] == [0, 1]
         assert run.metrics == [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         settings = json.loads((run.path / "settings.json").read_text())
         assert (settings["num-server-rounds"], settings["resume"], settings["sites"]) == (7, "", 2)
         assert (tmp_path / "latest").resolve() == first.path
-        assert "after round 2 with resume='" in run.how_to_go_on
+        assert "after round 2 with resume='" in run.how_to_resume
     with again(tmp_path / "latest", adapter="gate") as run:
         assert run.path == first.path
     given, sites = begun_with(Settings(results_dir=str(tmp_path), resume="latest"))
@@ -252,8 +252,8 @@ def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_roun
 
 def test_a_run_with_a_name_has_it_for_its_folder_and_keeps_it(tmp_path: Path) -> None:
     first = started(tmp_path, name="gate-b32", adapter="gate")
-    first.go_on([], 2)
-    first.line(Line(0, {}, {}, 0, 0.0))
+    first.begin([], 2)
+    first.line(RoundResult(0, {}, {}, 0, 0.0))
     first.checkpoint(complete(1, first.metrics))
     with pytest.raises(SystemExit), first:
         raise SystemExit
@@ -266,13 +266,13 @@ def test_a_run_with_a_name_has_it_for_its_folder_and_keeps_it(tmp_path: Path) ->
     with pytest.raises(UserError, match="a run that goes on keeps its name; leave it out"):
         Settings.from_run_config({"name": "other", "resume": "gate-b32"})
     with again(first.path, adapter="gate") as run:
-        run.go_on([], 2)
+        run.begin([], 2)
     assert json.loads((first.path / "settings.json").read_text())["name"] == "gate-b32"
 
 
 def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: Path) -> None:
     with started(tmp_path, adapter="gate", seed=7) as first:
-        first.go_on([], 2)
+        first.begin([], 2)
         first.checkpoint(complete(1))
         first.finish({"status": "completed"})
         with pytest.raises(UserError, match=f"resume = '{first.path.name}': that run is still under way"):
@@ -300,13 +300,13 @@ def test_a_run_that_came_to_no_round_begins_anew(tmp_path: Path) -> None:
         raise SystemExit
     with again(first.path) as run:
         assert run.before is None
-        assert run.how_to_go_on == ""
+        assert run.how_to_resume == ""
 
 
 def test_once_stopped_nothing_more_is_written_by_whoever_does_not_know_yet(tmp_path: Path) -> None:
     """In a simulation, whoever stops it is another thread than the run."""
     run = started(tmp_path)
-    run.go_on([], 2)
+    run.begin([], 2)
     run.checkpoint(complete(1))
     run.stop()
     before = {path: path.read_bytes() for path in run.path.rglob("*.*")}

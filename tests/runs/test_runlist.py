@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fedclip_flwr.cli import app
 from fedclip_flwr.runs import console, saved
 from fedclip_flwr.runs.runlist import show
-from fedclip_flwr.server.results import Line
+from fedclip_flwr.server.results import RoundResult
 from tests.past import FAILURE, completed, line, make, summary
 
 QUIET = "import sys; from fedclip_flwr.cli import app; app(standalone_mode=False); assert 'torch' not in sys.modules"
@@ -176,4 +176,6 @@ def test_what_cannot_be_shown_is_one_line(words: list[str], why: str, tmp_path: 
 
 
 def test_a_line_of_a_run_shows_what_its_folder_has_of_it() -> None:
-    assert console.line(Line(0, {}, {}, 10, 1.0)) == console.round_of(Line(0, {}, {}, 10, 1.0).facts, "zero-shot")
+    assert console.line(RoundResult(0, {}, {}, 10, 1.0)) == console.round_of(
+        RoundResult(0, {}, {}, 10, 1.0).facts, "zero-shot"
+    )

@@ -21,7 +21,7 @@ from fedclip_flwr.runs.opening import open_run
 from fedclip_flwr.runs.trackers import Trackers
 from fedclip_flwr.runs.trackers.about import About
 from fedclip_flwr.runs.trackers.tensor_board import TensorBoard
-from fedclip_flwr.server.results import Line
+from fedclip_flwr.server.results import RoundResult
 from tests import forked
 from tests.extras import needs
 from tests.runs.test_folder import complete, started
@@ -496,9 +496,9 @@ def test_nothing_of_a_tracker_is_imported_by_a_run_without_one() -> None:
 def tracked(results: Path, **settings: object) -> RunFolder:
     """The folder of a run that has begun and is tracked; its first round is complete."""
     folder = started(results, track="tensorboard", **settings)
-    folder.go_on([], 2)
+    folder.begin([], 2)
     folder.trackers.begin(folder.run, folder.path, Settings(), folder.metrics)
-    folder.line(Line(0, {}, {}, 10, 0.5))
+    folder.line(RoundResult(0, {}, {}, 10, 0.5))
     return folder
 
 

@@ -18,14 +18,14 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data.vocabulary import Vocabulary
 from fedclip_flwr.exchange import records
-from fedclip_flwr.exchange.link import Downlink, Shelf, forget
+from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesOnDisk, forget
 from fedclip_flwr.exchange.records import LACKS, Hello, LacksError, Progress, Report
 from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.learning.metrics import BINS, Quality, Score, mean_accuracy
 from fedclip_flwr.server import nodes, waiting
-from fedclip_flwr.server.loop import federate
+from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import Line, Outcome, Standing
+from fedclip_flwr.server.results import Outcome, RoundResult, RunState
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 START = {"w": torch.zeros(1)}
@@ -106,8 +106,8 @@ class Site:
         task = records.read_task(message.content)
         if message.metadata.message_type == MessageType.QUERY:
             return Message(records.write_hello(self.hello), reply_to=message)
-        shelf = Shelf(self.keeps or self.hello.site, self.codec)
-        state = shelf.take(task, START, lambda: START)
+        cache = SiteCache(StatesOnDisk(self.keeps or self.hello.site), self.codec)
+        state = cache.take(task, START, lambda: START)
         value = float(state["w"]) * (1.0 if task.blend is None else task.blend)
         if task.personal:
             self.own.append((task.round, value))
@@ -117,7 +117,7 @@ class Site:
         if message.metadata.message_type == MessageType.EVALUATE:
             return Message(records.write_answer(report), reply_to=message)
         self.trained_in.append(task.round)
-        trained = shelf.pack({"w": state["w"] + self.step}, self.hello.site, task.round, 0)
+        trained = cache.pack({"w": state["w"] + self.step}, self.hello.site, task.round, 0)
         return Message(records.write_answer(report, trained), reply_to=message)
 
 
@@ -136,20 +136,20 @@ class Told:
     """A watcher that keeps what it is told."""
 
     def __init__(self) -> None:
-        self.lines: list[Line] = []
+        self.results: list[RoundResult] = []
         self.best: list[int] = []
         self.completed: list[tuple[int, float]] = []
 
-    def line(self, line: Line) -> None:
-        self.lines.append(line)
+    def result(self, result: RoundResult) -> None:
+        self.results.append(result)
 
     def selected(self, number: int, state: State, blend: float) -> None:
         self.best.append(number)
         self.adapter = state
         self.blend = blend
 
-    def complete(self, standing: Standing) -> None:
-        self.completed.append((standing.round, float(standing.state["w"])))
+    def complete(self, state: RunState) -> None:
+        self.completed.append((state.round, float(state.state["w"])))
 
 
 class Running:
@@ -171,17 +171,17 @@ class Running:
 
     def run(self, start: State = START) -> Outcome:
         self.nodes.wait_for(self.settings.min_sites)
-        return self.go_on(start)
+        return self.resume(start)
 
-    def go_on(self, start: State = START, standing: Standing | None = None) -> Outcome:
+    def resume(self, start: State = START, state: RunState | None = None) -> Outcome:
         unseen = lambda state, blend: {"sea": quality(int(state["w"] * blend), 100)}  # noqa: E731
-        return federate(self.nodes, self.strategy, self.settings, start, unseen, self.told, standing)
+        return RoundLoop(self.nodes, self.strategy, self.settings, start, unseen, self.told, state).run()
 
 
 def test_the_more_messages_are_under_way_the_seldomer_flower_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    wait = waiting._Wait(timeout=60.0)
+    wait = waiting.Wait(timeout=60.0)
     for under_way in (1, 40, 1000, 100_000):
         wait.something_came()
         wait.a_moment(under_way)
@@ -194,12 +194,12 @@ def test_three_rounds_by_hand() -> None:
     outcome = running.run()
     # each round adds the mean of 1 and 3
     assert running.told.completed == [(1, 2.0), (2, 4.0), (3, 6.0)]
-    assert [line.round for line in running.told.lines] == [0, 1, 2, 3]
-    assert [line.validation for line in running.told.lines] == [0.2, 0.75, 0.75, 0.5]
-    assert [line.seen for line in running.told.lines] == [0.0, 0.2, 0.4, 0.6]
-    assert [line.unseen["sea"].accuracy for line in running.told.lines] == [0.0, 0.02, 0.04, 0.06]
-    assert [line.loss for line in running.told.lines] == [0.5] * 4
-    assert running.told.lines[0].bytes > 0  # of the hellos
+    assert [line.round for line in running.told.results] == [0, 1, 2, 3]
+    assert [line.validation for line in running.told.results] == [0.2, 0.75, 0.75, 0.5]
+    assert [line.seen for line in running.told.results] == [0.0, 0.2, 0.4, 0.6]
+    assert [line.unseen["sea"].accuracy for line in running.told.results] == [0.0, 0.02, 0.04, 0.06]
+    assert [line.loss for line in running.told.results] == [0.5] * 4
+    assert running.told.results[0].bytes > 0  # of the hellos
     assert running.told.best == [0, 1]  # the earliest of the two best
     assert outcome.adapted.round == 1
     assert float(outcome.state["w"]) == 2.0
@@ -268,7 +268,7 @@ def test_where_the_start_is_only_next_to_zero_shot_that_is_asked_for() -> None:
     """A start of 2, of which nothing is left with a blend of 0."""
     running = Running({5: Site("north"), 9: Site("south")}, recipe="paper")
     outcome = running.run({"w": torch.full((1,), 2.0)})
-    assert running.told.lines[0].seen == 0.2
+    assert running.told.results[0].seen == 0.2
     assert outcome.zero_shot.seen == 0.0
     assert outcome.zero_shot.unseen["sea"].accuracy == 0.0
     whole = Running({5: Site("north")}, recipe="paper", method="full-model").run({"w": torch.full((1,), 2.0)})
@@ -280,8 +280,8 @@ def test_bytes_are_counted_there_and_back_and_a_line_tells_those_of_its_round() 
     running.run()
     traffic = running.nodes.traffic
     assert traffic.down > 0 < traffic.up
-    counted = sum(line.bytes for line in running.told.lines)
-    assert running.told.lines[0].bytes < running.told.lines[1].bytes == running.told.lines[2].bytes
+    counted = sum(line.bytes for line in running.told.results)
+    assert running.told.results[0].bytes < running.told.results[1].bytes == running.told.results[2].bytes
     assert counted < traffic.both < counted * 2  # the closing evaluation belongs to no round
 
 
@@ -297,7 +297,7 @@ def test_a_late_site_is_taken_in_and_its_zero_shot_asked_for_at_the_end() -> Non
     running.grid.nodes[5] = first
     outcome = running.run()
     assert late.trained_in == [2, 3]
-    assert [len(line.reports) for line in running.told.lines] == [1, 2, 2, 2]
+    assert [len(line.reports) for line in running.told.results] == [1, 2, 2, 2]
     assert set(outcome.zero_shot.reports) == {"early", "late"}
     assert outcome.zero_shot.reports["late"].test.accuracy == 0.0
 
@@ -315,7 +315,7 @@ def test_rounds_are_compared_at_the_sites_that_tried_both() -> None:
 
     running.grid.nodes[5] = leaves
     outcome = running.run()
-    assert [line.validation for line in running.told.lines] == [0.75, 0.6, 0.7, 0.6]
+    assert [line.validation for line in running.told.results] == [0.75, 0.6, 0.7, 0.6]
     assert outcome.adapted.round == 2
     assert running.told.best == [0, 1, 2]
 
@@ -422,7 +422,7 @@ def test_a_hello_that_will_not_do_is_named_and_the_others_go_on(other: Answer, t
     running = Running({5: Site("north"), 9: other})
     running.run()
     assert [told in failure.why for failure in running.nodes.failures] == [True]
-    assert running.told.lines[-1].round == 3
+    assert running.told.results[-1].round == 3
 
 
 def test_a_site_that_does_not_answer_in_time_is_left_behind_and_named() -> None:
@@ -601,8 +601,8 @@ def test_with_a_fraction_training_all_sites_evaluate_so_that_rounds_can_be_compa
     sites = {n: Site(f"site-{n}", correct={0.0: n, 1.0: n + 1}) for n in range(4)}
     running = Running({**sites}, fraction_train=0.5)
     outcome = running.run()
-    assert [len(line.reports) for line in running.told.lines] == [4] * 4
-    assert [line.validation for line in running.told.lines] == pytest.approx([0.15, 0.25, 0.5, 0.5])
+    assert [len(line.reports) for line in running.told.results] == [4] * 4
+    assert [line.validation for line in running.told.results] == pytest.approx([0.15, 0.25, 0.5, 0.5])
     assert sum(len(site.trained_in) for site in sites.values()) == 2 * 3
     assert len(outcome.zero_shot.reports) == len(outcome.adapted.reports) == 4
     kinds = [kind for _, kind in running.grid.asked]
@@ -615,7 +615,7 @@ def test_a_site_without_training_images_only_evaluates() -> None:
     running.run()
     assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert not poor.trained_in
-    assert [len(line.reports) for line in running.told.lines] == [2] * 4
+    assert [len(line.reports) for line in running.told.results] == [2] * 4
 
 
 def test_a_holdout_site_evaluates_and_is_unseen() -> None:
@@ -626,9 +626,9 @@ def test_a_holdout_site_evaluates_and_is_unseen() -> None:
     assert running.told.completed == [(1, 2.0), (2, 4.0), (3, 6.0)]
     assert not west.trained_in
     assert not west.own
-    assert [set(line.reports) for line in running.told.lines] == [{"north"}] * 4
-    assert [mean_accuracy(line.held_out) for line in running.told.lines] == pytest.approx([0.0, 0.11, 0.22, 0.33])
-    assert [line.validation for line in running.told.lines] == [0.5] * 4
+    assert [set(line.reports) for line in running.told.results] == [{"north"}] * 4
+    assert [mean_accuracy(line.held_out) for line in running.told.results] == pytest.approx([0.0, 0.11, 0.22, 0.33])
+    assert [line.validation for line in running.told.results] == [0.5] * 4
     assert set(outcome.adapted.holdouts) == set(outcome.zero_shot.holdouts) == {"west"}
     assert set(outcome.personal) == {"north"}
 
@@ -708,7 +708,8 @@ def answering_after(running: Running, clock: Clock, seconds: float, answer: Answ
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(nodes, "time", clock)
+    for module in (nodes, waiting):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -734,7 +735,7 @@ def test_a_node_that_answers_its_hello_after_the_start_takes_part(clock: Clock) 
     assert set(running.nodes.hellos) == {"north"}
     running.grid.nodes[9] = late
     clock.sleep(10.0)
-    running.go_on()
+    running.resume()
     assert late.trained_in == [1, 2, 3]
 
 
@@ -805,7 +806,7 @@ def test_without_personalize_no_site_is_asked_for_one() -> None:
 def test_bytes_a_site_and_round_are_those_of_the_rounds() -> None:
     running = Running({5: Site("north"), 9: Site("south")})
     outcome = running.run()
-    assert outcome.site_round_bytes == sum(line.bytes for line in running.told.lines[1:]) / (2 * 3)
+    assert outcome.site_round_bytes == sum(line.bytes for line in running.told.results[1:]) / (2 * 3)
 
 
 def test_if_no_site_has_anything_to_train_on_the_run_does_not_begin() -> None:

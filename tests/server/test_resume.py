@@ -19,7 +19,7 @@ from fedclip_flwr.learning.metrics import BINS, ClassCounts, Quality, Score
 from fedclip_flwr.runs import checkpoint
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.server import nodes
-from fedclip_flwr.server.results import Line, Outcome, Standing
+from fedclip_flwr.server.results import Outcome, RoundResult, RunState
 from tests.server.test_loop import Packing, Running, Site
 
 
@@ -27,9 +27,9 @@ class PowerCutError(BaseException):
     """What happens to a run."""
 
 
-def saved(running: Running, at: Standing) -> Checkpoint:
+def saved(running: Running, at: RunState) -> Checkpoint:
     return Checkpoint(
-        at, running.nodes.link.left, running.strategy.memory, running.nodes.record, "key", {"total": 1.5}, [2], []
+        at, running.nodes.link.residual, running.strategy.memory, running.nodes.record, "key", {"total": 1.5}, [2], []
     )
 
 
@@ -42,9 +42,9 @@ def interrupted(
     """
     first = make()
 
-    def complete(standing: Standing) -> None:
-        checkpoint.write(path, saved(first, standing))
-        if standing.round == after:
+    def complete(state: RunState) -> None:
+        checkpoint.write(path, saved(first, state))
+        if state.round == after:
             raise PowerCutError
 
     first.told.complete = complete  # type: ignore[method-assign]
@@ -55,10 +55,10 @@ def interrupted(
     change(again)
     read = checkpoint.read(path)
     assert read is not None
-    again.nodes.link.go_on(read.standing.state, read.left)
+    again.nodes.link.resume(read.state.state, read.residual)
     again.strategy.memory = read.strategy
-    again.nodes.go_on(read.nodes, again.settings.min_sites)
-    return again, again.go_on(standing=read.standing)
+    again.nodes.resume(read.nodes, again.settings.min_sites)
+    return again, again.resume(state=read.state)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_run_that_was_cut_off_comes_to_what_it_would_have_come_to(settings: di
             site.keeps = f"{tmp_path.name}-{keeps}-{n}"
         return Running({**sites}, num_server_rounds=6, **settings)
 
-    def timeless(line: Line) -> Line:
+    def timeless(line: RoundResult) -> RoundResult:
         return replace(line, bytes=0, seconds=0.0)
 
     whole = federation("whole")
@@ -95,19 +95,19 @@ def test_a_run_that_was_cut_off_comes_to_what_it_would_have_come_to(settings: di
         assert torch.equal(again.nodes.link.state["w"], whole.nodes.link.state["w"])
         assert outcome.rounds == truth.rounds
         assert again.told.completed == whole.told.completed[after:]
-        assert list(map(timeless, again.told.lines)) == list(map(timeless, whole.told.lines))[after:]
+        assert list(map(timeless, again.told.results)) == list(map(timeless, whole.told.results))[after:]
         assert timeless(outcome.zero_shot) == timeless(truth.zero_shot)
         assert timeless(outcome.adapted) == timeless(truth.adapted)
 
 
-def standing() -> Standing:
+def standing() -> RunState:
     by_class = ClassCounts([3, 1], [2, 1], [2, 2])
     quality = Quality(Score(4, 3, 0.1 + 0.2), 1 / 3, 0.7, [0.1] * BINS, by_class)
     reports = {"north": Report(5, Score(10, 7, 1e-17), quality)}
-    zero = Line(0, reports, {"sea": replace(quality, classes=None)}, 12, 1 / 7)
-    best = Line(1, reports, {}, 13, 0.5, holdouts={"far": reports["north"]}, epsilon=0.75)
+    zero = RoundResult(0, reports, {"sea": replace(quality, classes=None)}, 12, 1 / 7)
+    best = RoundResult(1, reports, {}, 13, 0.5, holdouts={"far": reports["north"]}, epsilon=0.75)
     state = {"w": torch.rand(3), "v": torch.rand(2, 2)}
-    return Standing(2, state, {"w": torch.rand(3), "v": torch.rand(2, 2)}, zero, best, 99, 0.25, 7, 1234)
+    return RunState(2, state, {"w": torch.rand(3), "v": torch.rand(2, 2)}, zero, best, 99, 0.25, 7, 1234)
 
 
 def full() -> Checkpoint:
@@ -128,13 +128,13 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     back = checkpoint.read(tmp_path / "c")
     assert back is not None
     for one, other in (
-        (back.standing.state, made.standing.state),
-        (back.standing.best_state, made.standing.best_state),
-        (back.left, made.left),
+        (back.state.state, made.state.state),
+        (back.state.best_state, made.state.best_state),
+        (back.residual, made.residual),
         (back.strategy, made.strategy),
     ):
         assert_same(one, other)
-    assert replace(back.standing, state={}, best_state={}) == replace(made.standing, state={}, best_state={})
+    assert replace(back.state, state={}, best_state={}) == replace(made.state, state={}, best_state={})
     assert back[3:] == made[3:]
     assert checkpoint.read(tmp_path / "none") is None
 
@@ -143,29 +143,29 @@ def test_a_checkpoint_of_before_there_were_several_held_out_domains_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, of_line = full(), checkpoint._of_line
-    assert made.standing.zero is not None
+    assert made.state.zero is not None
     monkeypatch.setattr(
         checkpoint, "_of_line", lambda line: of_line(line) | {"unseen": of_line(line)["unseen"].get("sea")}
     )
     checkpoint.write(tmp_path / "c", made)
     back = checkpoint.read(tmp_path / "c")
     assert back is not None
-    assert back.standing.zero is not None
-    assert back.standing.zero.held_out[0] == made.standing.zero.held_out[0]
-    assert back.standing.best is not None
-    assert not back.standing.best.unseen
+    assert back.state.zero is not None
+    assert back.state.zero.held_out[0] == made.state.zero.held_out[0]
+    assert back.state.best is not None
+    assert not back.state.best.unseen
 
 
 def test_what_is_known_of_many_sites_makes_no_header_that_is_too_long_to_be_read(tmp_path: Path) -> None:
     made = full()
-    assert made.standing.zero is not None
-    report = made.standing.zero.reports["north"]
-    made.standing.zero = replace(made.standing.zero, reports={f"site-{n}": report for n in range(3000)})
+    assert made.state.zero is not None
+    report = made.state.zero.reports["north"]
+    made.state.zero = replace(made.state.zero, reports={f"site-{n}": report for n in range(3000)})
     checkpoint.write(tmp_path / "c", made)
     assert int.from_bytes((tmp_path / "c").read_bytes()[:8], "little") < 2000
     back = checkpoint.read(tmp_path / "c")
     assert back is not None
-    assert back.standing.zero == made.standing.zero
+    assert back.state.zero == made.state.zero
 
 
 def test_a_damaged_checkpoint_is_told_wherever_the_damage_is(tmp_path: Path) -> None:

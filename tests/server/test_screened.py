@@ -47,7 +47,7 @@ def test_a_site_that_goes_beyond_all_measure_is_left_out_of_everything() -> None
     assert [value for _, value in running.told.completed] == [1.0, 2.0, 3.0]
     assert {(f.site, f.round) for f in running.nodes.failures} == {("far", 1), ("far", 2), ("far", 3)}
     assert "5,000 times as long as the sites' median" in running.nodes.failures[0].why
-    assert "far" not in running.told.lines[1].reports
+    assert "far" not in running.told.results[1].reports
     assert "far" not in outcome.adapted.reports
 
 
@@ -411,7 +411,7 @@ def test_members_are_numbered_anew_in_each_attempt() -> None:
 def test_what_is_spent_is_told_with_each_round_and_grows_with_it() -> None:
     running = Running(honest(3), dp="central", noise_multiplier=2.0)
     outcome = running.run()
-    told = [line.epsilon for line in running.told.lines]
+    told = [line.epsilon for line in running.told.results]
     assert told[0] == 0.0
     assert told[1:] == pytest.approx([exact(2.0, rounds, 1e-5) for rounds in (1, 2, 3)])
     assert outcome.epsilon == told[-1]
@@ -436,7 +436,7 @@ def test_a_round_in_which_a_site_does_not_train_costs_it_nothing() -> None:
     most = max(running.nodes.trained.values())
     assert sum(running.nodes.trained.values()) == 2 * 6
     assert most < 6
-    told = {line.epsilon for line in running.told.lines}
+    told = {line.epsilon for line in running.told.results}
     assert len(told) == most + 1
 
 
@@ -449,7 +449,7 @@ def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
     assert outcome.epsilon == pytest.approx(exact(2.0, 3, 1e-5))
     read = checkpoint.read(tmp_path / "checkpoint")
     assert read
-    assert read.standing.epsilon == pytest.approx(exact(2.0, 2, 1e-5))
+    assert read.state.epsilon == pytest.approx(exact(2.0, 2, 1e-5))
     assert again.nodes.trained == {"site-1": 3, "site-2": 3, "site-3": 3}
 
 

@@ -18,15 +18,15 @@ from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.features import clip, encoding, models
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.recipes import learning_rate
-from fedclip_flwr.site.context import Desk, in_simulation, open_desk, settings_at
+from fedclip_flwr.site.context import SiteContext, in_simulation, open_context, settings_at
 from fedclip_flwr.site.holdings import divide
 
 NAMES = ("car", "cat", "fish")
 TOLD = Vocabulary(NAMES, ("a {}",))
 
 
-def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any) -> Desk:
-    return open_desk({"data": f"folder:{tree}", "seed": 3, **run}, node, session(holdout=holdout), simulated)
+def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any) -> SiteContext:
+    return open_context({"data": f"folder:{tree}", "seed": 3, **run}, node, session(holdout=holdout), simulated)
 
 
 def session(told: Vocabulary = TOLD, holdout: str = "", model: str = "") -> Session:
@@ -168,7 +168,7 @@ def test_a_site_numbers_its_classes_as_the_server_does(tree: Path) -> None:
     shutil.rmtree(tree / "cartoon")
     told = Vocabulary(("zebra", "fish", "dog", "cat"), ("a {}",))
     node = {"site": "north", "data": f"folder:{tree}"}
-    own = open_desk({}, node, session(told), False)
+    own = open_context({}, node, session(told), False)
     assert own.site.class_numbers == [1, 3]
     assert own.features.vocabulary == told
     assert own.classes.text.shape == (4, 128)
@@ -177,39 +177,39 @@ def test_a_site_numbers_its_classes_as_the_server_does(tree: Path) -> None:
 def test_classes_that_the_server_does_not_know_are_told(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
     with pytest.raises(UserError, match="classes that the run does not know: car, fish"):
-        open_desk({}, node, session(Vocabulary(("cat", "dog"), ("a {}",))), False)
+        open_context({}, node, session(Vocabulary(("cat", "dog"), ("a {}",))), False)
 
 
 @pytest.mark.parametrize("names", ["car,cat", "car,cat,dog,bird"])
 def test_classes_that_the_servers_list_lacks_are_told_in_a_sites_words(tree: Path, names: str) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
     with pytest.raises(UserError, match="classes that the run does not know: fish"):
-        open_desk({"class-names": names}, node, session(Vocabulary(tuple(names.split(",")), ("a {}",))), False)
+        open_context({"class-names": names}, node, session(Vocabulary(tuple(names.split(",")), ("a {}",))), False)
 
 
 def test_a_file_of_class_names_is_the_servers_and_no_sites(tree: Path) -> None:
     run = {"class-names": "/server/names.txt"}
-    own = open_desk(run, {"site": "north", "data": f"folder:{tree}"}, session(), False)
+    own = open_context(run, {"site": "north", "data": f"folder:{tree}"}, session(), False)
     assert own.features.vocabulary.class_names == NAMES
 
 
 def test_columns_are_those_of_the_servers_data(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
-    assert open_desk({"label-column": "fine"}, node, session(), False).site.class_numbers == [0, 1, 2]
+    assert open_context({"label-column": "fine"}, node, session(), False).site.class_numbers == [0, 1, 2]
     with pytest.raises(UserError, match="label-column"):
-        open_desk({}, {**node, "label-column": "fine"}, session(), False)
+        open_context({}, {**node, "label-column": "fine"}, session(), False)
 
 
 def test_another_model_than_the_servers_is_told(tree: Path, tmp_path: Path) -> None:
     model = shutil.copytree(models.BUNDLED, tmp_path / "clip")
     node = {"site": "north", "data": f"folder:{tree}", "model": str(model)}
-    own = open_desk({"model": "openai/clip", "model-revision": "abc"}, node, session(), False)
+    own = open_context({"model": "openai/clip", "model-revision": "abc"}, node, session(), False)
     content = own.features.model_content
     assert content
-    own.require()
-    replace(own, session=session(model=content)).require()
+    own.require_same_model()
+    replace(own, session=session(model=content)).require_same_model()
     with pytest.raises(UserError, match="other content than the server's"):
-        replace(own, session=session(model="0123")).require()
+        replace(own, session=session(model="0123")).require_same_model()
 
 
 def test_a_site_with_one_image_trains_on_it(tree: Path) -> None:

@@ -36,13 +36,13 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.supercore.primitives.asymmetric import generate_key_pairs
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.secure.protocol import MaskingError
+from fedclip_flwr.flower.crypto import generate_key_pairs
 
 Numbers = NDArray[np.uint32]
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 from cryptography.fernet import InvalidToken
-from flwr.common.secure_aggregation.crypto.shamir import create_shares
-from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
 
 from fedclip_flwr.exchange.secure.masking import (
     DIGEST,
@@ -34,6 +32,7 @@ from fedclip_flwr.exchange.secure.masking import (
     threshold,
 )
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
+from fedclip_flwr.flower.crypto import create_shares, decrypt, encrypt, generate_shared_key
 
 OWN = "name", "context", "step", "private", "seed"
 """What a member holds besides what it knows of others."""

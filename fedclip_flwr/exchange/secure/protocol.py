@@ -16,8 +16,10 @@ which can't be had here: docs/security.md says why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
+
+from flwr.app import ConfigRecord
 
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.exchange.records import ExchangeError
@@ -30,6 +32,9 @@ ANSWERS = {
     "unmask": frozenset({"of", "pieces"}),
 }
 """What a site answers in the steps between."""
+
+Memory = MutableMapping[str, ConfigRecord]
+"""Where a site keeps its secrets between the steps: the records of Flower's `context.state`."""
 
 
 class MaskingError(ValueError):

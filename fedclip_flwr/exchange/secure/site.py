@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.records import ExchangeError
 from fedclip_flwr.exchange.secure.masking import finest_step, flat, quantise
 from fedclip_flwr.exchange.secure.member import Member
-from fedclip_flwr.exchange.secure.protocol import MASKED, paired
+from fedclip_flwr.exchange.secure.protocol import MASKED, Memory, paired
 
 MEMORY = "secure-aggregation"
 """Where a site's secrets are in its context's state."""
-
-Memory = MutableMapping[str, ConfigRecord]
 
 
 def _asked(content: RecordDict) -> Mapping[str, Any]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from click import ClickException
-from flwr.common.config import parse_config_args
 
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings, unusable
+from fedclip_flwr.flower.connections import parse_config_args
 from fedclip_flwr.operations.doctor import holdings, links, machine
 from fedclip_flwr.operations.doctor.endpoints import read_address
 from fedclip_flwr.operations.doctor.findings import Examination

@@ -12,22 +12,24 @@ import grpc
 from click import ClickException
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.cli.constant import FLOWER_CONFIG_FILE
-from flwr.cli.constant import LOCAL_SUPERLINK_ADDRESS_MAGIC_VALUE as LOCAL
-from flwr.cli.flower_config import read_superlink_connection
-from flwr.cli.utils import init_channel_from_connection
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
-from flwr.common.grpc import create_channel
-from flwr.proto.control_pb2 import ListNodesRequest
-from flwr.proto.control_pb2_grpc import ControlStub
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
-from flwr.proto.fleet_pb2_grpc import FleetStub
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.supercore.address import parse_address
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.utils import get_flwr_home
 
 from fedclip_flwr.base.errors import FaultError, UserError
+from fedclip_flwr.flower.connections import (
+    FLOWER_CONFIG_FILE,
+    LOCAL_SUPERLINK,
+    ActivateNodeRequest,
+    ControlStub,
+    FleetStub,
+    ListNodesRequest,
+    NodeAuthClientInterceptor,
+    NodeInfo,
+    create_channel,
+    get_flwr_home,
+    init_channel_from_connection,
+    parse_address,
+    public_key_to_bytes,
+    read_superlink_connection,
+)
 from fedclip_flwr.operations import certificates
 
 PATIENCE = 5.0
@@ -188,7 +190,7 @@ def nodes(connection: str) -> Sequence[NodeInfo]:
         )
     try:
         found = read_superlink_connection(connection)
-        address = found.address or LOCAL
+        address = found.address or LOCAL_SUPERLINK
         if address.startswith(":"):  # Flower would start one
             raise FaultError(f"{connection} is for simulations on this machine", f"name a SuperLink of {config}")
         channel = init_channel_from_connection(found)

@@ -11,11 +11,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509 import Certificate
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.supercore.constant import NodeStatus
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedclip_flwr.base.errors import FaultError
+from fedclip_flwr.flower.connections import NodeInfo, NodeStatus, public_key_to_bytes
 from fedclip_flwr.operations import certificates
 from fedclip_flwr.operations.doctor import endpoints
 from fedclip_flwr.operations.doctor.endpoints import Address

@@ -1,0 +1,261 @@
+"""A whole federation in this process: the server's own loop, over a grid whose nodes are functions.
+
+Sites answer as anywhere, one after the other. For comparisons, notebooks and tests: nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.data.holdout import held_out, pick_holdout
+from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.exchange.link import Downlink, SiteCache, States, StatesInMemory
+from fedclip_flwr.exchange.records import Hello, write_hello
+from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.flower.grids import Node, local_grid
+from fedclip_flwr.learning.adapters import Adapter, new_adapter
+from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.learning.metrics import Quality, Score, mean_accuracy
+from fedclip_flwr.learning.training import evaluate, examine
+from fedclip_flwr.server.loop import RoundLoop
+from fedclip_flwr.server.nodes import Nodes
+from fedclip_flwr.server.results import Outcome, RoundResult, RunState
+from fedclip_flwr.server.strategy import AdapterFedAvg
+from fedclip_flwr.site.context import SiteContext
+from fedclip_flwr.site.holdings import Site, simulated_site
+from fedclip_flwr.site.work import answer_evaluate, answer_train
+
+Wrap = Callable[[str, Node], Node]
+"""Makes another node of a site's, by its name: for sites that don't do as they should."""
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Mean accuracies after `round` rounds: over the sites (`seen`, `validation`) and over the unseen domains.
+
+    `tests` has the test score of each site and unseen domain, by name.
+    """
+
+    round: int
+    seen: float | None
+    validation: float | None
+    unseen: float | None
+    tests: Mapping[str, Score] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The accuracies after each round and after the selected one, with that one's blend and adapter."""
+
+    rounds: list[Accuracies]
+    selected: Accuracies
+    blend: float
+    state: State
+
+    @property
+    def zero_shot(self) -> Accuracies:
+        """Those before the first round (with the recipe `paper` only close to zero-shot)."""
+        return self.rounds[0]
+
+
+def make_sites(
+    features: Features,
+    holdout: str = "auto",
+    sites: int = 10,
+    seed: int = 0,
+    *,
+    partition: str = "domain",
+    alpha: float = 0.5,
+    device: str | torch.device = "cpu",
+) -> tuple[list[Site], dict[str, Examples]]:
+    """The sites in the order of their names, and the domains that none of them holds."""
+    unseen = pick_holdout(holdout, features.domains)
+    how: dict[str, Any] = {"partition": partition, "alpha": alpha}
+    made = [simulated_site(features, unseen, number, sites, seed, device, **how) for number in range(sites)]
+    apart = {domain: features.examples(domain).ready(device) for domain in held_out(unseen, features.domains)}
+    return sorted(made, key=lambda site: site.name), apart
+
+
+def simulate(
+    sites: Sequence[Site],
+    classes: Classes,
+    unseen: Mapping[str, Examples] | None = None,
+    settings: Settings | None = None,
+    *,
+    start: Learner | None = None,
+    every_round: bool = True,
+    each_round: Callable[[], object] = lambda: None,
+    wrap: Wrap = lambda name, node: node,
+) -> Result:
+    """Runs the federation that the settings describe, on these sites.
+
+    `start` is what learns; a new adapter by default. Test images are evaluated in `every_round`, or only at the start
+    and in the selected round. `each_round` is called after each.
+    """
+    settings = settings or Settings()
+    classes = classes.ready(classes.text.device)
+    learner = copy.deepcopy(start) if start else new_adapter(settings, classes.dim)
+    learner = learner.to(classes.text.device)
+    if not any(len(site.train.labels) for site in sites):
+        raise UserError("no site has an example to learn from: use more data or fewer sites")
+    apart = dict(unseen or {})
+    federation = _Federation(
+        sites if every_round else [_untested(site) for site in sites],
+        classes,
+        apart if every_round else {},
+        settings,
+        learner,
+        each_round,
+        wrap,
+    )
+    outcome = federation.run()
+    if every_round:
+        rounds = [_accuracies(result) for result in federation.results]
+        return Result(rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state)
+    zero = accuracies_of(learner, sites, classes, apart, federation.results[0])
+    learner.load_state_dict(outcome.state)
+    if isinstance(learner, Adapter):
+        learner.blend = outcome.blend
+    selected = accuracies_of(learner, sites, classes, apart, outcome.adapted)
+    return Result([zero], selected, outcome.blend, outcome.state)
+
+
+def accuracies_of(
+    learner: Learner | None,
+    sites: Sequence[Site],
+    classes: Classes,
+    unseen: Mapping[str, Examples],
+    result: RoundResult | None = None,
+) -> Accuracies:
+    """The accuracies of a learner (None: of CLIP itself) on test images; round and validation are those of a result."""
+    seen = {site.name: evaluate(learner, site.test, classes) for site in sites}
+    apart = {domain: evaluate(learner, examples, classes) for domain, examples in unseen.items()}
+    validation = result.validation if result else mean_accuracy(evaluate(learner, s.validation, classes) for s in sites)
+    means = mean_accuracy(seen.values()), validation, mean_accuracy(apart.values())
+    return Accuracies(result.round if result else 0, *means, seen | apart)
+
+
+def _accuracies(result: RoundResult) -> Accuracies:
+    tests = {site: report.test.score for site, report in result.reports.items()}
+    apart = {domain: quality.score for domain, quality in result.unseen.items()}
+    return Accuracies(result.round, result.seen, result.validation, mean_accuracy(result.held_out), tests | apart)
+
+
+def _untested(site: Site) -> Site:
+    return replace(site, test=site.test.rows(slice(0)))
+
+
+@dataclass
+class _Federation:
+    """The server's side, with the sites as nodes; a watcher of its own run."""
+
+    sites: Sequence[Site]
+    classes: Classes
+    unseen: Mapping[str, Examples]
+    settings: Settings
+    learner: Learner
+    each_round: Callable[[], object]
+    wrap: Wrap
+    results: list[RoundResult] = field(default_factory=list)
+
+    def run(self) -> Outcome:
+        start, session = self.learner.on_cpu(), Session("", Vocabulary((), ()), "", "simulate")
+        states = StatesInMemory()
+        ordered = sorted(self.sites, key=lambda site: site.name)
+        answering = {number: _Answering(self._context(site), states) for number, site in enumerate(ordered, 1)}
+        grid = local_grid({number: self.wrap(one.context.site.name, one) for number, one in answering.items()})
+        link = Downlink(start, self.settings.codec, self.settings.seed)
+        nodes = Nodes(grid, link, session=session, package="", timeout=math.inf, say=lambda text: None)
+        strategy = AdapterFedAvg(start, nodes.names, self.settings, nodes.examples)
+        with _quiet():
+            nodes.wait_for(self.settings.least_sites)
+            return RoundLoop(nodes, strategy, self.settings, start, self._quality, self).run()
+
+    def _context(self, site: Site) -> _LocalContext:
+        return _LocalContext(self.settings, site, self.classes, self.classes.text.device, self.learner)
+
+    def _quality(self, state: State, blend: float) -> dict[str, Quality]:
+        """Of an adapter on the unseen domains."""
+        if not self.unseen:
+            return {}
+        learner = copy.deepcopy(self.learner)
+        learner.load_state_dict(state)
+        if isinstance(learner, Adapter):
+            learner.blend = blend
+        return {domain: examine(learner, examples, self.classes) for domain, examples in self.unseen.items()}
+
+    def result(self, result: RoundResult) -> None:
+        self.results.append(result)
+
+    def selected(self, number: int, state: State, blend: float) -> None: ...
+
+    def complete(self, state: RunState) -> None:
+        self.each_round()
+
+
+@dataclass(frozen=True)
+class _LocalContext(SiteContext):
+    """A site whose examples are in memory; it learns what the `template` is a copy of."""
+
+    template: Learner
+
+    def start(self) -> State:
+        return self.template.on_cpu()
+
+    def blank(self) -> Learner:
+        return copy.deepcopy(self.template)
+
+
+class _Answering:
+    """A site's answers to messages."""
+
+    def __init__(self, context: _LocalContext, states: States) -> None:
+        self.context, self._states = context, states
+        self._memory: dict[str, ConfigRecord] = {}
+
+    def __call__(self, message: Message) -> Message:
+        return Message(self._answer(message.metadata.message_type, message.content), reply_to=message)
+
+    def _answer(self, kind: str, content: RecordDict) -> RecordDict:
+        context, settings = self.context, self.context.settings
+        cache = SiteCache(self._states, settings.codec)
+        if kind == MessageType.QUERY:
+            return write_hello(self._hello())
+        if kind == MessageType.TRAIN:
+            memory = self._memory if settings.secure_aggregation else None
+            return answer_train(content, context, cache, memory=memory)
+        if kind == MessageType.EVALUATE:
+            return answer_evaluate(content, context, cache)
+        from fedclip_flwr.exchange.secure import site  # brings cryptography, which few runs need
+
+        return site.STEPS[kind.removeprefix("query.")](content, self._memory)
+
+    def _hello(self) -> Hello:
+        site = self.context.site
+        train, validation, test = (len(part.labels) for part in (site.train, site.validation, site.test))
+        return Hello(site.name, site.role, site.domain, train, validation, test, classes=[], package="")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what Flower's strategies tell of each round off the screen."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
