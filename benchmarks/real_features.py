@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.common import at_least, workplace
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.data.opening import open_source
-from fedclip_flwr.data.presets import loose
+from fedclip_flwr.data.presets import normalized_name
 from fedclip_flwr.inference import encode
 
 CALTECH = (
@@ -38,9 +38,11 @@ RENAMED = {"Leopards": "leopard", "airplanes": "airplane", "automobile": "car (a
 def taken(data: str, classes: Iterable[str], each: int, domain: str, root: Path) -> None:
     """Puts the images of these classes into root/domain/class."""
     source, _ = open_source(data)
-    wanted = {loose(name): RENAMED.get(name, name.replace("_", " ")) for name in classes}
+    wanted = {normalized_name(name): RENAMED.get(name, name.replace("_", " ")) for name in classes}
     names: Mapping[int, str] = {
-        number: wanted[loose(name)] for number, name in enumerate(source.class_names) if loose(name) in wanted
+        number: wanted[normalized_name(name)]
+        for number, name in enumerate(source.class_names)
+        if normalized_name(name) in wanted
     }
     if lacking := {*wanted.values()} - {*names.values()}:
         raise UserError(f"--{domain} {data}: it has no class for {', '.join(sorted(lacking))}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedclip_flwr.base import files, tensorfile
-from fedclip_flwr.base.tensorfile import Kind
+from fedclip_flwr.base.tensorfile import TensorSpec
 
 FORMAT = 1
 HEADER = 2**14
@@ -53,7 +53,7 @@ class Growing:
         self.labels: list[int] = []
         self._names: list[str] = []
         self._path, self._crc = path, 0
-        self._kind: Kind | None = None
+        self._kind: TensorSpec | None = None
         self._start = HEADER + 8 * count  # of the features
         self._about: dict[str, Any] = {"format": FORMAT, "count": count}
         self._part, self._journal = _beside(path, "part"), _beside(path, "journal")
@@ -81,7 +81,7 @@ class Growing:
         first = self._lines.readline()
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, StopIteration):
             about = json.loads(first)
-            kind = Kind(about.pop("dtype"), tuple(about.pop("shape")))
+            kind = TensorSpec(about.pop("dtype"), tuple(about.pop("shape")))
             if about == self._about and kind.size >= 0:
                 self._kind, whole = kind, len(first)
                 while line := self._line():
@@ -119,7 +119,7 @@ class Growing:
 
     def append(self, features: Tensor, labels: Sequence[int], broken: Sequence[str]) -> None:
         """Keeps a batch: a row of features for each label, and the names of the images that can't be read."""
-        kind = Kind(tensorfile.NAMES[features.dtype], tuple(features.shape[1:]))
+        kind = TensorSpec(tensorfile.NAMES[features.dtype], tuple(features.shape[1:]))
         names = [name.encode("utf-8", "replace").decode()[:LONGEST] for name in broken]
         with files.writing_to(self._path.parent):
             if self._kind is None:
@@ -145,8 +145,8 @@ class Growing:
             raise ValueError("nothing was ever appended")
         labels = torch.tensor(self.labels, dtype=torch.int64)
         kinds = {
-            "labels": tensorfile.kind_of(labels),
-            "image_features": Kind(self._kind.dtype, (len(labels), *self._kind.shape)),
+            "labels": tensorfile.spec_of(labels),
+            "image_features": TensorSpec(self._kind.dtype, (len(labels), *self._kind.shape)),
         }
         crcs = {"labels": tensorfile.crc_of(labels), "image_features": self._crc}
         facts = {"broken": str(self.broken), "names": ", ".join(self._names)}

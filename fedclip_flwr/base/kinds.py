@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Kind(NamedTuple):
+class AdapterSpec(NamedTuple):
     """One adapter: its learning rate with the recipe `default`, and that of a server that makes steps of its own."""
 
     learning_rate: float
@@ -16,9 +16,9 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "attention": Kind(1e-4, 3e-3, wide=True),
-    "gate": Kind(1e-3, 3e-2, ranked=True),
-    "scale": Kind(3e-3, 3e-2, exact=True),
+    "attention": AdapterSpec(1e-4, 3e-3, wide=True),
+    "gate": AdapterSpec(1e-3, 3e-2, ranked=True),
+    "scale": AdapterSpec(3e-3, 3e-2, exact=True),
 }
 """What `adapters.py` has a class for. How the rates were chosen: docs/results.md."""
 

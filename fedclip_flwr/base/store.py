@@ -71,7 +71,7 @@ def _write(path: Path, tensors: State, facts: dict[str, str]) -> None:
     """Called by one process at a time: what a killed one left half-written is removed."""
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink()
-    sums = {name: (tensorfile.kind_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
+    sums = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
     facts = {**facts, "checksum": tensorfile.checksum(facts, sums)}
     files.write_whole(path, lambda part: files.save_tensors(tensors, part, facts))
 

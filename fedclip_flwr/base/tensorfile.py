@@ -28,7 +28,7 @@ NAMES = {
 PIECE = 2**20
 
 
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """The type and the shape of a tensor, as a header tells them."""
 
     dtype: str
@@ -41,11 +41,11 @@ class Kind(NamedTuple):
         return math.prod(self.shape) * dtype.itemsize
 
 
-def kind_of(tensor: Tensor) -> Kind:
-    return Kind(NAMES[tensor.dtype], tuple(tensor.shape))
+def spec_of(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def header(kinds: Mapping[str, Kind], facts: Mapping[str, str], size: int = 0) -> bytes:
+def header(kinds: Mapping[str, TensorSpec], facts: Mapping[str, str], size: int = 0) -> bytes:
     """What a file begins with whose tensors follow in this order; filled up to the size that is asked for."""
     told: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))} if facts else {}
     offset = 0
@@ -78,12 +78,12 @@ def save(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str]) ->
     """Writes them; those of the largest numbers come first, so that each begins where such a number may."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
     with path.open("wb") as file:
-        file.write(header({name: kind_of(tensor) for name, tensor in ordered.items()}, facts))
+        file.write(header({name: spec_of(tensor) for name, tensor in ordered.items()}, facts))
         for tensor in ordered.values():
             file.writelines(pieces(tensor))
 
 
-def checksum(facts: Mapping[str, str], tensors: Mapping[str, tuple[Kind, int]]) -> str:
+def checksum(facts: Mapping[str, str], tensors: Mapping[str, tuple[TensorSpec, int]]) -> str:
     """Over facts, names, types, shapes and the CRCs of the bytes: a damaged header shows as well as a damaged body."""
     told = [
         sorted(facts.items()),
@@ -106,7 +106,7 @@ def checksum_of_file(path: Path, facts: Mapping[str, str]) -> str:
             told = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             told.pop("__metadata__", None)
             begins = file.tell()
-            kinds = {name: Kind(of["dtype"], tuple(of["shape"])) for name, of in told.items()}
+            kinds = {name: TensorSpec(of["dtype"], tuple(of["shape"])) for name, of in told.items()}
             starts = {name: begins + int(of["data_offsets"][0]) for name, of in told.items()}
             return checksum(facts, {name: (kind, _crc(file, starts[name], kind.size)) for name, kind in kinds.items()})
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, StopIteration) as error:

@@ -144,7 +144,7 @@ def sweep(
     from fedclip_flwr.operations import simulation  # not for --help: they bring torch
 
     simulation.stop_in_order("Stopped. The results so far are kept: the same command goes on from here.")
-    wishes = comparison.Wishes(
+    options = comparison.SweepOptions(
         data,
         model,
         methods,
@@ -161,4 +161,4 @@ def sweep(
         against,
         settings or [],
     )
-    typer.echo(comparison.compare(wishes))
+    typer.echo(comparison.compare(options))

@@ -44,8 +44,10 @@ def predict(
     """
     from fedclip_flwr.inference import predict  # not for --help: it brings torch
 
-    wishes = predict.Wishes(images, adapter, top, classes, prompt, out, as_json, model, revision, device, precision)
-    raise typer.Exit(predict.predict(wishes))
+    options = predict.PredictOptions(
+        images, adapter, top, classes, prompt, out, as_json, model, revision, device, precision
+    )
+    raise typer.Exit(predict.predict(options))
 
 
 @command()
@@ -73,8 +75,10 @@ def evaluate(
     from fedclip_flwr.operations import simulation  # not for --help: they bring torch
 
     simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
-    wishes = evaluate.Wishes(data, settings or [], adapter, classes, prompt, by_class, as_json, model, revision)
-    typer.echo(evaluate.evaluate(wishes))
+    options = evaluate.EvaluateOptions(
+        data, settings or [], adapter, classes, prompt, by_class, as_json, model, revision
+    )
+    typer.echo(evaluate.evaluate(options))
 
 
 @command()
@@ -100,5 +104,5 @@ def export(
     """
     from fedclip_flwr.inference import export  # not for --help: it brings torch
 
-    wishes = export.Wishes(run, out, onnx, with_sites, push, private, classes, prompt, model, revision)
-    typer.echo(export.export(wishes))
+    options = export.ExportOptions(run, out, onnx, with_sites, push, private, classes, prompt, model, revision)
+    typer.echo(export.export(options))

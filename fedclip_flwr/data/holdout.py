@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.data.presets import loose
+from fedclip_flwr.data.presets import normalized_name
 
 
 def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
@@ -21,7 +21,7 @@ def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
     if chosen == "auto":
         return None
     named = held_out(chosen, domains)
-    if lacking := {*map(loose, _parts(chosen, domains))} - {*map(loose, named)}:
+    if lacking := {*map(normalized_name, _parts(chosen, domains))} - {*map(normalized_name, named)}:
         what = f"there is no {min(lacking)}" if "+" in chosen else "there is no such domain"
         raise UserError(f"holdout = {holdout!r}: {what}; the data has {', '.join(domains)}")
     if len(named) == len(domains):
@@ -32,12 +32,12 @@ def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
 
 def held_out(holdout: str | None, domains: Sequence[str]) -> list[str]:
     """Those of the domains that `holdout` names."""
-    wanted = {loose(name) for name in _parts(holdout or "", domains)}
-    return [domain for domain in domains if loose(domain) in wanted]
+    wanted = {normalized_name(name) for name in _parts(holdout or "", domains)}
+    return [domain for domain in domains if normalized_name(domain) in wanted]
 
 
 def _parts(holdout: str, domains: Sequence[str]) -> list[str]:
     """One name, or several with + between; a domain's own name may have one."""
-    if loose(holdout) in map(loose, domains):
+    if normalized_name(holdout) in map(normalized_name, domains):
         return [holdout]
     return [part.strip() for part in holdout.split("+") if part.strip()]

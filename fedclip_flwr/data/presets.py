@@ -51,7 +51,7 @@ PRESETS = {
 }
 
 
-def loose(name: str) -> str:
+def normalized_name(name: str) -> str:
     """What different spellings of a name have in common."""
     return re.sub(r"[\s_-]", "", name).casefold()
 
@@ -59,7 +59,7 @@ def loose(name: str) -> str:
 def fitting(domains: Sequence[str], class_names: Sequence[str]) -> Preset | None:
     """The preset that has all of these domains, and exactly these classes."""
     for preset in PRESETS.values():
-        if sorted(map(loose, class_names)) != sorted(map(loose, preset.class_names)):
+        if sorted(map(normalized_name, class_names)) != sorted(map(normalized_name, preset.class_names)):
             continue
         names = [_name(domain, preset) for domain in domains]
         if None not in names and len(set(names)) == len(names):
@@ -68,7 +68,14 @@ def fitting(domains: Sequence[str], class_names: Sequence[str]) -> Preset | None
 
 
 def _name(domain: str, preset: Preset) -> str | None:
-    return next((own for own, others in preset.domains.items() if loose(domain) in map(loose, (own, *others))), None)
+    return next(
+        (
+            own
+            for own, others in preset.domains.items()
+            if normalized_name(domain) in map(normalized_name, (own, *others))
+        ),
+        None,
+    )
 
 
 class Canonical:
@@ -78,8 +85,8 @@ class Canonical:
         self._source = source
         self._own = {_name(domain, preset) or domain: domain for domain in source.domains}
         self.domains = tuple(sorted(self._own))
-        spelling = {loose(name): name for name in preset.class_names}
-        self.class_names = tuple(spelling[loose(name)] for name in source.class_names)
+        spelling = {normalized_name(name): name for name in preset.class_names}
+        self.class_names = tuple(spelling[normalized_name(name)] for name in source.class_names)
 
     def content(self, domain: str) -> str:
         return self._source.content(self._own[domain])

@@ -1,4 +1,4 @@
-"""A sweep from the user's wishes, checked, to its table."""
+"""A sweep from the user's options, checked, to its table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedclip_flwr import x as output
 from fedclip_flwr.base import content, files
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import STORED, Settings, unusable
@@ -37,7 +36,7 @@ MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "name", "r
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SweepOptions:
     """What the user asks for; a comma list where there are several, and empty or 0 for the default."""
 
     data: str
@@ -57,22 +56,22 @@ class Wishes:
     settings: Sequence[str]
 
 
-def compare(wishes: Wishes) -> str:
+def compare(options: SweepOptions) -> str:
     """Runs the sweep; its tables and summary. They are also written to a folder, with all that they were made of."""
     begun = time.monotonic()
-    plan, features = planned(wishes)
-    folder = _folder(wishes, plan, features)
-    jobs = wishes.jobs or (1 if models.pick_device(plan.settings.device).type == "cuda" else os.cpu_count() or 1)
+    plan, features = planned(options)
+    folder = _folder(options, plan, features)
+    jobs = options.jobs or (1 if models.pick_device(plan.settings.device).type == "cuda" else os.cpu_count() or 1)
     results, kept = sweep(plan, jobs)
     made = rows(plan, results, len(features.domains))
     published, remarks = _published(plan, features)
-    facts = [plan.settings.data, features.model, *wishes.settings, counted(plan.sites, "site")]
-    told = f"{wishes.name}: " * bool(wishes.name) + f"{', '.join(facts)}, seeds from {plan.seeds[0]}"
+    facts = [plan.settings.data, features.model, *options.settings, counted(plan.sites, "site")]
+    told = f"{options.name}: " * bool(options.name) + f"{', '.join(facts)}, seeds from {plan.seeds[0]}"
     on = f"{counted(jobs, 'process')} on {counted(os.cpu_count() or 1, 'core')}, {platform.machine()}"
     took = f"{time.monotonic() - begun:.0f} s with {on}"
     took += f"; {kept} of {len(results)} results from earlier" if kept else ""
     compared, cells = printed.differences(plan, results), printed.accuracies(made, published)
-    differing = printed.differences_table(compared, _against(wishes, plan))
+    differing = printed.differences_table(compared, _against(options, plan))
     every = " / all domains" if any(source.every for source in published) else ""
     text = "\n".join(
         [
@@ -89,8 +88,8 @@ def compare(wishes: Wishes) -> str:
         "table.csv": as_csv(made, published),
         "accuracy.md": f"{printed.as_markdown(cells)}\nTest accuracy in %, {SPREAD}.\n{told}\n",
         "accuracy.tex": printed.as_latex(cells, told),
-        "results.csv": printed.by_site(plan, results, wishes.name),
-        "differences.csv": printed.differences_csv(compared, wishes.name),
+        "results.csv": printed.by_site(plan, results, options.name),
+        "differences.csv": printed.differences_csv(compared, options.name),
     }
     for file, whole in texts.items():
         files.write_whole(folder / file, partial(_write, whole), "--out")
@@ -106,29 +105,29 @@ FACTS = "sweep.json"
 """What the results in a folder are of."""
 
 
-def _folder(wishes: Wishes, plan: Plan, features: Features) -> Path:
+def _folder(options: SweepOptions, plan: Plan, features: Features) -> Path:
     """Where the results go. No sweep takes another's place, unless the user names its folder."""
-    mark = content.digest(str(replace(wishes, jobs=0)), features.content)[:8]
-    name = wishes.name or f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}-{mark}"
+    mark = content.digest(str(replace(options, jobs=0)), features.content)[:8]
+    name = options.name or f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}-{mark}"
     folder = files.home() / "sweeps" / content.file_name(name)
-    if wishes.out:
-        folder = Path(wishes.out).expanduser().absolute()
-    elif wishes.name and folder.exists():
+    if options.out:
+        folder = Path(options.out).expanduser().absolute()
+    elif options.name and folder.exists():
         try:
             known = files.read_json(folder / FACTS)["mark"]
         except (OSError, ValueError, KeyError, TypeError):
             known = None
         if known != mark:
-            raise UserError(f"--name {wishes.name}: another sweep has this name, in {folder}; give another one")
+            raise UserError(f"--name {options.name}: another sweep has this name, in {folder}; give another one")
     files.make_folder(folder, "--out")  # before the work, not after it
-    asked = {**dataclasses.asdict(wishes), "settings": list(wishes.settings), "mark": mark}
+    asked = {**dataclasses.asdict(options), "settings": list(options.settings), "mark": mark}
     files.write_whole(folder / FACTS, partial(_write, json.dumps(asked, indent=2) + "\n"), "--out")
     return folder
 
 
-def _against(wishes: Wishes, plan: Plan) -> list[str]:
+def _against(options: SweepOptions, plan: Plan) -> list[str]:
     """What all methods are compared with: zero-shot, and the paper's unless the user names another."""
-    other = wishes.against or ("paper" if "paper" in plan.methods and len(plan.methods) > 2 else "")
+    other = options.against or ("paper" if "paper" in plan.methods and len(plan.methods) > 2 else "")
     return list(dict.fromkeys(name for name in ("zero-shot", other) if name))
 
 
@@ -157,10 +156,7 @@ def _warnings(plan: Plan, features: Features) -> list[str]:
 
 def _plots(made: Sequence[Row], folder: Path) -> list[str]:
     """Draws the gains, of the mean over the held-out domains; the files' names."""
-    from fedclip_flwr.report import (
-        drawing,
-        sweep_plots,  # not for --help
-    )
+    from fedclip_flwr.report import drawing, output, sweep_plots  # they bring matplotlib
 
     points = [
         sweep_plots.Point(
@@ -183,11 +179,11 @@ def _write(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def planned(wishes: Wishes) -> tuple[Plan, Features]:
+def planned(options: SweepOptions) -> tuple[Plan, Features]:
     """The plan; everything that is wrong is told at once."""
-    rounds = f"num-server-rounds={max(wishes.rounds, 1)}"
-    given, problems = read_settings([f"data={wishes.data}", f"model={wishes.model}", rounds])
-    more, wrong = read_settings(wishes.settings)
+    rounds = f"num-server-rounds={max(options.rounds, 1)}"
+    given, problems = read_settings([f"data={options.data}", f"model={options.model}", rounds])
+    more, wrong = read_settings(options.settings)
     problems |= wrong
     least = {
         "nodes": 0,
@@ -199,8 +195,8 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
         "jobs": 0,
     }
     for name, number in least.items():
-        if getattr(wishes, name) < number:
-            told = f"--{name.replace('_', '-')} {getattr(wishes, name)}"
+        if getattr(options, name) < number:
+            told = f"--{name.replace('_', '-')} {getattr(options, name)}"
             problems[told] = f"{told}: expected at least {number}"
     for key in more:
         if key in OPTIONS:
@@ -209,20 +205,20 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
             problems[key] = f"{key}: methods differ in it; choose some with --methods"
         elif key in MEANINGLESS:
             problems[key] = f"{key}: it means nothing in a sweep; leave it out"
-    unfit = {name: why for name in METHODS if (why := _unfit(name, wishes.data, more))}
-    methods = _listed(wishes.methods) or [name for name in METHODS if name not in unfit]
+    unfit = {name: why for name in METHODS if (why := _unfit(name, options.data, more))}
+    methods = _listed(options.methods) or [name for name in METHODS if name not in unfit]
     if unknown := sorted({*methods} - {*METHODS}):
         problems["methods"] = f"--methods {', '.join(unknown)}: expected some of {', '.join(METHODS)}"
     for name in sorted({*methods} & {*unfit}):
         problems[name] = f"--methods {name}: {unfit[name]}"
-    if wishes.against and wishes.against not in methods:
-        problems["against"] = f"--against {wishes.against}: expected one of the methods that are compared"
-    if not re.fullmatch(Settings.keys()["name"].metadata["pattern"], wishes.name) or wishes.name == "results":
-        problems["name"] = f"--name {wishes.name}: expected letters, digits, points and dashes, and not results"
-    seed = wishes.first_seed + wishes.seeds - 1
+    if options.against and options.against not in methods:
+        problems["against"] = f"--against {options.against}: expected one of the methods that are compared"
+    if not re.fullmatch(Settings.keys()["name"].metadata["pattern"], options.name) or options.name == "results":
+        problems["name"] = f"--name {options.name}: expected letters, digits, points and dashes, and not results"
+    seed = options.first_seed + options.seeds - 1
     settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)
     try:
-        holdouts = [pick_holdout(name, features.domains) or "" for name in _listed(wishes.holdouts)]
+        holdouts = [pick_holdout(name, features.domains) or "" for name in _listed(options.holdouts)]
     except UserError as error:
         raise unusable([str(error).replace("holdout =", "--holdouts")]) from None
     if not holdouts:
@@ -231,10 +227,10 @@ def planned(wishes: Wishes) -> tuple[Plan, Features]:
         settings,
         ["zero-shot", *(name for name in METHODS if name in methods and name != "zero-shot")],
         list(dict.fromkeys(holdouts)),
-        range(wishes.first_seed, wishes.first_seed + wishes.seeds),
-        wishes.nodes or max(1, len(features.domains) - (holdouts != [""])),
-        wishes.full_model_rounds,
-        wishes.full_model_seeds,
+        range(options.first_seed, options.first_seed + options.seeds),
+        options.nodes or max(1, len(features.domains) - (holdouts != [""])),
+        options.full_model_rounds,
+        options.full_model_seeds,
     )
     return plan, features
 

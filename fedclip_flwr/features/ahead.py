@@ -42,7 +42,9 @@ SLOW = 0.25
 MOST = 16
 PIXELS = 2**26
 """With so many, images are prepared before the next one is read: a batch of large ones would not fit into memory."""
-SCRIPT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedclip_flwr import ahead; ahead.serve()"
+SCRIPT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedclip_flwr.features import ahead; ahead.serve()"
+)
 DTYPES = {name: dtype for dtype, name in tensorfile.NAMES.items()}
 
 
@@ -193,7 +195,7 @@ def _fill(channel: socket.socket, view: memoryview) -> None:
 
 
 def _send_batch(channel: socket.socket, batch: Batch) -> None:
-    kinds = {name: tensorfile.kind_of(tensor) for name, tensor in batch.inputs.items()}
+    kinds = {name: tensorfile.spec_of(tensor) for name, tensor in batch.inputs.items()}
     _send(channel, json.dumps([kinds, batch.labels, batch.broken]).encode())
     for tensor in batch.inputs.values():
         for piece in tensorfile.pieces(tensor):

@@ -29,7 +29,7 @@ FIGURES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "ca
 
 
 @dataclass(frozen=True)
-class Wishes:
+class EvaluateOptions:
     """What the user asks for; empty for the default."""
 
     data: str
@@ -50,16 +50,16 @@ class Pair(NamedTuple):
     adapted: Quality
 
 
-def evaluate(wishes: Wishes) -> str:
+def evaluate(options: EvaluateOptions) -> str:
     """The tables, or their facts as JSON."""
-    learnt = find_learnt(wishes.adapter, wishes.revision)
-    settings = _settings(wishes, learnt)
-    plain, adapted, own = _opened(settings, learnt, wishes)
+    learnt = find_learnt(options.adapter, options.revision)
+    settings = _settings(options, learnt)
+    plain, adapted, own = _opened(settings, learnt, options)
     found = _examined(plain, adapted, learnt, settings)
     if not found:
-        raise UserError(f"{wishes.data}: there are no images in it that can be read")
+        raise UserError(f"{options.data}: there are no images in it that can be read")
     names, known = plain.vocabulary.class_names, _learnt_from(learnt, settings, plain)
-    if wishes.as_json:
+    if options.as_json:
         domains = {
             domain: {
                 "images": pair.zero.score.examples,
@@ -71,7 +71,7 @@ def evaluate(wishes: Wishes) -> str:
         facts = {"adapter": str(learnt.folder), "model": plain.model, "data": settings.data, "learnt_from": known}
         return json.dumps({**facts, "domains": domains}, indent=2)
     parts = [_table(found)]
-    if wishes.by_class:
+    if options.by_class:
         parts.append(_by_class(found, names))
     parts.append(f"{learnt.folder} on {plain.model}; {counted(len(names), 'class')}; in %.")
     if {*own} - {*names}:
@@ -82,24 +82,24 @@ def evaluate(wishes: Wishes) -> str:
     return "\n\n".join(parts)
 
 
-def _settings(wishes: Wishes, learnt: Learnt) -> Settings:
+def _settings(options: EvaluateOptions, learnt: Learnt) -> Settings:
     """Those under which the data is opened; everything that is wrong is told at once."""
-    data, problems = read_settings([f"data={wishes.data}", f"class-names={wishes.classes}"])
-    given, wrong = read_settings(wishes.settings)
+    data, problems = read_settings([f"data={options.data}", f"class-names={options.classes}"])
+    given, wrong = read_settings(options.settings)
     for key in given.keys() - ({*TAKEN} - OPTIONS):
         wrong.setdefault(key, f"{key}: expected columns, device or precision here; leave it out")
-    settings, unfit = Settings.read({**data, **given, "prompt": wishes.prompt})
+    settings, unfit = Settings.read({**data, **given, "prompt": options.prompt})
     if problems := {**problems, **wrong, **unfit}:
         raise unusable(problems.values())
     return settings if settings.prompt else replace(settings, prompt=SEPARATOR.join(learnt.facts["templates"]))
 
 
-def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Features, Features, Sequence[str]]:
+def _opened(settings: Settings, learnt: Learnt, options: EvaluateOptions) -> tuple[Features, Features, Sequence[str]]:
     """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model.
 
     And the classes' names in the data.
     """
-    told = None if wishes.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
+    told = None if options.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
     if settings.data.startswith(STORED):
         learnt.check_features(settings.data, FeatureFolder(Path(settings.data.removeprefix(STORED))))
         features = open_features(settings, told)
@@ -107,10 +107,10 @@ def _opened(settings: Settings, learnt: Learnt, wishes: Wishes) -> tuple[Feature
     own = source_of(settings)[0].class_names
     if told and (others := sorted({*own} - {*told.class_names})):
         raise UserError(
-            f"{wishes.data} has classes that {learnt.folder} did not know: {some(others)}; name another run "
+            f"{options.data} has classes that {learnt.folder} did not know: {some(others)}; name another run "
             "with --adapter, or words for all of the data's classes with --classes"
         )
-    frozen = learnt.frozen(wishes.model)
+    frozen = learnt.frozen(options.model)
     plain = open_features(_with(settings, frozen), told)
     if not learnt.whole:
         learnt.check_dim(plain.classes.dim, frozen.name)

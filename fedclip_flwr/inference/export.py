@@ -30,7 +30,7 @@ MARK = "\n<!-- fedclip export wrote this card: {}. An edited one is kept. -->\n"
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExportOptions:
     """What the user asks for; empty for the default."""
 
     adapter: str
@@ -45,33 +45,33 @@ class Wishes:
     revision: str
 
 
-def export(wishes: Wishes) -> str:
+def export(options: ExportOptions) -> str:
     """Writes the folder and says what there is, and how it is used."""
-    if not wishes.out:
+    if not options.out:
         raise UserError("--out: name the folder that is to be written")
-    if wishes.private and not wishes.push:
+    if options.private and not options.push:
         raise UserError("--private: nothing is uploaded without --push ORG/NAME")
-    if wishes.onnx:
+    if options.onnx:
         onnx_file.check_installed()
-    if wishes.push:
-        hub.check_upload(wishes.push)
-    out = Path(wishes.out).expanduser().absolute()
+    if options.push:
+        hub.check_upload(options.push)
+    out = Path(options.out).expanduser().absolute()
     check(out)
     model = FedCLIP.from_pretrained(
-        wishes.adapter, revision=wishes.revision, model=wishes.model, device="cpu", precision="float32"
+        options.adapter, revision=options.revision, model=options.model, device="cpu", precision="float32"
     )
-    told = _warned(model, wishes)
-    if wishes.classes or wishes.prompt:
-        model = model.with_classes(names_of(wishes.classes) or None, wishes.prompt)
-    told += write(model, out, onnx=wishes.onnx, sites=wishes.sites)
+    told = _warned(model, options)
+    if options.classes or options.prompt:
+        model = model.with_classes(names_of(options.classes) or None, options.prompt)
+    told += write(model, out, onnx=options.onnx, sites=options.sites)
     lines = [f"  {name:<28}{bytes_of(size):>8}" for name, size in _sizes(out)]
     parts = [f"Written to {out}:", *lines, *told]
     use = str(out)
-    if wishes.push:
+    if options.push:
         message = f"Export of fedclip-flwr, round {model.facts.get('round', 0)}"
         patterns = [*OWN, f"{WHOLE}/*"]
-        parts.append(f"On the hub: {hub.upload(out, wishes.push, patterns, message, private=wishes.private or None)}")
-        use = wishes.push
+        parts.append(f"On the hub: {hub.upload(out, options.push, patterns, message, private=options.private or None)}")
+        use = options.push
     parts += ["", "from fedclip_flwr import FedCLIP", f'model = FedCLIP.from_pretrained("{use}")']
     return "\n".join([*parts, 'print(model.predict("image.jpg"))'])
 
@@ -150,12 +150,12 @@ def _as_written(card: Path) -> bool:
     return text == plain + MARK.format(content.digest(plain))
 
 
-def _warned(model: FedCLIP, wishes: Wishes) -> list[str]:
+def _warned(model: FedCLIP, options: ExportOptions) -> list[str]:
     """What a user should know of the run it comes from."""
     run = history.read(model.origin) if model.origin and (model.origin / history.SETTINGS).exists() else None
     if run is None:
-        if wishes.sites:
-            raise UserError(f"--with-sites: {wishes.adapter} is no run's folder, which alone knows the sites")
+        if options.sites:
+            raise UserError(f"--with-sites: {options.adapter} is no run's folder, which alone knows the sites")
         return []
     if run.status == "running":
         raise UserError(f"{run.path} is still running: wait for its end, or stop it")

@@ -41,7 +41,7 @@ AS_IT_IS = "surrogateescape"
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PredictOptions:
     """What the user asks for; empty for the default."""
 
     images: Sequence[str]
@@ -57,20 +57,20 @@ class Wishes:
     precision: str
 
 
-def predict(wishes: Wishes) -> int:
+def predict(options: PredictOptions) -> int:
     """Writes the lines; the exit status: 1 if there are images that can't be read."""
-    check_top(wishes.top)
-    if wishes.out and not wishes.out.endswith((".csv", ".jsonl")):
-        raise UserError(f"--out {wishes.out}: expected a name that ends with .csv or .jsonl")
-    if wishes.as_json and wishes.out.endswith(".csv"):
-        raise UserError(f"--json --out {wishes.out}: expected a name that ends with .jsonl, or no --json")
-    stored = [place for place in wishes.images if place.startswith(STORED)]
-    if stored and len(wishes.images) > 1:
+    check_top(options.top)
+    if options.out and not options.out.endswith((".csv", ".jsonl")):
+        raise UserError(f"--out {options.out}: expected a name that ends with .csv or .jsonl")
+    if options.as_json and options.out.endswith(".csv"):
+        raise UserError(f"--json --out {options.out}: expected a name that ends with .jsonl, or no --json")
+    stored = [place for place in options.images if place.startswith(STORED)]
+    if stored and len(options.images) > 1:
         raise UserError(f"{stored[0]}: expected images, or one folder of features alone")
-    rows, count, top = _of_features(wishes, stored[0]) if stored else _of_images(wishes)
-    as_json = wishes.as_json or wishes.out.endswith(".jsonl")
+    rows, count, top = _of_features(options, stored[0]) if stored else _of_images(options)
+    as_json = options.as_json or options.out.endswith(".jsonl")
     begun, broken = time.monotonic(), list[str]()
-    on_screen = not wishes.out and sys.stdout.isatty()
+    on_screen = not options.out and sys.stdout.isatty()
     bar = tqdm(rows, total=count, desc="predicting", unit=" images", delay=2, disable=on_screen)
 
     def write(file: TextIO) -> None:
@@ -82,8 +82,8 @@ def predict(wishes: Wishes) -> int:
             if number % OFTEN == 0:
                 file.flush()
 
-    if wishes.out:
-        out = Path(wishes.out).expanduser().absolute()
+    if options.out:
+        out = Path(options.out).expanduser().absolute()
         files.make_folder(out.parent, "--out")
         files.write_whole(out, lambda part: _written(part, write), "--out")
     else:
@@ -96,7 +96,7 @@ def predict(wishes: Wishes) -> int:
     if broken:
         more = ", …" * (len(broken) > 5)
         told += f"; {len(broken):,} can't be read: {', '.join(map(shown, broken[:5]))}{more}"
-    print(told + (f"\nPredictions: {out}" if wishes.out else ""), file=sys.stderr)
+    print(told + (f"\nPredictions: {out}" if options.out else ""), file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -105,21 +105,21 @@ def _written(path: Path, write: Callable[[TextIO], None]) -> None:
         write(file)
 
 
-def _of_images(wishes: Wishes) -> tuple[Rows, int, int]:
+def _of_images(options: PredictOptions) -> tuple[Rows, int, int]:
     """The lines of the images, how many there are, and how many classes each line has."""
-    paths = [path for place in wishes.images for path in (_listed() if place == "-" else find_images([place]))]
+    paths = [path for place in options.images for path in (_listed() if place == "-" else find_images([place]))]
     if not paths:
         raise UserError("no images: name files or folders")
     model = FedCLIP.from_pretrained(
-        wishes.adapter,
-        revision=wishes.revision,
-        model=wishes.model,
-        device=wishes.device,
-        precision=wishes.precision,
+        options.adapter,
+        revision=options.revision,
+        model=options.model,
+        device=options.device,
+        precision=options.precision,
     )
-    if wishes.classes or wishes.prompt:
-        model = model.with_classes(names_of(wishes.classes) or None, wishes.prompt)
-    return model.stream_files(paths, wishes.top), len(paths), min(wishes.top, len(model.class_names))
+    if options.classes or options.prompt:
+        model = model.with_classes(names_of(options.classes) or None, options.prompt)
+    return model.stream_files(paths, options.top), len(paths), min(options.top, len(model.class_names))
 
 
 def _listed() -> Iterator[str]:
@@ -136,18 +136,18 @@ def names_of(classes: str) -> tuple[str, ...]:
     return read_names(str(path.absolute()) if classes and "," not in classes and path.is_file() else classes)
 
 
-def _of_features(wishes: Wishes, place: str) -> tuple[Rows, int, int]:
+def _of_features(options: PredictOptions, place: str) -> tuple[Rows, int, int]:
     """The same of stored features: no CLIP is needed."""
     for name in ("classes", "prompt", "model", "precision"):
-        if getattr(wishes, name) not in ("", "auto"):
+        if getattr(options, name) not in ("", "auto"):
             raise UserError(f"--{name}: stored features have their own; leave it out, or name the images")
-    learnt = find_learnt(wishes.adapter, wishes.revision)
+    learnt = find_learnt(options.adapter, options.revision)
     root = Path(place.removeprefix(STORED)).expanduser().absolute()
     learnt.check_features(place, FeatureFolder(root))
     folder = FeatureFolder(root, learnt.vocabulary)
     examples = {domain: folder.examples(domain) for domain in folder.domains}
-    rows = _of_rows(examples, folder, learnt, wishes.top)
-    return rows, sum(map(folder.count, folder.domains)), min(wishes.top, len(learnt.vocabulary.class_names))
+    rows = _of_rows(examples, folder, learnt, options.top)
+    return rows, sum(map(folder.count, folder.domains)), min(options.top, len(learnt.vocabulary.class_names))
 
 
 def _of_rows(examples: dict[str, Examples], folder: FeatureFolder, learnt: Learnt, top: int) -> Rows:

@@ -40,7 +40,7 @@ BLENDS = (0.25, 0.5, 0.75, 1.0)
 """The shares of the adapted feature that are tried where one is to be chosen."""
 
 
-def drawn_by_lot(names: Iterable[str], share: float, seed: int, number: int, least: int = 1) -> list[str]:
+def sample_sites(names: Iterable[str], share: float, seed: int, number: int, least: int = 1) -> list[str]:
     """Which of the sites train in round `number`; at least so many, if there are."""
     able = sorted(names)
     count = min(max(least, round(share * len(able))), len(able))

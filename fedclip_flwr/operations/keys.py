@@ -49,12 +49,12 @@ def make(folder: Path, server: str = "", sites: Sequence[str] = (), days: int | 
         raise UserError("nothing to make: name the server with --server, or a site with --site")
     if days is not None and not (names and 1 <= days <= CA_DAYS):
         raise UserError(f"--days {days}: expected 1 to {CA_DAYS}, together with --server, whose certificate it is")
-    shelf = Shelf(folder)
+    store = KeyStore(folder)
     if names:
-        shelf.serve(names, SERVER_DAYS if days is None else days)
+        store.serve(names, SERVER_DAYS if days is None else days)
     for site in dict.fromkeys(sites):
-        shelf.add(site)
-    return shelf.told()
+        store.add(site)
+    return store.told()
 
 
 def read_names(text: str) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ def _name(text: str) -> str:
     )
 
 
-class Shelf:
+class KeyStore:
     """The folder of all keys, and what a call has made in it or found there."""
 
     def __init__(self, root: Path) -> None:

@@ -56,7 +56,7 @@ def write(path: Path, of: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
     }
     tensors["facts/json"] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
     told = {"round": str(at.round)}
-    sums = {name: (tensorfile.kind_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
+    sums = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
     told["checksum"] = tensorfile.checksum(told, sums)
     files.write_whole(path, lambda part: tensorfile.save(tensors, part, told), setting)
 

@@ -26,7 +26,7 @@ from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.inbox import Inbox
 from fedclip_flwr.flower.sizes import message_size
-from fedclip_flwr.learning.selection import drawn_by_lot
+from fedclip_flwr.learning.selection import sample_sites
 from fedclip_flwr.server.strategy import AdapterFedAvg
 from fedclip_flwr.server.waiting import Wait
 
@@ -312,7 +312,7 @@ class Nodes:
         able = [name for name in sites if self.hellos[name].train and name not in self.distrusted]
         if len(others := [name for name in able if name not in without]) >= least:
             able = others
-        names = drawn_by_lot(able, share, seed, number, least)
+        names = sample_sites(able, share, seed, number, least)
         return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
 
     def trains(self, nodes: Iterable[int]) -> None:

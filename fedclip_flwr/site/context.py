@@ -22,7 +22,7 @@ from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.learning.adapters import blank_adapter
 from fedclip_flwr.learning.base import Classes, Learner
 from fedclip_flwr.learning.recipes import length_of
-from fedclip_flwr.site.holdings import Site, own_site, owners_words, simulated_site
+from fedclip_flwr.site.holdings import Site, own_site, owners_config, simulated_site
 
 OWN = (
     *("data", "model", "device", "precision", "image-column", "label-column", "domain-column"),
@@ -155,7 +155,7 @@ def _context(
             alpha=settings.alpha,
         )
     else:
-        words = owners_words(node, features.domains, session.holdout)
+        words = owners_config(node, features.domains, session.holdout)
         site = own_site(features, words, settings.seed, device)
     return OpenedContext(settings, site, features.classes.ready(device), device, features, session)
 

@@ -85,7 +85,7 @@ def together(parts: Iterable[Examples]) -> Examples:
     return Examples(torch.cat(features), torch.cat(labels))
 
 
-class Words(NamedTuple):
+class SiteConfig(NamedTuple):
     """What a site's owner says: its name, what it does, and what it holds of the data."""
 
     site: str
@@ -93,7 +93,7 @@ class Words(NamedTuple):
     domains: list[str]
 
 
-def owners_words(node: Mapping[str, object], domains: Sequence[str], holdout: str) -> Words:
+def owners_config(node: Mapping[str, object], domains: Sequence[str], holdout: str) -> SiteConfig:
     """What the node config says of data with these domains; a site that trains leaves the held-out one alone."""
     name, role, wanted = (str(node.get(key, other)) for key, other in (("site", ""), ("role", TRAIN), ("domains", "")))
     if not name:
@@ -102,17 +102,17 @@ def owners_words(node: Mapping[str, object], domains: Sequence[str], holdout: st
         raise UserError(f"role = {role!r}: expected one of {', '.join(ROLES)}")
     own = _some(domains, wanted)
     if role == HOLDOUT:
-        return Words(name, role, own)
+        return SiteConfig(name, role, own)
     own = [domain for domain in own if domain not in held_out(holdout, domains)]
     if not own:
         raise UserError(
             f"all images of this site belong to {holdout}, which is held out: with role='holdout' in its node config "
             "it would evaluate only"
         )
-    return Words(name, role, own)
+    return SiteConfig(name, role, own)
 
 
-def own_site(features: Features, words: Words, seed: int, device: torch.device) -> Site:
+def own_site(features: Features, words: SiteConfig, seed: int, device: torch.device) -> Site:
     """A site by its owner's words."""
     domain, examples = "+".join(words.domains), together(gathered(features, words.domains).values())
     if words.role == HOLDOUT:

@@ -80,7 +80,7 @@ LARGE = """
 import re, sys
 from pathlib import Path
 import torch
-from fedclip_flwr import store
+from fedclip_flwr.base import store
 store.FRESH = -1.0
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedclip_flwr.base import tensorfile
-from fedclip_flwr.base.tensorfile import Kind
+from fedclip_flwr.base.tensorfile import TensorSpec
 
 TENSORS = {
     "bytes": torch.arange(15, dtype=torch.uint8).reshape(3, 5),
@@ -34,7 +34,7 @@ def test_what_is_written_piece_by_piece_is_read_as_it_was(tmp_path: Path, monkey
 
 
 def test_a_header_may_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
-    made = tensorfile.header({"a": Kind("F32", (1,))}, {}, 1000)
+    made = tensorfile.header({"a": TensorSpec("F32", (1,))}, {}, 1000)
     assert len(made) == 1000
     (tmp_path / "a").write_bytes(made + b"\0\0\x80?")
     assert load_file(tmp_path / "a")["a"].tolist() == [1.0]
@@ -43,7 +43,7 @@ def test_a_header_may_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
 def test_the_checksum_of_a_file_is_that_of_its_tensors_whoever_wrote_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {name: (tensorfile.kind_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in TENSORS.items()}
+    own = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in TENSORS.items()}
     expected = tensorfile.checksum({"x": "1"}, own)
     monkeypatch.setattr(tensorfile, "PIECE", 8)
     tensorfile.save(TENSORS, tmp_path / "a", {"x": "1"})
@@ -63,14 +63,14 @@ def test_all_numbers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_checksum_follows_all_that_a_header_tells() -> None:
-    kind = Kind("F32", (2, 3))
-    told: list[tuple[dict[str, str], dict[str, tuple[Kind, int]]]] = [
+    kind = TensorSpec("F32", (2, 3))
+    told: list[tuple[dict[str, str], dict[str, tuple[TensorSpec, int]]]] = [
         ({"x": "1"}, {"a": (kind, 7)}),
         ({"x": "2"}, {"a": (kind, 7)}),
         ({"y": "1"}, {"a": (kind, 7)}),
         ({"x": "1"}, {"b": (kind, 7)}),
-        ({"x": "1"}, {"a": (Kind("I32", (2, 3)), 7)}),
-        ({"x": "1"}, {"a": (Kind("F32", (3, 2)), 7)}),
+        ({"x": "1"}, {"a": (TensorSpec("I32", (2, 3)), 7)}),
+        ({"x": "1"}, {"a": (TensorSpec("F32", (3, 2)), 7)}),
         ({"x": "1"}, {"a": (kind, 8)}),
     ]
     assert len({tensorfile.checksum(*one) for one in told}) == len(told)

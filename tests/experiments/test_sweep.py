@@ -21,7 +21,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.experiments import comparison, printed
 from fedclip_flwr.experiments.baselines import METHODS, Published
-from fedclip_flwr.experiments.comparison import Wishes, compare, planned
+from fedclip_flwr.experiments.comparison import SweepOptions, compare, planned
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.experiments.sweep import Cell, Found, Plan, solve
 from fedclip_flwr.experiments.tables import as_csv, markdown, rows
@@ -53,7 +53,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedclip_flwr.experiments.sweep.get_context", lambda _: forked.CONTEXT)
 
 
-def wishes(data: str, *settings: str, **changed: Any) -> Wishes:
+def options(data: str, *settings: str, **changed: Any) -> SweepOptions:
     given: dict[str, Any] = {
         "model": "bundled",
         "methods": "",
@@ -69,11 +69,11 @@ def wishes(data: str, *settings: str, **changed: Any) -> Wishes:
         "name": "",
         "against": "",
     }
-    return Wishes(data=data, settings=settings, **{**given, **changed})
+    return SweepOptions(data=data, settings=settings, **{**given, **changed})
 
 
 def test_a_plan_has_every_method_on_every_holdout_with_every_seed(tmp_path: Path) -> None:
-    plan, _ = planned(wishes(f"features:{folder(tmp_path)}", "local-epochs=2", methods="gate,paper"))
+    plan, _ = planned(options(f"features:{folder(tmp_path)}", "local-epochs=2", methods="gate,paper"))
     cells = plan.cells()
     assert len(cells) == len(set(cells)) == 3 * 3 * 2
     assert {cell.method for cell in cells} == {"zero-shot", "paper", "gate"}
@@ -88,7 +88,7 @@ def test_a_plan_has_every_method_on_every_holdout_with_every_seed(tmp_path: Path
 
 
 def test_the_whole_model_has_rounds_and_seeds_of_its_own_and_comes_first(tree: Path) -> None:
-    plan, features = planned(wishes(f"folder:{tree}", methods="fedavg,gate", seeds=3, full_model_seeds=2))
+    plan, features = planned(options(f"folder:{tree}", methods="fedavg,gate", seeds=3, full_model_seeds=2))
     cells = plan.cells()
     assert [cell.method for cell in cells[:4]] == ["fedavg"] * 4
     assert {cell.settings.seed for cell in cells if cell.whole_model} == {0, 1}
@@ -117,20 +117,20 @@ def test_results_are_kept_and_taken_over_until_the_data_or_the_settings_change(
     home = tmp_path / "home"
     monkeypatch.setenv("FEDCLIP_HOME", str(home))
     data = f"features:{folder(tmp_path / 'f')}"
-    first = compare(wishes(data, methods="gate", jobs=2))
+    first = compare(options(data, methods="gate", jobs=2))
     assert "from earlier" not in first
-    again = compare(wishes(data, methods="gate", jobs=2))
+    again = compare(options(data, methods="gate", jobs=2))
     assert "; 12 of 12 results from earlier" in again
     assert again.split("\n\n")[0] == first.split("\n\n")[0]
-    assert "; 12 of 27 results from earlier" in compare(wishes(data, methods="gate,scale", seeds=3))
-    assert "from earlier" not in compare(wishes(data, methods="gate", rounds=1))
+    assert "; 12 of 27 results from earlier" in compare(options(data, methods="gate,scale", seeds=3))
+    assert "from earlier" not in compare(options(data, methods="gate", rounds=1))
     moved = Path(data.removeprefix("features:")).rename(tmp_path / "elsewhere")
-    assert "; 12 of 12 results from earlier" in compare(wishes(f"features:{moved}", methods="gate"))
+    assert "; 12 of 12 results from earlier" in compare(options(f"features:{moved}", methods="gate"))
     folder(moved, seed=1)
-    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"))
+    assert "from earlier" not in compare(options(f"features:{moved}", methods="gate"))
     for file in (home / "sweeps" / "results").iterdir():
         file.write_text(file.read_text()[:-3])
-    assert "from earlier" not in compare(wishes(f"features:{moved}", methods="gate"))
+    assert "from earlier" not in compare(options(f"features:{moved}", methods="gate"))
 
 
 @pytest.mark.soak
@@ -138,7 +138,7 @@ def test_one_process_or_two_make_no_difference(tmp_path: Path, monkeypatch: pyte
     data, tables = f"features:{folder(tmp_path / 'f')}", []
     for jobs in (1, 2):
         monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / str(jobs)))
-        compare(wishes(data, jobs=jobs, out=str(tmp_path / f"out-{jobs}")))
+        compare(options(data, jobs=jobs, out=str(tmp_path / f"out-{jobs}")))
         text, figures = ((tmp_path / f"out-{jobs}" / name).read_text() for name in ("table.md", "table.csv"))
         tables.append((text.split("\n\n")[0], figures))
     assert tables[0] == tables[1]
@@ -147,7 +147,7 @@ def test_one_process_or_two_make_no_difference(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.soak
 def test_images_are_swept_with_the_whole_model_beside(tree: Path, tmp_path: Path) -> None:
-    given = wishes(
+    given = options(
         f"folder:{tree}", methods="fedavg,fedprox,scale", holdouts="photo", jobs=2, out=str(tmp_path / "out")
     )
     table = compare(given)
@@ -311,7 +311,7 @@ def test_a_named_sweep_has_a_folder_of_its_own_with_all_that_came_of_it(
 ) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
-    given = wishes(f"features:{folder(tmp_path / 'f')}", methods="zero-shot,paper,gate", name="mine", against="gate")
+    given = options(f"features:{folder(tmp_path / 'f')}", methods="zero-shot,paper,gate", name="mine", against="gate")
     text = compare(given)
     made = tmp_path / "home" / "sweeps" / "mine"
     files = {"table.md", "table.csv", "accuracy.md", "accuracy.tex", "results.csv", "differences.csv", "sweep.json"}
@@ -339,7 +339,7 @@ def test_a_named_sweep_has_a_folder_of_its_own_with_all_that_came_of_it(
 )
 def test_a_name_or_a_method_that_can_not_be_is_refused(tmp_path: Path, given: dict[str, str], told: str) -> None:
     with pytest.raises(UserError) as error:
-        planned(wishes(f"features:{folder(tmp_path)}", **given))
+        planned(options(f"features:{folder(tmp_path)}", **given))
     assert told in str(error.value)
 
 
@@ -349,18 +349,20 @@ def test_where_nobody_knows_the_length_of_features_the_papers_row_is_told_to_be_
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
     root = folder(tmp_path / "f")
     data = f"features:{root}"
-    assert "can't be the paper's result" not in compare(wishes(data, out=str(tmp_path / "out")))
+    assert "can't be the paper's result" not in compare(options(data, out=str(tmp_path / "out")))
     for domain in NAMES:
         tensors = load_file(root / f"{domain}.safetensors")
         features = torch.nn.functional.normalize(tensors["image_features"], dim=1)
         save_file({**tensors, "image_features": features}, root / f"{domain}.safetensors")
-    assert "can't be the paper's result" in compare(wishes(data, out=str(tmp_path / "out")))
-    for good in (wishes(data, "feature-norm=10", out="out"), wishes(data, methods="gate", out="out")):
+    assert "can't be the paper's result" in compare(options(data, out=str(tmp_path / "out")))
+    for good in (options(data, "feature-norm=10", out="out"), options(data, methods="gate", out="out")):
         assert "can't be the paper's result" not in compare(replace(good, out=str(tmp_path / "out")))
 
 
 def test_several_domains_are_held_out_at_once(tmp_path: Path, forks: None) -> None:
-    swept, features = planned(wishes(f"features:{folder(tmp_path)}", methods="gate", holdouts="fox + cow,elk", seeds=1))
+    swept, features = planned(
+        options(f"features:{folder(tmp_path)}", methods="gate", holdouts="fox + cow,elk", seeds=1)
+    )
     assert swept.holdouts == ["cow+fox", "elk"]
     found = solve(swept.cells()[0], features)
     sites = {name: correct / examples for name, examples, correct in found.tests}
@@ -377,7 +379,7 @@ def test_several_domains_are_held_out_at_once(tmp_path: Path, forks: None) -> No
 
 def test_a_site_without_tests_has_no_accuracy(tmp_path: Path, forks: None) -> None:
     text = compare(
-        wishes(f"features:{folder(tmp_path / 'f')}", methods="local,gate", nodes=60, seeds=1, holdouts="fox")
+        options(f"features:{folder(tmp_path / 'f')}", methods="local,gate", nodes=60, seeds=1, holdouts="fox")
     )
     lines = text.partition("\n\n")[0].splitlines()[2:]
     assert len(lines) == 3
@@ -392,18 +394,18 @@ def test_all_domains_are_told_only_where_each_counts_the_same() -> None:
 
 def test_a_blend_for_all_is_refused_where_it_can_do_nothing(tmp_path: Path) -> None:
     data = f"features:{folder(tmp_path)}"
-    swept, _ = planned(wishes(data, "blend=0.5"))
+    swept, _ = planned(options(data, "blend=0.5"))
     assert "gate" in swept.methods
     assert "blend" not in swept.methods
     with pytest.raises(UserError, match="--methods blend: leaves no room for another blend"):
-        planned(wishes(data, "blend=0.5", methods="blend,gate"))
+        planned(options(data, "blend=0.5", methods="blend,gate"))
 
 
 def test_no_sweep_overwrites_the_table_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
     data = f"features:{folder(tmp_path / 'f')}"
-    for given in (wishes(data), wishes(data, jobs=2), wishes(data, "local-epochs=2"), wishes(data, rounds=3)):
+    for given in (options(data), options(data, jobs=2), options(data, "local-epochs=2"), options(data, rounds=3)):
         compare(given)
     assert len(list((tmp_path / "home" / "sweeps").iterdir())) == 3
 
@@ -415,7 +417,7 @@ def test_published_means_stand_only_beside_a_mean_over_all_domains(
     names = ("Caltech101", "LabelMe", "SUN09")
     classes = ["bird", "car", "chair", "dog", "person"]
     root = folder(tmp_path / "f", class_names=classes, domains=names, model="openai/clip-vit-base-patch16")
-    given = wishes(f"features:{root}", out=str(tmp_path / "out"))
+    given = options(f"features:{root}", out=str(tmp_path / "out"))
     assert "published: " in compare(given)
     assert "published: " not in compare(replace(given, holdouts="SUN09,LabelMe"))
 
@@ -423,12 +425,12 @@ def test_published_means_stand_only_beside_a_mean_over_all_domains(
 def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
     classes, domains = ["bird", "car", "chair", "dog", "person"], ["Caltech101", "SUN09"]
-    other = compare(wishes(f"features:{folder(tmp_path / 'f', class_names=classes, domains=domains)}"))
+    other = compare(options(f"features:{folder(tmp_path / 'f', class_names=classes, domains=domains)}"))
     assert "published: " not in other
     assert "Published figures of this data are for clip-vit-base-patch16, and stand only beside results of the" in other
     model = "openai/clip-vit-base-patch16"
     root = folder(tmp_path / "g", class_names=classes, domains=domains, model=model)
-    table = compare(wishes(f"features:{root}", out=str(tmp_path / "out")))
+    table = compare(options(f"features:{root}", out=str(tmp_path / "out")))
     assert "published: FedCLIP: ViT-B/16, as FedMVP" in table
     assert "unseen 82.70" in table
     assert "82.70" in (tmp_path / "out" / "table.csv").read_text()
@@ -437,7 +439,7 @@ def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypat
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     given = ("adapter=gate", "seed=3", "alpha=-1", "bach-size=3", "nonsense", "personalize=true")
     with pytest.raises(UserError) as error:
-        planned(wishes(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum", seeds=0, rounds=-3))
+        planned(options(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum", seeds=0, rounds=-3))
     told = str(error.value)
     for part in (
         "adapter: methods differ in it; choose some with --methods",
@@ -464,7 +466,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 )
 def test_what_does_not_fit_the_data_is_told(changed: dict[str, str], told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        planned(wishes(f"features:{folder(tmp_path)}", **changed))
+        planned(options(f"features:{folder(tmp_path)}", **changed))
     assert told in str(error.value)
 
 
@@ -483,7 +485,7 @@ def alive(pid: int) -> bool:
 
 COMMAND = """
 import multiprocessing, os, signal, time
-from fedclip_flwr import sweep
+from fedclip_flwr.experiments import sweep
 from fedclip_flwr.cli import app
 
 begin, count, most = sweep._begin, sweep._count, int(os.environ["MOST_ROUNDS"])
@@ -556,7 +558,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(
     assert process.returncode == 0, told
     assert " of 18 results from earlier" in table
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "other"))
-    compare(wishes(sweeping.data, methods="gate", seeds=3, rounds=3, jobs=2, out=str(tmp_path / "at-once")))
+    compare(options(sweeping.data, methods="gate", seeds=3, rounds=3, jobs=2, out=str(tmp_path / "at-once")))
     assert sweeping.table.read_text() == (tmp_path / "at-once" / "table.csv").read_text()
 
 
@@ -585,4 +587,4 @@ def test_the_command_with_its_own_processes_is_stopped_and_goes_on(tmp_path: Pat
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="let --out name another folder"):
-        compare(wishes(f"features:{folder(tmp_path / 'f')}", out=str(tmp_path / "file")))
+        compare(options(f"features:{folder(tmp_path / 'f')}", out=str(tmp_path / "file")))

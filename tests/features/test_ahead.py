@@ -172,7 +172,7 @@ import signal
 import sys
 from pathlib import Path
 print("begun", flush=True)
-from fedclip_flwr import ahead
+from fedclip_flwr.features import ahead
 from fedclip_flwr.data.drawn import Drawn
 from tests.pixels import LARGE
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored

@@ -31,9 +31,11 @@ from tests import forked
 OPEN = """
 import sys
 from pathlib import Path
-from fedclip_flwr import clip, content, features
-from fedclip_flwr.config import Settings
-opened = features.open_features(Settings(data=f"folder:{sys.argv[1]}"), root=Path(sys.argv[2]), progress=False)
+from fedclip_flwr.features import clip
+from fedclip_flwr.base import content
+from fedclip_flwr.features import opening
+from fedclip_flwr.base.settings import Settings
+opened = opening.open_features(Settings(data=f"folder:{sys.argv[1]}"), root=Path(sys.argv[2]), progress=False)
 """
 
 
@@ -193,8 +195,10 @@ def test_processes_at_once_get_the_right_features_and_encode_once(tree: Path, tr
 
 
 WARM_ROUND = """
-from fedclip_flwr.adapters import make_adapter
-from fedclip_flwr.learning import RECIPES, evaluate, train
+from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.learning.training import evaluate
+from fedclip_flwr.learning.training import train
 examples, classes = opened.examples("photo").ready(), opened.classes.ready()
 adapter = make_adapter("attention", classes.text.shape[1])
 train(adapter, examples, classes, RECIPES["default"], learning_rate=1e-3)

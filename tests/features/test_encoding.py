@@ -23,8 +23,11 @@ from tests.failing import failing
 ENCODE = """
 import os, signal, sys
 from pathlib import Path
-from fedclip_flwr import ahead, clip, features, growing
-from fedclip_flwr.config import Settings
+from fedclip_flwr.features import ahead
+from fedclip_flwr.features import clip
+from fedclip_flwr.features import opening
+from fedclip_flwr.base import growing
+from fedclip_flwr.base.settings import Settings
 clip.PART = 2
 left = int(sys.argv[4])
 def counted(place, name, moment):
@@ -45,7 +48,7 @@ counted(Path, "replace", "rename")
 if "workers" in sys.argv:
     ahead.workers = lambda *_: 2
 settings = Settings(data=f"folder:{sys.argv[1]}")
-opened = features.open_features(settings, root=Path(sys.argv[2]), progress=False)
+opened = opening.open_features(settings, root=Path(sys.argv[2]), progress=False)
 opened.examples("photo")
 """
 

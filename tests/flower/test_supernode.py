@@ -213,7 +213,9 @@ def test_when_there_is_nothing_to_take_nothing_changes(site: Site) -> None:
 
 END = """
 import signal, subprocess, sys, threading, time
-from fedclip_flwr import content, pinned, supernode
+from fedclip_flwr.base import content
+from fedclip_flwr.flower import pinned
+from fedclip_flwr.flower import supernode
 from flwr.supernode import cli
 def fails():
     raise RuntimeError("no heartbeat")

@@ -122,7 +122,8 @@ def test_a_superlink_has_sites_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 TOLD_TO_STOP = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from fedclip_flwr import clip, simulation
+from fedclip_flwr.features import clip
+from fedclip_flwr.operations import simulation
 from fedclip_flwr.cli import app
 
 class Popen(subprocess.Popen):

@@ -128,7 +128,7 @@ def test_an_export_is_loaded_in_python(end: Environment, run: Path, tree: Path) 
 FLOWER = """
 import subprocess, sys
 from pathlib import Path
-from fedclip_flwr import simulation
+from fedclip_flwr.operations import simulation
 with simulation.temporary() as folder, simulation.superlink(Path(folder)) as env:
     command = ["flwr", "run", ".", simulation.CONNECTION, "--stream", "--run-config", sys.argv[1]]
     sys.exit(subprocess.run([*command, "--federation-config", "num-supernodes=2"], env=env).returncode)
@@ -149,7 +149,7 @@ def test_an_app_of_ones_own_runs_with_flowers_command(end: Environment) -> None:
 
 TYPED = """
 from fedclip_flwr import FedCLIP
-from fedclip_flwr.config import Settings
+from fedclip_flwr.base.settings import Settings
 reveal_type(FedCLIP.from_pretrained("latest"))
 Settings(seed="x")
 """

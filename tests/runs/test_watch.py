@@ -240,7 +240,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path: Path) -> None:
 def test_a_real_run_is_watched_to_its_end_without_torch(tmp_path: Path) -> None:
     given = ["run", "--nodes", "2", "num-server-rounds=2", f"results-dir={tmp_path}"]
     watching = (
-        "import sys; from fedclip_flwr import watch; code = watch.watch(sys.argv[1], None); "
+        "import sys; from fedclip_flwr.runs import watch; code = watch.watch(sys.argv[1], None); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     with subprocess.Popen([BIN / "fedclip", *given], stdout=subprocess.PIPE, text=True) as process:

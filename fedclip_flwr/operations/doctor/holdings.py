@@ -20,7 +20,7 @@ from fedclip_flwr.features.opening import open_features, source_of, told_by_serv
 from fedclip_flwr.operations.doctor.findings import Examination
 from fedclip_flwr.runs.history import results
 from fedclip_flwr.site.context import OWN, settings_at
-from fedclip_flwr.site.holdings import owners_words
+from fedclip_flwr.site.holdings import owners_config
 
 NODE_CONFIG = {*OWN, "site", "role", "domains", "share-class-counts", "partition-id", "num-partitions"}
 TRIED = 8
@@ -41,7 +41,7 @@ def examine_site(ex: Examination, run: Settings, node: Mapping[str, Any]) -> int
     domains: Sequence[str] | None = features.domains
     if "partition-id" not in node:
         holdout = "" if run.holdout == "auto" else run.holdout
-        words = ex.look("site", owners_words, node, features.domains, holdout)
+        words = ex.look("site", owners_config, node, features.domains, holdout)
         domains = words and words.domains
         if words:
             does = "only evaluates, on" if words.role == HOLDOUT else "trains on"
