@@ -1,8 +1,4 @@
 """What was learnt, used: the module FedCLIP; predict, evaluate, encode, export, ONNX, the model card.
 
-May import everything up to report.
+May import everything up to report. The package itself hands on FedCLIP, when it is asked for: it brings the hub's library.
 """
-
-from fedclip_flwr.inference.model import FedCLIP, Prediction
-
-__all__ = ["FedCLIP", "Prediction"]
