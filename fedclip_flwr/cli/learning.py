@@ -140,25 +140,9 @@ def sweep(
     Examples: fedclip sweep --data pacs --model openai/clip-vit-base-patch32; fedclip sweep --data features:PATH --seeds
     10 --methods paper,gate
     """
-    from fedclip_flwr.experiments import comparison
-    from fedclip_flwr.operations import simulation  # not for --help: they bring torch
+    options = dict(locals())  # named as the fields of SweepOptions
+    from fedclip_flwr.experiments import comparison  # not for --help: these bring torch
+    from fedclip_flwr.operations import simulation
 
     simulation.stop_in_order("Stopped. The results so far are kept: the same command goes on from here.")
-    options = comparison.SweepOptions(
-        data,
-        model,
-        methods,
-        holdouts,
-        nodes,
-        seeds,
-        first_seed,
-        rounds,
-        full_model_rounds,
-        full_model_seeds,
-        jobs,
-        out,
-        name,
-        against,
-        settings or [],
-    )
-    typer.echo(comparison.compare(options))
+    typer.echo(comparison.compare(comparison.SweepOptions(**{**options, "settings": settings or []})))

@@ -103,22 +103,11 @@ def doctor(
     --auth-supernode-private-key node.key --node-config "site='north' data='folder:/data'"; fedclip doctor server
     --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --on hospitals
     """
-    from fedclip_flwr.operations import (
-        doctor,
-        outgoing,  # not for --help: they bring torch
-    )
+    from fedclip_flwr.operations import doctor, outgoing  # not for --help: they bring torch
 
     site = doctor.Site(superlink, root_certificates, auth_supernode_private_key, node_config)
-    server = doctor.Server(
-        ssl_ca_certfile,
-        ssl_certfile,
-        ssl_keyfile,
-        fleet_api_address,
-        control_api_address,
-        serverappio_api_address,
-        host,
-        on,
-    )
+    addresses = fleet_api_address, control_api_address, serverappio_api_address
+    server = doctor.Server(ssl_ca_certfile, ssl_certfile, ssl_keyfile, *addresses, host, on)
     if (show_outgoing and (not node_config or as_json)) or (out and not show_outgoing):
         raise UserError("expected: fedclip doctor site --node-config … --show-outgoing, with or without --out")
     task = doctor.read(words or [], site, server, insecure)

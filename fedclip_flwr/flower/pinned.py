@@ -82,12 +82,12 @@ def _require(program: Path, path: str) -> None:
 
 def _answering(path: str) -> str | None:
     """The program that Flower starts for a message, with that PATH: it does so here, and nothing is started."""
-    from flwr.common.constant import ExecPluginType  # these name what a SuperNode starts for a message:
-    from flwr.common.typing import Run
-    from flwr.proto.task_pb2 import Task
-    from flwr.supercore.cli.flower_superexec import _get_plugin_and_stub_class  # no setting or hook says which program
-    from flwr.supercore.constant import ExecutorType, TaskType
-    from flwr.supercore.superexec.executor import get_executor
+    from flwr.common.constant import ExecPluginType  # a SuperNode's plugins: no setting or hook says which program
+    from flwr.common.typing import Run  # one is made with a run,
+    from flwr.proto.task_pb2 import Task  # and starts a program for a task
+    from flwr.supercore.cli.flower_superexec import _get_plugin_and_stub_class  # the plugin for ClientApps
+    from flwr.supercore.constant import ExecutorType, TaskType  # in a subprocess, for a ClientApp
+    from flwr.supercore.superexec.executor import get_executor  # what starts that
 
     started: list[tuple[Sequence[str], dict[str, Any]]] = []
     kind, _ = _get_plugin_and_stub_class(ExecPluginType.CLIENT_APP)

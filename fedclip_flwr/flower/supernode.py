@@ -21,10 +21,10 @@ from logging import ERROR
 from typing import Any
 
 from flwr.app import Error, Message
-from flwr.common.constant import (  # how far a task of the SuperNode's is
+from flwr.common.constant import (
     ErrorCode,  # the codes that `flwr.app.Error` takes
-    Status,
-    SubStatus,
+    Status,  # how far a task of the SuperNode's is
+    SubStatus,  # and how it ended
 )
 from flwr.common.logger import log  # the SuperNode's own log
 from flwr.common.typing import Fab  # an app's bundle, as it comes
@@ -34,7 +34,7 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree  # w
 from flwr.supercore.object_store import ObjectStore  # where they are
 from flwr.supernode import start_client_internal as flower  # the SuperNode's loop: it has no hooks
 from flwr.supernode.nodestate.in_memory_nodestate import (
-    CLIENT_APP_CRASHED_ERROR,  # its own answer for a dead process
+    CLIENT_APP_CRASHED_ERROR,  # its own answer where a process died
     InMemoryNodeState,  # the messages that it works on
 )
 
