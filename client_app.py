@@ -15,20 +15,22 @@ import torch
 from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
 
-from fedclip_flwr.base import content, files
-from fedclip_flwr.base.errors import ReadError, UserError, one_line
-from fedclip_flwr.exchange import records
+from fedclip_flwr.base import UserError, content, files
+from fedclip_flwr.base.errors import ReadError, one_line
+from fedclip_flwr.exchange import ExchangeError, Hello, Progress, records
 from fedclip_flwr.exchange.codecs import CODECS
 from fedclip_flwr.exchange.link import SiteCache, StatesOnDisk, forget
-from fedclip_flwr.exchange.records import LACKS, ExchangeError, Hello, LacksError, Progress
+from fedclip_flwr.exchange.records import LACKS, LacksError
 from fedclip_flwr.exchange.secure import protocol
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.exchange.session import recall
 from fedclip_flwr.features import encoding
 from fedclip_flwr.flower.clientapp import RAISED, ClientAppCallable
-from fedclip_flwr.learning.adapters import Adapter, tensor_names
+from fedclip_flwr.learning import Adapter
+from fedclip_flwr.learning.adapters import tensor_names
 from fedclip_flwr.runs.saved import save_adapter
-from fedclip_flwr.site.context import OpenedContext, in_simulation, open_context
+from fedclip_flwr.site import OpenedContext, open_context
+from fedclip_flwr.site.context import in_simulation
 from fedclip_flwr.site.work import answer_evaluate, answer_train
 
 gc.freeze()

@@ -12,31 +12,26 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedclip_flwr.base import content
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError, content
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.data import held_out
+from fedclip_flwr.exchange import Session
 from fedclip_flwr.exchange.link import Downlink, forget
-from fedclip_flwr.exchange.session import Session
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
+from fedclip_flwr.features import Features, models
 from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.serverapp import add_exit_handler, refuse
-from fedclip_flwr.learning.adapters import Adapter
-from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, examine
 from fedclip_flwr.learning.metrics import Quality
-from fedclip_flwr.learning.training import examine
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import console
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.runs.folder import RunFolder
 from fedclip_flwr.runs.opening import open_run
 from fedclip_flwr.runs.summary import summary_of
+from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import RoundResult, RunState
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 app = ServerApp()

@@ -27,19 +27,17 @@ import torch
 from flwr.app import Message, MessageType
 
 from benchmarks.common import at_least, machine, table
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import ROBUST, Settings
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import ROBUST
 from fedclip_flwr.base.tensors import State, length_of
 from fedclip_flwr.exchange.records import read_answer, read_task, write_answer
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.flower.grids import Node
+from fedclip_flwr.learning import RECIPES, evaluate
 from fedclip_flwr.learning.adapters import ADAPTERS, new_adapter
 from fedclip_flwr.learning.metrics import Score, mean_accuracy
-from fedclip_flwr.learning.recipes import RECIPES
-from fedclip_flwr.learning.training import evaluate
-from fedclip_flwr.site.holdings import Site
+from fedclip_flwr.site import Site
 
 PLAIN = "plain FedAvg"
 DEFAULT = "default"

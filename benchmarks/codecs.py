@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import at_least, machine, table
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings
 from fedclip_flwr.exchange.codecs import CODECS
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.opening import open_features
-from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
+from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.learning import make_adapter
+from fedclip_flwr.learning.adapters import ADAPTERS
 
 GOAL = 0.995
 

@@ -49,7 +49,7 @@ from benchmarks.common import (
 )
 from deploy.processes import superlink, supernode
 from deploy.relay import Relay, relayed
-from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.operations import simulation
 
 SITES = 3

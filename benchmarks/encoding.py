@@ -23,8 +23,7 @@ from benchmarks.common import at_least, machine, table, workplace
 from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.data.folder import ImageFolder
-from fedclip_flwr.features import ahead, clip, encoding, models
-from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.features import Clip, ahead, clip, encoding, models
 
 BATCHES, IMAGES = 1, 128
 SIZE = (500, 375)

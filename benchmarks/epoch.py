@@ -32,11 +32,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import CLASSES, DIM, at_least, machine, table, workplace
 from benchmarks.pacs_size import IMAGES, timed
-from fedclip_flwr.learning.adapters import make_adapter
-from fedclip_flwr.learning.base import Classes as Prompts
-from fedclip_flwr.learning.base import Examples
-from fedclip_flwr.learning.recipes import RECIPES
-from fedclip_flwr.learning.training import train
+from fedclip_flwr.learning import RECIPES, Examples, make_adapter, train
+from fedclip_flwr.learning import Classes as Prompts
 
 BATCH, ROWS, TOKENS, ROUNDS = 32, 1200, 77, 200
 SIZES = (8, 16, 32, 64)

@@ -33,19 +33,14 @@ from benchmarks.common import OURS, at_least, machine, middle, nothing, run_app,
 from benchmarks.encoding import write_images, write_model
 from benchmarks.predicting import TEMPLATES, Bare, made
 from deploy.processes import superlink, supernode
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.growing import Growing
-from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data import drawn
 from fedclip_flwr.data.files import Files, find_images
 from fedclip_flwr.experiments.simulate import Result, make_sites, simulate
-from fedclip_flwr.features import ahead, clip, encoding, models
-from fedclip_flwr.features.clip import Clip
-from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.features import Clip, ahead, clip, encoding, models, open_features
 from fedclip_flwr.features.whole import WholeModel
-from fedclip_flwr.learning.adapters import make_adapter
-from fedclip_flwr.learning.base import Classes, Examples
-from fedclip_flwr.learning.recipes import RECIPES
-from fedclip_flwr.learning.training import evaluate, train
+from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, make_adapter, train
 from fedclip_flwr.operations import simulation
 
 SITES = 3

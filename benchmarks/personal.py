@@ -17,13 +17,12 @@ from statistics import mean
 
 import torch
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.features import open_features
+from fedclip_flwr.learning import evaluate
 from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.metrics import mean_accuracy
-from fedclip_flwr.learning.training import evaluate
 from fedclip_flwr.site.work import learn_alone
 
 

@@ -27,15 +27,13 @@ from torch.nn import functional as F
 
 from benchmarks.common import CLASSES, at_least, machine, table, workplace
 from benchmarks.encoding import seconds, write_model
-from fedclip_flwr.data import drawn
-from fedclip_flwr.data.vocabulary import Vocabulary
-from fedclip_flwr.features import models
-from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.data import Vocabulary, drawn
+from fedclip_flwr.features import Clip, models
 from fedclip_flwr.features.folder import FACTS
 from fedclip_flwr.inference.model import FedCLIP
 from fedclip_flwr.inference.predict import likeliest
-from fedclip_flwr.learning.adapters import ADAPTERS, make_adapter
-from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.learning import Classes, Examples, make_adapter
+from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.runs import saved
 
 SIZE = (500, 375)

@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.common import at_least, workplace
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.data.opening import open_source
+from fedclip_flwr.base import UserError
+from fedclip_flwr.data import open_source
 from fedclip_flwr.data.presets import normalized_name
 from fedclip_flwr.inference import encode
 

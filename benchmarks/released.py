@@ -33,16 +33,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import DIM, at_least, machine, table, workplace, write_features
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.experiments.simulate import simulate
-from fedclip_flwr.features.folder import FeatureFolder
+from fedclip_flwr.features import FeatureFolder
+from fedclip_flwr.learning import RECIPES, Classes, Examples, train
 from fedclip_flwr.learning.adapters import new_adapter
-from fedclip_flwr.learning.base import Classes, Examples
-from fedclip_flwr.learning.recipes import RECIPES
-from fedclip_flwr.learning.training import train
-from fedclip_flwr.site.holdings import Site, divide
+from fedclip_flwr.site import Site
+from fedclip_flwr.site.holdings import divide
 
 SEED, HELD_OUT = 7, "held out"
 FUNCTIONS = ("train", "communication", "test")

@@ -51,11 +51,10 @@ from deploy.processes import superlink
 from deploy.relay import relayed
 from fedclip_flwr.base import content
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange import Hello, Report, records
 from fedclip_flwr.exchange.codecs import CODECS, wrap
-from fedclip_flwr.exchange.records import Hello, Report
 from fedclip_flwr.flower.sizes import message_size
-from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 
 CALCULATED = (10, 1000, 100_000)

@@ -23,13 +23,11 @@ from typing import Any
 
 import torch
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.opening import open_features
-from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.learning import RECIPES
 from fedclip_flwr.learning.training import split
 
 FIRST_SEED = 500

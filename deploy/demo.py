@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 
 from deploy.processes import SuperLink, superlink, supernode
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.operations import keys, simulation
 
 SITES = ("art-0", "cartoon-0", "photo-0")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.flower.connections import IN_MEMORY
 from fedclip_flwr.operations import simulation
 

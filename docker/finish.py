@@ -14,7 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import fedclip_flwr
-from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.features import Clip
 
 PLACE = Path(sysconfig.get_path("purelib"))
 UNUSED = (

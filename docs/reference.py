@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings
 from fedclip_flwr.cli import app
 
 HERE = Path(__file__).parent

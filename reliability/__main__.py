@@ -26,8 +26,7 @@ from xml.etree import ElementTree
 from filelock import FileLock
 
 from benchmarks.common import OURS, machine, table
-from fedclip_flwr.base import content
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, content
 from fedclip_flwr.operations import simulation
 from reliability import faults, kills, trials
 from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, federation

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from reliability.federation import BrokenError, Federation, difference, kill, result
 from reliability.trials import SAME, Outcome, Trial
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from reliability.federation import BrokenError, Federation, Result, Run, difference, result, until
 
 REFUSED = "This run can't go on. "

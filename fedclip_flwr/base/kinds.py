@@ -20,7 +20,7 @@ KINDS = {
     "gate": AdapterSpec(1e-3, 3e-2, ranked=True),
     "scale": AdapterSpec(3e-3, 3e-2, exact=True),
 }
-"""What `adapters.py` has a class for. How the rates were chosen: docs/results.md."""
+"""What `learning/adapters.py` has a class for. How the rates were chosen: docs/results.md."""
 
 
 def of_rank(kind: str, rank: int) -> str:

@@ -33,7 +33,7 @@ OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 """Those that compare the sites' updates with each other."""
 CODECS = ("float32", "bfloat16", "int8")
-"""How tensors travel: whole, or as `codecs.py` packs differences."""
+"""How tensors travel: whole, or as `exchange/codecs.py` packs differences."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Experiment trackers that a run can tell."""
 STORED = "features:"

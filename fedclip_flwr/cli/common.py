@@ -10,8 +10,8 @@ import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fedclip_flwr.base import __version__
-from fedclip_flwr.base.errors import UserError, one_line
+from fedclip_flwr.base import UserError, __version__
+from fedclip_flwr.base.errors import one_line
 
 DEBUG = "--debug"
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings, meaning_of
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import meaning_of
 from fedclip_flwr.cli.common import command, option
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.cli.common import command, option
 
 

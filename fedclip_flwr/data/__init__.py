@@ -1,6 +1,6 @@
 """Where images come from, how classes are called and prompted, and which simulated site holds which images.
 
-May import: base, learning (for seeds no more than base).
+May import: base.
 """
 
 from fedclip_flwr.data.base import Columns, Picture, Source

@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedclip_flwr.base import content, files, hub
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, content, files, hub
 from fedclip_flwr.base.settings import PLACES, place_of
 from fedclip_flwr.data.base import FIND, Columns, Picture
 from fedclip_flwr.data.images import changed, content_of, known, read

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from fedclip_flwr.base import content, files
-from fedclip_flwr.base.errors import ReadError, UserError
+from fedclip_flwr.base import UserError, content, files
+from fedclip_flwr.base.errors import ReadError
 from fedclip_flwr.data.base import Picture
 from fedclip_flwr.data.folder import ENDINGS
 from fedclip_flwr.data.images import decoded, mark, read

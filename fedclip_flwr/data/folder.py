@@ -10,7 +10,8 @@ from itertools import filterfalse
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from fedclip_flwr.base.errors import UserError, shown
+from fedclip_flwr.base import UserError
+from fedclip_flwr.base.errors import shown
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.data.base import Picture
 from fedclip_flwr.data.images import ImageFiles

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedclip_flwr.base import content, files
+from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.base.content import UNREADABLE
-from fedclip_flwr.base.errors import ReadError, UserError
+from fedclip_flwr.base.errors import ReadError
 from fedclip_flwr.data.base import Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")

@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, files
 from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.data.base import FIND, Columns, Picture, Source
 from fedclip_flwr.data.presets import PRESETS, Canonical, Preset, fitting
@@ -88,7 +87,7 @@ def _folder(root: Path, data: str, columns: Columns) -> Source:
 
 
 LOCAL: dict[str, Callable[[Path, str, Columns], Source]] = {"folder:": _folder}
-"""By what begins the data's name (`config.PLACES`), but for features, which are no images: what opens that path.
+"""By what begins the data's name (`settings.PLACES`), but for features, which are no images: what opens that path.
 
 It is told the whole name too, for errors, and the columns. What is open must be plain, so that another process can have
 it, and quick to make: each process does so.

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedclip_flwr.base import content, files, store
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, content, files, store
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.tensors import State
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedclip_flwr.base import content, files
-from fedclip_flwr.base.errors import UserError, shown
+from fedclip_flwr.base import UserError, content, files
+from fedclip_flwr.base.errors import shown
 
 SEPARATOR = "|"
 """Between the templates of an ensemble."""

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.tensors import State, length_of
 
 

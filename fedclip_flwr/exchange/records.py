@@ -27,11 +27,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.base.errors import one_line as one_line  # of all that comes from elsewhere
 from fedclip_flwr.base.roles import HOLDOUT, ROLES
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange.codecs import CODECS, packed_size
 from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.flower.sizes import message_size

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from fedclip_flwr.base import content
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.base import UserError, content
+from fedclip_flwr.data import Vocabulary
 
 
 class Session(NamedTuple):

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.experiments.simulate import Accuracies, accuracies_of, simulate
-from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.learning import Classes, Examples, Learner
 from fedclip_flwr.learning.metrics import Score, mean_of
-from fedclip_flwr.site.holdings import Site
+from fedclip_flwr.site import Site
 
 
 @dataclass(frozen=True)

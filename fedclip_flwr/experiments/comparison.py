@@ -13,19 +13,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedclip_flwr.base import content, files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import STORED, Settings, unusable
+from fedclip_flwr.base import Settings, UserError, content, files
+from fedclip_flwr.base.settings import STORED, unusable
 from fedclip_flwr.base.text import counted
-from fedclip_flwr.data.holdout import pick_holdout
+from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.presets import PRESETS, fitting
 from fedclip_flwr.experiments import printed
 from fedclip_flwr.experiments.baselines import METHODS, OWN, PUBLISHED, Published
 from fedclip_flwr.experiments.sweep import Plan, sweep
 from fedclip_flwr.experiments.tables import Row, as_csv, markdown, rows
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.features import Features, models
+from fedclip_flwr.runs import read_settings
 from fedclip_flwr.runs.console import NOT_THE_PAPERS
 from fedclip_flwr.runs.opening import open_run
 

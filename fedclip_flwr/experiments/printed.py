@@ -9,7 +9,7 @@ from itertools import combinations
 from statistics import mean
 from typing import NamedTuple
 
-from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.data import held_out
 from fedclip_flwr.experiments.baselines import METHODS, Published
 from fedclip_flwr.experiments.paired import Difference, difference
 from fedclip_flwr.experiments.sweep import Found, Plan, Results

@@ -16,26 +16,23 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.data.holdout import held_out, pick_holdout
-from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.data import Vocabulary, held_out, pick_holdout
+from fedclip_flwr.exchange import Hello, Session
 from fedclip_flwr.exchange.link import Downlink, SiteCache, States, StatesInMemory
-from fedclip_flwr.exchange.records import Hello, write_hello
-from fedclip_flwr.exchange.session import Session
-from fedclip_flwr.features.base import Features
+from fedclip_flwr.exchange.records import write_hello
+from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node, local_grid
-from fedclip_flwr.learning.adapters import Adapter, new_adapter
-from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, evaluate, examine
+from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.metrics import Quality, Score, mean_accuracy
-from fedclip_flwr.learning.training import evaluate, examine
+from fedclip_flwr.server import Outcome, RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import Outcome, RoundResult, RunState
 from fedclip_flwr.server.strategy import AdapterFedAvg
-from fedclip_flwr.site.context import SiteContext
-from fedclip_flwr.site.holdings import Site, simulated_site
+from fedclip_flwr.site import Site, SiteContext
+from fedclip_flwr.site.holdings import simulated_site
 from fedclip_flwr.site.work import answer_evaluate, answer_train
 
 Wrap = Callable[[str, Node], Node]

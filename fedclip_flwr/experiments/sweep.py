@@ -20,16 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from fedclip_flwr.base import content, files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.exchange import records
-from fedclip_flwr.exchange.records import Report
+from fedclip_flwr.base import Settings, UserError, content, files
+from fedclip_flwr.exchange import Report, records
 from fedclip_flwr.experiments.baselines import METHODS, Case
 from fedclip_flwr.experiments.simulate import make_sites
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.features import Features, models, open_features
+from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedclip_flwr.base import tensorfile
-from fedclip_flwr.data.base import Source
+from fedclip_flwr.data import Source
 from fedclip_flwr.features.clip import Inputs, Preparer
 
 if TYPE_CHECKING:

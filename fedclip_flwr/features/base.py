@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from fedclip_flwr.data.vocabulary import Vocabulary
-from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.data import Vocabulary
+from fedclip_flwr.learning import Classes, Examples
 
 
 class Features(Protocol):

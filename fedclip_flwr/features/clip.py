@@ -1,7 +1,7 @@
-"""The frozen CLIP: found by name, identified by content, loaded only when something has to be encoded.
+"""The frozen CLIP, loaded: it encodes images and class prompts.
 
-The only room that imports transformers, and it does so when a model is loaded: a site whose features are stored needs
-no more than `find` and `Model.content`.
+The only module that imports transformers, and it does so when a model is loaded: a site whose features are stored needs
+no more than `models.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

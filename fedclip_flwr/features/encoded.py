@@ -7,7 +7,7 @@
     MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in bytes, for the whole model
     MODEL-PRECISION/agreement-….safetensors     whether some of the images find the same classes as in float32
 
-`featurefolder.py` has the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
+`folder.py` has the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
 CLIP at all.
 """
 
@@ -26,12 +26,11 @@ from fedclip_flwr.base import content, files, growing, store
 from fedclip_flwr.base.errors import shown
 from fedclip_flwr.base.growing import NAMED, Growing
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.data import base
-from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.data import Vocabulary, base
 from fedclip_flwr.features import ahead, clip, encoding, models
 from fedclip_flwr.features.clip import Clip
 from fedclip_flwr.features.whole import WholeModel
-from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.learning import Classes, Examples
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.features import ahead, clip, models
 from fedclip_flwr.features.clip import Clip
 

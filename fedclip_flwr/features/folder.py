@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedclip_flwr.base import content, files, store, tensorfile
-from fedclip_flwr.base.errors import UserError, one_line
+from fedclip_flwr.base import UserError, content, files, store, tensorfile
+from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.settings import MOST_NORM
-from fedclip_flwr.data.vocabulary import SEPARATOR, Vocabulary, check_classes, check_plain, numbering, templates_of
-from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.data import Vocabulary
+from fedclip_flwr.data.vocabulary import SEPARATOR, check_classes, check_plain, numbering, templates_of
+from fedclip_flwr.learning import Classes, Examples
 
 FACTS, CLASSES = "features.json", "classes"
 MOST = 1e6

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedclip_flwr.base import files, tensorfile
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, files, tensorfile
 from fedclip_flwr.data.vocabulary import SEPARATOR
 
 if TYPE_CHECKING:

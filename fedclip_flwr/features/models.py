@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedclip_flwr.base import content, files, hub
-from fedclip_flwr.base.errors import UserError, one_line
+from fedclip_flwr.base import UserError, content, files, hub
+from fedclip_flwr.base.errors import one_line
 
 log = logging.getLogger(__name__)
 BUNDLED = files.PACKAGE / "bundled" / "model"

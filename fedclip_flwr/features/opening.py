@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.data import base, opening
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.data import Vocabulary, base, opening
 from fedclip_flwr.data.presets import Preset
-from fedclip_flwr.data.vocabulary import Vocabulary, check_apart, numbering, read_names, renamed, templates_of, usable
+from fedclip_flwr.data.vocabulary import check_apart, numbering, read_names, renamed, templates_of, usable
 from fedclip_flwr.features import models
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.encoded import Encoded, Pixels
 from fedclip_flwr.features.folder import FeatureFolder
+from fedclip_flwr.learning import RECIPES, Learner
 from fedclip_flwr.learning.adapters import new_adapter
-from fedclip_flwr.learning.base import Learner
-from fedclip_flwr.learning.recipes import RECIPES
 
 
 def open_features(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.features.clip import PART, Clip, full_convolutions, unit
-from fedclip_flwr.learning.base import Classes, Learner
+from fedclip_flwr.learning import Classes, Learner
 
 
 class WholeModel(Learner):

@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, files
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp

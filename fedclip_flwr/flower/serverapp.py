@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from flwr.common.exit import add_exit_handler as add_exit_handler  # a ServerApp that is stopped hears of it only here
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 
 
 def refuse(error: UserError) -> NoReturn:

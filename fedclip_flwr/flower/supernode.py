@@ -38,7 +38,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
     InMemoryNodeState,  # the messages that it works on
 )
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import pinned
 
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)

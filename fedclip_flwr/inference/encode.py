@@ -8,9 +8,8 @@ from pathlib import Path
 
 from fedclip_flwr.base.settings import STORED, TAKEN
 from fedclip_flwr.base.text import counted
-from fedclip_flwr.features import folder_writer
-from fedclip_flwr.features.encoded import Encoded
-from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.features import Encoded, folder_writer
+from fedclip_flwr.runs import read_settings
 from fedclip_flwr.runs.opening import open_run
 
 

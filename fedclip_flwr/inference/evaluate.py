@@ -8,20 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import STORED, TAKEN, Settings, unusable
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import STORED, TAKEN, unusable
 from fedclip_flwr.base.text import counted, gain, percent, some, table
-from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.data import held_out
 from fedclip_flwr.data.vocabulary import SEPARATOR
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.folder import FeatureFolder
-from fedclip_flwr.features.opening import open_features, source_of
+from fedclip_flwr.features import FeatureFolder, Features, models, open_features
+from fedclip_flwr.features.opening import source_of
 from fedclip_flwr.inference.learnt import Learnt, find_learnt
+from fedclip_flwr.learning import examine
 from fedclip_flwr.learning.metrics import Quality, mean_figures
-from fedclip_flwr.learning.training import examine
-from fedclip_flwr.runs import history
-from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.runs import history, read_settings
 
 OPTIONS = {"data", "model", "model-revision", "prompt", "class-names"}
 """Settings that this command has other ways for."""

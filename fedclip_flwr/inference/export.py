@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedclip_flwr.base import content, files, hub
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, content, files, hub
 from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.inference import onnx_file
 from fedclip_flwr.inference.model import FedCLIP

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedclip_flwr.base import content, files, hub
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, content, files, hub
 from fedclip_flwr.base.text import some
-from fedclip_flwr.data.vocabulary import Vocabulary
-from fedclip_flwr.features import models
-from fedclip_flwr.features.folder import FeatureFolder
-from fedclip_flwr.learning.adapters import ADAPTERS, Adapter
+from fedclip_flwr.data import Vocabulary
+from fedclip_flwr.features import FeatureFolder, models
+from fedclip_flwr.learning import Adapter
+from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.runs import history, saved
 
 log = logging.getLogger(__name__)

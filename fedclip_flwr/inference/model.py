@@ -23,18 +23,15 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedclip_flwr.base import __version__, content, files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError, __version__, content, files
+from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.data.files import Files
 from fedclip_flwr.data.images import decoded, of_pixels, read, upright
-from fedclip_flwr.data.vocabulary import Vocabulary, templates_of, usable
-from fedclip_flwr.features import ahead, clip, encoding, models
-from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.data.vocabulary import templates_of, usable
+from fedclip_flwr.features import Clip, ahead, clip, encoding, models
 from fedclip_flwr.inference import card
 from fedclip_flwr.inference.learnt import find_learnt
-from fedclip_flwr.learning.adapters import Adapter
-from fedclip_flwr.learning.base import Classes
+from fedclip_flwr.learning import Adapter, Classes
 from fedclip_flwr.runs import saved
 
 if TYPE_CHECKING:

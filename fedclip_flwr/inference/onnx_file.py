@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedclip_flwr.base import __version__
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, __version__
 from fedclip_flwr.data import drawn
 from fedclip_flwr.features import clip
 from fedclip_flwr.inference import card
 from fedclip_flwr.inference.model import FedCLIP
-from fedclip_flwr.learning.base import Classes
+from fedclip_flwr.learning import Classes
 
 FILE, WEIGHTS, PREPARING = "model.onnx", "model.onnx.data", "preprocessor_config.json"
 INPUT, OUTPUTS = "pixel_values", ("logits", "probabilities", "features")

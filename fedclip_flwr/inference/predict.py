@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError, shown
+from fedclip_flwr.base import UserError, files
+from fedclip_flwr.base.errors import shown
 from fedclip_flwr.base.settings import STORED
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.data.files import find_images
 from fedclip_flwr.data.vocabulary import read_names
-from fedclip_flwr.features.folder import FeatureFolder
+from fedclip_flwr.features import FeatureFolder
 from fedclip_flwr.inference.learnt import Learnt, find_learnt
 from fedclip_flwr.inference.model import FedCLIP, Prediction, check_top
-from fedclip_flwr.learning.adapters import Adapter
-from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.learning import Adapter, Classes, Examples
 from fedclip_flwr.learning.training import logits_of
 
 Rows = Iterator[tuple[str, Prediction | None]]

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.learning.base import Learner
 from fedclip_flwr.learning.recipes import length_of
 
@@ -104,7 +103,7 @@ ADAPTERS: dict[str, Callable[[int, int, float, bool], Adapter]] = {
     "gate": Gate,
     "scale": Scale,
 }
-"""By the names in `kinds.py`; each is made of the features' dimension, the rank, the blend and the start."""
+"""By the names in `base/kinds.py`; each is made of the features' dimension, the rank, the blend and the start."""
 
 
 def make_adapter(

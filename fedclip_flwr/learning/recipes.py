@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.kinds import KINDS
-from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.learning.base import Classes
 
 

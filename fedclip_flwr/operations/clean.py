@@ -17,9 +17,9 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fedclip_flwr.base import content, files
+from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.base.content import DAY
-from fedclip_flwr.base.errors import UserError, shown
+from fedclip_flwr.base.errors import shown
 from fedclip_flwr.base.text import bytes_of, counted, some, table
 
 RECENT = 2 * DAY

@@ -28,8 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedclip_flwr.base import content, files
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.operations.certificates import names_of
 
 CA_DAYS, SERVER_DAYS = 3650, 825

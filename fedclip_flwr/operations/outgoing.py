@@ -20,25 +20,22 @@ from typing import Any, NamedTuple
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
 
-from fedclip_flwr.base import content, files, tensorfile
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import Settings, UserError, content, files, tensorfile
 from fedclip_flwr.base.roles import TRAIN
-from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import bytes_of, counted
-from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange import Hello, Report, Session, records
 from fedclip_flwr.exchange.link import Downlink, forget
-from fedclip_flwr.exchange.records import Hello, Report
 from fedclip_flwr.exchange.secure import site as secure
-from fedclip_flwr.exchange.session import Session
-from fedclip_flwr.features.opening import new_learner, open_features, told_by_server
+from fedclip_flwr.features import open_features
+from fedclip_flwr.features.opening import new_learner, told_by_server
 from fedclip_flwr.flower.grids import RUN, Node, local_grid
 from fedclip_flwr.flower.pinned import own_client_app
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
+from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import RoundResult, RunState
 from fedclip_flwr.server.strategy import AdapterFedAvg
 from fedclip_flwr.site.context import settings_at
 
@@ -77,7 +74,7 @@ Nothing else that was made of this site's images leaves it: no image, no feature
 Bytes are those of the messages as Flower serialises them. Besides, Flower tells which node it is for which run, its
 public key with a signature, that it is there, and how long an answer took. If something goes wrong, one line says what,
 in place of an answer; it may name a file. Each answer is held against one list before it leaves: may_leave, in
-fedclip_flwr/exchange/records.py, and with secure aggregation ANSWERS, in fedclip_flwr/secure."""
+fedclip_flwr/exchange/records.py, and with secure aggregation ANSWERS, in fedclip_flwr/exchange/secure/protocol.py."""
 
 
 class Sent(NamedTuple):

@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.base import __version__, files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings, meaning_of, unusable
+from fedclip_flwr.base import Settings, UserError, __version__, files
+from fedclip_flwr.base.settings import meaning_of, unusable
 from fedclip_flwr.flower.pinned import APPS
-from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.runs import read_settings
 
 DESCRIBED = "pyproject.toml"
 NAME = r"[A-Za-z]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"

@@ -26,10 +26,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings, unusable
-from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.base import Settings, UserError, files
+from fedclip_flwr.base.settings import unusable
+from fedclip_flwr.runs import read_settings
 
 CONNECTION = "fedclip"
 """What Flower's configuration calls our SuperLink."""

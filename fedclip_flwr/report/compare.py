@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedclip_flwr.base import content, files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError, content, files
 from fedclip_flwr.base.text import percent
 from fedclip_flwr.report import compare_plots
 from fedclip_flwr.report.drawing import styled
 from fedclip_flwr.report.markup import aside, e, gain, page, plots, section, setting, table
 from fedclip_flwr.report.output import check_out, write_plots, write_text
 from fedclip_flwr.report.story import Story
-from fedclip_flwr.runs.history import PAGE, WHERE, Run
+from fedclip_flwr.runs import Run
+from fedclip_flwr.runs.history import PAGE, WHERE
 
 
 def write(runs: Sequence[Run], out: Path | None) -> str:

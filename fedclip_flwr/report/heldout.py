@@ -16,16 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedclip_flwr.base import content, files, store
-from fedclip_flwr.base.errors import UserError, one_line
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.data.holdout import held_out, pick_holdout
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.encoded import Encoded, Pixels
-from fedclip_flwr.features.opening import open_features
-from fedclip_flwr.learning.adapters import Adapter
-from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.base import Settings, UserError, content, files, store
+from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.data import held_out, pick_holdout
+from fedclip_flwr.features import Encoded, Features, Pixels, models, open_features
+from fedclip_flwr.learning import Adapter, Classes, Examples, Learner
 from fedclip_flwr.learning.metrics import BINS, bins_of
 from fedclip_flwr.learning.training import logits_of
 from fedclip_flwr.report.output import FILE

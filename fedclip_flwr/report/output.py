@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.runs import history
-from fedclip_flwr.runs.history import PAGE, Run
+from fedclip_flwr.base import UserError, files
+from fedclip_flwr.runs import Run, history
+from fedclip_flwr.runs.history import PAGE
 
 if TYPE_CHECKING:
     from fedclip_flwr.report.drawing import Plot

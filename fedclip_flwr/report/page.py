@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.text import counted, percent
 from fedclip_flwr.report import heldout_sections
 from fedclip_flwr.report.markup import (

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.errors import shown
 from fedclip_flwr.base.kinds import of_rank
-from fedclip_flwr.base.settings import Settings, place_of
+from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.base.text import bytes_of, counted
-from fedclip_flwr.data.holdout import held_out
-from fedclip_flwr.runs.history import Run
+from fedclip_flwr.data import held_out
+from fedclip_flwr.runs import Run
 
 NOTHING: dict[str, Any] = {"seen": None, "unseen": None, "sites": {}, "holdout_sites": {}, "metrics": {}}
 STATUS = {

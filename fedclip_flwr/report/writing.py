@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError, one_line
-from fedclip_flwr.data.holdout import held_out as held_out_of
+from fedclip_flwr.base import UserError, files
+from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.data import held_out as held_out_of
 from fedclip_flwr.report.output import FILE, check_out, write_plots, write_text
-from fedclip_flwr.runs import history
-from fedclip_flwr.runs.history import PAGE, Run
+from fedclip_flwr.runs import Run, history
+from fedclip_flwr.runs.history import PAGE
 
 if TYPE_CHECKING:
-    from fedclip_flwr.features.base import Features
+    from fedclip_flwr.features import Features
     from fedclip_flwr.report.story import Story
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.base.settings import Settings, place_of
+from fedclip_flwr.base import Settings
+from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.data.presets import PRESETS
 
 DATA = ("drawn", *PRESETS)

@@ -15,12 +15,12 @@ import torch
 from flwr.app import MetricRecord, RecordDict
 from safetensors import SafetensorError
 
-from fedclip_flwr.base import files, store, tensorfile
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, files, store, tensorfile
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange.records import ExchangeError, Report, read_answer, write_answer
+from fedclip_flwr.exchange import ExchangeError, Report
+from fedclip_flwr.exchange.records import read_answer, write_answer
 from fedclip_flwr.learning.metrics import Score
-from fedclip_flwr.server.results import RoundResult, RunState
+from fedclip_flwr.server import RoundResult, RunState
 
 PARTS = ("best", "left", "strategy")
 NO_SCORE = Score(0, 0, 0.0)

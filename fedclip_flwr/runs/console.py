@@ -6,18 +6,16 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedclip_flwr.base import files
+from fedclip_flwr.base import Settings, files
 from fedclip_flwr.base.kinds import of_rank
 from fedclip_flwr.base.roles import HOLDOUT
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.data.holdout import held_out
-from fedclip_flwr.data.vocabulary import Vocabulary
+from fedclip_flwr.data import Vocabulary, held_out
 
 if TYPE_CHECKING:  # they bring torch, and who looks at runs needs none
     from fedclip_flwr.base.tensors import State
-    from fedclip_flwr.exchange.records import Hello
-    from fedclip_flwr.features.base import Features
-    from fedclip_flwr.server.results import RoundResult
+    from fedclip_flwr.exchange import Hello
+    from fedclip_flwr.features import Features
+    from fedclip_flwr.server import RoundResult
 from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")

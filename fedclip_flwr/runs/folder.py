@@ -28,18 +28,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError, one_line
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError, files
+from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.encoded import Pixels
+from fedclip_flwr.features import Features, Pixels
 from fedclip_flwr.runs import checkpoint, history
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.runs.saved import TENSORS, save_adapter, save_model, write_json
 from fedclip_flwr.runs.trackers import Trackers
+from fedclip_flwr.server import RoundResult
 from fedclip_flwr.server.nodes import Failure
-from fedclip_flwr.server.results import RoundResult
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 

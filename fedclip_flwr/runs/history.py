@@ -16,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError, one_line
+from fedclip_flwr.base import Settings, UserError, files
+from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.kinds import KINDS
-from fedclip_flwr.base.settings import Settings
 
 MOST_BYTES = 2**28
 """Of one of a run's files."""

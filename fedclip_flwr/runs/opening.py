@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedclip_flwr.base import files
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import STORED, Settings, unusable
-from fedclip_flwr.data.holdout import pick_holdout
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
+from fedclip_flwr.base import Settings, UserError, files
+from fedclip_flwr.base.settings import STORED, unusable
+from fedclip_flwr.data import pick_holdout
+from fedclip_flwr.features import Features, models, open_features
 from fedclip_flwr.features.encoded import T
-from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.runs.history import check_name, results
 
 

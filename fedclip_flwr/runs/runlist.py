@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.base.errors import UserError, one_line, shown
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.errors import one_line, shown
 from fedclip_flwr.base.text import bytes_of, counted, gain, percent, table
 from fedclip_flwr.runs import console, history
 from fedclip_flwr.runs.history import PAGE, Run

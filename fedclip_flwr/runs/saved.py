@@ -18,15 +18,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedclip_flwr.base import content, files, store, tensorfile
-from fedclip_flwr.base.errors import UserError, one_line
-from fedclip_flwr.base.settings import MOST_NORM, Settings
+from fedclip_flwr.base import Settings, UserError, content, files, store, tensorfile
+from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.base.settings import MOST_NORM
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.data.vocabulary import Vocabulary, check_classes
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.encoded import Pixels
-from fedclip_flwr.learning.adapters import ADAPTERS, Adapter, blank_adapter
+from fedclip_flwr.data import Vocabulary
+from fedclip_flwr.data.vocabulary import check_classes
+from fedclip_flwr.features import Features, Pixels, models
+from fedclip_flwr.learning import Adapter
+from fedclip_flwr.learning.adapters import ADAPTERS, blank_adapter
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.runs.history import FACTS as FACTS
 from fedclip_flwr.runs.history import TENSORS as TENSORS

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.features.base import Features
+from fedclip_flwr.base import Settings
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning.metrics import Quality, mean_accuracy, mean_figures
+from fedclip_flwr.server import Outcome, RoundResult
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.results import Outcome, RoundResult
 
 
 def summary_of(

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.base.tensors import State, length_of
 
 STEPS = 4

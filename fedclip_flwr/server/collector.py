@@ -1,4 +1,4 @@
-"""The server's side of a round of secure aggregation; what it is: `masking.py`."""
+"""The server's side of a round of secure aggregation; what it is: `exchange/secure/masking.py`."""
 
 from __future__ import annotations
 

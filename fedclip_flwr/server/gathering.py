@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 
-from fedclip_flwr.base.settings import ROBUST, Settings
+from fedclip_flwr.base import Settings
+from fedclip_flwr.base.settings import ROBUST
 from fedclip_flwr.server.averaging import Gather, Held, Sums
+from fedclip_flwr.server.noised import Noised
+from fedclip_flwr.server.robust import rule_of
 
 
 def gather_of(settings: Settings) -> Gather:
     """How the settings have updates come together."""
     if settings.dp == "central":
-        from fedclip_flwr.server.noised import Noised  # which makes use of this room
-
         return partial(Noised, norm=settings.clipping_norm, noise_multiplier=settings.noise_multiplier)
     limit = settings.update_limit
     if settings.strategy in ROBUST:
-        from fedclip_flwr.server.robust import rule_of  # not for all: it brings Flower
-
         return partial(Held, limit=limit, rule=rule_of(settings.strategy, settings.hostile_share))
     return partial(Sums, limit=limit)

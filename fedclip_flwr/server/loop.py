@@ -19,14 +19,12 @@ from typing import NamedTuple, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange import privacy, records
-from fedclip_flwr.exchange.records import Report
+from fedclip_flwr.exchange import Report, privacy, records
 from fedclip_flwr.exchange.secure.protocol import MaskingError
+from fedclip_flwr.learning import RECIPES
 from fedclip_flwr.learning.metrics import Quality
-from fedclip_flwr.learning.recipes import RECIPES
 from fedclip_flwr.learning.selection import BLENDS, better, chosen
 from fedclip_flwr.server import noised
 from fedclip_flwr.server.nodes import Nodes

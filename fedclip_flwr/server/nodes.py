@@ -15,14 +15,13 @@ from typing import Any, NamedTuple, cast
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedclip_flwr.base.errors import UserError, one_line
+from fedclip_flwr.base import UserError
+from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.roles import HOLDOUT
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import some
-from fedclip_flwr.exchange import records
+from fedclip_flwr.exchange import ExchangeError, Hello, Progress, Report, Session, records
 from fedclip_flwr.exchange.link import Downlink
-from fedclip_flwr.exchange.records import ExchangeError, Hello, Progress, Report
-from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.inbox import Inbox
 from fedclip_flwr.flower.sizes import message_size

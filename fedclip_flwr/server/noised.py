@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.privacy import clipped, noised
 from fedclip_flwr.server.averaging import Gathered, Mean

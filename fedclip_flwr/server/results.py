@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange.records import Report
+from fedclip_flwr.exchange import Report
 from fedclip_flwr.learning.metrics import Quality, Score, mean_accuracy, mean_of
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.errors import one_line
-from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange.records import ExchangeError, Report
+from fedclip_flwr.exchange import ExchangeError, Report
 from fedclip_flwr.exchange.secure.masking import Shares, dequantise, finest_step, unflat
 from fedclip_flwr.exchange.secure.protocol import ANSWERS, MASKED, LetterError, MaskingError, paired
 from fedclip_flwr.server.collector import Collector

@@ -19,11 +19,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from torch import Tensor
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.kinds import KINDS
-from fedclip_flwr.base.settings import OPTIMIZED, Settings
+from fedclip_flwr.base.settings import OPTIMIZED
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange.records import ExchangeError, Report, read_adapter, read_answer, reason, write_adapter
+from fedclip_flwr.exchange import ExchangeError, Report
+from fedclip_flwr.exchange.records import read_adapter, read_answer, reason, write_adapter
 from fedclip_flwr.server.averaging import Gather, bounded
 from fedclip_flwr.server.gathering import gather_of
 

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import torch
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings, place_of
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange.session import Session
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.encoded import Pixels
-from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.exchange import Session
+from fedclip_flwr.features import Features, Pixels, models, open_features
+from fedclip_flwr.features.opening import new_learner
+from fedclip_flwr.learning import Classes, Learner
 from fedclip_flwr.learning.adapters import blank_adapter
-from fedclip_flwr.learning.base import Classes, Learner
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.site.holdings import Site, own_site, owners_config, simulated_site
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.base.roles import HOLDOUT, ROLES, TRAIN
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.data.holdout import held_out
+from fedclip_flwr.data import held_out
 from fedclip_flwr.data.partition import shard
-from fedclip_flwr.features.base import Features
+from fedclip_flwr.features import Features
 from fedclip_flwr.features.encoding import UnfinishedError
-from fedclip_flwr.learning.base import Examples
+from fedclip_flwr.learning import Examples
 from fedclip_flwr.learning.training import split
 
 

@@ -7,16 +7,15 @@ from dataclasses import replace
 
 from flwr.app import RecordDict
 
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.exchange import privacy
+from fedclip_flwr.exchange import Report, Task, privacy
 from fedclip_flwr.exchange.link import SiteCache
-from fedclip_flwr.exchange.records import Report, Task, read_task, write_answer
+from fedclip_flwr.exchange.records import read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
-from fedclip_flwr.learning.adapters import Adapter
-from fedclip_flwr.learning.base import Classes, Learner
-from fedclip_flwr.learning.recipes import RECIPES, learning_rate
-from fedclip_flwr.learning.training import evaluate, examine, personalize, train
+from fedclip_flwr.learning import RECIPES, Adapter, Classes, Learner, evaluate, examine, train
+from fedclip_flwr.learning.recipes import learning_rate
+from fedclip_flwr.learning.training import personalize
 from fedclip_flwr.site.context import SiteContext
 from fedclip_flwr.site.holdings import Site
 

@@ -1,4 +1,4 @@
-"""What `kinds.py` says of an adapter is true of its class."""
+"""What `base/kinds.py` says of an adapter is true of its class."""
 
 from __future__ import annotations
 

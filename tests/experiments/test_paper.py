@@ -1,4 +1,4 @@
-"""The recipe `paper` against FedCLIP's released protocol written down once more, with nothing of `learning.py`.
+"""The recipe `paper` against FedCLIP's released protocol written down once more, with nothing of `learning/`.
 
 The points are those of the table "Equal to the released code" in `docs/methods.md`, each under its own words here: the
 network sees CLIP's feature as it comes, and only the product is brought to unit length; 60/20/20 splits, each part

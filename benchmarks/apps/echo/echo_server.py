@@ -8,7 +8,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.learning import make_adapter
 
 DIM = 512
 PAUSE = 0.1

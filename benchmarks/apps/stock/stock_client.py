@@ -12,12 +12,10 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.features.opening import open_features
-from fedclip_flwr.learning.adapters import Adapter, make_adapter
-from fedclip_flwr.learning.base import Classes, Examples
-from fedclip_flwr.learning.recipes import RECIPES
-from fedclip_flwr.learning.training import evaluate, split, train
+from fedclip_flwr.base import Settings
+from fedclip_flwr.features import open_features
+from fedclip_flwr.learning import RECIPES, Adapter, Classes, Examples, evaluate, make_adapter, train
+from fedclip_flwr.learning.training import split
 
 app = ClientApp()
 

@@ -8,9 +8,9 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.features.opening import open_features
-from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.base import Settings
+from fedclip_flwr.features import open_features
+from fedclip_flwr.learning import make_adapter
 
 app = ServerApp()
 

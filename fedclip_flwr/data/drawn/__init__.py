@@ -11,8 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedclip_flwr.base import content
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError, content
 from fedclip_flwr.data.base import Picture
 from fedclip_flwr.data.drawn.canvas import Rng
 from fedclip_flwr.data.drawn.figures import CLASSES, FIGURES

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base import UserError
 from fedclip_flwr.data.drawn import CLASSES, SIZE, Drawn, picture
 
 GAP, MARGIN = 4, 22

@@ -8,7 +8,7 @@ modulo 2³². Four steps, each with one message to a site and one back:
     vectors   its numbers + its mask ± a mask with each  →  to the server, which adds them up
     reveals   pieces of seeds of those whose vector came, and of private keys of those whose did not
 
-A site's side is in `member.py`, the server's in `collector.py`; here is what both need.
+A site's side is in `member.py`, the server's in `server/collector.py`; here is what both need.
 
 This hides each vector from a server that follows the protocol, whatever it makes of what it sees, even together with
 members near that one, if they are fewer than the threshold. It does not from a server that invents members or tells

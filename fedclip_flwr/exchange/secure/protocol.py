@@ -1,7 +1,7 @@
 """Secure aggregation as messages: what the server sees of the sites' updates is their sum, and nothing else.
 
-A site's end is in `site.py`, the server's in `server.py`, the arithmetic in `masking.py`; here is what runs without
-it look at, too. The server asks in four steps:
+A site's end is in `site.py`, the server's in `server/secure_sum.py`, the arithmetic in `masking.py`; here is what other
+runs look at, too. The server asks in four steps:
 
     query.keys    a number for the site, and a name for this attempt  →  public keys
     query.shares  public keys of others                               →  pieces of its secrets in a letter for each

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from click import ClickException
 
-from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.settings import Settings, unusable
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import unusable
 from fedclip_flwr.flower.connections import parse_config_args
 from fedclip_flwr.operations.doctor import holdings, links, machine
 from fedclip_flwr.operations.doctor.endpoints import read_address
 from fedclip_flwr.operations.doctor.findings import Examination
-from fedclip_flwr.runs.arguments import read_settings
+from fedclip_flwr.runs import read_settings
 
 
 class Site(NamedTuple):

@@ -13,7 +13,8 @@ from click import ClickException
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedclip_flwr.base.errors import FaultError, UserError
+from fedclip_flwr.base import UserError
+from fedclip_flwr.base.errors import FaultError
 from fedclip_flwr.flower.connections import (
     FLOWER_CONFIG_FILE,
     LOCAL_SUPERLINK,

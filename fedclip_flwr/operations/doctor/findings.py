@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from fedclip_flwr.base.errors import FaultError, UserError, one_line
+from fedclip_flwr.base import UserError
+from fedclip_flwr.base.errors import FaultError, one_line
 from fedclip_flwr.base.text import counted
 
 P = ParamSpec("P")

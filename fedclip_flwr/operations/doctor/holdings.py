@@ -6,17 +6,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedclip_flwr.base import content, files
+from fedclip_flwr.base import Settings, content, files
 from fedclip_flwr.base.roles import HOLDOUT
-from fedclip_flwr.base.settings import STORED, TAKEN, Settings
+from fedclip_flwr.base.settings import STORED, TAKEN
 from fedclip_flwr.base.text import bytes_of, some
-from fedclip_flwr.data.base import Source
-from fedclip_flwr.data.holdout import pick_holdout
-from fedclip_flwr.data.vocabulary import Vocabulary
-from fedclip_flwr.features import models
-from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.encoded import Encoded, Pixels
-from fedclip_flwr.features.opening import open_features, source_of, told_by_server
+from fedclip_flwr.data import Source, Vocabulary, pick_holdout
+from fedclip_flwr.features import Encoded, Features, Pixels, models, open_features
+from fedclip_flwr.features.opening import source_of, told_by_server
 from fedclip_flwr.operations.doctor.findings import Examination
 from fedclip_flwr.runs.history import results
 from fedclip_flwr.site.context import OWN, settings_at

@@ -16,8 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from fedclip_flwr.base.errors import UserError, one_line
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.runs.trackers.about import About, Numbers, Tracker
 from fedclip_flwr.runs.trackers.ml_flow import MLflow
 from fedclip_flwr.runs.trackers.tensor_board import TensorBoard
