@@ -1,10 +1,10 @@
-"""What one site does with a message from the server."""
+"""The ClientApp: how a site answers the server's messages."""
 
 from __future__ import annotations
 
 import gc
 
-gc.disable()  # a deployed site answers each message in a new process, and a sixth of its start is looking for garbage
+gc.disable()  # a deployed site starts a process for each message, and garbage collection takes a sixth of the start
 
 import logging
 import warnings
@@ -36,24 +36,24 @@ from fedclip_flwr.site.work import answer_evaluate, answer_train
 gc.freeze()
 gc.enable()
 
-MANY = 50_000
-"""Images of a site, from which on adapters learn with more than one thread: on a busy machine threads mostly wait for
-each other, and that costs far more than they ever save for fewer."""
+MANY_IMAGES = 50_000
+"""From this number of images on, a site trains adapters with several threads. With fewer images, threads on a busy
+machine mostly wait for each other, which costs more than they save."""
 
 log = logging.getLogger("fedclip_flwr")
-flowers = logging.getLogger("flwr")
-flowers.setLevel(max(flowers.level, logging.ERROR))  # a ServerApp in this process, which gave up, may want less of it
-warnings.filterwarnings("ignore", category=FutureWarning, module="ray")  # a tip for Ray's own users
+flower_log = logging.getLogger("flwr")
+flower_log.setLevel(max(flower_log.level, logging.ERROR))  # a ServerApp of this process may have silenced it further
+warnings.filterwarnings("ignore", category=FutureWarning, module="ray")  # advice for users of Ray itself
 
 
 def guard(message: Message, context: Context, answer: ClientAppCallable) -> Message:
-    """Lets nothing out but what may leave a site; what goes wrong is answered as an error of one line."""
+    """Sends only what may leave a site; answers every failure with an error of one line."""
     try:
         reply = answer(message, context)
         if (step := message.metadata.message_type.removeprefix("query.")) in protocol.ANSWERS:
             records.check_leaving(reply.content, {step: protocol.ANSWERS[step]})
         else:
-            records.check_outgoing(reply.content, travelling(message, context), shares_classes(context))
+            records.check_outgoing(reply.content, tensors_to_send(message, context), shares_classes(context))
         return reply
     except LacksError as error:
         return Message(Error(LACKS, str(error)), reply_to=message)
@@ -63,14 +63,14 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
     except Exception as error:
         expected = isinstance(error, UserError | ExchangeError | MaskingError)
         why = one_line(error if expected else f"{type(error).__name__}: {error}")
-        log.error("this site answers with an error: %s", why, exc_info=None if expected else error)  # the trace stays
+        log.error("this site answers with an error: %s", why, exc_info=None if expected else error)  # only here
         if isinstance(error, ReadError):
             why = one_line(error.unnamed)
         if message.metadata.message_type == MessageType.QUERY and (name := context.node_config.get("site")):
-            why = one_line(f"{name}: {why}")  # the server knows its number only
+            why = one_line(f"{name}: {why}")  # the server knows only the node's number
         return Message(Error(RAISED, why), reply_to=message)
     finally:
-        torch.cuda.empty_cache()  # others on this GPU may need it before the next message comes
+        torch.cuda.empty_cache()  # other processes on this GPU may need it meanwhile
 
 
 app = ClientApp(mods=[guard])
@@ -78,9 +78,9 @@ app = ClientApp(mods=[guard])
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Who this site is and how much it holds; or how far it has come with encoding, to be asked again."""
+    """The site's name, role and numbers of images; or its progress in encoding, and the server asks again."""
     if masks(context) and not context.run_config.get("secure-aggregation"):
-        raise UserError("this site gives its updates only in runs with secure-aggregation = true")
+        raise UserError("this site sends its updates only in runs with secure-aggregation = true")
     try:
         with encoding.at_most(records.slice_of(float(context.run_config["round-timeout"]))):
             opened = opened_for(message, context)
@@ -90,7 +90,7 @@ def hello(message: Message, context: Context) -> Message:
     site = opened.site
     opened.require_same_model()
     forget()
-    said = Hello(
+    answer = Hello(
         site=site.name,
         role=site.role,
         domain=site.domain,
@@ -101,12 +101,12 @@ def hello(message: Message, context: Context) -> Message:
         package=content.of_package(content.memory()),
         unit_length=opened.features.has_unit_length(),
     )
-    return Message(records.write_hello(said), reply_to=message)
+    return Message(records.write_hello(answer), reply_to=message)
 
 
 @app.train()
 def learn(message: Message, context: Context) -> Message:
-    """The scores of the received adapter here, and the adapter trained."""
+    """The scores of the received adapter on this site's images, and the trained adapter."""
     opened = opened_for(message, context)
     memory = context.state.config_records if masks(context) else None
     by_class = shares_classes(context)
@@ -119,8 +119,8 @@ def learn(message: Message, context: Context) -> Message:
 @app.query("shares")
 @app.query("unmask")
 def mask(message: Message, context: Context) -> Message:
-    """With secure aggregation, the steps before and after a masked update."""
-    from fedclip_flwr.exchange.secure import site  # brings cryptography, which few runs need
+    """The steps of secure aggregation before and after a masked update."""
+    from fedclip_flwr.exchange.secure import site  # imports cryptography, which few runs need
 
     step = site.STEPS[message.metadata.message_type.removeprefix("query.")]
     return Message(step(message.content, context.state.config_records), reply_to=message)
@@ -128,7 +128,7 @@ def mask(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def score(message: Message, context: Context) -> Message:
-    """The scores of the received adapter here; or, at the end of a run that personalises, of the site's own."""
+    """The scores of the received adapter; at the end of a run that personalises, of the site's own adapter."""
     opened = opened_for(message, context)
 
     def keep(adapter: Adapter, number: int, epoch: int) -> None:
@@ -141,7 +141,7 @@ def score(message: Message, context: Context) -> Message:
 
 
 def save_own(adapter: Adapter, opened: OpenedContext, number: int, epoch: int) -> None:
-    """Keeps the site's own adapter here: it is never sent."""
+    """Saves the site's own adapter, which is never sent."""
     run, name = content.file_name(opened.session.run), opened.site.name
     folder = files.home() / "personal" / run / content.file_name(name)
     state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
@@ -150,16 +150,16 @@ def save_own(adapter: Adapter, opened: OpenedContext, number: int, epoch: int) -
 
 
 def opened_for(message: Message, context: Context) -> OpenedContext:
-    """What this site needs to answer the message; a hello brings the session, which later messages name by its key."""
+    """The site's context for the message. A hello has the session itself, later messages its key."""
     simulated = in_simulation()
     if simulated:
-        torch.set_num_threads(1)  # simulated sites share the cores: more threads would wait for each other
+        torch.set_num_threads(1)  # simulated sites share the cores
     task = records.read_task(message.content)
     if task.session:
         task.session.remember(content.memory())
     session = task.session or recall(task.key, content.memory())
     opened = open_context(context.run_config, context.node_config, session, simulated)
-    if opened.settings.method == "adapter" and len(opened.site.train.labels) < MANY:
+    if opened.settings.method == "adapter" and len(opened.site.train.labels) < MANY_IMAGES:
         torch.set_num_threads(1)
     return opened
 
@@ -169,17 +169,17 @@ def cache_of(opened: OpenedContext) -> SiteCache:
 
 
 def shares_classes(context: Context) -> bool:
-    """Whether the site's owner shares counts by class."""
+    """True if the site's owner shares counts by class."""
     return context.node_config.get("share-class-counts") is True
 
 
 def masks(context: Context) -> bool:
-    """Whether this site gives its updates masked only: by the run's settings, or by its owner's."""
+    """True if this site sends masked updates only, by the run's settings or its owner's."""
     return any(config.get("secure-aggregation") is True for config in (context.run_config, context.node_config))
 
 
-def travelling(message: Message, context: Context) -> Collection[str]:
-    """The names of the tensors that may go back: an adapter's, or those of the whole model; packed, the codec's."""
+def tensors_to_send(message: Message, context: Context) -> Collection[str]:
+    """The names of the tensors that may be sent: the adapter's, the whole model's or, if packed, the codec's."""
     if masks(context):
         return [protocol.MASKED]
     codec, method, adapter = (str(context.run_config.get(key, "")) for key in ("codec", "method", "adapter"))

@@ -1,4 +1,4 @@
-"""The server of a federation: one run, read from top to bottom."""
+"""The ServerApp: one run of a federation, from top to bottom."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     with RunFolder(settings, package) as folder:
         add_exit_handler(folder.stop)
         if simulated(grid) and not features.domains:
-            raise UserError("data = 'none': simulated sites have no images of their own; name the data that they share")
+            raise UserError("data = 'none': simulated sites have no images of their own; set the data that they share")
         device = models.pick_device(settings.device)
         classes = features.classes.ready(device)
         unseen = encoded(grid, features, holdout, device)
@@ -99,19 +99,19 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         if simulated(grid):
             forget(session.key)
         console.say(console.closing(summary, settings, holdout, outcome.adapted.validation is not None))
-    console.say(writing.at_end(folder.path, features, holdout))  # the run is complete, and everybody told
+    console.say(writing.at_end(folder.path, features, holdout))  # after all else: the run is already complete
     console.say(f"Run folder: {folder.path}")
 
 
 def encoded(grid: Grid, features: Features, holdout: str | None, device: torch.device) -> dict[str, Examples]:
     """The held-out domains that the server has; in a simulation, all domains are encoded first."""
-    if simulated(grid):  # the sites share this machine's store, and here the progress can be seen
+    if simulated(grid):  # the sites share this machine's store; encoding here shows its progress
         for domain in features.domains:
             features.examples(domain)
     unseen = {d: features.examples(d).ready(device) for d in held_out(holdout, features.domains)}
     if unreadable := [domain for domain, examples in unseen.items() if not len(examples.labels)]:
         raise UserError(
-            f"{unreadable[0]} is held out, but none of its images can be read; hold out another, or mend them"
+            f"{unreadable[0]} is held out, but none of its images can be read; hold out another, or repair them"
         )
     if simulated(grid):
         torch.set_num_threads(1)  # from now on the sites need the cores
@@ -119,9 +119,9 @@ def encoded(grid: Grid, features: Features, holdout: str | None, device: torch.d
 
 
 def resume(before: Checkpoint, settings: Settings, session: Session, nodes: Nodes, strategy: AdapterFedAvg) -> None:
-    """Puts everything back to where it was after the last complete round, and waits for the sites."""
+    """Restores the state after the last complete round, and waits for the sites."""
     if before.session != session.key:
-        raise UserError(f"resume = {settings.resume!r}: that run's model or classes were others")
+        raise UserError(f"resume = {settings.resume!r}: that run had another model or other classes")
     nodes.link.resume(before.state.state, before.residual)
     strategy.memory = before.strategy
     nodes.resume(before.nodes, settings.least_sites)
@@ -129,7 +129,7 @@ def resume(before: Checkpoint, settings: Settings, session: Session, nodes: Node
 
 @dataclass
 class Clock:
-    """What the run has taken so far, with what it took before it was interrupted."""
+    """Seconds that the run has taken so far, including those before it was interrupted."""
 
     begun: float = field(default_factory=time.monotonic)
     encoded: float = 0.0

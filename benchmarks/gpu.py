@@ -147,8 +147,8 @@ def so_many_workers(count: int | None) -> Iterator[list[int]]:
     """Meanwhile images are prepared by so many processes, or as many as are thought to pay; these are noted."""
     known, noted = ahead.workers, list[int]()
 
-    def workers(preparing: float, seeing: float, left: int) -> int:
-        noted.append(known(preparing, seeing, left) if count is None else min(count, left))
+    def workers(preparing: float, encoding: float, remaining: int) -> int:
+        noted.append(known(preparing, encoding, remaining) if count is None else min(count, remaining))
         return noted[-1]
 
     ahead.workers = workers
@@ -175,7 +175,7 @@ def from_files(bench: Bench, loaded: clip.Clip, count: int, workers: int | None)
 
 def files_table(bench: Bench) -> Told:
     """From files: the first time, when a GPU has yet to start, then with no and with many processes beside."""
-    count, cores = bench.many(6144, 96), bench.many(min(ahead.MOST, os.cpu_count() or 1), 1)
+    count, cores = bench.many(6144, 96), bench.many(min(ahead.MAX_WORKERS, os.cpu_count() or 1), 1)
     rows, told = [], []
     loaded = Clip(bench.base, bench.device, "auto")
     for name, images, workers in (
@@ -264,7 +264,7 @@ def encode_large(bench: Bench) -> Told:
         *agreement_table(bench, "L/14", bench.large, bench.many(8, 4)),
     ]
     loaded = Clip(bench.large, bench.device, "auto")
-    speed, used = from_files(bench, loaded, bench.many(2048, 16), bench.many(ahead.MOST, 1))
+    speed, used = from_files(bench, loaded, bench.many(2048, 16), bench.many(ahead.MAX_WORKERS, 1))
     told.append(("L/14 from files: processes, images/s", f"{used}, {speed:,.0f}"))
     return told
 

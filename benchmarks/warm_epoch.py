@@ -20,8 +20,8 @@ RUNS = 5
 SITE = """
 import json, sys, time
 start = time.perf_counter()
-from fedclip_flwr.adapters import make_adapter
-from fedclip_flwr.config import Settings
+from fedclip_flwr.learning.adapters import make_adapter
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.features import open_features
 from fedclip_flwr.learning import RECIPES, train
 imported = time.perf_counter()

@@ -2,9 +2,9 @@
 
     python -m deploy.demo [key=value …]
 
-All as real sites have it, but on this machine: a certificate authority and keys, a SuperLink that takes registered
-SuperNodes only, three SuperNodes, each with a part of the drawn pictures. Then the simulation of three nodes with the
-same seed, which has to come to the same adapter. Settings are those of `fedclip run`; 5 rounds unless said.
+As with real sites, but on this machine: a certificate authority and keys, a SuperLink that accepts only registered
+SuperNodes, three SuperNodes, each with a part of the drawn pictures. Then the simulation of three nodes with the same
+seed, which must give the same adapter. Settings are those of `fedclip run`; num-server-rounds defaults to 5.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fedclip_flwr.base import UserError
 from fedclip_flwr.operations import keys, simulation
 
 SITES = ("art-0", "cartoon-0", "photo-0")
-"""As three simulated nodes that share the drawn pictures are called."""
+"""The names of three simulated sites on the drawn pictures."""
 DEFAULTS = {"num-server-rounds": "5", "min-sites": str(len(SITES))}
 CLOSE = 1e-5
-"""So much may a number of one adapter differ from that of the other: sums in another order, no more."""
+"""The largest difference allowed between the adapters' numbers: sums are made in another order."""
 
 
 def say(text: str) -> None:
@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def federation(place: Path) -> Iterator[SuperLink]:
-    """A SuperLink with TLS and three SuperNodes that it knows."""
+    """Runs a SuperLink with TLS and three registered SuperNodes."""
     say(f"Keys and certificates for localhost and {', '.join(SITES)}")
     keys.make(place / "keys", "localhost", SITES)
     say("Starting a SuperLink with TLS and node authentication")
@@ -54,7 +54,7 @@ def federation(place: Path) -> Iterator[SuperLink]:
 
 
 class Outcome(NamedTuple):
-    """A run that was completed: its folder, and how long it took with all around it."""
+    """A completed run: its folder, and its time, including start and end."""
 
     folder: Path
     seconds: float
@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
 
 def run(link: SuperLink | None, place: Path, given: Sequence[str]) -> Outcome:
-    """A run with these settings, on the SuperLink or simulated; its folder is below `place`."""
+    """Runs with these settings, on the SuperLink or (None) simulated; the run's folder is below `place`."""
     results, begun = place / ("simulated" if link is None else "deployed"), time.monotonic()
     given = [*given, f"results-dir={results}"]
     if link is None:
@@ -80,15 +80,15 @@ def run(link: SuperLink | None, place: Path, given: Sequence[str]) -> Outcome:
 
 
 def difference(one: Outcome, other: Outcome) -> float:
-    """The greatest one between a number of an adapter and that of the other."""
+    """The greatest difference between the adapters' numbers."""
     first, second = (load_file(outcome.folder / "adapter.safetensors") for outcome in (one, other))
     if first.keys() != second.keys():
-        raise UserError(f"the adapters have other tensors: {sorted(first.keys() ^ second.keys())}")
+        raise UserError(f"the adapters have different tensors: {sorted(first.keys() ^ second.keys())}")
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-def told(deployed: Outcome, simulated: Outcome) -> str:
-    """Both runs side by side."""
+def comparison(deployed: Outcome, simulated: Outcome) -> str:
+    """A table of both runs side by side."""
     runs = (deployed, simulated)
     rows = [["", "over TLS", "simulated"]]
     for what in ("seen", "unseen", "round"):
@@ -98,7 +98,7 @@ def told(deployed: Outcome, simulated: Outcome) -> str:
 
 
 def check(deployed: Outcome, simulated: Outcome) -> str:
-    """Says that both came to the same; raises if they did not."""
+    """Confirms that both adapters are the same; raises if they are not."""
     for run in (deployed, simulated):
         if run.summary["adapted"]["sites"].keys() != {*SITES}:
             raise UserError(
@@ -107,25 +107,25 @@ def check(deployed: Outcome, simulated: Outcome) -> str:
     found = difference(deployed, simulated)
     if not found <= CLOSE:
         raise UserError(f"the adapters differ by up to {found:.2g}, expected at most {CLOSE:g}")
-    return f"The same adapter: its numbers differ by {found:.2g} at most ({CLOSE:g} is allowed)."
+    return f"The same adapter: its numbers differ by at most {found:.2g} ({CLOSE:g} is allowed)."
 
 
 def demo(place: Path, given: Sequence[str]) -> tuple[Outcome, Outcome]:
-    """Both runs, and what there is to say of them."""
+    """Runs both, and prints their comparison."""
     named = {text.partition("=")[0] for text in given}
     given = [*given, *(f"{key}={value}" for key, value in DEFAULTS.items() if key not in named)]
     simulation.prepared(len(SITES), given)
     with federation(place) as link:
-        say("All are there. The run over TLS:\n")
+        say("All are connected. The run over TLS:\n")
         deployed = run(link, place, given)
-    say("\nThe same simulated:\n")
+    say("\nThe same run, simulated:\n")
     simulated = run(None, place, given)
-    say(f"\n{told(deployed, simulated)}\n\n{check(deployed, simulated)}")
+    say(f"\n{comparison(deployed, simulated)}\n\n{check(deployed, simulated)}")
     return deployed, simulated
 
 
 def main() -> None:
-    simulation.stop_in_order("Stopped: all that was started is ended.")
+    simulation.stop_in_order("Stopped: all processes have ended.")
     try:
         with simulation.temporary() as place:
             demo(Path(place), sys.argv[1:])

@@ -1,7 +1,7 @@
-"""A SuperLink and SuperNodes as processes of this machine: as real sites have them, but on loopback.
+"""A SuperLink and SuperNodes as processes of this machine: as with real sites, but on loopback.
 
-With keys (a folder that `fedclip keys` has made, the server's name being localhost) they speak TLS, the SuperLink takes
-registered nodes only, and sites run their own code only; without, all is open.
+With keys (a folder made by `fedclip keys` for a server called localhost) they use TLS, the SuperLink accepts only
+registered nodes, and sites run only their own code; without keys, all is open.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fedclip_flwr.flower.connections import IN_MEMORY
 from fedclip_flwr.operations import simulation
 
 WAIT = 90.0
-"""Seconds in which SuperNodes have to be there."""
+"""Seconds within which SuperNodes must connect."""
 PAUSE = 1.0
-"""Seconds before it is asked again which are: each time costs a process, which those that start could use."""
+"""Seconds between two polls for them: each poll starts a process, which slows down those that start."""
 
 
 @dataclass(frozen=True)
 class SuperLink:
-    """One that runs: the environment in which Flower's commands find it, and its ports; SuperNodes use `fleet`."""
+    """A running SuperLink: the environment for Flower's commands, and its ports (SuperNodes use `fleet`)."""
 
     folder: Path
     env: Mapping[str, str]
@@ -38,46 +38,46 @@ class SuperLink:
     process: subprocess.Popen[bytes]
 
     def register(self, *sites: str) -> None:
-        """Lets SuperNodes with the keys of these sites in."""
+        """Registers the keys of these sites' SuperNodes."""
         assert self.keys is not None
         for site in sites:
             self.ask("supernode", "register", str(self.keys / "server" / f"{site}.pub"))
 
     def online(self) -> int:
-        """How many SuperNodes are there."""
+        """The number of connected SuperNodes."""
         return sum(node["status"] == "online" for node in self.ask("supernode", "list")["nodes"])
 
     def wait_for(self, nodes: Sequence[SuperNode], say: Callable[[str], None] = lambda _: None) -> None:
-        """Until as many SuperNodes are there; with a word whenever there are more."""
+        """Waits until all these SuperNodes are connected; reports progress to `say`."""
         deadline, before, count = time.monotonic() + WAIT, 0, len(nodes)
         while (now := self.online()) < count:
             if gone := [node for node in nodes if node.process.poll() is not None]:
                 raise UserError(f"the SuperNode of {gone[0].site} ended: {simulation.last_words(gone[0].log)}")
             if time.monotonic() > deadline:
-                raise UserError(f"{now} of {count} SuperNodes are there after {WAIT:.0f} s: see {self.folder}")
+                raise UserError(f"{now} of {count} SuperNodes are connected after {WAIT:.0f} s: see {self.folder}")
             if now > before:
-                say(f"{now} of {count} SuperNodes are there")
+                say(f"{now} of {count} SuperNodes are connected")
                 before = now
             time.sleep(PAUSE)
 
     def ask(self, *words: str) -> Any:
-        """What one of Flower's commands answers."""
+        """The answer of one of Flower's commands."""
         command = ["flwr", *words, simulation.CONNECTION, "--format", "json"]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True)
-        told = done.stdout.strip()
+        output = done.stdout.strip()
         try:
-            answer = json.loads(told[told.index("{") :])
+            answer = json.loads(output[output.index("{") :])
         except ValueError:
             answer = {}
         if not answer.get("success"):
-            why = answer.get("error-message") or told or done.stderr.strip() or "it said nothing"
+            why = answer.get("error-message") or output or done.stderr.strip() or "no output"
             raise UserError(f"flwr {' '.join(words)} failed: {why}")
         return answer
 
 
 @dataclass(frozen=True)
 class SuperNode:
-    """One that was started, for a site."""
+    """A running SuperNode of a site."""
 
     site: str
     process: subprocess.Popen[bytes]
@@ -93,9 +93,9 @@ def superlink(
     ports: Sequence[int] | None = None,
     **env: str,
 ) -> Iterator[SuperLink]:
-    """A SuperLink that runs meanwhile; what it keeps and says is in the folder, unless the `database` is elsewhere.
+    """Runs a SuperLink; its files and log are in the folder, unless the `database` is elsewhere.
 
-    One that is started again needs the `ports` of before: those for apps, sites and users.
+    A restarted one needs its previous `ports`: those for apps, sites and users.
     """
     folder.mkdir(parents=True, exist_ok=True)
     apps, fleet, control = ports or simulation.free_ports(3)
@@ -111,13 +111,13 @@ def superlink(
     for name, port in (("serverappio", apps), ("fleet", fleet), ("control", control)):
         options += [f"--{name}-api-address", f"127.0.0.1:{port}"]
     simulation.connect(folder, control, trust)
-    whole = {**simulation.environment(folder), **env}
+    full_env = {**simulation.environment(folder), **env}
     log = folder / "superlink.log"
     command = ["fedclip", "server"] if keys else ["flower-superlink"]
-    with simulation.started([*command, *options], whole, log) as process:
+    with simulation.started([*command, *options], full_env, log) as process:
         for port in (control, fleet):
             simulation.wait_for(port, process, log)
-        yield SuperLink(folder, whole, fleet, control, apps, keys, process)
+        yield SuperLink(folder, full_env, fleet, control, apps, keys, process)
 
 
 @contextmanager
@@ -130,9 +130,9 @@ def supernode(
     options: Sequence[str] | None = None,
     **env: str,
 ) -> Iterator[SuperNode]:
-    """A SuperNode that runs meanwhile, with that node config; it connects to another port if one is given.
+    """Runs a SuperNode with that node config; it connects to `port` if given.
 
-    Other `options` take the place of those that the SuperLink's keys make necessary.
+    `options` replace those that the SuperLink's keys require.
     """
     (own,) = simulation.free_ports(1)
     command = ["fedclip", "site"] if link.keys else ["flower-supernode"]
@@ -145,7 +145,7 @@ def supernode(
 
 
 def credentials(keys: Path | None, site: str) -> list[str]:
-    """The options with which a site's SuperNode knows the SuperLink, and shows who it is."""
+    """The options for a site's SuperNode to trust the SuperLink, and to authenticate itself."""
     if not keys:
         return ["--insecure"]
     own = keys / "sites" / site

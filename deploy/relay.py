@@ -1,4 +1,4 @@
-"""A relay between SuperNodes and a SuperLink, which sees every byte that travels."""
+"""A relay between SuperNodes and a SuperLink, which sees all bytes of a connection."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 
 class Streams(NamedTuple):
-    """What travelled on one connection, in both directions."""
+    """The bytes sent on one connection, in both directions."""
 
     sent: bytearray
     answered: bytearray
 
 
 class Relay(socketserver.ThreadingTCPServer):
-    """Passes connections on to a port of this machine and counts the bytes, in both directions; and keeps them, if so
-    asked. Once it is cut nothing passes, and nobody is told, until it is mended."""
+    """Forwards connections to a port of this machine; counts the bytes in both directions, and keeps them if `keep`.
+    After `cut` it silently stops forwarding, until `mend`."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -29,14 +29,14 @@ class Relay(socketserver.ThreadingTCPServer):
         self.to, self.bytes, self.lock = port, 0, threading.Lock()
         self.keep = keep
         self.kept: list[Streams] = []
-        self.whole = threading.Event()
-        self.whole.set()
+        self.connected = threading.Event()
+        self.connected.set()
 
     def cut(self) -> None:
-        self.whole.clear()
+        self.connected.clear()
 
     def mend(self) -> None:
-        self.whole.set()
+        self.connected.set()
 
     @property
     def port(self) -> int:
@@ -62,7 +62,7 @@ class _Connection(socketserver.BaseRequestHandler):
                     self.server.bytes += len(data)
                 if self.server.keep:
                     stream += data
-                self.server.whole.wait()
+                self.server.connected.wait()
                 go.sendall(data)
         with suppress(OSError):
             go.shutdown(socket.SHUT_WR)

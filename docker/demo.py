@@ -1,10 +1,10 @@
-"""A server and three sites in containers, each site with a network and keys of its own: one run, and all down again.
+"""A server and three sites in containers, each site with its own network and keys: runs once, then removes all.
 
     python3 docker/demo.py [--rounds N] [--keep]
 
-Needs a Docker engine and Compose, and nothing of this project's. It builds the image, lets `compose.yml` make the
+Needs only a Docker engine and Compose. It builds the image, lets `compose.yml` make the
 keys, start the server, register the sites and start them, runs a federation, and copies its run folder to docker-run/.
-However it ends, nothing stays but that folder; with --keep the image stays too, so that the next time is quick.
+However it ends, only that folder remains; with --keep also the image, so that the next run is quick.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DemoError(Exception):
-    """What went wrong, in a line that says what to do."""
+    """An error, in one line that says what to do."""
 
 
 class Shown:
-    """Tells that something takes its time: on a terminal in one line, else in a line every ten seconds."""
+    """Shows progress of a long step: on a terminal in one line, else as a line every ten seconds."""
 
     def __init__(self, title: str) -> None:
         self._title, self._begun = title, time.monotonic()
@@ -57,7 +57,7 @@ class Shown:
 
 
 class Federation:
-    """The containers of one compose project, with an image and a name that nobody else has."""
+    """The containers of one compose project, with a unique name and image."""
 
     def __init__(self, log: Path, name: str = "", image: str = "") -> None:
         self.name = name or f"fedclip-demo-{secrets.token_hex(3)}"
@@ -67,13 +67,13 @@ class Federation:
         self.env = {**os.environ, "FEDCLIP_IMAGE": self.image}
 
     def build(self) -> None:
-        """The image, from the lines of whose log `built` tells what is to be removed."""
+        """Builds the image; `built` finds in its log which images to remove."""
         index = f"TORCH_INDEX={os.environ.get('TORCH_INDEX', '')}"
         command = ["docker", "build", "--force-rm", "--file", "docker/Dockerfile", "--tag", self.image]
         self._do("building the image, minutes the first time", [*command, "--build-arg", index, "."])
 
     def up(self) -> None:
-        """Keys made, the server started, the sites registered, started and connected."""
+        """Makes keys, starts the server, registers and starts the sites, and waits until they are connected."""
         try:
             self._do("starting a server and three sites", self.command("up", "--detach", "--no-build"))
             self.wait_for_sites()
@@ -82,9 +82,9 @@ class Federation:
             raise
 
     def last_words(self, lines: int) -> str:
-        """The last lines that each container has said."""
-        told = quietly(self.command("logs", "--no-color", "--tail", str(lines)), self.env)
-        return told.stdout + told.stderr
+        """The last lines of each container's log."""
+        logs = quietly(self.command("logs", "--no-color", "--tail", str(lines)), self.env)
+        return logs.stdout + logs.stderr
 
     def wait_for_sites(self, seconds: float = 180) -> None:
         shown, deadline = Shown(f"{len(SITES)} sites connect"), time.monotonic() + seconds
@@ -96,15 +96,15 @@ class Federation:
         shown.end()
 
     def online(self) -> int:
-        """How many sites are connected, as the server sees it."""
+        """The number of sites connected to the server."""
         nodes = self.flwr("supernode", "list").get("nodes", [])
         return sum(node["status"] == "online" for node in nodes)
 
     def flwr(self, *words: str) -> Any:
-        """What one of Flower's commands answers on the server; nothing while the server is not there."""
-        told = self.execute("superlink", "flwr", *words, "--format", "json").stdout
+        """The answer of one of Flower's commands on the server; empty while the server is not running."""
+        output = self.execute("superlink", "flwr", *words, "--format", "json").stdout
         with contextlib.suppress(ValueError):
-            return json.loads(told[told.index("{") :])
+            return json.loads(output[output.index("{") :])
         return {}
 
     def execute(self, service: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,7 @@ class Federation:
         return [*self._compose, *words]
 
     def start_run(self, *settings: str, output: Any = None) -> subprocess.Popen[bytes]:
-        """A run on the server, which says what it has to say to `output`."""
+        """Starts a run on the server, which writes to `output`."""
         words = ["fedclip", "run", "--on", "superlink", *settings]
         return _popen(["docker", "exec", self.container("superlink"), *words], self.env, output)
 
@@ -135,18 +135,18 @@ class Federation:
         return folder / name
 
     def down(self, keep: bool = False) -> None:
-        """Removes containers, networks and volumes; and unless it is to be kept, all that the build has made."""
-        self._do("taking all down", self.command("down", "--volumes", "--remove-orphans", "--timeout", "5"))
+        """Removes containers, networks and volumes; unless `keep`, also the images."""
+        self._do("removing containers", self.command("down", "--volumes", "--remove-orphans", "--timeout", "5"))
         if not keep:
             for image in [self.image, *built(self.log.read_text(errors="replace"))]:
                 quietly(["docker", "image", "rm", image])
-        if left := self.leftovers(keep):
+        if found := self.leftovers(keep):
             raise DemoError(
-                f"still there: {', '.join(left)}; remove it with docker rm, network rm, volume rm, image rm"
+                f"not removed: {', '.join(found)}; remove it with docker rm, network rm, volume rm, image rm"
             )
 
     def leftovers(self, keep: bool = False) -> list[str]:
-        """What there is of this project's, by name."""
+        """The names of all that this project has."""
         own = f"--filter=label=com.docker.compose.project={self.name}"
         kinds = (
             ["ps", "--all", "--format={{.Names}}"],
@@ -158,7 +158,7 @@ class Federation:
         return found + [i for i in images if not quietly(["docker", "image", "inspect", i]).returncode]
 
     def _do(self, title: str, command: Sequence[str]) -> None:
-        """Runs a command, its output in the log; shows its last line meanwhile, and the end of it if it fails."""
+        """Runs a command with its output in the log; shows the last line of it, and its end if the command fails."""
         shown = Shown(title)
         with self.log.open("ab") as log, _ended(_popen(command, self.env, log)) as process:
             begun = log.tell()
@@ -169,7 +169,7 @@ class Federation:
                 shown.tell(last_line(self._said(begun)))
         if process.returncode:
             print("\n" + "\n".join(self._said(begun).splitlines()[-15:]), file=sys.stderr)
-            raise DemoError(f"{title}: failed, see above; mend that and try again")
+            raise DemoError(f"{title}: failed, see above; fix that and try again")
         shown.end()
 
     def _said(self, begun: int) -> str:
@@ -179,19 +179,19 @@ class Federation:
 
 
 def compose() -> list[str]:
-    """The command for Compose, once it is known that an engine answers."""
+    """The command for Compose; raises if no Docker engine answers."""
     if not shutil.which("docker"):
-        raise DemoError("there is no command docker: install Docker with Compose, then try again")
+        raise DemoError("the command docker was not found: install Docker with Compose, then try again")
     done = quietly(["docker", "version", "--format", "{{.Server.Version}}"])
     if done.returncode:
         raise DemoError(
-            f"no Docker engine answers ({last_line(done.stderr)}): start it, or let DOCKER_HOST name one that runs"
+            f"no Docker engine answers ({last_line(done.stderr)}): start it, or set DOCKER_HOST to a running one"
         )
     if not quietly(["docker", "compose", "version"]).returncode:
         return ["docker", "compose"]
     if not shutil.which("docker-compose"):
         raise DemoError(
-            "neither `docker compose` nor docker-compose is there: install Docker's Compose, then try again"
+            "neither `docker compose` nor docker-compose was found: install Docker's Compose, then try again"
         )
     version = quietly(["docker-compose", "version", "--short"]).stdout.strip()
     if [int(number) for number in re.findall(r"\d+", version)[:2]] < [1, 29]:
@@ -200,14 +200,14 @@ def compose() -> list[str]:
 
 
 def built(log: str) -> list[str]:
-    """The images of the steps that Docker's classic builder made, newest first; of BuildKit's log nothing."""
+    """The images in the log of Docker's classic builder, newest first; none for BuildKit's log."""
     steps = [step for step in re.split(r"^Step ", log, flags=re.MULTILINE)[1:] if "---> Using cache" not in step]
     own = [step for step in steps if not re.match(r"\S+ : FROM ", step)]
     return [made for step in reversed(own) for made in re.findall(r"^ ---> ([0-9a-f]{12})$", step, re.MULTILINE)]
 
 
 def quietly(command: Sequence[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end; what it says is the result's."""
+    """Runs a command to its end and captures its output."""
     return subprocess.run(
         command,
         env=env,
@@ -220,7 +220,7 @@ def quietly(command: Sequence[str], env: dict[str, str] | None = None) -> subpro
 
 
 def _popen(command: Sequence[str], env: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
-    """Starts a command in the project's folder; a key that stops this process does not reach it."""
+    """Starts a command in the project's folder; Ctrl-C does not reach it."""
     return subprocess.Popen(
         command,
         cwd=PROJECT,
@@ -234,7 +234,7 @@ def _popen(command: Sequence[str], env: dict[str, str], output: Any) -> subproce
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process is over afterwards, however that comes."""
+    """Ends the process at the end of the block."""
     try:
         yield process
     finally:
@@ -250,7 +250,7 @@ def last_line(text: str) -> str:
 
 @contextlib.contextmanager
 def stopping_in_order() -> Iterator[None]:
-    """A signal that ends this process raises an exception here; what handles it or comes later is not disturbed."""
+    """Turns a stop signal into SystemExit; signals after the first one are ignored."""
 
     def stop(number: int, frame: object) -> NoReturn:
         undisturbed()
@@ -269,7 +269,7 @@ def stopping_in_order() -> Iterator[None]:
 
 
 def demonstrate(federation: Federation, rounds: int) -> None:
-    """A run from the image to its folder."""
+    """Builds the image, runs a federation, and copies its run folder."""
     federation.build()
     federation.up()
     with _ended(federation.start_run(f"num-server-rounds={rounds}")) as run:
@@ -279,7 +279,7 @@ def demonstrate(federation: Federation, rounds: int) -> None:
 
 
 def succeeds(step: Callable[[], object]) -> bool:
-    """Does it; what goes wrong is told."""
+    """Runs the step; prints an error and returns False if it fails."""
     try:
         step()
     except DemoError as error:
@@ -290,8 +290,8 @@ def succeeds(step: Callable[[], object]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="docker/demo.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="10 unless said")
-    parser.add_argument("--keep", action="store_true", help="keep the image, as fedclip: the next time is quick")
+    parser.add_argument("--rounds", type=int, default=10, help="number of rounds (default: 10)")
+    parser.add_argument("--keep", action="store_true", help="keep the image, as fedclip, so that the next run is quick")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         try:

@@ -1,4 +1,4 @@
-"""The end of the image's build: the right torch, nothing that no run uses, and bytecode of what runs do use.
+"""The last step of the image's build: checks torch, removes unused files, and writes bytecode of what runs use.
 
 python docker/finish.py cpu|cuda
 """
@@ -22,7 +22,7 @@ UNUSED = (
     *("pyarrow/include", "pyarrow/*flight*", "pyarrow/*s3*", "pyarrow/_pyarrow_cpp_tests*"),
     "matplotlib/mpl-data/sample_data",
 )
-"""Other projects' tests and headers, and what pyarrow has for servers of tables and for Amazon's store."""
+"""Other projects' tests and headers, and pyarrow's parts for Flight servers and for Amazon S3."""
 
 
 def main(variant: str) -> None:
@@ -31,13 +31,13 @@ def main(variant: str) -> None:
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}")
     if variant == "cuda" and not torch.version.cuda:
         sys.exit(
-            "VARIANT=cuda: expected a torch with CUDA, found one without. Give the index of torch's wheels for your "
-            "version of CUDA, which PyTorch's installation page names: --build-arg TORCH_INDEX=URL"
+            "VARIANT=cuda: expected torch with CUDA, found one without. Give the index of torch's wheels for your "
+            "version of CUDA, from PyTorch's installation page: --build-arg TORCH_INDEX=URL"
         )
     if variant == "cpu" and torch.version.cuda:
         print(
-            "This image works, but is several gigabytes large: its torch brings CUDA along. For a small one give the "
-            "index of torch's wheels for the CPU, which PyTorch's installation page names: --build-arg TORCH_INDEX=URL"
+            "This image works, but is several gigabytes large: its torch includes CUDA. For a small one give the "
+            "index of torch's wheels for the CPU, from PyTorch's installation page: --build-arg TORCH_INDEX=URL"
         )
     for pattern in UNUSED:
         for path in [*PLACE.glob(pattern)]:
@@ -45,15 +45,15 @@ def main(variant: str) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    for name in ("uv", "uvx"):  # Flower would install packages at run time with it, which is off
+    for name in ("uv", "uvx"):  # Flower would use it to install packages at run time, which is off
         Path(sys.prefix, "bin", name).unlink(missing_ok=True)
     use()
 
 
 def use() -> None:
-    """Imports what the server and a site import: this writes the bytecode, which is all that pip has left out."""
+    """Imports what the server and a site import: this writes the bytecode, which pip has not written."""
     for module in pkgutil.walk_packages(fedclip_flwr.__path__, "fedclip_flwr."):
-        if "pretrain" not in module.name:  # has made the bundled model, once
+        if "pretrain" not in module.name:  # the script that made the bundled model
             import_module(module.name)
     for script in distribution("flwr").entry_points.select(group="console_scripts"):
         script.load()

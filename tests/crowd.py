@@ -40,8 +40,8 @@ def work(folder: Path, before_batch: Callable[[Growing, int], None] = lambda *_:
             labels = list(range(row, row + BATCH - 1))
             growing.append(FEATURES[labels], labels, [f"image {row + BATCH - 1}"])
 
-    kept = store.kept(folder / KEPT, lambda: ({"features": FEATURES.clone()}, {}))
-    return told(kept, store.grown(folder / GROWN, COUNT, grow))
+    kept = store.load_or_make(folder / KEPT, lambda: ({"features": FEATURES.clone()}, {}))
+    return told(kept, store.load_or_grow(folder / GROWN, COUNT, grow))
 
 
 def told(*entries: tuple[State, store.Facts]) -> str:
@@ -82,10 +82,10 @@ def victim(folder: Path, way: str, signalled: int) -> NoReturn:
     elif way == "a whole file":
         os.fsync = die  # which comes between writing a file and putting it in its place
     elif way == "a finish":
-        store.kept(folder / KEPT, lambda: ({"features": FEATURES.clone()}, {}))
+        store.load_or_make(folder / KEPT, lambda: ({"features": FEATURES.clone()}, {}))
         os.fsync = die
     elif way == "a finished one":
-        store.kept(folder / KEPT, lambda: ({"features": FEATURES.clone()}, {}))
+        store.load_or_make(folder / KEPT, lambda: ({"features": FEATURES.clone()}, {}))
         Path.unlink = die  # type: ignore[method-assign]
     if way == "random":
         os.write(signalled, b"x")

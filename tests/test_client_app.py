@@ -32,6 +32,7 @@ from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.recipes import RECIPES
 from fedclip_flwr.learning.training import evaluate, examine, train
 from fedclip_flwr.runs.saved import load_adapter
+from fedclip_flwr.site import work
 from fedclip_flwr.site.context import open_context
 from tests.failing import failing
 
@@ -74,7 +75,7 @@ def asked(
 
 @pytest.mark.parametrize("before", [logging.INFO, logging.CRITICAL])
 def test_a_client_app_that_is_loaded_late_brings_no_traces_of_flower_back(before: int) -> None:
-    """A simulation may load it when its ServerApp has given up: see `federation.refuse`."""
+    """A simulation may load it when its ServerApp has given up: see `flower.serverapp.refuse`."""
     flowers = logging.getLogger("flwr")
     level = flowers.level
     try:
@@ -143,7 +144,7 @@ def test_of_a_whole_model_only_what_came_goes_back(tree: Path, monkeypatch: pyte
     desk = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
     state = new_learner(settings, desk.features).state_dict()
     write = records.write_adapter
-    monkeypatch.setattr(records, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
+    monkeypatch.setattr(work, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
     assert "pixels in it must not leave" in str(asked("train", tree, state, settings=settings).error.reason)
 
 
@@ -225,14 +226,14 @@ def test_a_site_that_was_not_told_the_classes_says_so(tree: Path) -> None:
     state = new_adapter(Settings(), 128).state_dict()
     task = RecordDict({"config": records.write_task("unknown"), "arrays": records.write_adapter(state)})
     context = Context(1, 2, {"site": "north", "data": f"folder:{tree}"}, RecordDict(), Settings().as_run_config())
-    assert "has forgotten what the run is about" in str(client_app.app(Message(task, 2, "train"), context).error.reason)
+    assert "session not found" in str(client_app.app(Message(task, 2, "train"), context).error.reason)
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "told"),
     [
         ("query", {"names": ("car", "cat", "dog")}, "classes that the run does not know: fish"),
-        ("query", {"model_content": "0123"}, "other content than the server's"),
+        ("query", {"model_content": "0123"}, "differs from the server's"),
         ("query", {"data": "folder:/nowhere"}, "there is no such folder"),
         ("train", {}, "the server's message lacks the adapter"),
         ("train", {"state": {"w": torch.zeros(3)}}, "the adapter lacks inner.bias"),
@@ -256,7 +257,7 @@ def test_an_image_that_cannot_be_read_now_is_answered_without_its_name_and_is_as
     with monkeypatch.context() as meanwhile:
         failing(meanwhile, "Smith.png", OSError(errno.EIO, "Input/output error"))
         reply = asked("query", tree)
-    assert str(reply.error.reason).startswith("north: a file can't be read now (Input/output error): see that its disk")
+    assert str(reply.error.reason).startswith("north: a file can't be read now (Input/output error): check that its")
     assert "photo/cat/Smith.png can't be read now" in caplog.text
     hello = records.read_hello(asked("query", tree).content)
     assert isinstance(hello, records.Hello)
@@ -269,7 +270,7 @@ def test_a_surprise_is_answered_in_one_line_and_its_trace_stays_here(
     def surprise(*_: object) -> None:
         raise MemoryError("too\nmuch")
 
-    monkeypatch.setattr(client_app, "report_on", surprise)
+    monkeypatch.setattr(work, "report_on", surprise)
     reply = asked("evaluate", tree, new_adapter(Settings(), 128).state_dict())
     assert reply.error.reason == "MemoryError: too much"
     assert "Traceback" in caplog.text
@@ -291,7 +292,7 @@ def test_nothing_leaves_that_is_not_on_the_list(tree: Path, monkeypatch: pytest.
         answer.metric_records["metrics"]["labels"] = [1, 2, 3]
         return answer
 
-    monkeypatch.setattr(records, "write_answer", more)
+    monkeypatch.setattr(work, "write_answer", more)
     reply = asked("evaluate", tree, new_adapter(Settings(), 128).state_dict())
     assert "must not leave this site" in str(reply.error.reason)
 
@@ -323,13 +324,13 @@ def test_a_real_site_opens_no_path_that_the_server_names_even_if_something_there
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     reply = asked("query", tree, settings=replace(SETTINGS, data=f"folder:{tree}"), data=None)
     assert reply.has_error()
-    assert "this site was not told where its data is" in str(reply.error.reason)
+    assert "this site's data is not set" in str(reply.error.reason)
 
 
 def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) -> None:
     own: dict[str, Any] = {"secure-aggregation": True}
     answer = asked("query", tree, **own)
-    assert answer.error.reason == "north: this site gives its updates only in runs with secure-aggregation = true"
+    assert answer.error.reason == "north: this site sends its updates only in runs with secure-aggregation = true"
     secure = replace(SETTINGS, secure_aggregation=True)
     assert not asked("query", tree, settings=secure).has_error()
     undone: dict[str, Any] = {"site": "a", "data": f"folder:{tree}", "secure-aggregation": False}
@@ -339,12 +340,12 @@ def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) ->
 @pytest.mark.parametrize(
     ("node", "why"),
     [
-        ({"dp": "central"}, "dp = 'central' in the node config: a site can only add noise of its own, dp='local'"),
+        ({"dp": "central"}, "dp = 'central' in the node config: expected 'local': a site can only add noise"),
         ({"dp": "off"}, "dp = 'off' in the node config"),
-        ({"noise-multiplier": 0.1}, "noise-multiplier and clipping-norm in the node config are for dp='local' there"),
-        ({"dp": "local"}, "dp='local' in the node config needs noise-multiplier beside it"),
+        ({"noise-multiplier": 0.1}, "noise-multiplier and clipping-norm in the node config need dp='local' there"),
+        ({"dp": "local"}, "dp='local' in the node config needs noise-multiplier there"),
         ({"dp": "local", "noise-multiplier": 2.0, "clipping-norm": -1.0}, "clipping-norm = -1.0: expected at least"),
-        ({"dp": "local", "noise-multiplier": 1.0}, "noise-multiplier = 1 in the node config: the run has more"),
+        ({"dp": "local", "noise-multiplier": 1.0}, "noise-multiplier = 1 in the node config: expected at least 1.5"),
     ],
 )
 def test_what_a_sites_owner_says_of_noise_can_only_add_some(tree: Path, node: dict[str, Any], why: str) -> None:

@@ -61,7 +61,7 @@ def test_sites_over_tls_come_to_what_their_simulation_comes_to(seen: Seen) -> No
         assert run.summary["status"] == "completed"
         assert run.summary["adapted"]["round"] == 1
         assert run.summary["failures"] == []
-    assert "over TLS" in demo.told(seen.deployed, seen.simulated)
+    assert "over TLS" in demo.comparison(seen.deployed, seen.simulated)
 
 
 @pytest.mark.federation
@@ -98,7 +98,7 @@ def test_a_site_runs_no_other_code_than_its_owners(link: SuperLink, tmp_path: Pa
     number = told.split("Successfully started run ")[1].split()[0]
     assert simulation.status_of(number, link.env) == "finished:failed"
     why = json.loads((tmp_path / "results" / "latest" / "summary.json").read_text())["why"]
-    assert why.count("brings another 'client_app.py' than this site has") == len(SITES)
+    assert why.count("differs from this site's in 'client_app.py'") == len(SITES)
     assert not any("what else is on this disk" in log.read_text() for log in link.folder.glob("*.log"))
 
 

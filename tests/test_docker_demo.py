@@ -25,4 +25,4 @@ def test_without_an_engine_the_demo_says_so_in_a_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, demo.__file__], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     (said,) = done.stderr.splitlines()
-    assert "start it, or let DOCKER_HOST name one" in said or "install Docker" in said
+    assert "start it, or set DOCKER_HOST to" in said or "install Docker" in said

@@ -33,8 +33,8 @@ def test_a_run_with_hostile_sites_is_completed_by_the_others(told: dict[str, Any
 @pytest.mark.parametrize(
     ("way", "why"),
     [
-        ("garbage", "its answer can't be put together"),
-        ("endless", "bytes and more, expected at most"),
+        ("garbage", "its answer can't be decoded"),
+        ("endless", "bytes, expected at most"),
         ("partless", "no answer within 60 s"),
     ],
 )

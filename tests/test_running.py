@@ -180,7 +180,7 @@ def test_the_papers_recipe_on_features_of_unit_length_with_two_domains_held_out(
     done = fedclip("run", "--nodes", "2", *given, f"num-server-rounds={ROUNDS}", f"results-dir={results}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning     this can't be the paper's result" in done.stdout
-    assert "This is not the paper's result: its adapter sees features of the length" in done.stdout
+    assert "This is not the paper's result: its adapter expects features of CLIP's own length" in done.stdout
     made = run_folder(results)
     settings = Settings(data=f"features:{folder}", holdout="b+d", recipe="paper")
     assert_same_result(made, in_one_process(open_features(settings), 2, settings))
@@ -345,7 +345,7 @@ def test_a_simulation_that_was_killed_goes_on_to_the_very_adapter_that_it_would_
     assert 3 <= told["round"] <= 40
     done = fedclip("run", f"results-dir={tmp_path / 'cut'}", "resume=latest")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after round {told['round']}" in done.stdout
+    assert f"resuming after round {told['round']}" in done.stdout
     for name in ("adapter.safetensors", "checkpoint/adapter.safetensors"):
         one, other = load_file(whole / name), load_file(folder / name)
         assert one.keys() == other.keys()
@@ -395,8 +395,8 @@ def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
         "cartoon-0": "outer.bias has numbers that are not finite",
         "photo-0": "inner.weight is float32[128, 127], expected float32[128, 128]",
         "art-1": "RuntimeError: the disk is on fire and nobody is looking",
-        "cartoon-1": "the adapter has more than its tensors: images",
-        "photo-1": "validation: 750 of 150 examples are said to be right, expected a share of them",
+        "cartoon-1": "the adapter has unexpected tensors: images",
+        "photo-1": "validation: 750 of 150 examples are reported as correct, expected no more than there are",
     }
     assert len(failures) == 5 * ROUNDS
 
@@ -449,9 +449,7 @@ def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path)
     summary = read(run_folder(tmp_path / "results"), "summary.json")
     assert summary["status"] == "completed"
     assert summary["adapted"]["sites"].keys() == {"north", "south"}
-    assert {failure["why"].split(":")[0] for failure in summary["failures"]} == {
-        "this site was not told where its data is"
-    }
+    assert {failure["why"].split(":")[0] for failure in summary["failures"]} == {"this site's data is not set"}
     unseen = summary["adapted"]["unseen"]
     assert summary["adapted"]["holdout_sites"] == {"west": unseen}
     assert summary["zero_shot"]["holdout_sites"].keys() == {"west"}

@@ -74,7 +74,7 @@ def test_five_sites_of_which_one_lacks_classes_one_has_one_image_and_one_only_br
     assert ["a-0", "a", "30", "10", "10", "10"] in told
     assert ["c-0", "c", "42", "14", "14", "7"] in told
     assert ["d-0", "d", "1", "0", "0", "1"] in told
-    assert "round 0: e-0 is left out: it holds no image that can be read" in done.stdout
+    assert "round 0: e-0 is left out: it has no readable image" in done.stdout
     assert "e: none of the 30 images can be read: " in done.stdout + done.stderr
 
     assert ["a-0", "100.0", "100.0", "+0.0"] in told
@@ -87,7 +87,7 @@ def test_five_sites_of_which_one_lacks_classes_one_has_one_image_and_one_only_br
     assert ["balanced", "accuracy", "66.7", "66.7", "81.8", "81.8"] in told
     assert ["macro", "F1", "66.7", "66.7", "66.7", "66.7"] in told
     assert "Weakest in z: car 9.1 %, cat 9.1 %, " in done.stdout
-    assert "Left out: e-0: it holds no image that can be read (round 0)" in done.stdout
+    assert "Left out: e-0: it has no readable image (round 0)" in done.stdout
 
     summary = read(run_folder(tmp_path / "runs"), "summary.json")
     assert [(f["site"], f["round"]) for f in summary["failures"]] == [("e-0", 0)]
@@ -154,7 +154,7 @@ def test_a_feature_folder(tmp_path: Path) -> None:
     [
         pytest.param(
             "cartoon",
-            "(cartoon-0: it holds no image that can be read; cartoon-1: it holds no image",
+            "(cartoon-0: it has no readable image; cartoon-1: it has no readable image",
             marks=pytest.mark.soak,
         ),
         ("photo", "This run can't go on. photo is held out, but none of its images can be read"),

@@ -141,7 +141,7 @@ def test_a_site_answers_each_step_of_an_attempt_once() -> None:
     again = asked("query.shares", record, memory)
     assert again.error.reason == "this member is asked for shares, expected to be asked for vectors"
     other = asked("query.shares", {**record, "context": "another"}, memory)
-    assert other.error.reason == "this site has no secrets for this attempt: was its SuperNode started anew?"
+    assert other.error.reason == "this site has no secrets for this attempt: was its SuperNode restarted?"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_what_does_not_go_with_it_is_refused() -> None:
     with pytest.raises(UserError) as refused:
         Settings.from_run_config(given)
     said = str(refused.value)
-    assert "codec = 'int8': with secure-aggregation = true numbers are masked, and can't be packed" in said
+    assert "codec = 'int8': with secure-aggregation = true tensors are masked and can't be compressed" in said
     assert "strategy = 'krum': with secure-aggregation = true the server can't compare updates" in said
     assert "site-weights = 'examples': with secure-aggregation = true sites count the same" in said
     with pytest.raises(UserError, match="it is for adapters"):

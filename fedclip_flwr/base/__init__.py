@@ -1,4 +1,4 @@
-"""The ground floor: settings, errors, content hashes, files, the store, seeds, text.
+"""The foundation of all other wings: settings, errors, content hashes, files, the store, seeds, text.
 
 Imports no other wing, and torch only where tensors are stored.
 """

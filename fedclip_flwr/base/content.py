@@ -1,7 +1,7 @@
-"""Content hashes of files, so that what was computed from them can be found again and never goes stale.
+"""Content hashes of files: keys under which results computed from the files are found again and never go stale.
 
-Reading a model or ten thousand images for every message would cost more than the round itself. So what was found out
-about files is remembered under their names, sizes, times and inodes: whatever is written to a file changes its ctime.
+Reading a model or ten thousand images for every message would cost more than the round itself. So the hashes are
+remembered under the files' names, sizes, times and inodes: any write to a file changes its ctime.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.files import PACKAGE, home, may_read, opened, patiently, write_whole
+from fedclip_flwr.base.files import PACKAGE, home, may_read, opened, with_retries, write_atomic
 
 UNREADABLE = "unreadable"
-"""In the place of a hash: the file can't be read, and won't be until it is changed."""
+"""Stands in for the hash of a file that can't be read until somebody changes it."""
 DAY = 24 * 3600.0
 UNUSED = 90 * DAY
-"""What is remembered of files and sessions goes after so many seconds without use."""
-GOES = re.compile(r"[0-9a-f]{32}|session-\w+|\..+\.[0-9a-f]{16}")
-"""Its names, and of what was left half-written; which revision of the hub's was taken for a model is kept."""
+"""Seconds without use after which an entry about files or sessions is removed."""
+PRUNABLE = re.compile(r"[0-9a-f]{32}|session-\w+|\..+\.[0-9a-f]{16}")
+"""Names of such entries and of half-written files; the hub revision chosen for a model is kept."""
 PRUNED = ".pruned"
-"""The file that tells when what is remembered was last looked through."""
+"""The file whose time says when the entries were last pruned."""
 
 
 def memory() -> Path:
-    """Where what was found out about files is remembered."""
+    """The folder of the remembered entries."""
     return home() / "contents"
 
 
 def digest(*parts: str | bytes) -> str:
-    """A short name for the parts: equal only if they are, one by one."""
-    whole = hashlib.sha256()
+    """A short hash of the parts, equal only if all parts are equal, one by one."""
+    hasher = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        whole.update(len(data).to_bytes(8, "little") + data)
-    return whole.hexdigest()[:32]
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return hasher.hexdigest()[:32]
 
 
 def recall(name: str, memory: Path) -> str | None:
-    """The text that was remembered under that name, if it is there and whole."""
+    """The text remembered under the name; None if there is none or it is damaged."""
     try:
         mark, _, text = (memory / name).read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
@@ -55,26 +55,26 @@ def recall(name: str, memory: Path) -> str | None:
 
 
 def mark_used(path: Path) -> None:
-    """The file's time tells when it was last used, to the day; nothing is done where there is no such file."""
+    """Sets the file's time to now, at most once a day, as the time of its last use; a missing file is ignored."""
     with contextlib.suppress(OSError):
         if time.time() - path.stat().st_mtime > DAY:
             os.utime(path)
 
 
 def remember(name: str, text: str, memory: Path) -> None:
-    """Keeps the text; if it can't be kept, no more than time is lost."""
+    """Stores the text under the name. A failed write is ignored: it only costs time later."""
     with contextlib.suppress(UserError):
-        write_whole(memory / name, lambda path: path.write_text(f"{digest(text)}\n{text}", encoding="utf-8"))
+        write_atomic(memory / name, lambda path: path.write_text(f"{digest(text)}\n{text}", encoding="utf-8"))
 
 
 def forget(name: str, memory: Path) -> None:
-    """What was remembered under that name turned out to be wrong."""
+    """Removes the entry of that name, which turned out to be wrong."""
     with contextlib.suppress(OSError):
         (memory / name).unlink(missing_ok=True)
 
 
 def remembered(name: str, make: Callable[[], str], memory: Path) -> str:
-    """The text of that name, made if need be."""
+    """The text remembered under the name; if there is none, `make()` makes it and it is remembered."""
     text = recall(name, memory)
     if text is None:
         text = make()
@@ -84,31 +84,31 @@ def remembered(name: str, make: Callable[[], str], memory: Path) -> str:
 
 
 def _prune(memory: Path) -> None:
-    """Once a day, removes what has not been used for long: mostly it is about files that are gone."""
+    """Once a day, removes entries that were not used for long: most are about files that no longer exist."""
     now = time.time()
     with contextlib.suppress(OSError):
         try:
             last = (memory / PRUNED).stat().st_mtime
         except FileNotFoundError:
-            last = now  # until tomorrow, what is in use is marked as such
+            last = now  # the first pruning is tomorrow: until then, entries in use are marked
             (memory / PRUNED).touch()
         if now - last > DAY:
             os.utime(memory / PRUNED)  # first, so that other processes leave it to this one
             for entry in os.scandir(memory):
                 with contextlib.suppress(OSError):
-                    if GOES.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > UNUSED:
+                    if PRUNABLE.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > UNUSED:
                         os.unlink(entry)
 
 
 def state_of(root: Path, names: Sequence[str], *more: str) -> str:
-    """A name for the files below `root` as they are now, without reading them, and for whatever else matters."""
+    """A hash of the state of the files below `root`, without reading them, and of the texts in `more`."""
     return digest(*(part for name in names for part in (name, _facts(root / name))), *more)
 
 
 def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
-    """The hash of the named files below `root`: of their names and bytes, not of where or when they are.
+    """The hash of the names and bytes of the files below `root`; their place and times do not count.
 
-    `memory` is the folder in which known hashes are remembered.
+    Known hashes are remembered in the folder `memory`.
     """
     return remembered(
         state_of(root, names),
@@ -118,9 +118,9 @@ def of_files(root: Path, names: Sequence[str], memory: Path) -> str:
 
 
 def _facts(path: Path) -> str:
-    """What can't stay the same when the file is written to, or when this user may read it from now on."""
+    """Facts that change when the file is written to, or when this user gets permission to read it."""
     try:
-        s = patiently(path, path.stat)
+        s = with_retries(path, path.stat)
     except OSError:
         return UNREADABLE
     facts = f"{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}"
@@ -128,25 +128,25 @@ def _facts(path: Path) -> str:
 
 
 def of_bytes(data: bytes) -> str:
-    """The same as of a file that holds them."""
+    """The hash of the bytes, equal to `of_file` of a file that holds them."""
     return hashlib.sha256(data).hexdigest()
 
 
 def of_file(path: Path) -> str:
-    """The hash of its bytes; `UNREADABLE` of what is no file, a link to nothing, or nothing for this user."""
+    """The hash of its bytes; `UNREADABLE` if it is not a regular file, is missing, or this user may not read it."""
 
     def hashed() -> str:
         with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     try:
-        return patiently(path, hashed)
+        return with_retries(path, hashed)
     except OSError:
         return UNREADABLE
 
 
 def of_package(memory: Path) -> str:
-    """The hash of this installed package: its code and its model, but not the apps that a wheel carries along."""
+    """The hash of this installed package: its code and its model, without the apps that a wheel includes."""
     names = sorted(
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*")
@@ -156,6 +156,6 @@ def of_package(memory: Path) -> str:
 
 
 def file_name(text: str) -> str:
-    """The text as the name of a file or folder: unchanged if it may be one, else with a mark that keeps it apart."""
+    """The text as the name of a file or folder: unchanged if valid, else cleaned and made unique by a hash."""
     plain = re.sub(r"[^\w.-]", "_", text).lstrip(".")[:80]
     return plain if plain == text else f"{plain}-{digest(text)[:8]}"

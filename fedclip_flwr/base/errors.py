@@ -1,30 +1,30 @@
-"""The errors that are meant for the user, and texts that can be shown wherever they come from."""
+"""Errors meant for the user, and text from any origin made safe to show."""
 
 from __future__ import annotations
 
 import re
 
-UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
-"""Line breaks, control characters, what turns the direction of writing around, and halves of characters."""
+UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""Line breaks, control characters, marks that change the direction of text, and lone surrogates."""
 LONGEST = 4000
-"""So many characters of an error are shown."""
+"""The most characters of an error that are shown."""
 
 
 def shown(text: object) -> str:
-    """The text with a � for each character that would break the line, steer a terminal, or can't be written."""
-    return UNSEEN.sub("\ufffd", str(text))
+    """The text with a � for each character that would break the line, control a terminal, or can't be encoded."""
+    return UNPRINTABLE.sub("\ufffd", str(text))
 
 
 def one_line(text: object, most: int = 300) -> str:
-    """The text without line breaks and control characters, and not endless."""
-    line = " ".join(UNSEEN.sub(" ", str(text)).split())
+    """The text without line breaks and control characters, cut to `most` characters."""
+    line = " ".join(UNPRINTABLE.sub(" ", str(text)).split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is all that is shown: what was expected, what was found, what to do.
+    """A problem that the user can fix. Only its text is shown: what was expected, what was found, what to do.
 
-    It is one line, whatever the file was called that it tells of; or a heading and a line for each of several problems.
+    It is one line, whatever the names of files in it; with several problems, a heading and one line for each.
     """
 
     def __init__(self, text: str, *problems: str) -> None:
@@ -36,7 +36,7 @@ class UserError(Exception):
 
 
 class FaultError(UserError):
-    """The same in two parts, for `fedclip doctor`: what was found, and what to do."""
+    """A `UserError` in two parts, for `fedclip doctor`: what was found, and what to do."""
 
     def __init__(self, found: str, remedy: str) -> None:
         super().__init__(f"{found}: {remedy}")
@@ -44,9 +44,9 @@ class FaultError(UserError):
 
 
 class ReadError(UserError):
-    """A file that can't be read now, and perhaps later.
+    """A file that can't be read now, but perhaps later.
 
-    `unnamed` says so without the file's name: that may tell a class or a person, and does not leave a site.
+    `unnamed` is the text without the file's name, which may reveal a class or a person and must not leave a site.
     """
 
     def __init__(self, name: object, found: str, remedy: str) -> None:
@@ -54,5 +54,5 @@ class ReadError(UserError):
         self.unnamed = f"a file {found}: {remedy}"
         self._given = str(name), found, remedy
 
-    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str, str]]:  # it may come from another process
+    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str, str]]:  # it may be raised in another process
         return ReadError, self._given

@@ -1,4 +1,4 @@
-"""Files: read with patience, written completely or not at all; and where this package keeps what outlives a run."""
+"""Files: read with retries, written completely or not at all; and the folder for data that outlives a run."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 T = TypeVar("T")
-NO_MATTER_OF_ROOM = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
-LASTING = {
+NOT_OUT_OF_SPACE = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+PERMANENT = {
     *(errno.EACCES, errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.ENODEV, errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EPERM),
 }
-"""Errors that last until somebody changes the file; others may pass, such as those of a network share."""
+"""Errors that stay until somebody changes the file; others may pass, such as those of a network share."""
 TRIES, PAUSE = 3, 0.1
-"""So often what may pass is tried, with so many seconds between."""
+"""How often a read is tried when its error may pass, and the seconds between the tries."""
 
 
 def own_app() -> Path:
-    """The folder of the Flower app that belongs to this package: a wheel carries it along."""
+    """The folder of this package's Flower app; a wheel includes it."""
     packed = PACKAGE / "app"
     return packed if packed.is_dir() else PACKAGE.parent
 
 
 def home() -> Path:
-    """Where everything that outlives a run is kept."""
+    """The folder of everything that outlives a run: FEDCLIP_HOME, or `~/.fedclip`."""
     return Path(os.environ.get("FEDCLIP_HOME") or "~/.fedclip").expanduser().absolute()
 
 
 def may_read(path: Path) -> bool:
-    """Whether this user has the permission."""
+    """True if this user has permission to read it."""
     return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
-def patiently(name: object, read: Callable[[], T]) -> T:
-    """What `read` gives. An error that may pass is waited for a little, and then raised as a `ReadError`.
+def with_retries(name: object, read: Callable[[], T]) -> T:
+    """Returns `read()`. After an error that may pass it tries again, and in the end raises a `ReadError`.
 
-    One that lasts is raised as it is.
+    An error in `PERMANENT` is raised as it is.
     """
     for number in range(TRIES):
         if number:
@@ -60,19 +60,19 @@ def patiently(name: object, read: Callable[[], T]) -> T:
         try:
             return read()
         except (OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno in LASTING:
+            if isinstance(error, OSError) and error.errno in PERMANENT:
                 raise
             found = error
     why = found.strerror if isinstance(found, OSError) and found.strerror else str(found) or "out of memory"
-    remedy = "see that its disk or network share answers and that there is memory left, then try again"
+    remedy = "check that its disk or network share responds and that memory is free, then try again"
     raise ReadError(name, f"can't be read now ({why})", remedy) from found
 
 
 def opened(path: Path) -> BufferedReader:
-    """The file to be read; `OSError` if it is none: a pipe would be waited for, and a device never ends."""
+    """The file, open for reading; `OSError` if it is not a regular file: a pipe would block, a device never ends."""
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # a name that is not valid for any file
         raise OSError(errno.EINVAL, str(error)) from None
     except PermissionError as error:
         if may_read(path):  # such as on a network share whose ticket has expired
@@ -80,12 +80,12 @@ def opened(path: Path) -> BufferedReader:
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(errno.EINVAL, "it is no file")
+        raise OSError(errno.EINVAL, "not a regular file")
     return os.fdopen(number, "rb")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """What the file holds; `OSError` if that is more than so many bytes, or if it is no file."""
+    """The file's bytes; `OSError` if there are more than `most`, or if it is not a regular file."""
     with opened(path) as file:
         if os.fstat(file.fileno()).st_size <= most and len(data := file.read(most + 1)) <= most:
             return data
@@ -93,77 +93,77 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, most: int = 2**24) -> Any:
-    """What the file tells; `OSError` or `ValueError` if it can't be read, whoever has written it."""
+    """The file's parsed JSON; `OSError` or `ValueError` if it can't be read, whatever is in it."""
     return parsed(read_bytes(path, most).decode("utf-8"))
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The facts in the header of a safetensors file; errors as above."""
+    """The metadata in the header of a safetensors file; errors as of `read_json`."""
     with opened(path) as file:
-        told = parsed(file.read(min(int.from_bytes(file.read(8), "little"), 2**24)).decode("utf-8"))
-    facts = told.get("__metadata__") if isinstance(told, dict) else None
+        header = parsed(file.read(min(int.from_bytes(file.read(8), "little"), 2**24)).decode("utf-8"))
+    facts = header.get("__metadata__") if isinstance(header, dict) else None
     return {key: str(value) for key, value in facts.items()} if isinstance(facts, dict) else {}
 
 
 def parsed(text: str) -> Any:
-    """What the JSON tells; `ValueError` if it is none."""
+    """The parsed JSON; `ValueError` if the text is not valid JSON."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("one thing lies in another too many times") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextlib.contextmanager
 def writing_to(folder: Path, setting: str = "FEDCLIP_HOME", mode: int = 0o777) -> Iterator[None]:
-    """Tells the user what to do when the folder can't be written to; `setting` names it."""
+    """Makes the folder, and turns an `OSError` in the block into a `UserError`; `setting` is what sets the folder."""
     try:
         folder.mkdir(mode, parents=True, exist_ok=True)
         yield
     except OSError as error:
-        room = "" if error.errno in NO_MATTER_OF_ROOM else "make room there, or "
+        room = "" if error.errno in NOT_OUT_OF_SPACE else "make room there, or "
         raise UserError(
-            f"{folder} can't be written to ({error.strerror or error}): {room}let {setting} name another folder"
+            f"{folder} can't be written to ({error.strerror or error}): {room}set {setting} to another folder"
         ) from error
 
 
 def make_folder(folder: Path, setting: str = "FEDCLIP_HOME", mode: int = 0o777) -> Path:
-    """The folder, made if need be."""
+    """The folder, made if it does not exist."""
     with writing_to(folder, setting, mode):
         return folder
 
 
-def write_whole(
+def write_atomic(
     path: Path,
     write: Callable[[Path], object],
     setting: str = "FEDCLIP_HOME",
     put: Callable[[Path, Path], object] = os.replace,
 ) -> None:
-    """Lets `write` fill a temporary file and puts it in place at once: `path` is never half-written.
+    """Lets `write` fill a temporary file, then moves it into place: `path` is never half-written.
 
-    With `os.link` to put it there, a file that has come meanwhile is not overwritten.
+    With `put=os.link`, a file that was created meanwhile is not overwritten.
     """
     with writing_to(path.parent, setting):
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             write(part)
-            _to_disk(part)
+            _sync(part)
             put(part, path)
-            with contextlib.suppress(OSError):  # not every file system can
-                _to_disk(path.parent)
+            with contextlib.suppress(OSError):  # not every file system supports it
+                _sync(path.parent)
         finally:
             part.unlink(missing_ok=True)
 
 
 def tidy(folder: Path, setting: str = "FEDCLIP_HOME") -> None:
-    """Removes what `write_whole` has left there in processes that were killed; nobody may be writing there now."""
+    """Removes temporary files of `write_atomic` in killed processes; nothing may be writing to the folder now."""
     with writing_to(folder.parent, setting):
         for part in folder.glob(".*"):
             if re.fullmatch(r"\..+\.[0-9a-f]{16}", part.name) and part.is_file():
                 part.unlink()
 
 
-def _to_disk(path: Path) -> None:
-    """So that it is still there after a power cut: the bytes of a file, or the names in a folder."""
+def _sync(path: Path) -> None:
+    """Flushes a file's bytes, or a folder's names, to disk, so that they survive a power cut."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -172,14 +172,14 @@ def _to_disk(path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
-    """A safetensors file, its `facts` in the header."""
-    from safetensors import SafetensorError  # not for those who only write keys: it brings torch
+    """Writes a safetensors file with `facts` as the metadata in its header."""
+    from safetensors import SafetensorError  # not at the top: it imports torch, which writing keys does not need
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, facts)
-        path.chmod(mode)  # as of any other file: safetensors would let the owner alone read it
-    except SafetensorError as error:  # a full disk, in safetensors' words
+        path.chmod(mode)  # as for any other file: safetensors makes it readable by the owner only
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error

@@ -10,20 +10,20 @@ from typing import Any
 from fedclip_flwr.base.errors import UserError, one_line
 
 REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*")
-"""As git allows them, but for signs that nobody uses; the hub's library makes a path of it."""
+"""Git's rules, without characters that nobody uses: the hub's library turns a revision into a path."""
 
 
 class IncompleteError(UserError):
-    """What there is lacks something."""
+    """A downloaded model or data set that lacks files."""
 
 
 def snapshot(
-    name: str, *, kind: str, revision: str, lacks: Callable[[Path], str | None], told: str, **patterns: Sequence[str]
+    name: str, *, kind: str, revision: str, lacks: Callable[[Path], str | None], prefix: str, **patterns: Sequence[str]
 ) -> Path:
     """The folder in which the hub's cache holds the model or data set (`kind`), downloaded if need be.
 
-    What is in the cache is taken as it is: nothing is looked up on the hub if nothing is lacking. `lacks` says what a
-    folder lacks; `told` is how errors begin.
+    A complete folder in the cache is taken without asking the hub. `lacks` names what a folder lacks, or returns None;
+    errors begin with `prefix`.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -36,19 +36,19 @@ def snapshot(
     )
 
     if revision and not REVISION.fullmatch(revision):
-        raise UserError(f"{told}: {revision!r} can't be a revision; expected a commit, a branch or a tag")
+        raise UserError(f"{prefix}: {revision!r} is not a valid revision; expected a commit, a branch or a tag")
     where: dict[str, Any] = {"repo_type": kind, "revision": revision or None, **patterns}
     try:
         folder = Path(snapshot_download(name, local_files_only=True, **where))
         if not lacks(folder):
             return folder
     except HFValidationError:
-        raise UserError(f"{told}: neither a folder here nor a name that the Hugging Face hub could have") from None
+        raise UserError(f"{prefix}: neither a folder here nor a valid name on the Hugging Face hub") from None
     except LocalEntryNotFoundError:
         pass
     except OSError as error:
         line = f"{error.strerror or error}: {error.filename or constants.HF_HUB_CACHE}"
-        raise UserError(f"{told}: the Hugging Face cache can't be read ({line})") from None
+        raise UserError(f"{prefix}: the Hugging Face cache can't be read ({line})") from None
     command = f"hf download{' --repo-type dataset' * (kind == 'dataset')} {name}"
     command += f" --revision {revision}" * bool(revision)
     copy = f"check the network, or run `{command}` where there is one and copy its cache"
@@ -57,7 +57,7 @@ def snapshot(
     try:
         folder = Path(snapshot_download(name, **where))
     except GatedRepoError:
-        reason = "access to it has to be asked for: do so at its page on the hub, then log in with `hf auth login`"
+        reason = "access must be requested: do so on its page on the hub, then log in with `hf auth login`"
     except RepositoryNotFoundError:
         reason = f"the hub has no such {kind}, or it is private: check the name, or log in with `hf auth login`"
     except RevisionNotFoundError:
@@ -66,17 +66,17 @@ def snapshot(
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         why = f"the hub can't be reached ({line})"
         if constants.HF_HUB_OFFLINE:
-            why = "nothing is downloaded now (HF_HUB_OFFLINE)"
+            why = "downloads are disabled (HF_HUB_OFFLINE)"
         reason = f"neither a folder here nor in the Hugging Face cache, and {why}; {copy}"
     else:
         if not (missing := lacks(folder)):
             return folder
-        raise IncompleteError(f"{told}: {folder} lacks {missing}; if it is only half there, {copy}")
-    raise UserError(f"{told}: {reason}")
+        raise IncompleteError(f"{prefix}: {folder} lacks {missing}; if the download is incomplete, {copy}")
+    raise UserError(f"{prefix}: {reason}")
 
 
 def conversion(name: str) -> str | None:
-    """The revision in which the hub's own converter offers a model's weights as safetensors, if there is one."""
+    """The revision with safetensors weights that the hub's own converter offers for the model, or None."""
     from httpx import HTTPError
     from huggingface_hub import HfApi
 
@@ -88,7 +88,7 @@ def conversion(name: str) -> str | None:
 
 
 def check_upload(name: str) -> None:
-    """Raises where nothing can be uploaded to that repository, as far as that is known here."""
+    """Raises if an upload to that repository would fail, as far as can be known without the hub."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -96,15 +96,15 @@ def check_upload(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UserError(f"--push {name}: expected a name that the hub can have, such as ORG/NAME") from None
+        raise UserError(f"--push {name}: expected a valid name on the hub, such as ORG/NAME") from None
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"--push {name}: nothing is uploaded while HF_HUB_OFFLINE is set: unset it")
+        raise UserError(f"--push {name}: uploads are disabled by HF_HUB_OFFLINE: unset it")
     if not get_token():
-        raise UserError(f"--push {name}: nobody is logged in: run `hf auth login`, or set HF_TOKEN")
+        raise UserError(f"--push {name}: not logged in: run `hf auth login`, or set HF_TOKEN")
 
 
 def upload(folder: Path, name: str, files: Sequence[str], message: str, *, private: bool | None = None) -> str:
-    """The address of the hub's model, made if need be, whose `files` (patterns) are then those of the folder."""
+    """Uploads the folder's `files` (patterns) to the model repository, created if missing, and returns its address."""
     from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -112,25 +112,25 @@ def upload(folder: Path, name: str, files: Sequence[str], message: str, *, priva
     check_upload(name)
     try:
         place = HfApi().create_repo(name, private=private, exist_ok=True)
-        if private and not HfApi().model_info(place.repo_id).private:  # it was there before
+        if private and not HfApi().model_info(place.repo_id).private:  # it existed before
             raise UserError(
-                f"--push {name} --private: it is there already, and for all to see: name another, or change it"
+                f"--push {name} --private: the repository exists and is public: choose another name, or make it private"
             )
         HfApi().upload_folder(
             repo_id=place.repo_id,
             folder_path=folder,
             allow_patterns=[*files],
-            delete_patterns=[*files],  # of an older one, which might be taken for this one's
+            delete_patterns=[*files],  # of an older upload, which might seem to belong to this one
             commit_message=message,
         )
     except HfHubHTTPError as error:
-        reason = f"the hub refused it ({one_line(error.server_message or error)})"
+        reason = f"the hub refused the request ({one_line(error.server_message or error)})"
         if error.response.status_code == 401:
-            reason = "the hub does not know the token: log in anew with `hf auth login`"
+            reason = "the hub rejected the token: log in again with `hf auth login`"
         elif error.response.status_code == 403:
-            reason = "the token may not write there: log in with one that may, or name a repository of your own"
+            reason = "the token has no write access there: log in with one that has, or name a repository of your own"
     except (HTTPError, OSError) as error:
-        reason = f"the hub can't be reached ({one_line(error)}): check the network, then give the same command again"
+        reason = f"the hub can't be reached ({one_line(error)}): check the network, then run the same command again"
     else:
         return str(place)
     raise UserError(f"--push {name}: {reason}")

@@ -1,4 +1,4 @@
-"""The adapters by name, and what is told of each where torch is not brought."""
+"""Facts of each adapter, by name, that need no import of torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class AdapterSpec(NamedTuple):
-    """One adapter: its learning rate with the recipe `default`, and that of a server that makes steps of its own."""
+    """One adapter's facts: its learning rate with the recipe `default`, and the server's with an adaptive strategy."""
 
     learning_rate: float
     server_rate: float
@@ -20,9 +20,9 @@ KINDS = {
     "gate": AdapterSpec(1e-3, 3e-2, ranked=True),
     "scale": AdapterSpec(3e-3, 3e-2, exact=True),
 }
-"""What `learning/adapters.py` has a class for. How the rates were chosen: docs/results.md."""
+"""The adapters that have a class in `learning/adapters.py`. How the rates were chosen: docs/results.md."""
 
 
 def of_rank(kind: str, rank: int) -> str:
-    """The rank in words, for an adapter that has one."""
+    """The rank in words; empty for an adapter that has none."""
     return f" of rank {rank}" if kind in KINDS and KINDS[kind].ranked else ""

@@ -1,6 +1,6 @@
-"""What a site does in a run."""
+"""The roles that a site can have in a run."""
 
 from __future__ import annotations
 
 TRAIN, HOLDOUT = ROLES = ("train", "holdout")
-"""What a site does: it trains, or it only evaluates, and what it holds is unseen."""
+"""A site trains, or it only evaluates on images that no site trains on."""

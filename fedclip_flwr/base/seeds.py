@@ -1,4 +1,4 @@
-"""Seeds that follow from what they are for."""
+"""Seeds derived from their purpose."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_of(*parts: str | int) -> int:
-    """A seed that follows from the parts alone, the same on every machine."""
+    """A seed derived from the parts alone, identical on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")

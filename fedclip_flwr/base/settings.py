@@ -1,7 +1,7 @@
 """The settings of a run: typed, frozen, and checked all at once.
 
 They come from Flower's run config (`[tool.flwr.app.config]` and `--run-config`), whose keys have hyphens where the
-fields here have underscores. Each field tells its default, what it means and what it may be.
+fields here have underscores. Each field has its default, its meaning and its limits.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from fedclip_flwr.base.kinds import KINDS
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A field with its meaning and its limits: `choices`, `least`, `most`, `above`, `pattern` with `expected`.
 
-    `word`: a number that may also be this word.
+    `word`: a word that is allowed in place of a number.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
 
 OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
-"""The strategies in which the server makes a step of its own of the sites' mean."""
+"""The strategies in which an optimizer at the server takes a step from the sites' mean."""
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
-"""Those that compare the sites' updates with each other."""
+"""The strategies that compare the sites' updates with each other."""
 CODECS = ("float32", "bfloat16", "int8")
-"""How tensors travel: whole, or as `exchange/codecs.py` packs differences."""
+"""How tensors travel: in full, or as differences that `exchange/codecs.py` compresses."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-"""Experiment trackers that a run can tell."""
+"""Experiment trackers that a run can report to."""
 STORED = "features:"
-"""Begins the name of data that are features already."""
+"""The start of the setting `data` if the data are already features."""
 MOST_NORM = 10.0**4
-"""No CLIP's features are as long."""
+"""More than the length of any CLIP's features."""
 PLACES = ("folder:", STORED)
-"""What begins the name of data that lies in a place of this machine; the path follows."""
+"""The starts of the setting `data` that name a place on this machine; the path follows."""
 _DEVICE = {"pattern": r"auto|cpu|cuda(:[0-9]{1,2})?", "expected": "auto, cpu, cuda or cuda:N"}
 _TRACK = {
     "pattern": r"(({0})( *, *({0}))*)?".format("|".join(TRACKERS)),
@@ -57,18 +57,18 @@ class Settings:
     data: str = _setting(
         "drawn",
         "`drawn`, `drawn:SEED`, `pacs`, `vlcs`, `office-home`, a Hugging Face data set, `folder:PATH` (images as "
-        "domain/class/image or class/image, or a data set) or `features:PATH`; `none` if only real sites have any",
+        "domain/class/image or class/image, or a data set) or `features:PATH`; `none` if only real sites have data",
     )
     image_column: str = _setting("", "the data set's column of images; empty to find it by type and name")
-    label_column: str = _setting("", "the same of class labels")
-    domain_column: str = _setting("", "the same of domains")
+    label_column: str = _setting("", "the data set's column of class labels; empty to find it by type and name")
+    domain_column: str = _setting("", "the data set's column of domains; empty to find it by type and name")
     holdout: str = _setting(
         "auto",
         "the domain no site trains on, or several with + between; `auto` is the last in sorted order, empty for none",
     )
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
     adapter: str = _setting("attention", "the trainable part", choices=tuple(KINDS))
-    adapter_rank: int = _setting(4, "the rank, of adapters that have one (`gate`)", least=1, most=2**14)
+    adapter_rank: int = _setting(4, "rank of adapters that have one (`gate`)", least=1, most=2**14)
     blend: float | str = _setting(
         1.0,
         "share of the adapted feature; `auto` is chosen by validation after the last round",
@@ -79,8 +79,8 @@ class Settings:
     recipe: str = _setting("default", "loss, optimizer and prompt", choices=("default", "paper"))
     feature_norm: float = _setting(
         0.0,
-        "the length that the adapter's network sees image features scaled to; 0 is the recipe's own: 1, and with paper "
-        "the length that CLIP gives them",
+        "length to which image features are scaled for the adapter's network; 0 for the recipe's default: 1, or "
+        "with paper the length that CLIP gives them",
         least=0.0,
         most=MOST_NORM,
     )
@@ -91,28 +91,28 @@ class Settings:
     num_server_rounds: int = _setting(20, "rounds", least=1)
     local_epochs: int = _setting(1, "epochs at a site in a round", least=1)
     batch_size: int = _setting(32, "examples a step", least=1)
-    learning_rate: float = _setting(0.0, "0 is the recipe's own", least=0.0)
-    seed: int = _setting(0, "all that is random follows from it", least=0, most=2**63 - 1)
+    learning_rate: float = _setting(0.0, "0 for the recipe's default", least=0.0)
+    seed: int = _setting(0, "the seed of everything random", least=0, most=2**63 - 1)
     strategy: str = _setting(
         "fedavg",
-        "how the sites' work comes together",
+        "how the server aggregates the sites' updates",
         choices=("fedavg", "fedprox", *OPTIMIZED, *ROBUST),
     )
-    server_learning_rate: float = _setting(0.0, "of fedadam and its like; 0 is the strategy's own", least=0.0)
-    proximal_mu: float = _setting(0.001, "how strongly fedprox holds sites to where the round began", least=0.0)
+    server_learning_rate: float = _setting(0.0, "of fedadam, fedyogi, fedadagrad; 0: the strategy's default", least=0.0)
+    proximal_mu: float = _setting(0.001, "how strongly fedprox pulls sites to the start of a round", least=0.0)
     max_update_norm: float = _setting(
         3.0,
-        "longer updates than so many times the sites' lower median are scaled down to it, far longer ones left out; "
-        "0 for no limit; for adapters, and not with recipe = paper",
+        "updates longer than this many times the sites' lower median are scaled down to that length, far longer ones "
+        "are left out; 0 for no limit; for adapters, and not with recipe = paper",
         least=0.0,
     )
     hostile_share: float = _setting(
-        0.2, "share of the sites that fedtrimmedavg, krum, multikrum and bulyan take to be hostile", least=0.0, most=0.5
+        0.2, "share of the sites assumed hostile by fedtrimmedavg, krum, multikrum and bulyan", least=0.0, most=0.5
     )
     site_weights: str = _setting("equal", "how the adapters of the sites are weighted", choices=("equal", "examples"))
     max_site_weight: float = _setting(
         3.0,
-        "with site-weights = examples, a site counts for at most so many times the lower median; 0 for no limit",
+        "with site-weights = examples, a site counts for at most this many times the lower median; 0 for no limit",
         least=0.0,
     )
     dp: str = _setting(
@@ -121,31 +121,31 @@ class Settings:
         choices=("off", "central", "local"),
     )
     noise_multiplier: float = _setting(
-        1.0, "of dp: the noise's standard deviation in clipping norms", least=0.01, most=1000.0
+        1.0, "with dp: the noise's standard deviation in clipping norms", least=0.01, most=1000.0
     )
-    clipping_norm: float = _setting(0.5, "of dp: the length to which updates are cut", least=1e-4, most=100.0)
-    delta: float = _setting(1e-5, "of dp: the δ for which ε is told", least=1e-15, most=0.5)
+    clipping_norm: float = _setting(0.5, "with dp: the length to which updates are clipped", least=1e-4, most=100.0)
+    delta: float = _setting(1e-5, "with dp: the δ for which ε is reported", least=1e-15, most=0.5)
     secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
     codec: str = _setting("float32", "how tensors travel", choices=CODECS)
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     early_stop: int = _setting(0, "rounds since the selected one after which the run ends; 0 for never", least=0)
-    min_sites: int = _setting(1, "answers that a round needs to count", least=1)
-    round_timeout: float = _setting(600.0, "seconds that a round waits for answers", above=0.0)
+    min_sites: int = _setting(1, "good replies that a round needs", least=1)
+    round_timeout: float = _setting(600.0, "seconds that a round waits for replies", above=0.0)
     partition: str = _setting(
         "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes")
     )
     alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0)
-    personalize: bool = _setting(False, "each site goes on alone after the last round; never sent")
+    personalize: bool = _setting(False, "each site trains its own adapter after the last round; never sent")
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
-    precision: str = _setting("auto", "of encoding", choices=("auto", "float32", "bfloat16", "float16"))
-    name: str = _setting("", "the run's name, which its folder gets; empty for one by the time", **_NAME)
-    resume: str = _setting("", "the run to go on with after its last complete round; `latest`", **_NAME)
+    precision: str = _setting("auto", "precision of encoding", choices=("auto", "float32", "bfloat16", "float16"))
+    name: str = _setting("", "name of the run and its folder; empty for one made from the time", **_NAME)
+    resume: str = _setting("", "the run to resume after its last complete round, or `latest`", **_NAME)
     results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
-    track: str = _setting("", "experiment trackers that are told: tensorboard, wandb, mlflow; with commas", **_TRACK)
+    track: str = _setting("", "experiment trackers to report to: tensorboard, wandb, mlflow; with commas", **_TRACK)
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
-        """Settings from Flower's run config, and what is wrong with those keys that can't be used and keep defaults."""
+        """Settings from Flower's run config, and the problems by key; a key with a problem keeps its default."""
         fields = cls.keys()
         values, problems = {}, {}
         for key, value in given.items():
@@ -167,28 +167,28 @@ class Settings:
 
     @property
     def proximal(self) -> float:
-        """FedProx's μ; 0 with another strategy."""
+        """FedProx's μ; 0 with any other strategy."""
         return self.proximal_mu if self.strategy == "fedprox" else 0.0
 
     @property
     def update_limit(self) -> float:
-        """How many times the sites' median an update may be as long as; 0 for any length."""
+        """The longest update that counts in full, as a multiple of the sites' median length; 0 for no limit."""
         limited = self.method == "adapter" and self.recipe != "paper"  # a sum of whole models is large
         return self.max_update_norm if limited else 0.0
 
     @property
     def sees_given_length(self) -> bool:
-        """Whether the adapter's network sees image features of the length that CLIP gives them."""
+        """True if the adapter's network sees image features with the length that CLIP gives them."""
         return self.recipe == "paper" and self.method == "adapter" and not self.feature_norm
 
     @property
     def least_sites(self) -> int:
-        """Answers that a round needs to count: of a sum of two, each knows the other's part."""
+        """Good replies that a round needs; of a sum of two, each site could compute the other's part."""
         return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
 
     @property
     def starts_as_zero_shot(self) -> bool:
-        """Whether what is learnt predicts at first exactly as the frozen model does, and not only nearly so."""
+        """True if the learner predicts exactly as the frozen model before training, and not only nearly so."""
         return self.method == "full-model" or self.recipe != "paper" or KINDS[self.adapter].exact
 
     @property
@@ -198,7 +198,7 @@ class Settings:
 
     @classmethod
     def from_run_config(cls, given: Mapping[str, Any]) -> Settings:
-        """Settings from Flower's run config; every problem is told in one `UserError`."""
+        """Settings from Flower's run config; raises one `UserError` with every problem."""
         settings, problems = cls.read(given)
         if problems:
             raise unusable(problems.values())
@@ -210,18 +210,18 @@ class Settings:
         return {field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
 
     def as_run_config(self) -> dict[str, Any]:
-        """The settings under the keys that `from_run_config` takes."""
+        """The settings as a run config, the inverse of `from_run_config`."""
         return {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
 
 
 def place_of(data: str) -> tuple[str, str]:
-    """Which of the `PLACES` begins the data's name, and the path; of other data nothing, and its name."""
+    """The one of `PLACES` that `data` starts with, and the path; for other data an empty text and `data` itself."""
     head = next((head for head in PLACES if data.startswith(head)), "")
     return head, data.removeprefix(head)
 
 
 def meaning_of(field: dataclasses.Field[Any]) -> str:
-    """What a setting means, and which words it takes."""
+    """A setting's meaning, with its choices if it has any."""
     meaning, choices = field.metadata["meaning"], field.metadata.get("choices")
     return f"{meaning} ({', '.join(choices)})" if choices else str(meaning)
 
@@ -231,27 +231,27 @@ def _value(settings: Settings, key: str) -> Any:
 
 
 def _contradictions(settings: Settings) -> dict[str, str]:
-    """What does not go together, by the key that had better be another."""
+    """Settings that contradict each other: for the key to change, the reason and the remedy."""
     found: dict[str, str] = {}
     if settings.name == "latest":
-        found["name"] = "this is what the newest run is called; give another name"
+        found["name"] = "'latest' always means the newest run; choose another name"
     if settings.name and settings.resume:
-        found["name"] = "a run that goes on keeps its name; leave it out"
+        found["name"] = "a resumed run keeps its name; leave it out"
     robust, strategy = settings.strategy in ROBUST, f"strategy = {settings.strategy!r}"
     if robust and settings.site_weights != "equal":
         found["site-weights"] = f"with {strategy} sites count the same; leave it out"
     if robust and settings.dp == "central":
-        found["dp"] = f"its noise is for a mean, which {strategy} does not make; take dp = 'local', or another strategy"
+        found["dp"] = f"its noise is for a mean, which {strategy} does not use; set dp = 'local', or another strategy"
     if settings.recipe == "paper" and settings.max_update_norm not in (0.0, Settings.max_update_norm):
-        found["max-update-norm"] = "with recipe = 'paper' updates of any length count whole; leave it out"
+        found["max-update-norm"] = "with recipe = 'paper' updates of any length count in full; leave it out"
     elif 0 < settings.max_update_norm < 0.1:
         found["max-update-norm"] = "expected 0, for no limit, or at least 0.1"
     if settings.secure_aggregation:
         how = "with secure-aggregation = true "
         if robust:
-            found["strategy"] = how + "the server can't compare updates, for it sees none; take fedavg"
+            found["strategy"] = how + "the server sees no single update, so it can't compare them; use fedavg"
         if settings.codec != "float32":
-            found["codec"] = how + "numbers are masked, and can't be packed; leave it out"
+            found["codec"] = how + "tensors are masked and can't be compressed; leave it out"
         if settings.site_weights != "equal":
             found["site-weights"] = how + "sites count the same; leave it out"
     if settings.method == "full-model":
@@ -262,12 +262,12 @@ def _contradictions(settings: Settings) -> dict[str, str]:
 
 
 def unusable(problems: Collection[str]) -> UserError:
-    """One error for everything that is wrong with the settings."""
+    """One error that lists all problems of the settings."""
     return UserError(f"{len(problems)} of the settings can't be used:", *problems)
 
 
 def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
-    """The value in its field's type; `ValueError` says what was expected."""
+    """The value, converted to its field's type; a `ValueError` says what was expected."""
     kind: type = type(field.default)
     if value == field.metadata.get("word", math.nan):
         return value
@@ -299,7 +299,7 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
 
 
 def _check_text(key: str, value: str) -> None:
-    """What a single text has to fulfil beyond its field's limits."""
+    """Checks a text beyond its field's limits; a `ValueError` says what was expected."""
     if key in ("model", "data") and not value:
         raise ValueError("expected a name; it is empty")
     if key == "prompt" and value and any(part.count("{}") != 1 for part in value.split("|")):
@@ -315,11 +315,11 @@ def _check_text(key: str, value: str) -> None:
     elif key != "results-dir":
         return
     if path and not Path(path).is_absolute():
-        whole = Path(os.path.expanduser(path)).absolute()
-        raise ValueError(f"expected an absolute path, such as {head}{whole}")
+        absolute = Path(os.path.expanduser(path)).absolute()
+        raise ValueError(f"expected an absolute path, such as {head}{absolute}")
 
 
-TAKEN = (
+ENCODING_KEYS = (
     "data",
     "image-column",
     "label-column",
@@ -331,4 +331,4 @@ TAKEN = (
     "device",
     "precision",
 )
-"""The settings that encoding has."""
+"""The keys of the settings that encoding uses."""

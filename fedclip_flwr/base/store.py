@@ -1,7 +1,7 @@
-"""State that are made once and read from then on, also by several processes at once.
+"""A store of tensors that are made once and then read, also by several processes at once.
 
-An entry is a safetensors file. It is written whole or not at all, memory-mapped, and checked when it is read for the
-first time since it was written to. Large ones grow batch by batch, see `growing.py`.
+An entry is a safetensors file. It is written completely or not at all, memory-mapped, and checked at the first read
+after each write. Large entries grow batch by batch, see `growing.py`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from fedclip_flwr.base.tensors import State
 log = logging.getLogger(__name__)
 Facts = Mapping[str, str]
 FRESH = 0.1
-"""For so many seconds a file can be written to again without a change of its times."""
+"""Seconds within which a file may be written to again without a change of its times."""
 
 
-def kept(path: Path, make: Callable[[], tuple[State, dict[str, str]]]) -> tuple[State, Facts]:
-    """The store's entry at `path`; made if it is missing or damaged, by one process while the others wait."""
-    return _kept(path, lambda: _write(path, *make()))
+def load_or_make(path: Path, make: Callable[[], tuple[State, dict[str, str]]]) -> tuple[State, Facts]:
+    """The entry at `path`. If it is missing or damaged, one process makes it while the others wait."""
+    return _load(path, lambda: _write(path, *make()))
 
 
-def grown(path: Path, count: int, grow: Callable[[Growing], None]) -> tuple[State, Facts]:
-    """The same of an entry for so many images, which `grow` completes from wherever it was left."""
+def load_or_grow(path: Path, count: int, grow: Callable[[Growing], None]) -> tuple[State, Facts]:
+    """The entry for `count` images at `path`. If need be, `grow` completes it from where an earlier process stopped."""
 
     def fill() -> None:
         with Growing(path, count) as growing:
             grow(growing)
             growing.finish()
 
-    return _kept(path, fill)
+    return _load(path, fill)
 
 
-def _kept(path: Path, fill: Callable[[], None]) -> tuple[State, Facts]:
+def _load(path: Path, fill: Callable[[], None]) -> tuple[State, Facts]:
     entry = read(path)
     if entry:
-        content.mark_used(Path(f"{path}.lock"))  # not the entry: it would be taken for one that was written to
+        content.mark_used(Path(f"{path}.lock"))  # not the entry: a new time would count as a write
         return entry
     lock = FileLock(f"{path}.lock")
     with files.writing_to(path.parent):
@@ -61,38 +61,36 @@ def _kept(path: Path, fill: Callable[[], None]) -> tuple[State, Facts]:
     finally:
         lock.release()
     if not entry:
-        raise UserError(
-            f"features stored in {path} come back damaged: check the disk, or let FEDCLIP_HOME name another"
-        )
+        raise UserError(f"features stored in {path} are corrupt: check the disk, or set FEDCLIP_HOME to another one")
     return entry
 
 
 def _write(path: Path, tensors: State, facts: dict[str, str]) -> None:
-    """Called by one process at a time: what a killed one left half-written is removed."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        left.unlink()
+    """Called by one process at a time. Removes half-written files of killed processes."""
+    for part in path.parent.glob(f".{path.name}.*"):
+        part.unlink()
     sums = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
     facts = {**facts, "checksum": tensorfile.checksum(facts, sums)}
-    files.write_whole(path, lambda part: files.save_tensors(tensors, part, facts))
+    files.write_atomic(path, lambda part: files.save_tensors(tensors, part, facts))
 
 
 def read(path: Path) -> tuple[State, Facts] | None:
-    """The entry, if it is there and whole."""
+    """The entry; None if it is missing or damaged."""
     try:
         tensors, facts = mapped(path)
         claimed = facts.pop("checksum", "")
-        if found_once(path, f"checksum {claimed}", lambda: tensorfile.checksum_of_file(path, facts) == claimed):
+        if passes_once(path, f"checksum {claimed}", lambda: tensorfile.checksum_of_file(path, facts) == claimed):
             return tensors, facts
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError):
         pass
-    log.warning("stored features are damaged and will be made again: %s", path)
+    log.warning("stored features are corrupt and will be made again: %s", path)
     return None
 
 
-def found_once(path: Path, what: str, look: Callable[[], bool]) -> bool:
-    """Whether the file is as `look` finds; once it was, that is remembered until the file is written to."""
+def passes_once(path: Path, what: str, look: Callable[[], bool]) -> bool:
+    """True if the file passes the check `look`. A pass is remembered under `what` until the file is written to."""
     name = content.state_of(path.parent, [path.name], what)
     if content.recall(name, content.memory()):
         return True
@@ -106,9 +104,9 @@ def found_once(path: Path, what: str, look: Callable[[], bool]) -> bool:
 
 def mapped(path: Path) -> tuple[State, dict[str, str]]:
     """The file's tensors, memory-mapped, and its metadata."""
-    files.opened(path).close()  # a pipe would be waited for
+    files.opened(path).close()  # raises on a pipe, which would block
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:  # torch can't have such ones
-        raise SafetensorError(f"it holds tensors that can't be ({error})") from None
+    except (RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:  # as torch raises them
+        raise SafetensorError(f"invalid tensors ({error})") from None

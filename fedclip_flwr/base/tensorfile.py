@@ -1,4 +1,4 @@
-"""Files of the format safetensors, written and read piece by piece: no tensor need fit into memory."""
+"""Files in the safetensors format, written and read piece by piece: no tensor has to fit into memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PIECE = 2**20
 
 
 class TensorSpec(NamedTuple):
-    """The type and the shape of a tensor, as a header tells them."""
+    """The type and the shape of a tensor, as in a header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,14 +45,14 @@ def spec_of(tensor: Tensor) -> TensorSpec:
     return TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def header(kinds: Mapping[str, TensorSpec], facts: Mapping[str, str], size: int = 0) -> bytes:
-    """What a file begins with whose tensors follow in this order; filled up to the size that is asked for."""
-    told: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))} if facts else {}
+def header(specs: Mapping[str, TensorSpec], facts: Mapping[str, str], size: int = 0) -> bytes:
+    """The start of a file whose tensors follow in this order, padded to at least `size` bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))} if facts else {}
     offset = 0
-    for name, kind in kinds.items():
-        told[name] = {"dtype": kind.dtype, "shape": kind.shape, "data_offsets": [offset, offset + kind.size]}
-        offset += kind.size
-    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    for name, spec in specs.items():
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, offset + spec.size]}
+        offset += spec.size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     length = max(size, -(-(8 + len(text)) // 8) * 8) - 8  # tensors begin at a multiple of 8
     return length.to_bytes(8, "little") + text.ljust(length)
 
@@ -75,7 +75,7 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str]) -> None:
-    """Writes them; those of the largest numbers come first, so that each begins where such a number may."""
+    """Writes the tensors, those with the largest data types first, so that each is aligned to its type."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
     with path.open("wb") as file:
         file.write(header({name: spec_of(tensor) for name, tensor in ordered.items()}, facts))
@@ -84,12 +84,12 @@ def save(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str]) ->
 
 
 def checksum(facts: Mapping[str, str], tensors: Mapping[str, tuple[TensorSpec, int]]) -> str:
-    """Over facts, names, types, shapes and the CRCs of the bytes: a damaged header shows as well as a damaged body."""
-    told = [
+    """A checksum of facts, names, types, shapes and the CRCs of the bytes: it covers the header and the body."""
+    covered = [
         sorted(facts.items()),
-        sorted((name, kind.dtype, *kind.shape, crc) for name, (kind, crc) in tensors.items()),
+        sorted((name, spec.dtype, *spec.shape, crc) for name, (spec, crc) in tensors.items()),
     ]
-    return f"{zlib.crc32(json.dumps(told).encode()):08x}"
+    return f"{zlib.crc32(json.dumps(covered).encode()):08x}"
 
 
 def crc_of(tensor: Tensor) -> int:
@@ -100,15 +100,15 @@ def crc_of(tensor: Tensor) -> int:
 
 
 def checksum_of_file(path: Path, facts: Mapping[str, str]) -> str:
-    """The same of a file with these facts, read once from its beginning to its end."""
+    """The `checksum` of a file with these facts, read once from start to end."""
     with path.open("rb") as file:
         try:
-            told = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            told.pop("__metadata__", None)
+            entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            entries.pop("__metadata__", None)
             begins = file.tell()
-            kinds = {name: TensorSpec(of["dtype"], tuple(of["shape"])) for name, of in told.items()}
-            starts = {name: begins + int(of["data_offsets"][0]) for name, of in told.items()}
-            return checksum(facts, {name: (kind, _crc(file, starts[name], kind.size)) for name, kind in kinds.items()})
+            specs = {name: TensorSpec(of["dtype"], tuple(of["shape"])) for name, of in entries.items()}
+            starts = {name: begins + int(of["data_offsets"][0]) for name, of in entries.items()}
+            return checksum(facts, {name: (spec, _crc(file, starts[name], spec.size)) for name, spec in specs.items()})
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, StopIteration) as error:
             raise SafetensorError(f"damaged header ({error})") from None
 
@@ -122,5 +122,5 @@ def _crc(file: BinaryIO, start: int, size: int) -> int:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Without a copy of the whole."""
+    """True if the tensor holds no NaN and no infinity; makes no copy of all of it."""
     return all(bool(part.isfinite().all()) for part in _parts(tensor))

@@ -1,4 +1,4 @@
-"""Named tensors: what an adapter consists of, and how far apart two of them are."""
+"""Named tensors, such as the weights of an adapter, and the distance between two sets of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ State = dict[str, Tensor]
 
 
 def length_of(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
-    """How long the update is that leads from the base to the state."""
+    """The length (L2 norm) of the update from `base` to `state`."""
     norms = (torch.linalg.vector_norm(state[name] - base[name], dtype=torch.float64) for name in base)
     return math.hypot(*map(float, norms))

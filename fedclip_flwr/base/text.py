@@ -1,4 +1,4 @@
-"""Numbers, sizes and tables as text, the same in the terminal, in reports and in model cards."""
+"""Numbers, sizes and tables as text, for the terminal, reports and model cards alike."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 
 def natural(name: str) -> list[tuple[str, int]]:
-    """For sorting: site-2 before site-10."""
+    """A sort key that puts site-2 before site-10."""
     return [(text, int(part or -1)) for text, part in re.findall(r"(\D*)(\d*)", name)]
 
 
 def percent(share: float | None) -> str:
-    """As a table has it."""
+    """The share in percent with one decimal; – for None."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
 def gain(zero: float | None, adapted: float | None) -> str:
-    """The difference of what is shown."""
+    """The difference of the two percentages as they are shown."""
     return "–" if zero is None or adapted is None else f"{round(100 * adapted, 1) - round(100 * zero, 1):+.1f}"
 
 
@@ -39,7 +39,7 @@ def some(names: Sequence[str], most: int = 12) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """Columns side by side, the first or the first few to the left, numbers to the right."""
+    """The rows as aligned columns: the first `left` columns to the left, the others to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
     return "\n".join(

@@ -1,13 +1,13 @@
 """Makes the bundled CLIP: `python -m fedclip_flwr.bundled.pretrain FOLDER` (about 35 minutes on two CPU cores).
 
-A small `transformers.CLIPModel` learns from scratch, with CLIP's own contrastive loss, which caption belongs to which
-picture. It sees 50 kinds of figures as photos, paintings and cartoons, drawn with a seed that no data set may have, and
-**never a sketch**: that domain stays unseen, so that zero-shot has something to miss and adapting something to gain.
-Half of the patches of a picture are left out at random while it learns (twice as fast); all are there at the end.
+A small `transformers.CLIPModel` is trained from scratch with CLIP's own contrastive loss on pictures with captions.
+It sees 50 kinds of figures as photos, paintings and cartoons, drawn with a seed that no data set may have, and
+**never a sketch**: that domain stays unseen, so that zero-shot has errors which an adapter can correct.
+During training half of the patches of each picture are dropped at random (twice as fast); at the end none are.
 
-Then the image tower is frozen, and a new text tower learns to match it from captions as people write them: they always
-tell colour and place, and never say "a picture of". So a bare prompt is a little strange to it, as it is to a CLIP
-that learnt from the web, and the class features are not the best that the image features allow.
+Then the image tower is frozen, and a new text tower is trained to match it from natural captions: they always name
+colour and place, and never say "a picture of". So a bare prompt is a little out of distribution, as it is for a CLIP
+trained on the web, and the class features are not the best that the image features allow.
 """
 
 from __future__ import annotations

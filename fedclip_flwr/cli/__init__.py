@@ -1,4 +1,4 @@
-"""The command `fedclip`. What a command does lives in the package; what brings torch is imported when it is called."""
+"""The command `fedclip`. Options and help only: the work is in other wings, imported when a command runs."""
 
 from fedclip_flwr.cli import learning, looking, sites, using
 from fedclip_flwr.cli.common import app

@@ -1,4 +1,4 @@
-"""The command itself: its options, and how errors are told."""
+"""The command itself: its global options, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DEBUG = "--debug"
 
 
 class Commands(TyperGroup):
-    """What a user can mend is told in its own words, with exit status 2; anything else in one line, with 1."""
+    """Shows a `UserError` as its own message, exit status 2; any other error as one line, exit status 1."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Takes `--debug` wherever it stands."""
+        """Accepts `--debug` at any position."""
         if DEBUG in args:
             args = [DEBUG, *(arg for arg in args if arg != DEBUG)]
         return super().parse_args(ctx, args)
@@ -36,16 +36,16 @@ class Commands(TyperGroup):
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            told = isinstance(error, UserError)
+            known = isinstance(error, UserError)
             hint = "" if ctx.params.get("debug") else f" ({DEBUG} shows where)"
-            what = str(error) if told else f"fedclip failed: {one_line(f'{type(error).__name__}: {error}')}{hint}"
-            typer.echo(what, err=True)
-            raise typer.Exit(2 if told else 1) from None
+            text = str(error) if known else f"fedclip failed: {one_line(f'{type(error).__name__}: {error}')}{hint}"
+            typer.echo(text, err=True)
+            raise typer.Exit(2 if known else 1) from None
 
 
 class Command(TyperCommand):
     def get_help(self, ctx: click.Context) -> str:
-        return super().get_help(ctx).replace("\\[", "[")  # typer's own, for a markup that is not used
+        return super().get_help(ctx).replace("\\[", "[")  # typer escapes brackets, for a markup that is not used
 
 
 app = typer.Typer(
@@ -71,11 +71,11 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="With an error, show where it was raised.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="If an error occurs, show its traceback.")] = False,
 ) -> None:
     """One CLIP for the images of several sites, without moving one image."""
 
 
 def option(text: str, *names: str, metavar: str | None = None) -> Any:
-    """An option whose help says its default itself: typer would put a stray backslash before it."""
+    """An option whose help text contains its default: typer would add a stray backslash to it."""
     return typer.Option(*names, help=text, show_default=False, metavar=metavar)

@@ -1,4 +1,4 @@
-"""Commands that learn: from images to an adapter, and to a table that compares methods."""
+"""Commands that train: from images to an adapter, and to a table that compares methods."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def run(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     nodes: Annotated[
         int | None,
-        typer.Option("--nodes", "-n", metavar="N", help="How many sites: 10 unless said.", show_default=False),
+        typer.Option("--nodes", "-n", metavar="N", help="Number of simulated sites (default: 10).", show_default=False),
     ] = None,
     on: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="No simulation: a running SuperLink by its name in Flower's configuration, with its sites.",
+            help="Run on a SuperLink, by its name in Flower's configuration, with its sites; no simulation.",
             show_default=False,
         ),
     ] = "",
-    name: Annotated[str, option("A name for the run and its folder, as the setting name.")] = "",
+    name: Annotated[str, option("Name of the run and its folder, as the setting name.")] = "",
 ) -> None:
     """Simulate a federation on this machine, from its plan to its summary; or run one with real sites.
 
-    A simulation has a SuperLink of its own, started and stopped. The exit status is 0 only if the run was completed: 1
-    if it failed, 2 if the settings can't be used. Paths may be relative; those of a SuperLink's machine must not.
+    A simulation starts and stops its own SuperLink. The exit status is 0 if the run was completed, 1 if it failed, 2 if
+    the settings are invalid. Paths may be relative, except those on a SuperLink's machine.
 
-    A run that was interrupted goes on after its last complete round, with its own settings and as many sites: fedclip
-    run resume=latest, or the name of its folder.
+    An interrupted run resumes after its last complete round, with its own settings and number of sites: fedclip run
+    resume=latest, or the name of its folder.
 
     Examples: fedclip run --nodes 4 data=folder:images num-server-rounds=50; fedclip run --on hospitals min-sites=3
     """
@@ -62,11 +62,11 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
 ) -> None:
-    """Lay a Flower app of your own into a folder, where `fedclip run` and `flwr run .` find it.
+    """Create your own Flower app in a folder, where `fedclip run` and `flwr run .` find it.
 
-    It is this package's two apps, and a pyproject.toml with every setting, what it means, and its value: the default or
-    the one given, which is then that of every run from there. Nothing is overwritten. Real sites take this app as they
-    take the installed one.
+    It has this package's two apps, and a pyproject.toml with every setting, its meaning, and its value: the default, or
+    the one given here. Every run from that folder uses these values. Nothing is overwritten. Real sites accept this app
+    as they accept the installed one.
 
     Example: fedclip init study data=folder:images num-server-rounds=50; cd study; fedclip run --nodes 4
     """
@@ -79,63 +79,57 @@ def init(
 def encode(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     out: Annotated[
-        str, option("The feature folder; without it the features are only stored, for runs on this machine.")
+        str, option("The feature folder to write; without it, features are only stored, for runs on this machine.")
     ] = "",
 ) -> None:
-    """Encode a data set ahead of time, and write its features as a folder that data=features:PATH takes.
+    """Encode a data set ahead of time, and write its features as a folder for data=features:PATH.
 
     Settings are data, model, model-revision, prompt, class-names, precision, device, and those of columns; `fedclip run
-    --help` tells of them. What was interrupted goes on when the same command is given again.
+    --help` explains them. After an interruption, the same command resumes.
 
     Example: fedclip encode data=folder:images model=openai/clip-vit-base-patch32 --out features
     """
     from fedclip_flwr.inference import encode
     from fedclip_flwr.operations import simulation  # not for --help: they bring torch
 
-    simulation.stop_in_order("Stopped. What is encoded is kept: the same command goes on from here.")
+    simulation.stop_in_order("Stopped. Encoded features are kept: the same command resumes from here.")
     typer.echo(encode.encode(settings or [], out))
 
 
 @command()
 def sweep(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    data: Annotated[
-        str, option("As the setting data: pacs, folder:PATH, features:PATH…; drawn unless said.")
-    ] = "drawn",
-    model: Annotated[str, option("As the setting model; bundled unless said.")] = "bundled",
+    data: Annotated[str, option("As the setting data: pacs, folder:PATH, features:PATH… (default: drawn).")] = "drawn",
+    model: Annotated[str, option("As the setting model (default: bundled).")] = "bundled",
     methods: Annotated[
         str,
         option(
-            "With commas: zero-shot, local, fedavg, fedprox, paper, attention, gate, scale, blend, centralised; all "
-            "unless said."
+            "Comma list of zero-shot, local, fedavg, fedprox, paper, attention, gate, scale, blend, centralised "
+            "(default: all)."
         ),
     ] = "",
     holdouts: Annotated[
-        str, option("Domains to hold out in turn, with commas, or several at once with +; every one unless said.")
+        str, option("Comma list of domains to hold out in turn, several at once with + (default: each one).")
     ] = "",
-    nodes: Annotated[int, option("How many sites; one for each seen domain unless said.", "--nodes", "-n")] = 0,
-    seeds: Annotated[
-        int, option("How many seeds, each with other splits and other random weights; 3 unless said.")
-    ] = 3,
-    first_seed: Annotated[int, option("The first of them; 0 unless said.")] = 0,
-    rounds: Annotated[int, option("Rounds; 20 unless said.")] = 20,
-    full_model_rounds: Annotated[int, option("Rounds where the whole model is trained; 5 unless said.")] = 5,
-    full_model_seeds: Annotated[int, option("How many of the seeds then; 1 unless said.")] = 1,
-    jobs: Annotated[int, option("Processes; as many as there are cores unless said, or 1 with a GPU.")] = 0,
-    out: Annotated[str, option("The folder of the results; one below FEDCLIP_HOME/sweeps unless said.")] = "",
-    name: Annotated[str, option("A name for the sweep, and for its folder below FEDCLIP_HOME/sweeps.")] = "",
-    against: Annotated[
-        str, option("The method whose differences from all others are told, beside zero-shot; paper unless said.")
-    ] = "",
+    nodes: Annotated[int, option("Number of sites (default: one for each seen domain).", "--nodes", "-n")] = 0,
+    seeds: Annotated[int, option("Number of seeds, each with its own splits and initial weights (default: 3).")] = 3,
+    first_seed: Annotated[int, option("The first seed (default: 0).")] = 0,
+    rounds: Annotated[int, option("Number of rounds (default: 20).")] = 20,
+    full_model_rounds: Annotated[int, option("Number of rounds if the whole model is trained (default: 5).")] = 5,
+    full_model_seeds: Annotated[int, option("Number of seeds if the whole model is trained (default: 1).")] = 1,
+    jobs: Annotated[int, option("Number of processes (default: one per core, or 1 with a GPU).")] = 0,
+    out: Annotated[str, option("The results folder (default: one below FEDCLIP_HOME/sweeps).")] = "",
+    name: Annotated[str, option("Name of the sweep, and of its folder below FEDCLIP_HOME/sweeps.")] = "",
+    against: Annotated[str, option("The method to compare all others with, beside zero-shot (default: paper).")] = "",
 ) -> None:
     """Compare methods: every one on every held-out domain, with several seeds, in one table.
 
-    Results are kept: a sweep that was stopped goes on when the same command is given again, and a larger one takes over
-    what is there. Settings that are the same for all methods can be given too, such as partition=iid or local-epochs=2;
-    `fedclip run --help` lists them. The exit status is 0 only if the table is complete.
+    Results are kept: the same command resumes a stopped sweep, and a larger sweep reuses existing results. Settings
+    that all methods share can be given, too, such as partition=iid or local-epochs=2; `fedclip run --help` lists them.
+    The exit status is 0 only if the table is complete.
 
-    The folder of the results has the tables (table.md; accuracy.md and accuracy.tex with one metric in each cell), the
-    figures of each site with each seed (results.csv), differences with intervals and tests (differences.csv), plots.
+    The results folder has the tables (table.md; accuracy.md and accuracy.tex with one metric in each cell), figures of
+    each site with each seed (results.csv), differences with intervals and tests (differences.csv), and plots.
 
     Examples: fedclip sweep --data pacs --model openai/clip-vit-base-patch32; fedclip sweep --data features:PATH --seeds
     10 --methods paper,gate
@@ -144,5 +138,5 @@ def sweep(
     from fedclip_flwr.experiments import comparison  # not for --help: these bring torch
     from fedclip_flwr.operations import simulation
 
-    simulation.stop_in_order("Stopped. The results so far are kept: the same command goes on from here.")
+    simulation.stop_in_order("Stopped. The results so far are kept: the same command resumes from here.")
     typer.echo(comparison.compare(comparison.SweepOptions(**{**options, "settings": settings or []})))

@@ -16,16 +16,16 @@ def keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
     server: Annotated[
         str,
-        option("Names and IP addresses by which sites reach the server, with commas; localhost is always among them."),
+        option("Comma list of names and IP addresses by which sites reach the server; localhost is always added."),
     ] = "",
-    site: Annotated[list[str] | None, option("A site; once for each.")] = None,
-    days: Annotated[int | None, option("The life of the server's certificate; 825 unless said.")] = None,
+    site: Annotated[list[str] | None, option("Name of a site; repeat it for more sites.")] = None,
+    days: Annotated[int | None, option("Lifetime of the server's certificate in days (default: 825).")] = None,
 ) -> None:
-    """Make the keys of a federation of real sites: for TLS to the server, and to know the sites.
+    """Make the keys of a federation of real sites: for TLS to the server, and to authenticate the sites.
 
-    In DIR there is then a folder for each machine: ca (stays here), server, and sites/NAME. Nothing is overwritten:
-    sites can be added later. The administrator of a site can make its key pair alone, without --server, so that the
-    secret key never leaves the site.
+    DIR then has a folder for each machine: ca (stays here), server, and sites/NAME. Nothing is overwritten:
+    sites can be added later. The administrator of a site can make its key pair there, without --server, so that
+    the secret key never leaves the site.
 
     Examples: fedclip keys keys --server fl.example.org --site north --site south; fedclip keys mine --site north
     """
@@ -36,7 +36,7 @@ def keys(
 
 @command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def server(given: typer.Context) -> None:
-    """Start the server: Flower's SuperLink, which here lets no site speak for another one.
+    """Start the server: Flower's SuperLink, changed so that no site can speak for another.
 
     The options are those of flower-superlink.
 
@@ -50,10 +50,10 @@ def server(given: typer.Context) -> None:
 
 @command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def site(given: typer.Context) -> None:
-    """Start this site: Flower's SuperNode, which here runs no other code than what is installed on this machine.
+    """Start this site: Flower's SuperNode, changed so that it runs only the code installed on this machine.
 
-    The options are those of flower-supernode. A server sends the app that sites are to run; this one refuses any that
-    is not the installed one, to the byte. It listens to this machine only.
+    The options are those of flower-supernode. A server sends the app that sites are to run; this site refuses any app
+    that is not identical to the installed one. It listens on this machine only.
 
     Example: fedclip site --superlink fl.example.org:9092 --root-certificates ca.crt --auth-supernode-private-key
     node.key --node-config "site='north' data='folder:/data/north'"
@@ -68,36 +68,36 @@ def doctor(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[server|site] [KEY=VALUE]...", show_default=False)
     ] = None,
-    superlink: Annotated[str, option("At a site: where the server is, HOST:9092.")] = "",
-    root_certificates: Annotated[Path | None, option("At a site: ca.crt, the server's authority.")] = None,
-    auth_supernode_private_key: Annotated[Path | None, option("At a site: node.key, its own key.")] = None,
+    superlink: Annotated[str, option("At a site: the server's address, HOST:9092.")] = "",
+    root_certificates: Annotated[Path | None, option("At a site: ca.crt, the server's certificate authority.")] = None,
+    auth_supernode_private_key: Annotated[Path | None, option("At a site: node.key, the site's own key.")] = None,
     node_config: Annotated[str, option("At a site: its name and data, \"site='NAME' data='folder:/PATH'\".")] = "",
     ssl_ca_certfile: Annotated[Path | None, option("At the server: ca.crt.")] = None,
     ssl_certfile: Annotated[Path | None, option("At the server: server.crt.")] = None,
     ssl_keyfile: Annotated[Path | None, option("At the server: server.key.")] = None,
-    fleet_api_address: Annotated[str, option("At the server; 0.0.0.0:9092 unless said.")] = "",
-    control_api_address: Annotated[str, option("At the server; 0.0.0.0:9093 unless said.")] = "",
-    serverappio_api_address: Annotated[str, option("At the server; 0.0.0.0:9091 unless said.")] = "",
+    fleet_api_address: Annotated[str, option("At the server (default: 0.0.0.0:9092).")] = "",
+    control_api_address: Annotated[str, option("At the server (default: 0.0.0.0:9093).")] = "",
+    serverappio_api_address: Annotated[str, option("At the server (default: 0.0.0.0:9091).")] = "",
     host: Annotated[
-        str, option("At the server: the name by which sites reach it, which the certificate must have.")
+        str, option("At the server: the name by which sites reach it, which must be in the certificate.")
     ] = "",
     on: Annotated[
-        str, option("At the server: what Flower's configuration calls the SuperLink, to ask it for its nodes.")
+        str, option("At the server: the SuperLink's name in Flower's configuration, to ask it for its nodes.")
     ] = "",
-    insecure: Annotated[bool, option("There is no TLS.", "--insecure")] = False,
+    insecure: Annotated[bool, option("TLS is not used.", "--insecure")] = False,
     show_outgoing: Annotated[
         bool,
-        option("At a site: instead, show all that a round would send, and send nothing.", "--show-outgoing"),
+        option("At a site: instead of checks, show what a round would send; nothing is sent.", "--show-outgoing"),
     ] = False,
-    out: Annotated[str, option("With --show-outgoing: a folder for all of it, number by number.")] = "",
-    as_json: Annotated[bool, option("The findings as JSON: state, what, found, remedy.", "--json")] = False,
+    out: Annotated[str, option("With --show-outgoing: a folder for all of its values.")] = "",
+    as_json: Annotated[bool, option("Print the findings as JSON: state, what, found, remedy.", "--json")] = False,
 ) -> None:
-    """Look whether this machine is fit for its part in a federation of real sites, and say what to mend.
+    """Check whether this machine is ready for its part in a federation of real sites, and say what to fix.
 
-    Without a side, only what any machine needs. The options are those of flower-superlink and flower-supernode: give
-    the same words. Settings are the run's, as for `fedclip run`, where they are known: above all class-names, prompt
-    and model. Nothing is changed or downloaded; only --show-outgoing encodes what is not encoded yet. The exit status
-    is 0 if nothing has failed, 1 if something has, 2 if the options can't be used.
+    Without `server` or `site`, it checks only what any machine needs. The options are those of flower-superlink and
+    flower-supernode: give the same values. Settings are the run's, as for `fedclip run`, if they are known: above all
+    class-names, prompt and model. Nothing is changed or downloaded; only --show-outgoing encodes what is not encoded
+    yet. The exit status is 0 if no check has failed, 1 if one has, 2 if the options are invalid.
 
     Examples: fedclip doctor site --superlink fl.example.org:9092 --root-certificates ca.crt
     --auth-supernode-private-key node.key --node-config "site='north' data='folder:/data'"; fedclip doctor server

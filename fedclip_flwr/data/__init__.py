@@ -1,4 +1,4 @@
-"""Where images come from, how classes are called and prompted, and which simulated site holds which images.
+"""Sources of images, class names and prompts, and which simulated site holds which images.
 
 May import: base.
 """

@@ -1,4 +1,4 @@
-"""A source of labelled images, and one of its images."""
+"""The protocol of a source of labelled images, and one image of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Columns(NamedTuple):
-    """The columns of a data set by name; those that are empty are found by type and name."""
+    """The names of a data set's columns; an empty one is found by type and name."""
 
     image: str = ""
     label: str = ""
@@ -21,7 +21,7 @@ FIND = Columns()
 
 
 class Picture(NamedTuple):
-    """An image with the number of its class; None if it can't be read. `name` is for whoever has to mend it."""
+    """An image (None if it can't be read) and the number of its class. `name` says which file or row it is."""
 
     name: str
     label: int
@@ -42,7 +42,7 @@ class Source(Protocol):
         """A hash of the domain's images and labels."""
 
     def count(self, domain: str) -> int:
-        """How many images the domain has, broken ones included."""
+        """The number of the domain's images, broken ones included."""
 
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
-        """The domain's images as RGB, in an order that follows from images and labels alone; only those rows."""
+        """The domain's images in RGB, rows `start` to `stop`, in an order that depends only on images and labels."""

@@ -1,6 +1,6 @@
-"""Data sets in the formats of Hugging Face: from the hub, or a local folder (`save_to_disk`, parquet files…).
+"""Data sets in Hugging Face's formats: from the hub, or from a local folder (`save_to_disk`, parquet files…).
 
-What is in one is found out once and remembered: from then on, nothing here imports `datasets`.
+The contents of a data set are read once and remembered: later runs do not import `datasets`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from fedclip_flwr.data.images import changed, content_of, known, read
 
 log = logging.getLogger(__name__)
 SAVED = ("dataset_dict.json", "state.json")
-"""What `save_to_disk` writes."""
+"""Files that `save_to_disk` writes."""
 DESCRIBED = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""What tells of the images beside it."""
+"""Files that describe the images beside them."""
 TABLES = (".parquet", ".arrow", ".tar")
 NO_DATA = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.safetensors")
-"""What is never taken from the hub: code, pickles, models."""
+"""Patterns of files that are never downloaded: code, pickles, models."""
 NAMES = {
     "image": ("image", "img", "picture", "photo"),
     "label": ("label", "labels", "class", "category", "target", "fine_label"),
     "domain": ("domain", "domains", "style", "environment", "source", "site"),
 }
-"""How the columns are called, the likeliest first."""
+"""Usual names of the columns, the likeliest first."""
 
 
 class Row(NamedTuple):
-    """Where an image is: its class number, the hash of its bytes, its row."""
+    """One image: the number of its class, the hash of its bytes, its row."""
 
     label: int
     mark: str
@@ -44,24 +44,24 @@ class Row(NamedTuple):
 
 
 def is_dataset(root: Path) -> bool:
-    """Whether the folder is one that `datasets` can read, and not a tree of images."""
+    """True if the folder is a data set that `datasets` can read, and not a tree of images."""
     if any((root / name).exists() for name in SAVED + DESCRIBED):
         return True
     return any(path.suffix in TABLES for pattern in ("*", "*/*") for path in root.glob(pattern))
 
 
-def from_hub(name: str, told: str) -> Path:
-    """The folder in which the hub's cache holds the data set, downloaded if need be; `told` is how errors begin."""
+def from_hub(name: str, prefix: str) -> Path:
+    """The data set's folder in the hub's cache, downloaded if it is not there; errors begin with `prefix`."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
-            f"{told}: expected drawn, drawn:SEED, pacs, vlcs, office-home, a Hugging Face data set, "
+            f"{prefix}: expected drawn, drawn:SEED, pacs, vlcs, office-home, a Hugging Face data set, "
             + " or ".join(f"{head}PATH" for head in PLACES)
         )
-    return hub.snapshot(name, kind="dataset", revision="", lacks=_lacks, told=told, ignore_patterns=NO_DATA)
+    return hub.snapshot(name, kind="dataset", revision="", lacks=_lacks, prefix=prefix, ignore_patterns=NO_DATA)
 
 
 def _lacks(folder: Path) -> str | None:
-    """What a data set's folder obviously lacks: all data, or some of its numbered parts."""
+    """The missing part of a data set's folder: all data, or one of its numbered files; None if it looks complete."""
     found = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", "")]
     for path in found:
         if part := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", path.name):
@@ -73,13 +73,13 @@ def _lacks(folder: Path) -> str | None:
 
 
 class DataSet:
-    """A data set with an image, a label, and perhaps a domain for each row; all its splits taken together.
+    """A data set with an image, a label and optionally a domain in each row; its splits are joined.
 
     Class names are in sorted order, as in a folder. Rows without a label, or without a domain, are left out.
     """
 
     def __init__(self, root: Path, name: str, columns: Columns = FIND) -> None:
-        self._root, self._told = root, f"data = {name!r}"
+        self._root, self._prefix = root, f"data = {name!r}"
         self._columns = columns
         self._name = place_of(name)[1].rstrip("/").rpartition("/")[2] or "images"
         names = sorted(os.path.relpath(path, root) for path in root.rglob("*") if path.is_file())
@@ -88,7 +88,7 @@ class DataSet:
         self.class_names = tuple(facts["class_names"])
         self._domains: Mapping[str, dict[str, Any]] = facts["domains"]
         self.domains = tuple(sorted(self._domains))
-        self._fit: set[str] = set()
+        self._verified: set[str] = set()
 
     def content(self, domain: str) -> str:
         return str(self._domains[domain]["content"])
@@ -97,24 +97,24 @@ class DataSet:
         return int(self._domains[domain]["count"])
 
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
-        if domain not in self._fit:
+        if domain not in self._verified:
             if self.content(domain) != _content_of(self._rows.get(domain, [])):
                 content.forget(self._state, content.memory())
                 raise changed(f"one of the images in {self._root}")
-            self._fit.add(domain)
+            self._verified.add(domain)
         for label, hashed, number in self._rows[domain][start:stop]:
             image = known(f"{self._root}: row {number}", self._opened.image(number), hashed)
             yield Picture(f"row {number}", label, image)
 
     def _look(self) -> dict[str, Any]:
-        """What is to be remembered of the data set."""
+        """Reads the data set, and returns the facts to remember."""
         rows = self._rows
         if not rows:
-            raise UserError(f"{self._told}: no row has an image and a label")
+            raise UserError(f"{self._prefix}: no row has an image and a label")
         if len(self._opened.class_names) < 2:
-            raise UserError(f"{self._told}: only one class there; expected at least two")
+            raise UserError(f"{self._prefix}: only one class there; expected at least two")
         if without := len(self._opened.labels) - sum(map(len, rows.values())):
-            log.warning("%s: %s rows without a label or a domain are left out", self._told, f"{without:,}")
+            log.warning("%s: %s rows without a label or a domain are left out", self._prefix, f"{without:,}")
         domains = {domain: {"count": len(own), "content": _content_of(own)} for domain, own in rows.items()}
         return {"class_names": self._opened.class_names, "domains": domains}
 
@@ -123,14 +123,14 @@ class DataSet:
         try:
             return _Table(self._root, self._columns, self._name)
         except UserError as error:
-            raise UserError(f"{self._told}: {error}") from None
-        except Exception as error:  # whatever its many formats come up with
+            raise UserError(f"{self._prefix}: {error}") from None
+        except Exception as error:  # its many formats raise many types
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self._told}: {self._root} can't be read as a data set ({reason})") from error
+            raise UserError(f"{self._prefix}: {self._root} can't be read as a data set ({reason})") from error
 
     @cached_property
     def _rows(self) -> dict[str, list[Row]]:
-        """The rows of each domain, in an order that follows from images and labels alone."""
+        """The rows of each domain, in an order that depends only on images and labels."""
         from tqdm import tqdm
 
         table = self._opened
@@ -147,7 +147,7 @@ def _content_of(rows: Iterable[Row]) -> str:
 
 
 class _Table:
-    """An opened data set: images by row, and the class number and the domain of each row, None where it has none."""
+    """An open data set: images by row, and for each row its class number and domain, either of them None if missing."""
 
     def __init__(self, root: Path, columns: Columns, name: str) -> None:
         import datasets
@@ -171,16 +171,16 @@ class _Table:
         self.labels = [(numbers.get(n) if n else None, d) for n, d in zip(names, domains, strict=True)]
 
     def image(self, row: int) -> bytes:
-        """As it is stored; empty if there is none."""
+        """The image file's bytes as stored; empty if there is none."""
         name = f"{self._root}: row {row}"
-        stored = files.patiently(name, lambda: self._images[row][self._image]) or {"bytes": b""}
+        stored = files.with_retries(name, lambda: self._images[row][self._image]) or {"bytes": b""}
         if stored["bytes"] is not None:
             return bytes(stored["bytes"])
         return read(Path(stored["path"])) if stored["path"] else b""
 
 
 def _texts(table: Any, column: str) -> list[str | None]:
-    """The column's values as texts: of a class, its name; None where there is no value."""
+    """The column's values as texts; a class becomes its name, a missing value None."""
     names = getattr(table.features[column], "names", None)
     values = table[column]
     if names:
@@ -189,7 +189,7 @@ def _texts(table: Any, column: str) -> list[str | None]:
 
 
 def _find(features: Mapping[str, Any], given: Columns) -> tuple[str, str, str]:
-    """The columns of images, labels and domains; the last is empty if there is none."""
+    """The names of the image, label and domain columns; the last one is empty if there is none."""
     import datasets
 
     def is_image(name: str) -> bool:
@@ -207,7 +207,7 @@ def _find(features: Mapping[str, Any], given: Columns) -> tuple[str, str, str]:
     there = ", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items())
 
     def pick(what: str, kind: Callable[[str], bool], own: list[str], taken: tuple[str, ...] = ()) -> str:
-        """The column that was named, the only one of its own type, or the likeliest by name; empty if there is none."""
+        """The given column, the only one of the fitting type, or the likeliest by name; empty if there is none."""
         if named := getattr(given, what):
             if named not in features or not kind(named):
                 raise UserError(f"{what}-column = {named!r}: no such column of {what}s; there are {there}")

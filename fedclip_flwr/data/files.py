@@ -1,4 +1,4 @@
-"""Images without labels: files, and whatever lies in folders, as deep as it may."""
+"""Images without labels: single files, and all images below folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedclip_flwr.data.images import decoded, mark, read
 
 
 def find_images(places: Iterable[str]) -> list[str]:
-    """The files that are named, and the images in the folders that are, in sorted order; hidden ones are left out."""
+    """The given files, and all images below the given folders in sorted order; hidden files are left out."""
     found: list[str] = []
     for place in places:
         if os.path.isdir(place):
@@ -40,11 +40,11 @@ def _inside(root: str) -> Iterator[str]:
 
 
 def _raise(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename} can't be looked into ({error.strerror})") from None
+    raise UserError(f"{error.filename} can't be read ({error.strerror})") from None
 
 
 class Files:
-    """Image files as a source whose labels are their places in the list."""
+    """Image files as a source; an image's label is its position in the list."""
 
     class_names: tuple[str, ...] = ()
     domains = ("files",)
@@ -61,7 +61,7 @@ class Files:
     def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
         for number, path in enumerate(self._paths[start:stop], start):
             try:
-                image = files.patiently(path, partial(decoded, read(Path(path))))
-            except ReadError:  # nothing is stored: who asks for it again gets it, once it can be read
+                image = files.with_retries(path, partial(decoded, read(Path(path))))
+            except ReadError:  # nothing is stored: the next call reads it again
                 image = None
             yield Picture(path, number, image)

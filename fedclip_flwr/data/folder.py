@@ -1,4 +1,4 @@
-"""Images in a folder: `domain/class/image`, or `class/image` where there is one domain."""
+"""Images in a folder: `domain/class/image`, or `class/image` for a single domain."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ LAYOUTS = "domain/class/image, or class/image for one domain"
 class ImageFolder:
     """A tree of images. Class names are those of the folders of all domains, in sorted order.
 
-    The one domain of a tree `class/image` is called like the tree's folder.
+    The one domain of a tree `class/image` gets the name of the tree's folder.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        told = f"data = 'folder:{root}'"
+        prefix = f"data = 'folder:{root}'"
         files = [path for path in _files(root, 3) if len(path.parts) > 1]
         found = list(filter(_is_image, files))
-        _tell_of_others(root, tuple(sorted(path.suffix.lower() for path in files if not _is_image(path))))
+        _warn_of_others(root, tuple(sorted(path.suffix.lower() for path in files if not _is_image(path))))
         depths = {len(path.parts) for path in found}
         if not found:
-            raise UserError(f"{told}: {_elsewhere(root)}; expected {LAYOUTS}")
+            raise UserError(f"{prefix}: {_elsewhere(root)}; expected {LAYOUTS}")
         if len(depths) > 1:
             one, other = (next(path for path in found if len(path.parts) == depth) for depth in (2, 3))
-            raise UserError(f"{told}: images at different depths, such as {one} and {other}; expected {LAYOUTS}")
+            raise UserError(f"{prefix}: images at different depths, such as {one} and {other}; expected {LAYOUTS}")
         files_of: dict[str, list[tuple[str, str]]] = {}
         for path in found:
             domain = path.parts[0] if depths == {3} else root.name or "images"
@@ -52,11 +52,11 @@ class ImageFolder:
         }
         if len(self.class_names) < 2:
             raise UserError(
-                f"{told}: only one class ({self.class_names[0]}) there; expected at least two, as {LAYOUTS}"
+                f"{prefix}: only one class ({self.class_names[0]}) there; expected at least two, as {LAYOUTS}"
             )
 
     def content(self, domain: str) -> str:
-        """Of the images, and of the class numbers that they have in this tree."""
+        """A hash of the images and of their class numbers in this tree."""
         return self._files[domain].content
 
     def count(self, domain: str) -> int:
@@ -67,9 +67,9 @@ class ImageFolder:
 
 
 def _files(root: Path, depth: int, links: bool = True) -> Iterator[PurePosixPath]:
-    """The files below the folder, as deep as that, in sorted order; what is hidden is left out.
+    """The files below the folder, down to `depth` levels, in sorted order, without hidden ones.
 
-    Links to folders count as those, unless they lead back to one that they lie in.
+    Links to folders are followed, unless they lead back to a folder above them.
     """
     for folder, below, files in os.walk(root, onerror=_raise, followlinks=links):
         here = PurePosixPath(os.path.relpath(folder, root))
@@ -84,7 +84,7 @@ def _leads_back(folder: str, name: str) -> bool:
 
 
 def _raise(error: OSError) -> NoReturn:
-    """Images in a folder that can't be read must not be missing silently."""
+    """A folder that can't be read is an error: its images must not be missing silently."""
     raise error
 
 
@@ -93,23 +93,23 @@ def _is_image(path: PurePosixPath) -> bool:
 
 
 def _hidden(name: str) -> bool:
-    """Also what a Mac puts into archives."""
+    """True for hidden files, and for what macOS adds to archives."""
     return name.startswith((".", "__MACOSX"))
 
 
 @lru_cache
-def _tell_of_others(root: Path, endings: tuple[str, ...]) -> None:
-    """Says, once in a process, how many files are not taken for images."""
+def _warn_of_others(root: Path, endings: tuple[str, ...]) -> None:
+    """Warns, once per process, of files that are not read as images."""
     if endings:
         kinds = ", ".join(shown(ending)[:20] or "none" for ending in sorted(set(endings))[:8])
-        log.warning("%s: not taken for images are %s, by their endings: %s", root, counted(len(endings), "file"), kinds)
+        log.warning("%s: ignored %s without an image extension: %s", root, counted(len(endings), "file"), kinds)
 
 
 def _elsewhere(root: Path) -> str:
-    """Where the images are instead."""
-    path = next(filter(_is_image, _files(root, 6, links=False)), None)  # for links may be many, and lead to each other
+    """Where the images are instead of the expected place, as text for an error."""
+    path = next(filter(_is_image, _files(root, 6, links=False)), None)  # links may be many, and form cycles
     if path is None:
         return f"no images ({', '.join(ENDINGS)}) there"
     if len(path.parts) == 1:
-        return f"its images, such as {path}, are in no class's folder"
-    return f"its images lie deeper, such as {path}: point to the folder that holds the domains"
+        return f"its images, such as {path}, are not in a class folder"
+    return f"its images are too deep, such as {path}: point to the folder that holds the domains"

@@ -9,9 +9,9 @@ from fedclip_flwr.data.presets import normalized_name
 
 
 def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
-    """The domain that no site trains on, or several with + between: `auto` is the last one, empty is none.
+    """The domain that no site trains on, or several joined by +; None if there is none.
 
-    Without domains here, any name will do.
+    `holdout` is the setting. Without `domains` here, any name is valid.
     """
     if not holdout:
         return None
@@ -31,13 +31,13 @@ def pick_holdout(holdout: str, domains: tuple[str, ...]) -> str | None:
 
 
 def held_out(holdout: str | None, domains: Sequence[str]) -> list[str]:
-    """Those of the domains that `holdout` names."""
+    """The domains that `holdout` names."""
     wanted = {normalized_name(name) for name in _parts(holdout or "", domains)}
     return [domain for domain in domains if normalized_name(domain) in wanted]
 
 
 def _parts(holdout: str, domains: Sequence[str]) -> list[str]:
-    """One name, or several with + between; a domain's own name may have one."""
+    """The names in `holdout`, which are joined by +; a domain's own name may contain a +."""
     if normalized_name(holdout) in map(normalized_name, domains):
         return [holdout]
     return [part.strip() for part in holdout.split("+") if part.strip()]

@@ -1,6 +1,6 @@
-"""One image: from its file to RGB as a model takes it.
+"""One image: from its file to RGB, the input of a model.
 
-Whoever made the file may wish us ill: a few bytes can claim to be more pixels than memory holds.
+A file may be hostile: a few bytes can claim more pixels than memory holds.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from fedclip_flwr.base.errors import ReadError
 from fedclip_flwr.data.base import Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""What Pillow may take it for: others start programs (EPS), or are nothing that images of data sets are kept in."""
+"""The formats that Pillow may try: others start programs (EPS), or are not used in data sets."""
 MOST_BYTES = 2**29
-"""A larger file is no image."""
+"""A larger file is not read as an image."""
 MOST_PIXELS = 89_478_485
-"""From there on Pillow takes an image for a bomb, but goes on up to twice as many."""
+"""Above this Pillow only warns of a decompression bomb; it raises above twice as many."""
 LONGEST = 100
-"""So many times as long as wide: a model's processor would make the short side fit first."""
+"""The largest ratio of long to short side: a model's processor resizes by the short side first."""
 STRIP = 2**22
-"""So many pixels at once are put on white."""
+"""The number of pixels that are put on white at once."""
 OUT_OF_MEMORY = "out of memory"
-"""How Pillow tells of a decoder's error that is not the data's."""
+"""Pillow's text for a decoder's error that is not caused by the data."""
 SCANNED = 2**31
-"""Pixels of a JPEG, times its scans: each is drawn over all of it, also if there is nothing in it. Usual are 10."""
+"""The most pixels of a JPEG times its scans: each scan, even an empty one, covers all pixels. 10 scans are usual."""
 
 
 def read(path: Path) -> bytes:
-    """The image's file; nothing if there is none to read (`content.LASTING`). `ReadError` if it can't be read now."""
+    """The file's bytes; empty if it can never be read (`files.PERMANENT`). `ReadError` if it can't be read now."""
     try:
-        return files.patiently(path, lambda: files.read_bytes(path, MOST_BYTES))
+        return files.with_retries(path, lambda: files.read_bytes(path, MOST_BYTES))
     except OSError:
         return b""
 
 
 def mark(path: Path) -> str:
-    """The hash of the image's file; the same word for all of which `read` gives nothing."""
+    """The hash of the image's file; `UNREADABLE` if `read` returns nothing for it."""
     try:
-        size = files.patiently(path, path.stat).st_size
+        size = files.with_retries(path, path.stat).st_size
     except OSError:
         return UNREADABLE
     return content.of_file(path) if size <= MOST_BYTES else UNREADABLE
 
 
 def decoded(data: bytes) -> Image.Image | None:
-    """The image upright and in RGB, what is transparent on white; None if that is no image.
+    """The image upright and in RGB, with white under transparent parts; None if the data are not an image.
 
-    What the machine lacks (memory, open files) is raised: the data may be those of an image all the same.
+    A lack of memory or of open files is raised: the data may still be an image.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -64,30 +64,30 @@ def decoded(data: bytes) -> Image.Image | None:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
-    except Exception as error:  # decoders raise whatever they like on damaged files
+    except Exception as error:  # decoders raise many types on damaged files
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or OUT_OF_MEMORY in str(error):
             raise
         return None
 
 
 def known(name: object, data: bytes, hashed: str) -> Image.Image | None:
-    """The same of data that had that hash when they were looked at: what is made of them is stored under it."""
+    """Like `decoded`, but raises if the data lack this hash, under which features are stored."""
     if content.of_bytes(data) != hashed:
         raise changed(name)
-    return files.patiently(name, partial(decoded, data))
+    return files.with_retries(name, partial(decoded, data))
 
 
 def changed(name: object) -> ReadError:
     return ReadError(
-        name, "is not what it was a while ago", "see that it is there and that nobody writes to it, then try again"
+        name, "has changed since it was first read", "check that nothing writes to it or removes it, then retry"
     )
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An opened image upright and in RGB, what is transparent on white."""
+    """An open image upright and in RGB, with white under transparent parts."""
     if not isinstance(image, Image.Image):
         raise UserError(
-            f"something of type {type(image).__name__} is no image: expected a path, a PIL image, a tensor or an array"
+            f"type {type(image).__name__} is not an image: expected a path, a PIL image, a tensor or an array"
         )
     try:
         return _rgb(ImageOps.exif_transpose(image))
@@ -104,15 +104,15 @@ def of_pixels(pixels: np.ndarray[Any, Any]) -> Image.Image:
         )
     if pixels.dtype.kind == "f":
         if not (pixels >= 0).all() or pixels.max() > 1:
-            raise UserError("pixels that are not all from 0 to 1: expected shares from 0 to 1, or bytes")
+            raise UserError("pixels outside 0 to 1: expected floats from 0 to 1, or bytes (uint8)")
         pixels = (pixels * 255).round().astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise UserError(f"pixels of type {pixels.dtype}: expected bytes (uint8), or numbers from 0 to 1")
+        raise UserError(f"pixels of type {pixels.dtype}: expected bytes (uint8), or floats from 0 to 1")
     return Image.fromarray(pixels)
 
 
 def _reasonable(image: Image.Image, data: bytes) -> bool:
-    """Whether memory and time would do for the image, and for what is done with it."""
+    """True if decoding and preparing the image takes a reasonable amount of memory and time."""
     short, long = sorted(image.size)
     if long * short > MOST_PIXELS or long > LONGEST * short:
         return False
@@ -129,37 +129,37 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """What is transparent as white; strip by strip, for a large image is in memory twice as it is."""
-    whole = Image.new("RGB", image.size)
+    """Puts the image on white, strip by strip: a large image is in memory twice already."""
+    canvas = Image.new("RGB", image.size)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")
-        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
-    return whole
+        canvas.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return canvas
 
 
 def content_of(rows: Iterable[tuple[int, str]]) -> str:
-    """The hash of images, given by class number and hash of the bytes: whatever their names and places are."""
+    """A hash of images, each given as class number and hash of its bytes; names and places do not count."""
     return content.digest(*(f"{label} {mark}" for label, mark in sorted(rows)))
 
 
 class ImageFiles:
-    """The image files of a domain: their order and their content follow from images and class numbers alone."""
+    """The image files of a domain; their order and content hash depend only on images and class numbers."""
 
     def __init__(self, root: Path, names: Sequence[tuple[str, int]]) -> None:
-        """`names` are those of files below `root`, each with the number of its class."""
+        """`names` are paths of files below `root`, each with the number of its class."""
         self._root, self._files = root, names
         self._content = self._state = ""
         self._rows: list[tuple[int, str, str]] = []
-        self._fit = False
+        self._verified = False
 
     def __len__(self) -> int:
         return len(self._files)
 
     @property
     def content(self) -> str:
-        """The hash of the images and their class numbers, remembered; it stays the same as long as this object does."""
+        """A hash of the images and their class numbers, remembered; it never changes for this object."""
         if not self._content:
             names, numbers = zip(*((name, str(number)) for name, number in self._files), strict=True)
             self._state = content.state_of(self._root, names, *numbers)
@@ -167,18 +167,18 @@ class ImageFiles:
         return self._content
 
     def pictures(self, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
-        """Those rows. Raises if they are no longer those that `content` is of: it is what they are stored under."""
-        if not self._fit:
+        """Rows `start` to `stop`. Raises if the images do not match `content`, the key of their features."""
+        if not self._verified:
             if self.content != self._content_of_rows():
                 content.forget(self._state, content.memory())
                 raise changed(f"one of the images in {self._root}")
-            self._fit = True
+            self._verified = True
         for number, hashed, name in self._rows[start:stop]:
             path = self._root / name
             yield Picture(name, number, None if hashed == UNREADABLE else known(path, read(path), hashed))
 
     def _content_of_rows(self) -> str:
-        """The files are read for it once."""
+        """The hash of the files as they are; reads them once."""
         if not self._rows:
             self._rows = sorted((number, mark(self._root / name), name) for name, number in self._files)
         return content_of((number, hashed) for number, hashed, _ in self._rows)

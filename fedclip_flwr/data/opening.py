@@ -1,4 +1,4 @@
-"""Where images come from, and which site holds which."""
+"""From the setting `data` to a source of images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedclip_flwr.data.vocabulary import check_plain
 
 
 class NoImages:
-    """What a server has that holds no images."""
+    """The source of a server that holds no images."""
 
     class_names: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class NoImages:
 
 
 def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | None]:
-    """The source that the setting `data` names, and the preset that it fits."""
+    """The source that the setting `data` names, and the preset that it matches, or None."""
     kind, _, rest = data.partition(":")
     if kind == "drawn":
         from fedclip_flwr.data.drawn import Drawn
@@ -60,20 +60,20 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
 
 
 def _local(head: str, path: Path, data: str, columns: Columns) -> Source:
-    """What lies in that place."""
+    """Opens a source on this machine; errors of the file system become a `UserError`."""
     try:
         return LOCAL[head](path, data, columns)
     except PermissionError as error:
         raise UserError(
-            f"data = {data!r}: this user may not look into {path} and all below ({error.strerror}: {error.filename}): "
-            "let it read the files and enter the folders"
+            f"data = {data!r}: this user may not read {path} and all below ({error.strerror}: {error.filename}): "
+            "give it permission to read the files and enter the folders"
         ) from None
     except OSError as error:
-        raise UserError(f"data = {data!r}: {path} can't be looked into ({error.strerror}: {error.filename})") from None
+        raise UserError(f"data = {data!r}: {path} can't be read ({error.strerror}: {error.filename})") from None
 
 
 def _folder(root: Path, data: str, columns: Columns) -> Source:
-    """A tree of images or a data set."""
+    """Opens a tree of images or a data set."""
     from fedclip_flwr.data.dataset import DataSet, is_dataset
     from fedclip_flwr.data.folder import ImageFolder
 
@@ -82,15 +82,15 @@ def _folder(root: Path, data: str, columns: Columns) -> Source:
     if is_dataset(root):
         return DataSet(root, data, columns)
     if given := [f"{name}-column" for name, column in columns._asdict().items() if column]:
-        raise UserError(f"{', '.join(given)}: {root} is no data set but a folder of images, and has no columns")
+        raise UserError(f"{', '.join(given)}: {root} is a folder of images, not a data set, and has no columns")
     return ImageFolder(root)
 
 
 LOCAL: dict[str, Callable[[Path, str, Columns], Source]] = {"folder:": _folder}
-"""By what begins the data's name (`settings.PLACES`), but for features, which are no images: what opens that path.
+"""For each of `settings.PLACES` except `features:`, the function that opens the path after it.
 
-It is told the whole name too, for errors, and the columns. What is open must be plain, so that another process can have
-it, and quick to make: each process does so.
+It also gets the complete setting `data`, for errors, and the columns. The source must be picklable and quick to open:
+each process opens its own.
 """
 
 

@@ -16,7 +16,7 @@ from fedclip_flwr.base.tensors import State
 
 
 class Shard(NamedTuple):
-    """What one simulated site holds: rows of each domain."""
+    """The rows of each domain that one simulated site holds."""
 
     site: str
     rows: dict[str, Tensor]
@@ -25,12 +25,12 @@ class Shard(NamedTuple):
 def shard(
     number: int, labels: Mapping[str, Tensor], sites: int, seed: int, partition: str = "domain", alpha: float = 0.5
 ) -> Shard:
-    """What site `number` of so many holds, given the labels in each domain."""
+    """The rows of site `number` out of `sites`, given the labels in each domain."""
     if partition == "domain":
         return _of_domain(number, {domain: len(own) for domain, own in labels.items()}, sites, seed)
     domains = sorted(labels)
-    whole = torch.cat([labels[domain] for domain in domains])
-    rows = _divided(whole, partition, sites, seed, alpha)[number]
+    joined = torch.cat([labels[domain] for domain in domains])
+    rows = _divided(joined, partition, sites, seed, alpha)[number]
     starts = torch.tensor([0, *(len(labels[domain]) for domain in domains)]).cumsum(0)
     parts = {d: rows[(rows >= a) & (rows < b)] - a for d, a, b in zip(domains, starts, starts[1:], strict=False)}
     return Shard(f"site-{number}", parts)
@@ -47,12 +47,12 @@ def _of_domain(number: int, counts: Mapping[str, int], sites: int, seed: int) ->
 
 @lru_cache(maxsize=16)
 def _shuffled(count: int, seed: int) -> Tensor:
-    """The same for all sites that a process simulates."""
+    """Shuffled rows, cached for all sites that a process simulates."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _divided(labels: Tensor, partition: str, sites: int, seed: int, alpha: float) -> tuple[Tensor, ...]:
-    """The rows of each site. Divided once and kept: from then on `datasets` and `flwr-datasets` are not imported."""
+    """The rows of each site. They are stored: later runs import neither `datasets` nor `flwr-datasets`."""
     how = (partition, str(sites), str(seed), str(alpha) * (partition == "dirichlet"))
     key = content.digest(*how, labels.numpy().tobytes())
 
@@ -60,12 +60,12 @@ def _divided(labels: Tensor, partition: str, sites: int, seed: int, alpha: float
         parts = _by_flower(labels, partition, sites, seed_of(seed, "partition"), alpha)
         return {"rows": torch.cat(parts), "sizes": torch.tensor([len(part) for part in parts])}, {}
 
-    kept, _ = store.kept(files.home() / "partitions" / f"{key}.safetensors", make)
-    return torch.split(kept["rows"], kept["sizes"].tolist())
+    stored, _ = store.load_or_make(files.home() / "partitions" / f"{key}.safetensors", make)
+    return torch.split(stored["rows"], stored["sizes"].tolist())
 
 
 def _by_flower(labels: Tensor, partition: str, sites: int, seed: int, alpha: float) -> list[Tensor]:
-    """With `classes`, a site holds two of them, or as many more as it takes for each to have a site on average."""
+    """The rows of each site. With `classes`, a site holds two, or more if needed for each to have a site on average."""
     from datasets import Dataset
 
     try:
@@ -73,15 +73,15 @@ def _by_flower(labels: Tensor, partition: str, sites: int, seed: int, alpha: flo
     except ModuleNotFoundError:
         raise UserError(
             f"partition = {partition!r}: flwr-datasets is not installed here; install this package with its extra "
-            "`simulation`, or give partition=domain"
+            "`simulation`, or use partition=domain"
         ) from None
     data = Dataset.from_dict({"label": labels.tolist(), "row": list(range(len(labels)))}).shuffle(seed=seed)
-    there = len(torch.unique(labels))
+    classes = len(torch.unique(labels))
     partitioners = {
         "iid": lambda: IidPartitioner(sites),
         "dirichlet": lambda: DirichletPartitioner(sites, "label", alpha, min_partition_size=0, seed=seed),
         "classes": lambda: PathologicalPartitioner(
-            sites, "label", min(there, max(2, -(-there // sites))), "first-deterministic", seed=seed
+            sites, "label", min(classes, max(2, -(-classes // sites))), "first-deterministic", seed=seed
         ),
     }
     if sites > len(labels):
@@ -89,7 +89,7 @@ def _by_flower(labels: Tensor, partition: str, sites: int, seed: int, alpha: flo
     partitioner = partitioners[partition]()
     partitioner.dataset = data
     try:
-        with warnings.catch_warnings(action="ignore"):  # of classes that no site has: the plan tells of them
+        with warnings.catch_warnings(action="ignore"):  # about classes that no site has: the plan shows them
             return [torch.tensor(partitioner.load_partition(i)["row"], dtype=torch.int64) for i in range(sites)]
     except ValueError as error:
         raise UserError(f"partition = {partition!r}: {' '.join(str(error).split())[:200]}") from None

@@ -1,7 +1,7 @@
-"""Well-known data sets under their usual names, wherever their images come from.
+"""Well-known data sets under their usual names, from any origin.
 
-A folder or data set that has the domains and classes of a preset gets the preset's spelling of them: so the same images
-are divided in the same way, whether they come from the hub or from a folder that somebody has unpacked.
+A folder or data set with the domains and classes of a preset gets the preset's spelling of them. So the same images
+are divided in the same way, whether they come from the hub or from an unpacked folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """`domains` has other names of each domain beside its own; `hub_id` is empty where the hub has no such data set."""
+    """`domains` maps each domain to its other names; `hub_id` is empty if the hub does not have the data set."""
 
     hub_id: str
     domains: Mapping[str, tuple[str, ...]]
@@ -52,12 +52,12 @@ PRESETS = {
 
 
 def normalized_name(name: str) -> str:
-    """What different spellings of a name have in common."""
+    """The name without case, spaces, _ and -, equal for different spellings."""
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
 def fitting(domains: Sequence[str], class_names: Sequence[str]) -> Preset | None:
-    """The preset that has all of these domains, and exactly these classes."""
+    """The preset with exactly these classes that has all of these domains, or None."""
     for preset in PRESETS.values():
         if sorted(map(normalized_name, class_names)) != sorted(map(normalized_name, preset.class_names)):
             continue

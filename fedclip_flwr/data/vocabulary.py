@@ -1,7 +1,7 @@
-"""What images are told apart by: the names of the classes, and the templates that make prompts of them.
+"""Class names, and the templates that turn them into prompts.
 
-A site may number its classes otherwise than the run does, lack some of them, or keep them in folders with other names:
-`numbering` says which class of the run each of its own is.
+A site may number its classes differently from the run, lack some of them, or keep them in folders with other names:
+`numbering` maps each of its classes to the run's number.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.base.errors import shown
 
 SEPARATOR = "|"
-"""Between the templates of an ensemble."""
+"""Separates the templates of an ensemble."""
 MOST_PROMPTS = 2**20
 MOST_BYTES = 2**24
-"""Of a file of class names."""
+"""The largest size of a file of class names."""
 
 
 class Vocabulary(NamedTuple):
@@ -31,7 +31,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def prompts(self) -> list[str]:
-        """All classes in the first template, then all in the next. Underscores in names are spaces there."""
+        """All classes in the first template, then all in the next; underscores in names become spaces."""
         return [t.replace("{}", name.replace("_", " ")) for t in self.templates for name in self.class_names]
 
     @property
@@ -40,7 +40,7 @@ class Vocabulary(NamedTuple):
 
 
 def check_classes(vocabulary: Vocabulary) -> None:
-    """Raises unless it names classes in plain characters, two or more, each once: it may come from anywhere."""
+    """Raises unless it has two or more distinct class names in plain characters: it may come from untrusted input."""
     names, templates = vocabulary
     if len(set(names)) < len(names) or len(names) < 2:
         raise UserError(f"classes: expected at least two names, each once, found {', '.join(names[:9]) or 'none'}")
@@ -54,10 +54,10 @@ def check_classes(vocabulary: Vocabulary) -> None:
 
 
 def usable(vocabulary: Vocabulary) -> Vocabulary:
-    """The same; raises if no images can be told apart by its prompts."""
+    """Returns the vocabulary; raises if its prompts do not distinguish classes."""
     names, templates = vocabulary
     check_classes(vocabulary)
-    check_apart(names)
+    check_distinct(names)
     if any(template.count("{}") != 1 for template in templates):
         raise UserError(
             f"prompt = {SEPARATOR.join(templates[:9])!r}: expected a template with one {{}} for the class name, "
@@ -71,12 +71,12 @@ def templates_of(prompt: str) -> tuple[str, ...]:
 
 
 def read_names(setting: str) -> tuple[str, ...]:
-    """Class names from the setting: a comma list, or a file with a name in each line; none if it is empty."""
+    """Class names from the setting: a comma list, or a file with one name per line; none if it is empty."""
     if not setting:
         return ()
     text = setting.replace(",", "\n")
     if "," not in setting and not setting.startswith("/"):
-        raise UserError(f"class-names = {setting!r}: there is no such file, and a list would have commas")
+        raise UserError(f"class-names = {setting!r}: there is no such file, and a list needs commas")
     if setting.startswith("/"):
         try:
             text = files.read_bytes(Path(setting), MOST_BYTES).decode("utf-8")
@@ -92,52 +92,50 @@ def read_names(setting: str) -> tuple[str, ...]:
 
 
 def renamed(own: Sequence[str], wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of a run's classes if these are `wanted`, and the names that the data's own classes have among them.
+    """The class names of the run, given the `wanted` ones, and the run's names for the data's `own` classes.
 
-    If the data's names are all among the wanted ones, these give the order, and may be more. Else there must be as
-    many, and none of them the data's own: they are other words for the same classes, in the same order.
+    If `wanted` includes all names of the data, it sets the order and may have more. Else it must have as many names,
+    all of them new: they rename the data's classes in the same order.
     """
     if not wanted:
         return tuple(own), tuple(own)
     if {*own} <= {*wanted}:
         return tuple(wanted), tuple(own)
-    if len(own) == len(wanted) and not {*map(_spelt, own)} & {*map(_spelt, wanted)}:
+    if len(own) == len(wanted) and not {*map(_normalized, own)} & {*map(_normalized, wanted)}:
         return tuple(wanted), tuple(wanted)
     missing = ", ".join(sorted({*own} - {*wanted}))
     raise UserError(
-        f"class-names has {len(wanted)} names and lacks {missing}; give all of the data's {len(own)} classes, and more "
-        f"if you like, or as many words for them that are all other ones, in this order: {', '.join(own)}"
+        f"class-names has {len(wanted)} names and lacks {missing}; give all of the data's {len(own)} classes "
+        f"(more are allowed), or a new name for each of them, in this order: {', '.join(own)}"
     )
 
 
 def check_plain(what: str, names: Iterable[str]) -> None:
-    """Raises if one of the names can't be shown as it is, or written into a prompt: they come from files."""
+    """Raises if a name, which comes from a file, can't be shown unchanged or used in a prompt."""
     for name in names:
         if shown(name) != name or not name.strip():
             raise UserError(f"{what} is called {name!a}: give it a name of plain characters, in UTF-8")
 
 
-def check_apart(names: Sequence[str]) -> None:
-    """Raises if two of the names are the same but for their spelling: they would be two classes."""
+def check_distinct(names: Sequence[str]) -> None:
+    """Raises if two names differ only in spelling: they would become two classes."""
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(_spelt(name), name)
+        other = known.setdefault(_normalized(name), name)
         if other != name:
-            raise UserError(
-                f"{other!r} and {name!r} would be different classes; give them one spelling in all of the data"
-            )
+            raise UserError(f"{other!r} and {name!r} would be two classes; use one spelling in all of the data")
 
 
-def _spelt(name: str) -> str:
-    """What different spellings of a name have in common: accents may be written in two ways."""
+def _normalized(name: str) -> str:
+    """The name in one spelling: Unicode has two ways to write an accent."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
 
 
 def numbering(own: Sequence[str], run: Sequence[str]) -> list[int]:
-    """The run's number of each of these classes, which may be fewer."""
+    """For each of the site's classes, its number in the run; the site may have fewer classes."""
     if unknown := sorted({*own} - {*run}):
         raise UserError(
             f"this site has classes that the run does not know: {', '.join(unknown)} (it knows {', '.join(run)}); "
-            "rename or remove their folders, or tell the server's class-names"
+            "rename or remove their folders, or add them to class-names at the server"
         )
     return [run.index(name) for name in own]

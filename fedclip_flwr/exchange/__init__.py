@@ -1,4 +1,4 @@
-"""What travels between sites and server, and how it is checked: records, session, codecs, links, privacy, masks.
+"""The messages between sites and server, and their checks: records, session, codecs, links, privacy, masks.
 
 May import: base, learning, data, flower.
 """

@@ -1,9 +1,9 @@
-"""Fewer bytes for what changes: how the difference between two adapters is packed to travel.
+"""Codecs: the difference between two adapters in fewer bytes.
 
-`bfloat16` keeps 8 bits of each number's mantissa. `int8` is an eighth of a byte more than a byte for each number: a
-whole number from -127 to 127 and a factor for each row, rounded up or down by chance so that nothing is lost on
-average. What rounding does lose is handed back, to go with the next difference (error feedback, arXiv 1901.09847).
-`float32` packs nothing: whole tensors travel.
+`bfloat16` keeps 8 bits of each number's mantissa. `int8` takes little more than a byte for each number: an integer from
+-127 to 127, and a factor for each row. Rounding is stochastic, so that it is right on average. The rounding error is
+returned as a residual, to be added to the next difference (error feedback, arXiv 1901.09847). `float32` is no codec:
+whole tensors are sent.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fedclip_flwr.base.tensors import State
 
 
 class Codec(NamedTuple):
-    """Bytes from a tensor, and numbers from bytes of a tensor with such a shape."""
+    """Packs a tensor into bytes, unpacks bytes into a tensor of a shape, and gives the size in bytes for a shape."""
 
     pack: Callable[[Tensor, torch.Generator], list[Tensor]]
     unpack: Callable[[Tensor, torch.Size], Tensor]
     size: Callable[[torch.Size], int]
 
 
-def _pack_bfloat16(tensor: Tensor, chance: torch.Generator) -> list[Tensor]:
+def _pack_bfloat16(tensor: Tensor, generator: torch.Generator) -> list[Tensor]:
     return [tensor.to(torch.bfloat16)]
 
 
@@ -33,29 +33,29 @@ def _unpack_bfloat16(packed: Tensor, shape: torch.Size) -> Tensor:
     return packed.clone().view(torch.bfloat16).float().view(shape)  # a clone is aligned
 
 
-def _pack_int8(tensor: Tensor, chance: torch.Generator) -> list[Tensor]:
+def _pack_int8(tensor: Tensor, generator: torch.Generator) -> list[Tensor]:
     rows = _rows(tensor)
     factors = rows.abs().amax(dim=1, keepdim=True) / 127
     numbers = rows / factors.clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = (numbers + torch.rand(rows.shape, generator=chance)).floor()
+    rounded = (numbers + torch.rand(rows.shape, generator=generator)).floor()
     return [factors, rounded.clamp(-127, 127).to(torch.int8)]  # after rounding: in float32, 127 + 0.9999999 is 128
 
 
 def _unpack_int8(packed: Tensor, shape: torch.Size) -> Tensor:
-    many, long = _shape_of_rows(shape)
-    factors = packed[: 4 * many].clone().view(torch.float32).view(many, 1)
-    rows = packed[4 * many :].view(torch.int8).float().view(many, long) * factors
-    return (rows.T if _lies(shape) else rows).reshape(shape)
+    count, length = _shape_of_rows(shape)
+    factors = packed[: 4 * count].clone().view(torch.float32).view(count, 1)
+    rows = packed[4 * count :].view(torch.int8).float().view(count, length) * factors
+    return (rows.T if _is_tall(shape) else rows).reshape(shape)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix with rows that are not shorter than its columns: each has a factor, which takes four bytes."""
-    if _lies(tensor.shape):
+    """The tensor as a matrix with rows at least as long as its columns: each row has a factor of four bytes."""
+    if _is_tall(tensor.shape):
         return tensor.flatten(1).T.contiguous()
     return tensor.reshape(_shape_of_rows(tensor.shape))
 
 
-def _lies(shape: torch.Size) -> bool:
+def _is_tall(shape: torch.Size) -> bool:
     return len(shape) > 1 and shape[0] > shape[1:].numel()
 
 
@@ -72,38 +72,38 @@ CODECS = {
 }
 
 
-class Parcel(NamedTuple):
-    """What travels, what the other side makes of it, and what rounding has left over."""
+class Payload(NamedTuple):
+    """The bytes to send, the state that the receiver decodes from them, and the rounding error."""
 
     packed: Tensor
-    arrives: State
+    decoded: State
     residual: State
 
 
-def wrap(codec: str, new: Mapping[str, Tensor], base: State, residual: Mapping[str, Tensor], seed: int) -> Parcel:
-    """A parcel that brings someone who has `base` to `new`; the `residual` of an earlier one goes with it."""
+def wrap(codec: str, new: Mapping[str, Tensor], base: State, residual: Mapping[str, Tensor], seed: int) -> Payload:
+    """A payload from which a receiver with `base` gets `new`; adds the `residual` of an earlier payload."""
     generator = torch.Generator().manual_seed(seed)
-    wished = {name: new[name] - base[name] + residual.get(name, 0.0) for name in sorted(base)}
-    parts = [part for tensor in wished.values() for part in CODECS[codec].pack(tensor, generator)]
+    target = {name: new[name] - base[name] + residual.get(name, 0.0) for name in sorted(base)}
+    parts = [part for tensor in target.values() for part in CODECS[codec].pack(tensor, generator)]
     packed = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
-    brought = _contents(codec, packed, base)
-    arrives = {name: base[name] + brought[name] for name in base}
-    return Parcel(packed, arrives, {name: wished[name] - brought[name] for name in base})
+    difference = _contents(codec, packed, base)
+    decoded = {name: base[name] + difference[name] for name in base}
+    return Payload(packed, decoded, {name: target[name] - difference[name] for name in base})
 
 
 def unwrap(codec: str, packed: Tensor, base: State) -> State:
-    """What someone who has `base` makes of a parcel of the right size."""
-    brought = _contents(codec, packed, base)
-    return {name: base[name] + brought[name] for name in base}
+    """The state that a receiver with `base` decodes from a payload, which must have the right size."""
+    difference = _contents(codec, packed, base)
+    return {name: base[name] + difference[name] for name in base}
 
 
 def packed_size(codec: str, like: Mapping[str, Tensor]) -> int:
-    """How many bytes a parcel for such tensors has."""
+    """The size in bytes of a payload for tensors like these."""
     return sum(CODECS[codec].size(tensor.shape) for tensor in like.values())
 
 
 def _contents(codec: str, packed: Tensor, like: State) -> State:
-    """The numbers in the parcel, in tensors as those of `like`."""
+    """The difference in the payload, as tensors with the shapes of `like`."""
     names = sorted(like)
     parts = torch.split(packed, [CODECS[codec].size(like[name].shape) for name in names])
     return {name: CODECS[codec].unpack(part, like[name].shape) for name, part in zip(names, parts, strict=True)}

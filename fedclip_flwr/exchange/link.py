@@ -1,9 +1,9 @@
-"""The two ends of a link: the server's, which sends each site no more than it lacks, and a site's.
+"""The two ends of a link: the server's `Downlink`, which sends each site only what it lacks, and a site's `SiteCache`.
 
-With the codec `float32` whole adapters travel. With the others every adapter has a mark: all sites can make the first
-one themselves; a site keeps the last one that it had, and gets the difference to the next as a parcel. A site that does
-not have what a parcel builds on says so, and is sent the whole. What a site has trained goes back as a parcel for
-someone who has what the site was sent. What rounding leaves over is kept at each end, to go with the next parcel.
+With the codec `float32`, whole adapters are sent. With the others every adapter has a mark, a hash of its numbers. Each
+site can make the initial adapter itself, keeps the latest one, and gets the difference to the next one as a payload. A
+site without the base of a payload reports that and gets the complete adapter. A site sends its trained adapter as a
+difference to the one that it received. Each end adds its rounding errors (residuals) to its next payload.
 """
 
 from __future__ import annotations
@@ -33,92 +33,92 @@ MONTH = 30 * 24 * 3600.0
 class Downlink:
     """The server's end.
 
-    `state` is the adapter as the sites have it after the last step, and `residual` what rounding has left over of it;
-    every site begins with `start`.
+    `state` is the adapter that the sites have after the last step, and `residual` its rounding error; every site
+    begins with `start`.
     """
 
     def __init__(self, start: State, codec: str, seed: int) -> None:
         self.state, self._codec, self._seed = start, codec, seed
         self._start = self._mark = mark_of(start) if codec in CODECS else ""
-        self._base, self._parcel = "", ArrayRecord()
+        self._base, self._payload = "", ArrayRecord()
         self.residual: State = {}
         self._held: dict[int, str] = {}
 
     def resume(self, state: State, residual: State) -> None:
-        """As after the step that came to this state and left this over; sites are sent the whole first."""
+        """Continue after the step with this state and residual; sites first get the complete adapter."""
         self.state, self.residual = state, residual
         if self._codec in CODECS:
             self._mark = mark_of(state)
 
-    def step(self, wished: State, number: int) -> State:
-        """Goes on to the adapter of round `number`: as `wished`, but for what packing it for the sites rounds away."""
+    def step(self, target: State, number: int) -> State:
+        """Move to the adapter of round `number` and return it: `target`, up to the rounding of the codec."""
         if self._codec not in CODECS:
-            self.state = wished
-            return wished
-        parcel = wrap(self._codec, wished, self.state, self.residual, seed_of(self._seed, "down", number))
-        self._base, self._parcel = self._mark, write_adapter({self._codec: parcel.packed})
-        self.state, self.residual = parcel.arrives, parcel.residual
+            self.state = target
+            return target
+        payload = wrap(self._codec, target, self.state, self.residual, seed_of(self._seed, "down", number))
+        self._base, self._payload = self._mark, write_adapter({self._codec: payload.packed})
+        self.state, self.residual = payload.decoded, payload.residual
         self._mark = mark_of(self.state)
         return self.state
 
     def address(self, messages: list[Message], state: State) -> None:
-        """Takes out of the messages, which all bring `state`, what the site that each goes to has already."""
+        """Remove from each message, which carries `state`, what its receiver already has."""
         if self._codec not in CODECS:
             return
         mark = self._mark_of(state)
-        made: dict[tuple[int, str], RecordDict] = {}  # nodes that have the same share one content
+        made: dict[tuple[int, str], RecordDict] = {}  # nodes with the same state share one content
         for message in messages:
             held = self._held.get(message.metadata.dst_node_id, self._start)
-            kind = "all of it" if held == mark else "parcel" if (held, mark) == (self._base, self._mark) else "nothing"
-            whole = message.content
-            message.content = made.setdefault((id(whole), kind), self._without(whole, kind, mark))
+            has = "state" if held == mark else "base" if (held, mark) == (self._base, self._mark) else "nothing"
+            complete = message.content
+            message.content = made.setdefault((id(complete), has), self._without(complete, has, mark))
 
-    def _without(self, whole: RecordDict, has: str, mark: str) -> RecordDict:
+    def _without(self, complete: RecordDict, has: str, mark: str) -> RecordDict:
         if has == "nothing":
-            return whole
-        config = whole.config_records["config"]
-        if has == "all of it":
+            return complete
+        config = complete.config_records["config"]
+        if has == "state":
             return RecordDict({"config": ConfigRecord({**config, "state": mark})})
         return RecordDict(
-            {"arrays": self._parcel, "config": ConfigRecord({**config, "state": mark, "base": self._base})}
+            {"arrays": self._payload, "config": ConfigRecord({**config, "state": mark, "base": self._base})}
         )
 
     def _mark_of(self, state: State) -> str:
         return self._mark if state is self.state else mark_of(state)
 
     def lacks(self, node: int) -> None:
-        """The node has nothing to build on."""
+        """Note that the node does not have the base: it gets the complete adapter next."""
         self._held[node] = ""
 
     def receive(self, reply: Message, state: State) -> None:
-        """Puts the whole adapter into the reply of a site that was sent `state`, so that any strategy can take it."""
+        """Decode the adapter in the reply of a site that received `state`, so that any strategy can use it."""
         if self._codec not in CODECS:
             return
         self._held[reply.metadata.src_node_id] = self._mark_of(state)
         arrays = reply.content.array_records.get("arrays")
         if arrays is not None:
-            packed = _read_parcel(arrays, self._codec, state)
+            packed = _read_payload(arrays, self._codec, state)
             reply.content["arrays"] = write_adapter(unwrap(self._codec, packed, state))
 
 
-def _read_parcel(arrays: ArrayRecord, codec: str, like: State) -> torch.Tensor:
+def _read_payload(arrays: ArrayRecord, codec: str, like: State) -> torch.Tensor:
     return read_adapter(arrays, {codec: torch.empty(packed_size(codec, like), dtype=torch.uint8)})[codec]
 
 
 def forget(session: str = "") -> None:
-    """Removes what the sites of this machine keep for the session, and for those of more than a month ago."""
+    """Remove what the sites of this machine keep for the session, and for sessions older than a month."""
     root = files.home() / "exchange"
     for folder in root.glob("*/"):
-        with contextlib.suppress(OSError):  # other sites of this machine do the same
+        with contextlib.suppress(OSError):  # other sites of this machine may remove it too
             if folder.name == session or folder.stat().st_mtime < time.time() - MONTH:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 class States(Protocol):
-    """Where a site keeps states between messages: each below a folder (or none), under a name."""
+    """Where a site keeps states between messages: by name, optionally in a folder."""
 
     def read(self, name: str, folder: str = "") -> State | None:
-        """The state of that name, if it is there and can be read."""
+        """The state of that name; None if it is missing or unreadable."""
 
     def write(self, state: State, name: str, folder: str = "") -> None: ...
 
@@ -128,7 +128,7 @@ class States(Protocol):
 
 
 class StatesOnDisk:
-    """In files, for the next message may come to another process."""
+    """States in files, because another process may answer the next message."""
 
     def __init__(self, session: str) -> None:
         self._root = files.home() / "exchange" / session
@@ -143,7 +143,7 @@ class StatesOnDisk:
             return None
 
     def write(self, state: State, name: str, folder: str = "") -> None:
-        files.write_whole(self._path(name, folder), lambda part: files.save_tensors(state, part, {}))
+        files.write_atomic(self._path(name, folder), lambda part: files.save_tensors(state, part, {}))
 
     def names(self, folder: str = "") -> list[str]:
         return [path.stem for path in (self._root / folder).glob("*.safetensors") if not path.is_dir()]
@@ -153,7 +153,7 @@ class StatesOnDisk:
 
 
 class StatesInMemory:
-    """In memory, for sites of one process."""
+    """States in memory, for sites in one process."""
 
     def __init__(self) -> None:
         self._states: dict[str, dict[str, State]] = defaultdict(dict)
@@ -174,26 +174,26 @@ class StatesInMemory:
 class SiteCache:
     """A site's end: adapters by their marks, and its residuals.
 
-    Simulated sites of one machine share the adapters. Those of the round before are kept: the message may come again.
+    Simulated sites of one machine share the adapters. The previous one is kept, because a message may be repeated.
     """
 
     def __init__(self, states: States, codec: str) -> None:
         self._states, self._codec = states, codec
-        self._taken: State = {}
+        self._received: State = {}
 
     def take(self, task: Task, like: State, start: Callable[[], State]) -> State:
-        """The adapter that the message brings, with tensors as those of `like`; `start` makes the first one here."""
+        """The adapter in the message, with tensors like those of `like`; `start` makes the initial one."""
         if task.state:
             state = self._made(task, like, start)
             if mark_of(state) != task.state:
-                raise LacksError("the adapter that the server builds on is another one here")
+                raise LacksError("this site's adapter differs from the one that the server expects here")
         elif task.arrays is not None:
             state = read_adapter(task.arrays, like)
         else:
             raise ExchangeError("the server's message lacks the adapter")
         if self._codec in CODECS:
             self._keep(state, task)
-            self._taken = state
+            self._received = state
         return state
 
     def _made(self, task: Task, like: State, start: Callable[[], State]) -> State:
@@ -201,20 +201,20 @@ class SiteCache:
         if not task.base:
             return base
         if task.arrays is None or self._codec not in CODECS:
-            raise ExchangeError("the server's message lacks the difference to the adapter that it builds on")
-        made = unwrap(self._codec, _read_parcel(task.arrays, self._codec, like), base)
+            raise ExchangeError("the server's message lacks the difference to its base adapter")
+        made = unwrap(self._codec, _read_payload(task.arrays, self._codec, like), base)
         if not all(tensor.isfinite().all() for tensor in made.values()):
-            raise ExchangeError("the difference to the adapter comes to numbers that are not finite")
+            raise ExchangeError("the server's difference leads to an adapter with numbers that are not finite")
         return made
 
     def _find(self, mark: str, start: Callable[[], State]) -> State:
-        if not re.fullmatch(r"[0-9a-f]+", mark):  # it comes from outside, and names a file
-            raise LacksError("the server names an adapter in a way that can't be")
+        if not re.fullmatch(r"[0-9a-f]+", mark):  # untrusted, and used as a file name
+            raise LacksError("invalid adapter mark in the server's message")
         known = self._states.read(mark)
         if known is None and mark == mark_of(first := start()):
             return first
         if known is None:
-            raise LacksError("this site no longer has the adapter that the server builds on")
+            raise LacksError("this site no longer has the server's base adapter")
         return known
 
     def _keep(self, state: State, task: Task) -> None:
@@ -226,16 +226,16 @@ class SiteCache:
                     self._states.remove(old)
 
     def pack(self, trained: State, site: str, number: int, seed: int) -> State:
-        """What is sent of the adapter that the site has made in round `number` of the one that it took."""
+        """The tensors to send for the adapter that the site trained in round `number` from the one it received."""
         if self._codec not in CODECS:
             return trained
         folder = content.file_name(site)
         earlier = sorted(int(name) for name in self._states.names(folder) if int(name) < number)
         residual = self._states.read(str(earlier[-1]), folder) if earlier else None
-        parcel = wrap(self._codec, trained, self._taken, residual or {}, seed_of(seed, "up", site, number))
-        if not all(tensor.isfinite().all() for tensor in parcel.residual.values()):
-            raise ExchangeError("training came to numbers that are not finite")
-        self._states.write(parcel.residual, str(number), folder)
+        payload = wrap(self._codec, trained, self._received, residual or {}, seed_of(seed, "up", site, number))
+        if not all(tensor.isfinite().all() for tensor in payload.residual.values()):
+            raise ExchangeError("training produced numbers that are not finite")
+        self._states.write(payload.residual, str(number), folder)
         for old in earlier[:-1]:
             self._states.remove(str(old), folder)
-        return {self._codec: parcel.packed}
+        return {self._codec: payload.packed}

@@ -1,13 +1,13 @@
-"""Differential privacy of sites: that a site took part can hardly be told from the adapters, or from its updates.
+"""Differential privacy at the level of sites: adapters, or updates, hardly reveal that a site took part.
 
-`central` (DP-FedAvg, arXiv 1710.06963): the server cuts every update to the clipping norm and adds noise to their mean.
-It is trusted with the updates. `local`: each site cuts its own and adds the noise before it sends it.
+`central` (DP-FedAvg, arXiv 1710.06963): the server clips every update to the clipping norm and adds noise to the mean.
+It is trusted with the updates. `local`: each site clips its update and adds the noise before it sends it.
 
-Deviations from Flower 1.31's wrappers and mod, which do the same: noise follows from the weights that came, not from
-equal ones of all sites; a site that sends back what it got has nothing to cut; noise comes from the operating system's
-entropy, not from a generator with a seed; nothing is noised that is no update; and what has been spent is told. Nothing
-is gained by drawing sites by lot, for the lots follow from the seed: a site spends in every round in which it trains.
-Scores and sizes that sites report are not covered, nor what follows from them: which round is selected.
+Deviations from Flower 1.31's wrappers and mod: noise follows from the weights of the received updates, not from equal
+ones of all sites; an update of zero length is not clipped; noise comes from the operating system's entropy, not from a
+seeded generator; only updates get noise; the privacy budget spent is reported. Sampling sites does not amplify privacy,
+because the sample follows from the seed: a site spends budget in every round in which it trains. Not covered: the
+scores and sizes that sites report, and the selection of the round, which follows from them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fedclip_flwr.base.tensors import State, length_of
 
 
 def noise(like: Mapping[str, Tensor], deviation: float) -> State:
-    """Normally distributed numbers from the operating system's entropy.
+    """Gaussian noise from the operating system's entropy.
 
-    Each is made of four, so that from its last bits cannot be told what it was added to (arXiv 2107.10138).
+    Each number combines four samples, so that its low bits do not reveal the value it is added to (arXiv 2107.10138).
     """
     sizes = [tensor.numel() for tensor in like.values()]
     numbers = torch.from_numpy(sum(_normal(sum(sizes)) for _ in range(4)) * (deviation / 2))
@@ -38,7 +38,7 @@ def noise(like: Mapping[str, Tensor], deviation: float) -> State:
 
 
 def _normal(count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """By Box and Muller."""
+    """Standard normal numbers, by the Box-Muller transform."""
     half = -(-count // 2)
     uniform = ((np.frombuffer(os.urandom(16 * half), np.uint64) >> 11) + 0.5) * 2.0**-53
     length, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * np.pi * uniform[half:]
@@ -46,7 +46,7 @@ def _normal(count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 
 
 def clipped(state: Mapping[str, Tensor], base: Mapping[str, Tensor], norm: float) -> State:
-    """The state with its update cut to that length."""
+    """The state with its update clipped to `norm`."""
     length = length_of(state, base)
     share = min(1.0, norm / length) if length else 1.0
     return {name: torch.lerp(base[name], state[name], share) for name in base}
@@ -58,31 +58,31 @@ def noised(state: Mapping[str, Tensor], deviation: float) -> State:
 
 
 def at_site(state: State, base: Mapping[str, Tensor], settings: Settings) -> State:
-    """What a site sends of the state that it has made of the base."""
+    """The state to send, clipped and noised by the settings, for the state that a site trained from the base."""
     norm = settings.clipping_norm
     if settings.dp == "local":
         return noised(clipped(state, base, norm), settings.noise_multiplier * norm)
-    if settings.dp == "central" and settings.secure_aggregation:  # the server can't cut what it does not see
+    if settings.dp == "central" and settings.secure_aggregation:  # the server can't clip what it does not see
         return clipped(state, base, norm)
     return state
 
 
 def spent(settings: Settings, rounds: Iterable[int]) -> float | None:
-    """ε at the settings' δ for that site which trained in the most rounds; None where there is no noise.
+    """ε at the settings' δ for the site that trained in the most rounds; None without differential privacy.
 
-    `central`: for whether its updates are there or all zero. `local`: for whether they are these or any others, which
-    are up to twice the norm away.
+    `central`: neighbouring runs differ in whether the site's updates are present or zero. `local`: in the updates
+    themselves, which can be up to twice the norm apart.
     """
     if settings.dp == "off":
         return None
-    _accountant()  # before it is needed, so that it is not missed after the first round
+    _accountant()  # check before the first round that the package is installed
     multiplier = settings.noise_multiplier / (1 if settings.dp == "central" else 2)
     return _epsilon(multiplier, max(rounds, default=0), settings.delta)
 
 
 @lru_cache
 def _epsilon(multiplier: float, rounds: int, delta: float) -> float:
-    """So many Gaussian mechanisms are one with as much less noise (arXiv 1905.02383, corollary 3.3)."""
+    """`rounds` Gaussian mechanisms compose to one with √rounds times less noise (arXiv 1905.02383, corollary 3.3)."""
     return float(_accountant().get_epsilon_gaussian(multiplier / math.sqrt(rounds), delta)) if rounds else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What a hello tells a site once, so that later messages need not: they carry its key."""
+"""The session: facts of a run that a hello tells a site once. Later messages carry only its key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedclip_flwr.data import Vocabulary
 
 
 class Session(NamedTuple):
-    """The domain that no site trains on, the vocabulary, the model's content (empty if not known), the run's name."""
+    """The held-out domain, the vocabulary, the model's content hash (empty if unknown), and the run's name."""
 
     holdout: str
     vocabulary: Vocabulary
@@ -23,7 +23,7 @@ class Session(NamedTuple):
         return content.digest(json.dumps(self))[:16]
 
     def remember(self, memory: Path) -> None:
-        """So that `recall` finds it by its key."""
+        """Store the session, so that `recall` finds it by its key."""
         content.remember(f"session-{self.key}", json.dumps(self), memory)
 
     def forget(self, memory: Path) -> None:
@@ -31,10 +31,10 @@ class Session(NamedTuple):
 
 
 def recall(key: str, memory: Path) -> Session:
-    """The session that was remembered."""
-    known = key.isalnum()  # it comes from outside, and names a file
-    text = content.recall(f"session-{key}", memory) if known else None
+    """The stored session of that key."""
+    valid = key.isalnum()  # untrusted, and used as a file name
+    text = content.recall(f"session-{key}", memory) if valid else None
     if text is None:
-        raise UserError("this site has forgotten what the run is about: was its FEDCLIP_HOME emptied during the run?")
+        raise UserError("session not found at this site: was its FEDCLIP_HOME emptied during the run?")
     holdout, (names, templates), model, run = json.loads(text)
     return Session(holdout, Vocabulary(tuple(names), tuple(templates)), model, run)

@@ -1,9 +1,9 @@
-"""What is compared: our adapters, and what they have to be better than.
+"""The methods that are compared: our adapters, and the baselines that they have to beat.
 
-Every method learns and averages by the same code, on the same sites, splits and images. Zero-shot is the frozen CLIP.
+Every method trains and averages by the same code, on the same sites, splits and images. Zero-shot is the frozen CLIP.
 `local` is each site alone, with as much training, tested on its own images and, as a mean over the sites, on the unseen
 domain. FedAVG (arXiv 1602.05629) and FedProx (arXiv 1812.06127) train and send the whole CLIP, from pixels. In
-`centralised`, all training features are in one place: no federation could ask for more.
+`centralised`, all training features are in one place: an upper bound for a federation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedclip_flwr.site import Site
 
 @dataclass(frozen=True)
 class Case:
-    """What a method is tried on; `start` is what learns, where that is no adapter."""
+    """The input of a method; `start` is the learner, if that is not a new adapter."""
 
     sites: Sequence[Site]
     classes: Classes
@@ -38,7 +38,7 @@ def zero_shot(case: Case) -> Accuracies:
 
 
 def together(case: Case) -> Accuracies:
-    """The federation."""
+    """The accuracies of a federation of all sites."""
     more: dict[str, Any] = {"start": case.start, "every_round": False, "each_round": case.each_round}
     return simulate(case.sites, case.classes, case.unseen, case.settings, **more).selected
 
@@ -49,9 +49,9 @@ def centralised(case: Case) -> Accuracies:
 
 def pooled(sites: Sequence[Site]) -> list[Site]:
     """All sites' training rows in one place, their validation and test rows where they were."""
-    whole = Examples(*(torch.cat(parts) for parts in zip(*(s.train for s in sites), strict=True)))
-    none = Examples(whole.features[:0], whole.labels[:0])
-    return [Site("centralised", whole, none, none), *(Site(s.name, none, s.validation, s.test) for s in sites)]
+    train = Examples(*(torch.cat(parts) for parts in zip(*(s.train for s in sites), strict=True)))
+    none = Examples(train.features[:0], train.labels[:0])
+    return [Site("centralised", train, none, none), *(Site(s.name, none, s.validation, s.test) for s in sites)]
 
 
 def local_only(case: Case) -> Accuracies:
@@ -73,7 +73,7 @@ def local_only(case: Case) -> Accuracies:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the comparison: what is done, and with which settings beside those of all rows."""
+    """One row of the comparison: how it runs, and its settings in addition to those of all rows."""
 
     label: str
     run: Callable[[Case], Accuracies]
@@ -85,7 +85,7 @@ class Method:
 
     @property
     def sends(self) -> bool:
-        """Whether something travels in each round."""
+        """True if the method sends something in each round."""
         return self.run is together
 
 
@@ -108,15 +108,15 @@ METHODS = {
     "centralised": Method("attention, all in one place", centralised),
 }
 OWN = frozenset({"method", "adapter", "recipe", "strategy"})
-"""The settings in which methods differ."""
+"""Settings that differ between methods."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Accuracies that others report, in per cent: by held-out domain, and their mean.
+    """Accuracies published by others, in per cent: by held-out domain, and their mean.
 
-    `every` if they are means over all domains, the held-out one included; else over the held-out domain only. They
-    stand only beside results of the same `model`.
+    If `every`, they are means over all domains, including the held-out one; else over the held-out domain only. They
+    are shown only beside results of the same `model`.
     """
 
     label: str
@@ -131,7 +131,7 @@ _FEDMVP = "ViT-B/16, as FedMVP (ICCV 2025) reports it, held-out accuracy"
 
 
 def _readme(method: str, *accuracies: float, mean: float) -> Published:
-    """What the readme of the released code has, by held-out domain."""
+    """Accuracies from the readme of the released code, by held-out domain."""
     label = f"{method}: ViT-B/32, readme of the released code, almost certainly the mean over all four domains"
     domains = ("art_painting", "cartoon", "photo", "sketch")
     return Published(label, dict(zip(domains, accuracies, strict=True)), mean, every=True, model=_B32)
@@ -154,4 +154,4 @@ PUBLISHED = {
     "vlcs": [Published(f"zero-shot: {_FEDMVP}", {}, 83.29), Published(f"FedCLIP: {_FEDMVP}", {}, 82.70)],
     "office-home": [Published(f"zero-shot: {_FEDMVP}", {}, 81.49), Published(f"FedCLIP: {_FEDMVP}", {}, 81.74)],
 }
-"""By preset. Where they come from is in the labels; none was measured here."""
+"""By preset. The labels name their sources; none was measured here."""

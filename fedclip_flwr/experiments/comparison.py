@@ -1,4 +1,4 @@
-"""A sweep from the user's options, checked, to its table."""
+"""The command `fedclip sweep`: from its options, which are checked, to its tables."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from fedclip_flwr.runs.opening import open_run
 OPTIONS = {"data": "data", "model": "model", "holdout": "holdouts", "seed": "seeds", "num-server-rounds": "rounds"}
 """Settings that a sweep takes as options."""
 MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "name", "resume", "results-dir", "track"})
-"""Settings of messages and run folders, of which a sweep has none."""
+"""Settings of messages and run folders, which a sweep does not have."""
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What the user asks for; a comma list where there are several, and empty or 0 for the default."""
+    """The command's options; comma lists for several values, empty or 0 for the default."""
 
     data: str
     model: str
@@ -55,7 +55,7 @@ class SweepOptions:
 
 
 def compare(options: SweepOptions) -> str:
-    """Runs the sweep; its tables and summary. They are also written to a folder, with all that they were made of."""
+    """Runs the sweep and returns its tables and summary; also writes them to a folder, with the data behind them."""
     begun = time.monotonic()
     plan, features = planned(options)
     folder = _folder(options, plan, features)
@@ -64,7 +64,7 @@ def compare(options: SweepOptions) -> str:
     made = rows(plan, results, len(features.domains))
     published, remarks = _published(plan, features)
     facts = [plan.settings.data, features.model, *options.settings, counted(plan.sites, "site")]
-    told = f"{options.name}: " * bool(options.name) + f"{', '.join(facts)}, seeds from {plan.seeds[0]}"
+    caption = f"{options.name}: " * bool(options.name) + f"{', '.join(facts)}, seeds from {plan.seeds[0]}"
     on = f"{counted(jobs, 'process')} on {counted(os.cpu_count() or 1, 'core')}, {platform.machine()}"
     took = f"{time.monotonic() - begun:.0f} s with {on}"
     took += f"; {kept} of {len(results)} results from earlier" if kept else ""
@@ -78,33 +78,33 @@ def compare(options: SweepOptions) -> str:
             f"Test accuracy in %, seen / unseen{every}, {SPREAD}; gains over zero-shot.",
             *remarks,
             *_warnings(plan, features),
-            f"{told}; {took}",
+            f"{caption}; {took}",
         ]
     )
     texts = {
         "table.md": f"{text}\n",
         "table.csv": as_csv(made, published),
-        "accuracy.md": f"{printed.as_markdown(cells)}\nTest accuracy in %, {SPREAD}.\n{told}\n",
-        "accuracy.tex": printed.as_latex(cells, told),
+        "accuracy.md": f"{printed.as_markdown(cells)}\nTest accuracy in %, {SPREAD}.\n{caption}\n",
+        "accuracy.tex": printed.as_latex(cells, caption),
         "results.csv": printed.by_site(plan, results, options.name),
         "differences.csv": printed.differences_csv(compared, options.name),
     }
-    for file, whole in texts.items():
-        files.write_whole(folder / file, partial(_write, whole), "--out")
+    for file, body in texts.items():
+        files.write_atomic(folder / file, partial(_write, body), "--out")
     return f"{text}\nWritten to {folder}: {', '.join([*texts, *_plots(made, folder)])}"
 
 
 SPREAD = "mean ± standard deviation over the seeds"
 DIFFERING = (
     "Differences, means over the held-out domains: mean over the seeds [95 % interval], p of a paired t-test. Seeds "
-    "draw other splits and first weights, of the same images: this says nothing of other images."
+    "change splits and initial weights, not the images: this says nothing about other images."
 )
 FACTS = "sweep.json"
-"""What the results in a folder are of."""
+"""The file with the options that the results in a folder were made with."""
 
 
 def _folder(options: SweepOptions, plan: Plan, features: Features) -> Path:
-    """Where the results go. No sweep takes another's place, unless the user names its folder."""
+    """The folder for the results. No sweep replaces another, unless the user names its folder."""
     mark = content.digest(str(replace(options, jobs=0)), features.content)[:8]
     name = options.name or f"{plan.settings.data.rpartition('/')[2]}-{features.model.rpartition('/')[2]}-{mark}"
     folder = files.home() / "sweeps" / content.file_name(name)
@@ -119,18 +119,18 @@ def _folder(options: SweepOptions, plan: Plan, features: Features) -> Path:
             raise UserError(f"--name {options.name}: another sweep has this name, in {folder}; give another one")
     files.make_folder(folder, "--out")  # before the work, not after it
     asked = {**dataclasses.asdict(options), "settings": list(options.settings), "mark": mark}
-    files.write_whole(folder / FACTS, partial(_write, json.dumps(asked, indent=2) + "\n"), "--out")
+    files.write_atomic(folder / FACTS, partial(_write, json.dumps(asked, indent=2) + "\n"), "--out")
     return folder
 
 
 def _against(options: SweepOptions, plan: Plan) -> list[str]:
-    """What all methods are compared with: zero-shot, and the paper's unless the user names another."""
+    """The methods that all are compared with: zero-shot, and the paper's unless the user names another."""
     other = options.against or ("paper" if "paper" in plan.methods and len(plan.methods) > 2 else "")
     return list(dict.fromkeys(name for name in ("zero-shot", other) if name))
 
 
 def _published(plan: Plan, features: Features) -> tuple[list[Published], list[str]]:
-    """What others have published of this data with this model, and a remark where there is something else."""
+    """Published results for this data and model, and a remark if there are only results for other models."""
     preset = fitting(features.domains, features.vocabulary.class_names)
     known = next((PUBLISHED[name] for name, of in PRESETS.items() if of is preset), [])
     model = features.model.rstrip("/").rpartition("/")[2]
@@ -138,9 +138,9 @@ def _published(plan: Plan, features: Features) -> tuple[list[Published], list[st
     if known and not found:
         others = ", ".join(sorted({source.model for source in known}))
         return [], [
-            f"Published figures of this data are for {others}, and stand only beside results of the same model."
+            f"Published figures for this data are for {others}, and are shown only beside results of the same model."
         ]
-    if set(plan.holdouts) != set(features.domains):  # then the column mean is of others than theirs
+    if set(plan.holdouts) != set(features.domains):  # then the column's mean covers other domains than theirs
         found = [replace(source, mean=None) for source in found if source.by_domain]
     return found, []
 
@@ -153,8 +153,8 @@ def _warnings(plan: Plan, features: Features) -> list[str]:
 
 
 def _plots(made: Sequence[Row], folder: Path) -> list[str]:
-    """Draws the gains, of the mean over the held-out domains; the files' names."""
-    from fedclip_flwr.report import drawing, output, sweep_plots  # they bring matplotlib
+    """Draws the gains of the mean over the held-out domains; returns the files' names."""
+    from fedclip_flwr.report import drawing, output, sweep_plots  # they import matplotlib
 
     points = [
         sweep_plots.Point(
@@ -178,7 +178,7 @@ def _write(text: str, path: Path) -> None:
 
 
 def planned(options: SweepOptions) -> tuple[Plan, Features]:
-    """The plan; everything that is wrong is told at once."""
+    """The plan and the features; raises one error with all problems."""
     rounds = f"num-server-rounds={max(options.rounds, 1)}"
     given, problems = read_settings([f"data={options.data}", f"model={options.model}", rounds])
     more, wrong = read_settings(options.settings)
@@ -194,15 +194,15 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
     }
     for name, number in least.items():
         if getattr(options, name) < number:
-            told = f"--{name.replace('_', '-')} {getattr(options, name)}"
-            problems[told] = f"{told}: expected at least {number}"
+            option = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            problems[option] = f"{option}: expected at least {number}"
     for key in more:
         if key in OPTIONS:
             problems[key] = f"{key}: a sweep takes it as --{OPTIONS[key]}"
         elif key in OWN:
-            problems[key] = f"{key}: methods differ in it; choose some with --methods"
+            problems[key] = f"{key}: the methods differ in it; choose methods with --methods"
         elif key in MEANINGLESS:
-            problems[key] = f"{key}: it means nothing in a sweep; leave it out"
+            problems[key] = f"{key}: it has no effect in a sweep; leave it out"
     unfit = {name: why for name in METHODS if (why := _unfit(name, options.data, more))}
     methods = _listed(options.methods) or [name for name in METHODS if name not in unfit]
     if unknown := sorted({*methods} - {*METHODS}):
@@ -210,9 +210,9 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
     for name in sorted({*methods} & {*unfit}):
         problems[name] = f"--methods {name}: {unfit[name]}"
     if options.against and options.against not in methods:
-        problems["against"] = f"--against {options.against}: expected one of the methods that are compared"
+        problems["against"] = f"--against {options.against}: expected one of the compared methods"
     if not re.fullmatch(Settings.keys()["name"].metadata["pattern"], options.name) or options.name == "results":
-        problems["name"] = f"--name {options.name}: expected letters, digits, points and dashes, and not results"
+        problems["name"] = f"--name {options.name}: expected letters, digits, dots and dashes, and not results"
     seed = options.first_seed + options.seeds - 1
     settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)
     try:
@@ -234,11 +234,11 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
 
 
 def _unfit(name: str, data: str, given: Mapping[str, object]) -> str:
-    """Why the method can't be tried on the data or with these settings; empty if it can."""
+    """Why the method can't run on the data or with these settings; empty if it can."""
     if METHODS[name].whole_model and data.startswith(STORED):
         return f"needs images, and {data} has only their features"
     if "blend" in given and (METHODS[name].whole_model or "blend" in METHODS[name].settings):
-        return "leaves no room for another blend; leave one of them out"
+        return "excludes the setting blend; leave one of them out"
     return ""
 
 

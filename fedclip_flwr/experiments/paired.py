@@ -1,7 +1,7 @@
 """Two methods compared by their results with the same seeds: the mean difference, its 95 % interval, a paired t-test.
 
-Seeds draw other splits and other first weights, of the same images: so this says how sure a difference is for these
-images, and not what it would be for others.
+Seeds change splits and initial weights, not the images: so this says how certain a difference is for these images,
+and nothing about other images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 
 class Difference(NamedTuple):
-    """The mean of so many differences. Of a single one, or of equal ones, there is no interval and no test."""
+    """The mean of `pairs` differences. A single one, or equal ones, have no interval and no test."""
 
     mean: float
     pairs: int
@@ -26,15 +26,15 @@ class Difference(NamedTuple):
     def text(self) -> str:
         if self.low is None or self.high is None or self.p is None:
             return f"{self.mean:+.1f}"
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p {told(self.p)}"
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p {p_text(self.p)}"
 
 
-def told(p: float) -> str:
+def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def difference(values: Sequence[float]) -> Difference:
-    """Of the differences of pairs; `p` is two-sided."""
+    """The mean difference of pairs, from their differences; `p` is two-sided."""
     count, middle = len(values), mean(values)
     spread = stdev(values) if count > 1 else 0.0
     if spread < 1e-12:  # rounding
@@ -45,9 +45,9 @@ def difference(values: Sequence[float]) -> Difference:
 
 
 def within(t: float, freedom: int) -> float:
-    """How likely a number of Student's t-distribution with whole degrees of freedom lies between -t and t.
+    """The probability between -t and t of Student's t-distribution with integer degrees of freedom.
 
-    The finite sums for it are 26.7.3 and 26.7.4 of Abramowitz and Stegun.
+    It uses the finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun.
     """
     angle = math.atan(t / math.sqrt(freedom))
     sine, square = math.sin(angle), math.cos(angle) ** 2
@@ -61,7 +61,7 @@ def within(t: float, freedom: int) -> float:
 
 
 def quantile(share: float, freedom: int) -> float:
-    """The t with that share of the distribution between -t and t."""
+    """The t with this share of the distribution between -t and t."""
     low, high = 0.0, 1.0
     while within(high, freedom) < share:
         high *= 2

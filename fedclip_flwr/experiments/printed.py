@@ -29,7 +29,7 @@ class Cells(NamedTuple):
 
 
 def accuracies(made: Sequence[Row], published: Sequence[Published]) -> Cells:
-    """Test accuracies in per cent; the mean over all domains only where others publish it."""
+    """Test accuracies in per cent; the mean over all domains only if others publish it."""
     measures = ["seen", "unseen", *(["all"] if any(source.every for source in published) else [])]
     columns = [(name, measure) for name in dict.fromkeys(row.held_out for row in made) for measure in measures]
     rows: list[tuple[str, list[str]]] = []
@@ -78,7 +78,7 @@ def _escaped(text: str) -> str:
 
 
 def _number(cell: str) -> str:
-    """A figure in mathematical type."""
+    """A figure in math mode."""
     return "--" if cell == "–" else f"${cell.replace('±', chr(92) + 'pm')}$" if cell else ""
 
 
@@ -108,7 +108,7 @@ def by_site(plan: Plan, results: Results, name: str) -> str:
 
 
 class Compared(NamedTuple):
-    """By how many points of accuracy a method is better than another, where both have had the same seeds."""
+    """The difference of two methods in points of accuracy, over the seeds that both have."""
 
     held_out: str
     method: str
@@ -118,7 +118,7 @@ class Compared(NamedTuple):
 
 
 def differences(plan: Plan, results: Results) -> list[Compared]:
-    """Of any two methods, for each held-out domain and for the mean over these; a pair is what both did with a seed."""
+    """The differences of any two methods, for each held-out domain and their mean; a pair is one seed of both."""
     found, columns = by_key(results), columns_of(plan)
     made = []
     for against, method in combinations(plan.methods, 2):
@@ -136,7 +136,7 @@ def differences(plan: Plan, results: Results) -> list[Compared]:
 
 
 def _mean_difference(pairs: Iterable[tuple[Found, Found]], measure: str) -> float | None:
-    """In points, over the held-out domains of one seed."""
+    """The mean difference in points, over the held-out domains of one seed."""
     known = [
         100 * (one - other)
         for pair in pairs
@@ -170,8 +170,8 @@ def differences_table(made: Sequence[Compared], against: Sequence[str]) -> str:
         own = [found.get((method, of, measure)) for of in against for measure in measures]
         pairs = sorted({of.pairs for of in own if of})
         if pairs:
-            told = " or ".join(map(str, pairs))
-            lines.append([METHODS[method].label, *("–" if of is None else of.text() for of in own), told])
+            count = " or ".join(map(str, pairs))
+            lines.append([METHODS[method].label, *("–" if of is None else of.text() for of in own), count])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if made else ""
 
 

@@ -1,6 +1,6 @@
 """A whole federation in this process: the server's own loop, over a grid whose nodes are functions.
 
-Sites answer as anywhere, one after the other. For comparisons, notebooks and tests: nothing is written to disk.
+Sites answer with their usual code, one by one. For comparisons, notebooks and tests: nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fedclip_flwr.site.holdings import simulated_site
 from fedclip_flwr.site.work import answer_evaluate, answer_train
 
 Wrap = Callable[[str, Node], Node]
-"""Makes another node of a site's, by its name: for sites that don't do as they should."""
+"""Replaces a site's node, given its name: for sites that misbehave."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Accuracies:
 
 @dataclass(frozen=True)
 class Result:
-    """The accuracies after each round and after the selected one, with that one's blend and adapter."""
+    """The accuracies after each round and of the selected round, with that round's blend and adapter."""
 
     rounds: list[Accuracies]
     selected: Accuracies
@@ -64,7 +64,7 @@ class Result:
 
     @property
     def zero_shot(self) -> Accuracies:
-        """Those before the first round (with the recipe `paper` only close to zero-shot)."""
+        """The accuracies before round 1 (with the recipe `paper` only close to zero-shot)."""
         return self.rounds[0]
 
 
@@ -78,7 +78,7 @@ def make_sites(
     alpha: float = 0.5,
     device: str | torch.device = "cpu",
 ) -> tuple[list[Site], dict[str, Examples]]:
-    """The sites in the order of their names, and the domains that none of them holds."""
+    """The sites sorted by name, and the examples of the held-out domains."""
     unseen = pick_holdout(holdout, features.domains)
     how: dict[str, Any] = {"partition": partition, "alpha": alpha}
     made = [simulated_site(features, unseen, number, sites, seed, device, **how) for number in range(sites)]
@@ -99,8 +99,8 @@ def simulate(
 ) -> Result:
     """Runs the federation that the settings describe, on these sites.
 
-    `start` is what learns; a new adapter by default. Test images are evaluated in `every_round`, or only at the start
-    and in the selected round. `each_round` is called after each.
+    `start` is the learner; a new adapter by default. Test images are evaluated in each round if `every_round`, else
+    only at the start and in the selected round. `each_round` is called after each round.
     """
     settings = settings or Settings()
     classes = classes.ready(classes.text.device)
@@ -137,7 +137,7 @@ def accuracies_of(
     unseen: Mapping[str, Examples],
     result: RoundResult | None = None,
 ) -> Accuracies:
-    """The accuracies of a learner (None: of CLIP itself) on test images; round and validation are those of a result."""
+    """The accuracies of a learner (None: the frozen CLIP) on test images; round and validation come from `result`."""
     seen = {site.name: evaluate(learner, site.test, classes) for site in sites}
     apart = {domain: evaluate(learner, examples, classes) for domain, examples in unseen.items()}
     validation = result.validation if result else mean_accuracy(evaluate(learner, s.validation, classes) for s in sites)
@@ -157,7 +157,7 @@ def _untested(site: Site) -> Site:
 
 @dataclass
 class _Federation:
-    """The server's side, with the sites as nodes; a watcher of its own run."""
+    """The server's side, with the sites as nodes; it watches its own run."""
 
     sites: Sequence[Site]
     classes: Classes
@@ -185,7 +185,7 @@ class _Federation:
         return _LocalContext(self.settings, site, self.classes, self.classes.text.device, self.learner)
 
     def _quality(self, state: State, blend: float) -> dict[str, Quality]:
-        """Of an adapter on the unseen domains."""
+        """The quality of an adapter on the unseen domains."""
         if not self.unseen:
             return {}
         learner = copy.deepcopy(self.learner)
@@ -205,7 +205,7 @@ class _Federation:
 
 @dataclass(frozen=True)
 class _LocalContext(SiteContext):
-    """A site whose examples are in memory; it learns what the `template` is a copy of."""
+    """A site whose examples are in memory; it trains a copy of `template`."""
 
     template: Learner
 
@@ -236,7 +236,7 @@ class _Answering:
             return answer_train(content, context, cache, memory=memory)
         if kind == MessageType.EVALUATE:
             return answer_evaluate(content, context, cache)
-        from fedclip_flwr.exchange.secure import site  # brings cryptography, which few runs need
+        from fedclip_flwr.exchange.secure import site  # imports cryptography, which few runs need
 
         return site.STEPS[kind.removeprefix("query.")](content, self._memory)
 
@@ -248,7 +248,7 @@ class _Answering:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what Flower's strategies tell of each round off the screen."""
+    """Silences the messages of Flower's strategies about each round."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(max(level, logging.WARNING))

@@ -1,7 +1,7 @@
 """Every method on every held-out domain, with several seeds.
 
-A result is kept as soon as it is there, under a key made of all that it follows from: settings, data, model, and the
-code of this package. So a sweep that was stopped goes on where it was, and a larger one takes over what it can.
+Each result is stored at once, under a key of all that it depends on: settings, data, model, and the code of this
+package. So a stopped sweep resumes where it was, and a larger one reuses existing results.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ class Cell(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """How many it takes, for the progress bar."""
+        """The number of rounds that it runs, for the progress bar."""
         rounds = {"zero-shot": 0, "local": self.sites * self.settings.num_server_rounds}
         return rounds.get(self.method, self.settings.num_server_rounds)
 
     def key(self, features: Features) -> str:
-        """Of all that the result follows from. Data and model are told by their content, wherever they are."""
+        """A digest of all that the result depends on. Data and model count by their content, wherever they are."""
         how = {k: v for k, v in self.settings.as_run_config().items() if k not in ("data", "model", "results-dir")}
         code = content.of_package(content.memory())
         return content.digest(self.method, str(self.sites), json.dumps(how), features.content, code, torch.__version__)
 
 
 class Found(NamedTuple):
-    """What a cell came to: accuracies as fractions, the selected round, and the bytes of a site's round.
+    """The result of a cell: accuracies as fractions, the selected round, and the bytes of a site's round.
 
-    `tests` has for each site, and for each unseen domain, its name, its test examples, and how many were right.
+    `tests` has name, number of test examples, and number of correct ones for each site and unseen domain.
     """
 
     seen: float | None
@@ -71,7 +71,7 @@ Results = dict[Cell, Found]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is swept over. The whole model takes longer by far, and has numbers of its own."""
+    """The scope of a sweep. Training the whole model is far slower, so it has its own numbers of rounds and seeds."""
 
     settings: Settings
     methods: Sequence[str]
@@ -82,7 +82,7 @@ class Plan:
     whole_seeds: int
 
     def cells(self) -> list[Cell]:
-        """What takes longest comes first."""
+        """All cells, the slowest first."""
         order = sorted(self.methods, key=lambda method: not METHODS[method].whole_model)
         return [
             Cell(method, self._settings(method, holdout, seed), self.sites)
@@ -103,7 +103,7 @@ class Plan:
 
 
 def solve(cell: Cell, features: Features, each_round: Callable[[], object] = lambda: None) -> Found:
-    """Does what the cell says."""
+    """Runs the cell's method; returns its result."""
     settings, method = cell.settings, METHODS[cell.method]
     device = models.pick_device(settings.device)
     how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
@@ -121,7 +121,7 @@ def solve(cell: Cell, features: Features, each_round: Callable[[], object] = lam
 
 
 def sweep(plan: Plan, jobs: int) -> tuple[Results, int]:
-    """The results of all cells, and how many of them were kept from earlier."""
+    """The results of all cells, and how many of them were stored already."""
     cells, store = plan.cells(), files.home() / "sweeps" / "results"
     opened = {whole: _open(plan.settings, whole) for whole in sorted({cell.whole_model for cell in cells})}
     keys = {cell: cell.key(opened[cell.whole_model]) for cell in cells}
@@ -138,7 +138,7 @@ def sweep(plan: Plan, jobs: int) -> tuple[Results, int]:
 
 
 def _solved(todo: Sequence[Cell], settings: Settings, jobs: int, cells: int) -> Iterator[tuple[Cell, Found]]:
-    """The cells' results as they come in, worked out by so many processes."""
+    """The cells' results as they come in, computed by `jobs` processes."""
     if not todo:
         return
     context = get_context("spawn")  # CUDA can't be forked
@@ -159,17 +159,17 @@ def _solved(todo: Sequence[Cell], settings: Settings, jobs: int, cells: int) -> 
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a process of the sweep was ended from outside, perhaps for want of memory: give fewer --jobs; the "
-                "same command goes on from here"
+                "a process of the sweep was killed, possibly out of memory: give fewer --jobs; the same command "
+                "resumes from here"
             ) from None
         finally:
-            if waiting:  # an error, or the user wants no more
+            if waiting:  # an error, or the user has stopped the sweep
                 for child in active_children():
                     child.terminate()
             pool.shutdown(cancel_futures=True)
 
 
-# In the processes that do the work
+# In the worker processes
 
 _settings: Settings
 _rounds: Any
@@ -178,8 +178,8 @@ _rounds: Any
 def _begin(settings: Settings, rounds: Any) -> None:
     global _settings, _rounds
     _settings, _rounds = settings, rounds
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    torch.set_num_threads(1)  # there are as many processes as cores; and one thread gives the same everywhere
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
+    torch.set_num_threads(1)  # one process per core; and one thread gives the same results everywhere
 
 
 def _solve(cell: Cell) -> Found:

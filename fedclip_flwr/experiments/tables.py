@@ -1,4 +1,4 @@
-"""The results of a sweep as a table, in Markdown and as CSV, with published figures beside."""
+"""The results of a sweep as a table, in Markdown and as CSV, with published figures."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedclip_flwr.experiments.baselines import METHODS, Published
 from fedclip_flwr.experiments.sweep import Found, Plan, Results
 
 MEAN = "mean"
-"""Stands for all held-out domains."""
+"""The column for the mean over all held-out domains."""
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over the seeds, in per cent; the latter is None of a single seed."""
+    """Mean and standard deviation over the seeds, in per cent; the latter is None for a single seed."""
 
     mean: float
     deviation: float | None
@@ -42,20 +42,20 @@ class Row(NamedTuple):
 
 
 def by_key(results: Results) -> dict[tuple[str, int, str], Found]:
-    """By method, seed and held-out domain."""
+    """The results by method, seed and held-out domain."""
     return {(cell.method, cell.settings.seed, cell.settings.holdout): found for cell, found in results.items()}
 
 
 def columns_of(plan: Plan) -> dict[str, list[str]]:
-    """Each held-out domain, and the mean over several."""
+    """The held-out domains of each column; the last column is the mean over several."""
     columns = {holdout: [holdout] for holdout in plan.holdouts}
     return columns | ({MEAN: list(plan.holdouts)} if len(columns) > 1 else {})
 
 
 def rows(plan: Plan, results: Results, domains: int) -> list[Row]:
-    """A method's rows together: each held-out domain, then their mean. The data has so many domains."""
+    """Rows grouped by method: each held-out domain, then their mean. `domains` is the number of domains in the data."""
     found, columns = by_key(results), columns_of(plan)
-    by_domain = plan.sites == domains - 1 and plan.settings.partition == "domain"  # each seen domain counts the same
+    by_domain = plan.sites == domains - 1 and plan.settings.partition == "domain"  # all seen domains have equal weight
     made = []
     for method in plan.methods:
         own = {(seed, holdout): result for (name, seed, holdout), result in found.items() if name == method}
@@ -82,7 +82,7 @@ def rows(plan: Plan, results: Results, domains: int) -> list[Row]:
 def _spread(
     pairs: Sequence[Sequence[tuple[Found, Found]]], figure: Callable[[Found, Found], float | None]
 ) -> Spread | None:
-    """Over the seeds, of each seed's mean over the held-out domains."""
+    """The spread over the seeds of each seed's mean over the held-out domains."""
     by_seed = []
     for of_seed in pairs:
         known = [value for pair in of_seed if (value := figure(*pair)) is not None]
@@ -103,8 +103,8 @@ def _less(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def markdown(made: Sequence[Row], published: Sequence[Published], whole: int | None) -> str:
-    """The table. `whole` is how many bytes the whole model has, there and back."""
+def markdown(made: Sequence[Row], published: Sequence[Published], full_model_bytes: int | None) -> str:
+    """The table. `full_model_bytes` is the size of the whole model, there and back."""
     columns = list(dict.fromkeys(row.held_out for row in made))
     every = any(source.every for source in published)
     head = ["held out", *(column or "nothing" for column in columns), "gain", "a site and round", "times less"]
@@ -115,7 +115,7 @@ def markdown(made: Sequence[Row], published: Sequence[Published], whole: int | N
         parts = [(row.seen, row.unseen, row.every if every else None) for row in own]
         gains = _cell((last.gain_seen, last.gain_unseen), "+.1f") if last.rounds else "–"
         sent = bytes_of(last.bytes) if last.bytes else "–"
-        less = f"{whole / last.bytes:,.0f}" if whole and last.bytes else "–"
+        less = f"{full_model_bytes / last.bytes:,.0f}" if full_model_bytes and last.bytes else "–"
         numbers = (str(last.rounds or "–"), str(last.seeds))
         table.append([METHODS[method].label, *map(_cell, parts), gains, sent, less, *numbers])
     for source in published:
@@ -127,7 +127,7 @@ def markdown(made: Sequence[Row], published: Sequence[Published], whole: int | N
 
 
 def _cell(spreads: Sequence[Spread | None], form: str = ".1f") -> str:
-    """Seen, unseen and all; the latter two only where there are such."""
+    """Seen, unseen and all; the latter two only if they exist."""
     seen, *others = spreads
     return " / ".join(["–" if seen is None else seen.text(form), *(other.text(form) for other in others if other)])
 

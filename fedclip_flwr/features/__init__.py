@@ -1,4 +1,4 @@
-"""A frozen CLIP, and what it makes of images, once: encoded, stored, or read from a feature folder.
+"""A frozen CLIP and its image features, computed once: encoded, stored, or read from a feature folder.
 
 The only wing that imports transformers. May import: base, learning, data.
 """

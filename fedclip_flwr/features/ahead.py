@@ -1,8 +1,8 @@
-"""Images decoded and prepared ahead of the model, by worker processes where that pays.
+"""Images decoded and preprocessed ahead of the model, by worker processes if they are worth starting.
 
-Workers are plain new Python processes: nothing is forked (there may be threads of gRPC or Ray), and the main module is
-not run again (it may be a script without a guard). Each takes every n-th batch and holds one that is ready, so memory
-is bounded; a socket brings it here. A worker ends when its socket does, however this process ended.
+Workers are new Python processes. Nothing is forked (gRPC or Ray may run threads), and the main module is not run again
+(it may be a script without a guard). Each worker takes every n-th batch, keeps one ready, and sends it over a socket,
+so memory is bounded. A worker exits when its socket closes, however this process ended.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-WORTH = 20.0
-"""Seconds of preparing, in one process, from which on workers pay: each takes about 5 to start."""
-SLOW = 0.25
-"""Preparing has to take so much of the time that the model takes: else workers would only take cores from it."""
-MOST = 16
+MIN_SECONDS = 20.0
+"""Minimum seconds of preprocessing in one process that justify workers: each takes about 5 to start."""
+MIN_RATIO = 0.25
+"""Minimum ratio of preprocessing time to model time: below it, workers would only take cores from the model."""
+MAX_WORKERS = 16
 PIXELS = 2**26
-"""With so many, images are prepared before the next one is read: a batch of large ones would not fit into memory."""
+"""Maximum pixels held decoded: beyond it images are preprocessed early, so that large ones fit into memory."""
 SCRIPT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedclip_flwr.features import ahead; ahead.serve()"
 )
@@ -49,11 +49,11 @@ DTYPES = {name: dtype for dtype, name in tensorfile.NAMES.items()}
 
 
 class Batch(NamedTuple):
-    """Some images of a domain, as the model takes them; `inputs` is empty if none of them can be read."""
+    """Some images of a domain as model inputs; `inputs` is empty if none of them is readable."""
 
     inputs: Inputs
     labels: list[int]
-    broken: list[str]  # their names
+    broken: list[str]  # names of unreadable images
 
     @property
     def rows(self) -> int:
@@ -62,15 +62,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """Where a domain's images come from, and what is done with them."""
+    """A domain's images, and how to preprocess them."""
 
     source: Source
     domain: str
     prepare: Preparer
-    size: int  # of a batch
+    size: int  # images per batch
 
     def batch(self, start: int) -> Batch:
-        """The batch that begins with this image."""
+        """The batch that begins with image number `start`."""
         inputs: list[Inputs] = []
         images: list[Image] = []
         labels: list[int] = []
@@ -92,37 +92,37 @@ class Work:
 
 
 def batches(work: Work, start: int, stop: int, *, pinned: bool = False) -> Generator[Batch]:
-    """The batches of the images from `start` to before `stop`, in order.
+    """The batches of the images in range(start, stop), in order.
 
-    The first is prepared here; the time it takes, here and with whoever asked for it, tells how many workers pay.
-    `pinned`: in memory from which a GPU copies faster.
+    The first one is prepared in this process; its time here and in the caller decides the number of workers.
+    `pinned`: allocate page-locked memory, for faster copies to a GPU.
     """
     if start >= stop:
         return
-    left = range(start, stop, work.size)[1:]
-    list(work.source.pictures(work.domain, start, start))  # what a source does once is not counted
+    remaining = range(start, stop, work.size)[1:]
+    list(work.source.pictures(work.domain, start, start))  # exclude the source's one-time setup from the timing
     begun = time.perf_counter()
     batch = work.batch(start)
     prepared = time.perf_counter()
     yield batch
-    if count := workers(prepared - begun, time.perf_counter() - prepared, len(left)):
-        with _started(work, left, count) as sockets:
-            yield from _received(work, left, sockets, pinned)
+    if count := workers(prepared - begun, time.perf_counter() - prepared, len(remaining)):
+        with _started(work, remaining, count) as sockets:
+            yield from _received(work, remaining, sockets, pinned)
     else:
-        yield from map(work.batch, left)
+        yield from map(work.batch, remaining)
 
 
-def workers(preparing: float, seeing: float, left: int) -> int:
-    """How many keep up with the model, given the seconds that a batch takes to be prepared and to be seen."""
-    if preparing * left < WORTH or preparing < SLOW * seeing:
+def workers(preparing: float, encoding: float, remaining: int) -> int:
+    """The number of workers that keep up with the model, from the seconds per batch of either; 0 if not worth it."""
+    if preparing * remaining < MIN_SECONDS or preparing < MIN_RATIO * encoding:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(math.ceil(preparing / max(seeing, 1e-3)), cores, left, MOST)
+    return min(math.ceil(preparing / max(encoding, 1e-3)), cores, remaining, MAX_WORKERS)
 
 
 @contextlib.contextmanager
 def _started(work: Work, starts: Sequence[int], count: int) -> Iterator[list[socket.socket]]:
-    """Workers that have been told what to do; they are ended afterwards."""
+    """The sockets of running workers, which are killed on exit."""
     sockets: list[socket.socket] = []
     processes: list[subprocess.Popen[bytes]] = []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -131,14 +131,14 @@ def _started(work: Work, starts: Sequence[int], count: int) -> Iterator[list[soc
         for _ in range(count):
             ours, theirs = socket.socketpair()
             sockets.append(ours)
-            with theirs:  # a process group of their own: Ctrl-C is for this process alone
+            with theirs:  # a separate process group: Ctrl-C is for this process only
                 processes.append(
                     subprocess.Popen(
                         command, stdin=theirs.fileno(), env=env, stdout=DEVNULL, stderr=DEVNULL, process_group=0
                     )
                 )
         for number, channel in enumerate(sockets):
-            with contextlib.suppress(ConnectionError):  # _received finds out
+            with contextlib.suppress(ConnectionError):  # _received notices
                 _send(channel, pickle.dumps((work, starts[number::count])))
         yield sockets
     finally:
@@ -150,7 +150,7 @@ def _started(work: Work, starts: Sequence[int], count: int) -> Iterator[list[soc
 
 
 def _received(work: Work, starts: Sequence[int], sockets: Sequence[socket.socket], pinned: bool) -> Iterator[Batch]:
-    """The workers' batches in turn; what a worker fails to bring is prepared here, where its error shows."""
+    """The workers' batches in order; batches of failed workers are prepared here, so that errors surface."""
     failed: set[socket.socket] = set()
     for start, channel in zip(starts, cycle(sockets), strict=False):
         batch = None
@@ -159,18 +159,18 @@ def _received(work: Work, starts: Sequence[int], sockets: Sequence[socket.socket
                 batch = _receive_batch(channel, pinned)
             except (ConnectionError, ValueError):
                 failed.add(channel)
-                log.warning("a process that prepares images has ended; its part is done without it")
+                log.warning("an image worker process exited; the main process prepares its images")
         yield batch or work.batch(start)
 
 
 def serve() -> None:
-    """What a worker does until nobody listens to it any more; its socket is its standard input."""
+    """Run a worker until the other side closes the socket, which is its standard input."""
     torch.set_num_threads(1)
     channel = socket.socket(fileno=os.dup(0))
     with contextlib.suppress(ConnectionError):
-        told, starts = pickle.loads(_receive(channel))
+        work, starts = pickle.loads(_receive(channel))
         for start in starts:
-            _send_batch(channel, told.batch(start))
+            _send_batch(channel, work.batch(start))
 
 
 def _send(channel: socket.socket, data: bytes) -> None:
@@ -190,22 +190,22 @@ def _fill(channel: socket.socket, view: memoryview) -> None:
     while view:
         count = channel.recv_into(view)
         if not count:
-            raise ConnectionError("the other side is gone")
+            raise ConnectionError("connection closed")
         view = view[count:]
 
 
 def _send_batch(channel: socket.socket, batch: Batch) -> None:
-    kinds = {name: tensorfile.spec_of(tensor) for name, tensor in batch.inputs.items()}
-    _send(channel, json.dumps([kinds, batch.labels, batch.broken]).encode())
+    specs = {name: tensorfile.spec_of(tensor) for name, tensor in batch.inputs.items()}
+    _send(channel, json.dumps([specs, batch.labels, batch.broken]).encode())
     for tensor in batch.inputs.values():
         for piece in tensorfile.pieces(tensor):
             channel.sendall(piece)
 
 
 def _receive_batch(channel: socket.socket, pinned: bool) -> Batch:
-    kinds, labels, broken = json.loads(_receive(channel))
+    specs, labels, broken = json.loads(_receive(channel))
     inputs: Inputs = {}
-    for name, (dtype, shape) in kinds.items():
+    for name, (dtype, shape) in specs.items():
         tensor: Tensor = torch.empty(shape, dtype=DTYPES[dtype], pin_memory=pinned)
         _fill(channel, tensorfile.bytes_of(tensor))
         inputs[name] = tensor

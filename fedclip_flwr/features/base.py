@@ -1,4 +1,4 @@
-"""What a data set looks like to a CLIP."""
+"""The protocol `Features`: a data set as features of a CLIP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedclip_flwr.learning import Classes, Examples
 
 
 class Features(Protocol):
-    """The images of a data set and its class prompts, as a CLIP sees them."""
+    """The features of a data set's images and class prompts."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
@@ -24,37 +24,37 @@ class Features(Protocol):
 
     @property
     def model_content(self) -> str | None:
-        """The hash of the model's files, where they are at hand."""
+        """The hash of the model's files; None if they are not available."""
 
     @property
     def model_revision(self) -> str:
-        """The commit, of a model of the hub."""
+        """The commit of a model from the hub, else empty."""
 
     @property
     def parameters(self) -> int | None:
-        """How many numbers the whole model has, where that is known."""
+        """The number of parameters of the whole model; None if unknown."""
 
     @property
     def content(self) -> str:
-        """A hash of all of it."""
+        """A hash of everything that the features depend on."""
 
     @property
     def classes(self) -> Classes: ...
 
     def has_unit_length(self, domains: Iterable[str] | None = None) -> bool:
-        """Whether features were brought to unit length, and nobody tells which length CLIP gave them.
+        """True if the features were normalized and their original length is unknown.
 
-        Looked at are those of these domains, or of all that were opened so far.
+        Checks these domains; by default, all that have been opened.
         """
 
     def examples(self, domain: str) -> Examples:
-        """All images of the domain that can be read, in an order that is always the same."""
+        """All readable images of the domain, always in the same order."""
 
     def count(self, domain: str) -> int:
-        """How many images the domain has, broken ones included."""
+        """The number of images in the domain, unreadable ones included."""
 
     def stored(self, domain: str) -> int:
-        """How many of them have their features on this machine; nothing is encoded to find out."""
+        """The number of images whose features are stored on this machine. Never encodes."""
 
     def room(self, images: int) -> int:
-        """The bytes that encoding so many images will take, about."""
+        """The approximate disk space, in bytes, for the features of `images` images."""

@@ -1,7 +1,7 @@
 """The frozen CLIP, loaded: it encodes images and class prompts.
 
-The only module that imports transformers, and it does so when a model is loaded: a site whose features are stored needs
-no more than `models.py`.
+The only module that imports transformers, and only when it loads a model: a site with stored features needs just
+`models.py`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.base import UserError
+from fedclip_flwr.features.models import LARGE, Model, pick_device, pick_precision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-from fedclip_flwr.features.models import LARGE, Model, pick_device, pick_precision
 
 log = logging.getLogger(__name__)
 Inputs = dict[str, Tensor]
-"""Images as a model takes them."""
+"""Preprocessed images: the model's inputs by name."""
 OWN_CODE = {"trust_remote_code": False}
-"""A model may ask for code of its own: transformers would ask the user, and run it."""
+"""Never run code that a model brings: transformers would otherwise ask the user and run it."""
 PART = 64
-"""So many images are evaluated at once: more no longer fit into a CPU's caches."""
+"""Images per batch on a CPU: more do not fit into its caches."""
 ON_GPU = 256
-"""So many images are encoded at once on a GPU, or as many as its memory holds."""
+"""Images per batch on a GPU; fewer if its memory is too small."""
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """What is done with images before the model sees them; it can be sent to another process.
+    """Preprocesses images for the model; can be pickled for another process.
 
-    The pixels are in `dtype`. Bytes are all of the processor's work but the scaling, which a whole model does itself.
+    Returns pixels in `dtype`. With uint8, scaling and normalization are skipped: `WholeModel` does them itself.
     """
 
     processor: Any
@@ -50,49 +50,49 @@ class Preparer:
             pixels = self.processor(images=images, return_tensors="pt", do_rescale=False, do_normalize=False)
             pixels = pixels["pixel_values"]
             if pixels.dtype != torch.uint8 or pixels.dim() != 4:
-                raise UserError(f"method = 'full-model': a {self.model_type} takes images in another form")
+                raise UserError(f"method = 'full-model': the image format of {self.model_type} is not supported")
             return {"pixel_values": pixels}
         inputs = dict(self.processor(images=images, return_tensors="pt"))
         return {**inputs, "pixel_values": inputs["pixel_values"].to(self.dtype)}
 
 
 class Clip:
-    """A loaded dual encoder. Its features come in float32, those of prompts with unit length.
+    """A loaded dual encoder. Features are float32; those of prompts have unit length.
 
-    On a GPU the weights are float32, and autocast computes in less. Nothing is compiled: that was not measured to pay.
+    On a GPU, weights are float32 and autocast uses a lower precision. Not compiled: measurements showed no gain.
     """
 
     def __init__(self, model: Model, device: str = "auto", precision: str = "auto") -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        # Before 5.18, transformers itself gives that only where torchvision is installed.
+        # Before 5.18, transformers exports this name only if torchvision is installed.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         place, self.dtype = pick_device(device), pick_precision(precision, model, device)
         self.folder = model.folder
-        self._most = ON_GPU
+        self._max_batch = ON_GPU
         held = torch.float32 if place.type == "cuda" else self.dtype
         try:
             with _quiet_loading():
                 how: dict[str, Any] = {"dtype": held, "use_safetensors": True, "output_loading_info": True, **OWN_CODE}
                 self.net, loading = AutoModel.from_pretrained(model.folder, **how)
-                # Not what happens to be installed: torchvision would come to other pixels for the same file.
+                # Always Pillow, whatever is installed: torchvision computes other pixels for the same file.
                 self.processor = AutoImageProcessor.from_pretrained(model.folder, backend="pil", **OWN_CODE)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder, **OWN_CODE)
-        except Exception as error:  # of a damaged or foreign file, anything can come
+        except Exception as error:  # a corrupt or foreign file can raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"model = {model.name!r}: {model.folder} can't be loaded ({reason}); get it once more, or take another"
+                f"model = {model.name!r}: {model.folder} can't be loaded ({reason}); get it again or choose another"
             ) from error
         if any(not hasattr(self.net, part) for part in ("get_image_features", "get_text_features", "logit_scale")):
             kind = type(self.net).__name__
             raise UserError(
                 f"model = {model.name!r}: a {kind} does not compare images with texts; expected a CLIP or SigLIP"
             )
-        if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
+        if missing := sorted(loading["missing_keys"]):  # transformers would use random values for them
             raise UserError(
-                f"model = {model.name!r}: {model.folder} lacks {len(missing)} weights, such as {missing[0]}; get it "
-                "once more, or take another"
+                f"model = {model.name!r}: {model.folder} lacks {len(missing)} weights, such as {missing[0]}; "
+                "get it again or choose another"
             )
         self.net.eval().requires_grad_(False).to(place)
         if self._on_gpu:
@@ -100,7 +100,7 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        """Where it is now: its net can be moved."""
+        """The current device: the net can be moved."""
         place: torch.device = self.net.logit_scale.device
         return place
 
@@ -110,12 +110,12 @@ class Clip:
 
     @property
     def scale(self) -> float:
-        """What similarities are multiplied by to become logits."""
+        """The factor from similarities to logits."""
         return float(self.net.logit_scale.float().exp())
 
     @property
     def bias(self) -> float:
-        """What is added to them then: SigLIP has a bias, CLIP none."""
+        """Added to the scaled similarities: SigLIP has a bias, CLIP has none (0)."""
         bias = getattr(self.net, "logit_bias", None)
         return 0.0 if bias is None else float(bias)
 
@@ -125,86 +125,86 @@ class Clip:
 
     @property
     def batch_size(self) -> int:
-        """How many images are encoded at once: on a CPU, more are slower."""
+        """Images per batch: on a CPU, larger batches are slower."""
         if self._on_gpu:
             return ON_GPU
         return PART if self.parameters * 4 < LARGE else PART // 2
 
     def preparer(self, dtype: torch.dtype | None = None) -> Preparer:
-        """What prepares images for `encode`, or as bytes for a whole model."""
+        """A `Preparer` for `encode`, or with uint8 for a whole model."""
         return Preparer(self.processor, self.net.config.model_type, dtype or self.dtype)
 
     @torch.no_grad()
     def encode(self, inputs: Inputs) -> Tensor:
-        """The features of prepared images, on the device; it may still be at work on them.
+        """The features of preprocessed images, on the device, which may still be computing them.
 
-        A GPU that has not the memory for all at once gets them in parts.
+        Splits the batch if the GPU runs out of memory.
         """
         while True:
-            parts = zip(*(torch.split(tensor, self._most) for tensor in inputs.values()), strict=True)
+            parts = zip(*(torch.split(tensor, self._max_batch) for tensor in inputs.values()), strict=True)
             try:
                 return torch.cat([self._features(dict(zip(inputs, part, strict=True))) for part in parts])
             except torch.OutOfMemoryError:
-                if self._most == 1:
+                if self._max_batch == 1:
                     raise UserError(
-                        f"{self.device} has no memory left for a single image: free some, or give device=cpu"
+                        f"{self.device} is out of memory for a single image: free some memory, or set device=cpu"
                     ) from None
-            self._most //= 2
+            self._max_batch //= 2
             torch.cuda.empty_cache()
 
     def _features(self, inputs: Inputs) -> Tensor:
-        there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        if self._on_gpu and there["pixel_values"].dim() == 4:
-            there["pixel_values"] = there["pixel_values"].contiguous(memory_format=torch.channels_last)
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        if self._on_gpu and moved["pixel_values"].dim() == 4:
+            moved["pixel_values"] = moved["pixel_values"].contiguous(memory_format=torch.channels_last)
         if not self._lower:
-            there["pixel_values"] = there["pixel_values"].to(self.net.logit_scale.dtype)
+            moved["pixel_values"] = moved["pixel_values"].to(self.net.logit_scale.dtype)
         with self._precision(), full_convolutions():
-            return given(self.net.get_image_features(**there))
+            return given(self.net.get_image_features(**moved))
 
     @property
     def _lower(self) -> bool:
-        """Whether autocast computes in less than the weights are held in."""
+        """True if autocast uses a lower precision than that of the weights."""
         return self._on_gpu and self.dtype != torch.float32
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype if self._lower else None, enabled=self._lower)
 
     def encode_images(self, images: Iterable[Image], batch_size: int = 64) -> Iterator[Tensor]:
-        """The images' features, batch by batch."""
+        """The features of the images, batch by batch."""
         prepare, remaining = self.preparer(), iter(images)
         while batch := list(islice(remaining, batch_size)):
             yield self.encode(prepare(batch)).cpu()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """The prompts' features, a row for each."""
+        """The features of the prompts, one row each."""
         parts = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
         with self._precision():
             return torch.cat([unit(self.net.get_text_features(**self.tokens(part))).cpu() for part in parts])
 
     def tokens(self, prompts: Sequence[str]) -> Any:
-        """SigLIP learnt with texts that are filled up to their full length."""
+        """The tokenized prompts, padded to full length for SigLIP, as it was trained."""
         config = self.net.config
-        room = getattr(config.text_config, "max_position_embeddings", self._tokenizer.model_max_length)
+        max_length = getattr(config.text_config, "max_position_embeddings", self._tokenizer.model_max_length)
         padding = "max_length" if config.model_type.startswith("siglip") else True
-        how: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": room, "return_tensors": "pt"}
+        how: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
         return self._tokenizer(list(prompts), **how).to(self.device)
 
 
 def given(output: Any) -> Tensor:
-    """Features as transformers returns them, in float32."""
+    """The features in an output of transformers, in float32."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features.float()
 
 
 def unit(output: Any) -> Tensor:
-    """The same of unit length."""
+    """The features in an output of transformers, normalized to unit length."""
     return F.normalize(given(output), dim=-1)
 
 
 @contextmanager
 def full_convolutions() -> Iterator[None]:
-    """In float32 a GPU computes convolutions in float32, too: by itself torch lets it cut numbers to 10 bits there."""
+    """Disable TF32, which torch allows in convolutions by default and which keeps only 10 bits of mantissa."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -215,7 +215,7 @@ def full_convolutions() -> Iterator[None]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Keeps transformers' loading bars and reports off the screen; other people's settings are put back."""
+    """Hide transformers' progress bars and reports while loading, then restore the caller's settings."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

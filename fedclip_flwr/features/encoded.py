@@ -1,21 +1,20 @@
-"""Features: encoded once, ever, and read from then on.
+"""Features: encoded once, then read from the store.
 
-`Encoded` draws on a store below `$FEDCLIP_HOME/features`, keyed by the content of the model and of the data:
+`Encoded` uses a store below `$FEDCLIP_HOME/features`, keyed by the content of the model and of the data:
 
-    MODEL-PRECISION/given-DATA.safetensors      image_features [N, dim] as the model gives them, labels [N] by number
+    MODEL-PRECISION/given-DATA.safetensors      image_features [N, dim] as the model gives them, labels [N] as numbers
     MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim], of unit length
-    MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in bytes, for the whole model
-    MODEL-PRECISION/agreement-….safetensors     whether some of the images find the same classes as in float32
+    MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in uint8, for the whole model
+    MODEL-PRECISION/agreement-….safetensors     whether a sample of images gets the same classes as in float32
 
-`folder.py` has the same tensors from a folder made elsewhere (`features:PATH`), so that a site need never hold
-CLIP at all.
+`folder.py` reads the same tensors from a folder made elsewhere (`features:PATH`): such a site needs no CLIP.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,15 +37,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-COUNTED = 500
-"""So many images are read to find some of them."""
+SCANNED = 500
+"""The number of images that are read to find the readable ones among them."""
 
 
 class Encoded:
-    """Features of a source's images, encoded by a model now or earlier."""
+    """Features of a source's images, from the store or encoded now."""
 
     _entry, _doing = "given", "encoding"
-    _older: str | None = "images"  # as an earlier version called features of unit length
+    _older: str | None = "images"  # the name under which an earlier version stored features of unit length
 
     def __init__(
         self,
@@ -60,14 +59,14 @@ class Encoded:
         precision: str = "auto",
         progress: bool = True,
     ) -> None:
-        """`numbers` are those that the source's classes have in the vocabulary."""
+        """`numbers` are the indices of the source's classes in the vocabulary."""
         self.model, self.model_revision, self.vocabulary = model.name, model.revision, vocabulary
         self._source, self._model = source, model
         self._numbers = torch.tensor(numbers)
         self._device, self._precision, self._progress = device, precision, progress
         self._opened: dict[str, Examples] = {}
         self._root = root or files.home() / "features"
-        self.encoded = 0  # so many images by this object, broken ones included
+        self.encoded = 0  # images encoded by this object, unreadable ones included
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -97,35 +96,35 @@ class Encoded:
         return self._model.folder
 
     def examples(self, domain: str) -> Examples:
-        if domain not in self._opened:  # reading checks every byte, and tells of broken images
+        if domain not in self._opened:  # reading checks every byte and warns of unreadable images
             self._opened[domain] = self._open(domain)
         return self._opened[domain]
 
     def _open(self, domain: str) -> Examples:
         path = self._path(domain, self._loaded_in)
-        tensors, facts = store.grown(path, self._source.count(domain), lambda growing: self._encode(domain, growing))
+        tensors, facts = store.load_or_grow(path, self._source.count(domain), partial(self._encode, domain))
         if broken := int(facts["broken"]):
             count, names = broken + len(tensors["labels"]), shown(facts["names"]) + ", …" * (broken > NAMED)
-            told = f"{broken:,} of {count:,} images can't be read and are left out"
+            summary = f"{broken:,} of {count:,} images can't be read and are left out"
             if broken == count:
-                told = f"none of the {count:,} images can be read"
-            log.warning("%s: %s: %s", domain, told, names)
+                summary = f"none of the {count:,} images can be read"
+            log.warning("%s: %s: %s", domain, summary, names)
         return Examples(tensors["image_features"], self._numbers[tensors["labels"]])
 
     def _path(self, domain: str, precision: str) -> Path:
-        """The domain's entry in the store."""
+        """The path of the domain's store entry."""
         return self._folder(precision) / f"{self._entry}-{self._source.content(domain)}.safetensors"
 
     def pictures(self, domain: str, rows: Collection[int]) -> Iterator[tuple[int, Image]]:
-        """The images of those rows of `examples`, one by one.
+        """The images of these rows of `examples`, one by one.
 
-        Where some are broken, it has to be counted to them: then only those of the first few are given.
+        If some are unreadable, rows can only be found by reading from the start: then only the first few are given.
         """
         if len(self.examples(domain).labels) == self.count(domain):
             found = ((row, next(self._source.pictures(domain, row, row + 1)).image) for row in rows)
         else:
-            some = self._source.pictures(domain, 0, COUNTED)
-            readable = (picture.image for picture in some if picture.image is not None)
+            scanned = self._source.pictures(domain, 0, SCANNED)
+            readable = (picture.image for picture in scanned if picture.image is not None)
             found = ((row, image) for row, image in enumerate(readable) if row in rows)
         yield from ((row, image) for row, image in found if image is not None)
 
@@ -137,14 +136,14 @@ class Encoded:
 
     def stored(self, domain: str) -> int:
         path = self._path(domain, self.likely_precision)
-        return self.count(domain) if store.read(path) else growing.so_far(path)
+        return self.count(domain) if store.read(path) else growing.encoded_count(path)
 
     def room(self, images: int) -> int:
         return images * 4 * self._model.dim
 
     @cached_property
     def folder(self) -> Path:
-        """Where the features are stored."""
+        """The folder where the features are stored."""
         return self._folder(self._loaded_in)
 
     def _folder(self, precision: str) -> Path:
@@ -156,34 +155,34 @@ class Encoded:
 
     @cached_property
     def _loaded_in(self) -> str:
-        """The precision: float32 where a lower one would find other classes in the data's images."""
-        name = self._wished
+        """The precision in use: float32 if a lower one changes too many predictions on the data."""
+        name = self._preferred
         if name == "float32":
             return name
 
         def compare() -> tuple[State, dict[str, str]]:
-            return encoding.agreement(self._model, self._device, name, self.vocabulary, self._some_images()), {}
+            return encoding.agreement(self._model, self._device, name, self.vocabulary, self._sample()), {}
 
-        found, _ = store.kept(self._agreement(name), compare)
+        found, _ = store.load_or_make(self._agreement(name), compare)
         return name if encoding.good_enough(found) else "float32"
 
     @property
     def likely_precision(self) -> str:
-        """The same as far as it is known: nothing is encoded to find out."""
-        found = None if self._wished == "float32" else store.read(self._agreement(self._wished))
-        return "float32" if found and not encoding.good_enough(found[0]) else self._wished
+        """The expected precision, without encoding anything to check it."""
+        found = None if self._preferred == "float32" else store.read(self._agreement(self._preferred))
+        return "float32" if found and not encoding.good_enough(found[0]) else self._preferred
 
     @property
-    def _wished(self) -> str:
-        """The precision before anything is known of the images."""
+    def _preferred(self) -> str:
+        """The precision by settings and model, before the check on the images."""
         return str(models.pick_precision(self._precision, self._model, self._device)).removeprefix("torch.")
 
     def _agreement(self, precision: str) -> Path:
         data = content.digest(self.vocabulary.key, *(self._source.content(domain) for domain in self.domains))
         return self._folder(precision) / f"agreement-{data}.safetensors"
 
-    def _some_images(self) -> list[Image]:
-        """A few of each domain, from all of its classes; large ones are left out, for all are held at once."""
+    def _sample(self) -> list[Image]:
+        """A few images of each domain, from all of its classes. Skips large ones, because all are held in memory."""
         each = max(1, encoding.TRIED // max(1, len(self.domains)))
         images = []
         for domain in self.domains:
@@ -198,7 +197,7 @@ class Encoded:
     def _class_entry(self) -> tuple[State, store.Facts]:
         prompts, templates = self.vocabulary.prompts, self.vocabulary.templates
         path = self.folder / f"classes-{content.digest(str(len(templates)), *prompts)}.safetensors"
-        return store.kept(path, self._encode_classes)
+        return store.load_or_make(path, self._encode_classes)
 
     def _encode_classes(self) -> tuple[State, dict[str, str]]:
         facts = {"logit_scale": self._clip.scale, "logit_bias": self._clip.bias, "parameters": self._clip.parameters}
@@ -209,16 +208,16 @@ class Encoded:
         }
 
     def _encode(self, domain: str, growing: Growing) -> None:
-        """Encodes the domain's images; those that can't be read are left out, counted and, the first ones, named."""
+        """Encode the domain's images. Unreadable ones are skipped and counted, and the first few are named."""
         before = growing.rows
         older = self.folder / f"{self._older}-{self._source.content(domain)}.safetensors"
         if not before and self._older and older.exists():
-            log.warning("%s: stored by an earlier version, brought to unit length: they are encoded once more", domain)
+            log.warning("%s: features stored by an earlier version have unit length: encoding them again", domain)
         encoding.encode(
             growing,
             ahead.Work(self._source, domain, self._preparer, self._clip.batch_size),
-            self._see,
-            self._nothing,
+            self._compute,
+            self._empty,
             pinned=self._clip.device.type == "cuda",
             doing=self._doing,
             progress=self._progress,
@@ -229,22 +228,22 @@ class Encoded:
     def _preparer(self) -> clip.Preparer:
         return self._clip.preparer()
 
-    def _see(self, inputs: clip.Inputs) -> Tensor:
-        """The features; those that are not computed in float32 are kept in half the space too."""
+    def _compute(self, inputs: clip.Inputs) -> Tensor:
+        """The features, stored in float16 if they are not computed in float32."""
         features = self._clip.encode(inputs)
         return features if self._loaded_in == "float32" else features.half()
 
-    def _nothing(self) -> Tensor:
+    def _empty(self) -> Tensor:
         dtype = torch.float32 if self._loaded_in == "float32" else torch.float16
         return torch.empty(0, self.classes.text.shape[1], dtype=dtype)
 
 
 class Pixels(Encoded):
-    """The same images as pixels in bytes, as the whole model takes them."""
+    """The images as uint8 pixels, the input of the whole model."""
 
     _entry, _doing, _older = "pixels", "reading", None
 
-    _wished = "float32"  # for its weights are trained
+    _preferred = "float32"  # its weights are trained
 
     def room(self, images: int) -> int:
         return images * 3 * self._model.image_size**2
@@ -253,15 +252,15 @@ class Pixels(Encoded):
     def _preparer(self) -> clip.Preparer:
         return self._clip.preparer(torch.uint8)
 
-    def _see(self, inputs: clip.Inputs) -> Tensor:
+    def _compute(self, inputs: clip.Inputs) -> Tensor:
         return inputs["pixel_values"]
 
-    def _nothing(self) -> Tensor:
+    def _empty(self) -> Tensor:
         from PIL import Image
 
         return self._preparer([Image.new("RGB", (8, 8))])["pixel_values"][:0]
 
     def whole_model(self) -> WholeModel:
-        """A new copy of the model, to be trained."""
+        """A new, trainable copy of the model."""
         precision = models.pick_precision(self._precision.replace("auto", "float32"), self._model)
         return WholeModel.copy_of(self._clip, self.vocabulary.prompts, len(self.vocabulary.templates), precision)

@@ -1,4 +1,4 @@
-"""Encoding: from a domain's images to its entry in the store, and whether a lower precision is good enough for it."""
+"""Encoding: from a domain's images to its store entry; the check of a lower precision against float32."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary
-from fedclip_flwr.features import ahead, clip, models
-from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.features import ahead, models
+from fedclip_flwr.features.clip import Clip, Inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TRIED = 64
-"""So many images are encoded twice to compare a precision with float32."""
+"""The number of images that are encoded twice to compare a precision with float32."""
 SAME, CLOSE = 0.95, 0.99
-"""It is good enough if so many of them find the same class (near ties may fall otherwise), and all features are so
-close."""
+"""A precision is good enough if this share of the images gets the same class (near ties may differ) and all cosines
+reach this value."""
 
 _until: ContextVar[float] = ContextVar("until", default=math.inf)
 
 
 class UnfinishedError(Exception):
-    """There was no time to encode all images: so many are done, and kept."""
+    """The time limit was reached before all images were encoded; `done` of them are stored."""
 
     def __init__(self, done: int, of: int) -> None:
         super().__init__(f"{done:,} of {of:,} images are encoded")
@@ -45,7 +45,7 @@ class UnfinishedError(Exception):
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Meanwhile encoding ends with an `UnfinishedError` after so many seconds, and at least one batch."""
+    """Limit encoding to `seconds`: after at least one batch it raises `UnfinishedError`."""
     before = _until.set(time.monotonic() + seconds)
     try:
         yield
@@ -56,43 +56,43 @@ def at_most(seconds: float) -> Iterator[None]:
 def encode(
     growing: Growing,
     work: ahead.Work,
-    see: Callable[[clip.Inputs], Tensor],
-    nothing: Callable[[], Tensor],
+    compute: Callable[[Inputs], Tensor],
+    empty: Callable[[], Tensor],
     *,
     pinned: bool = False,
     doing: str = "encoding",
     progress: bool = True,
 ) -> None:
-    """Encodes what is still missing; `nothing` gives the features of no image.
+    """Encode the images that are still missing; `empty` makes a features tensor with no rows.
 
-    A batch is kept before the next one is begun, and that one is fetched while a GPU is still at work.
+    Each batch is stored before the next one is computed; a GPU computes while the next one is prepared.
     """
     count = work.source.count(work.domain)
     bar = tqdm(total=count, initial=growing.rows, desc=f"{doing} {work.domain}", unit=" images", disable=not progress)
 
     with bar, contextlib.closing(ahead.batches(work, growing.rows, count, pinned=pinned)) as batches:
-        for batch, features in seen(batches, lambda inputs: see(inputs) if inputs else nothing()):
+        for batch, features in pipelined(batches, lambda inputs: compute(inputs) if inputs else empty()):
             growing.append(features.cpu(), batch.labels, batch.broken)
             bar.update(batch.rows)
             if growing.rows < count and time.monotonic() > _until.get():
                 raise UnfinishedError(growing.rows, count)
         if not growing.rows:
-            growing.append(nothing(), [], [])
+            growing.append(empty(), [], [])
 
 
-def seen(batches: Iterable[ahead.Batch], see: Callable[[clip.Inputs], Tensor]) -> Iterator[tuple[ahead.Batch, Tensor]]:
-    """Each batch with what the model makes of it; the next one is fetched while a GPU is still at work on it."""
+def pipelined(batches: Iterable[ahead.Batch], run: Callable[[Inputs], Tensor]) -> Iterator[tuple[ahead.Batch, Tensor]]:
+    """Each batch with the model's output; the next one is fetched while a GPU still computes it."""
     waiting: tuple[ahead.Batch, Tensor] | None = None
     for batch in batches:
         if waiting:
             yield waiting
-        waiting = batch, see(batch.inputs)
+        waiting = batch, run(batch.inputs)
     if waiting:
         yield waiting
 
 
-def class_features(loaded: clip.Clip, vocabulary: Vocabulary) -> Tensor:
-    """With several templates, a class is the direction in which its prompts' features lie on average."""
+def class_features(loaded: Clip, vocabulary: Vocabulary) -> Tensor:
+    """One feature per class: the normalized mean of its prompts' features over the templates."""
     features = loaded.encode_prompts(vocabulary.prompts)
     by_template = features.reshape(len(vocabulary.templates), -1, features.shape[1])
     return F.normalize(by_template.mean(0), dim=-1)
@@ -101,7 +101,7 @@ def class_features(loaded: clip.Clip, vocabulary: Vocabulary) -> Tensor:
 def agreement(
     model: models.Model, device: str, precision: str, vocabulary: Vocabulary, images: Sequence[Image]
 ) -> State:
-    """Whether each image finds the same class in that precision as in float32, and how close its features are."""
+    """For each image: `same`, if the precision gives the same class as float32, and `cosine` of the two features."""
     if not images:
         return {"same": torch.ones(0, dtype=torch.bool), "cosine": torch.ones(0)}
     found, features = [], []
@@ -112,10 +112,10 @@ def agreement(
     same, cosine = found[0] == found[1], F.cosine_similarity(features[0], features[1])
     if not good_enough({"same": same, "cosine": cosine}):
         log.warning(
-            "in %s %s finds the same class as in float32 for only %.0f %% of %d images (least cosine %.3f): float32 is "
-            "used",
-            precision,
+            "%s in %s predicts the same class as in float32 for only %.0f %% of %d images (lowest cosine %.3f): "
+            "using float32",
             model.name,
+            precision,
             100 * same.float().mean(),
             len(images),
             cosine.min(),

@@ -1,7 +1,7 @@
-"""A feature folder, `features:PATH`: what a site or a server has in place of images, made elsewhere; read and written.
+"""A feature folder, `features:PATH`: features made elsewhere, which a site or a server reads instead of images.
 
 `features.json`, `classes.safetensors`, and `DOMAIN.safetensors` for each domain. Image features are as CLIP gives them.
-Where they were brought to unit length, `features.json` may tell as `feature_norm` how long they were on average.
+If they were normalized, `feature_norm` in `features.json` may give their average original length.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from fedclip_flwr.learning import Classes, Examples
 
 FACTS, CLASSES = "features.json", "classes"
 MOST = 1e6
-"""No model's scale or bias comes near it; far beyond, logits are not finite."""
-LOOKED_AT = 1000
-"""So many of a domain's features are looked at to find out whether all have unit length."""
+"""Upper limit of scale and bias: above those of any model, and low enough for finite logits."""
+CHECKED = 1000
+"""The number of a domain's features that are checked for unit length."""
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class FeatureFolder:
-    """Features made elsewhere."""
+    """Features read from a feature folder."""
 
     model_content: str | None = None
     model_revision = ""
 
-    def __init__(self, root: Path, told: Vocabulary | None = None) -> None:
-        """A site is `told` its vocabulary by the server: the folder's own may differ in the order of the classes."""
+    def __init__(self, root: Path, given: Vocabulary | None = None) -> None:
+        """`given` is the vocabulary from the server; the folder's own may have the classes in another order."""
         self._root = root
         self._opened: dict[str, Examples] = {}
         self._unit: dict[str, bool] = {}
         path = root / FACTS
-        told_of = f"data = 'features:{root}': {path}"
+        where = f"data = 'features:{root}': {path}"
         try:
             facts = files.read_json(path)
             self.model = str(facts["model"])
@@ -56,33 +56,31 @@ class FeatureFolder:
             self._scale, self._bias = float(facts["logit_scale"]), float(facts.get("logit_bias") or 0.0)
             self._norm = None if facts.get("feature_norm") is None else float(facts["feature_norm"])
         except OSError as error:
-            raise UserError(f"{told_of} can't be read ({error.strerror})") from None
+            raise UserError(f"{where} can't be read ({error.strerror})") from None
         except KeyError as error:
-            raise UserError(f"{told_of} lacks {error}") from None
+            raise UserError(f"{where} lacks {error}") from None
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"{told_of} is damaged ({one_line(error)})") from None
-        check_plain(f"{told_of}: a domain", self.domains)
+            raise UserError(f"{where} is invalid ({one_line(error)})") from None
+        check_plain(f"{where}: a domain", self.domains)
         try:
-            check_classes(own)  # else nobody could load what is learnt from them
+            check_classes(own)  # else an adapter trained on them could not be loaded
         except UserError as error:
-            raise UserError(f"{told_of}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         if any(Path(name).name != name for name in self.domains):
-            raise UserError(f"{told_of} names a domain that is no plain file name")
+            raise UserError(f"{where} names a domain that is not a plain file name")
         if not self.domains or len(set(self.domains)) < len(self.domains):
-            raise UserError(f"{told_of} must name a domain, and each once")
+            raise UserError(f"{where} must list at least one domain, each once")
         if not (0 < self._scale <= MOST and abs(self._bias) <= MOST):
             raise UserError(
-                f"{told_of} has the logit_scale {self._scale:g} and the logit_bias {self._bias:g}: expected a scale "
-                f"above 0, and neither beyond {MOST:g}"
+                f"{where} has the logit_scale {self._scale:g} and the logit_bias {self._bias:g}: expected a scale "
+                f"above 0, and both at most {MOST:g}"
             )
         if self._norm is not None and not 0 < self._norm <= MOST_NORM:
-            raise UserError(
-                f"{told_of} has the feature_norm {self._norm:g}: expected more than 0, at most {MOST_NORM:g}"
-            )
-        self.vocabulary = told or own
+            raise UserError(f"{where} has the feature_norm {self._norm:g}: expected more than 0, at most {MOST_NORM:g}")
+        self.vocabulary = given or own
         self._numbers = numbering(own.class_names, self.vocabulary.class_names)
-        if lacking := sorted({*self.vocabulary.class_names} - {*own.class_names}):
-            raise UserError(f"this site's features, in {root}, have no prompts for the run's {', '.join(lacking)}")
+        if missing := sorted({*self.vocabulary.class_names} - {*own.class_names}):
+            raise UserError(f"this site's features, in {root}, have no prompts for the run's {', '.join(missing)}")
         if own.templates != self.vocabulary.templates:
             raise UserError(
                 f"this site's features, in {root}, were made with the prompt {self.prompt!r}; the run's is "
@@ -121,7 +119,7 @@ class FeatureFolder:
         if self._norm is not None:
             if not self._unit[domain]:
                 raise UserError(
-                    f"{self._root / FACTS} tells a feature_norm, which is for features of unit length; those of "
+                    f"{self._root / FACTS} has a feature_norm, which is for features of unit length; those of "
                     f"{domain} have others: leave it out"
                 )
             features = F.normalize(features.float(), dim=1) * self._norm
@@ -134,7 +132,7 @@ class FeatureFolder:
         return bool(known) and self._norm is None and all(known)
 
     def _tensor(self, file: str, name: str, shape: tuple[int | None, ...]) -> Tensor:
-        """The named tensor, of the type and shape that the format asks for, with finite numbers only."""
+        """The named tensor; raises unless it has the type and shape of the format and only finite numbers."""
         path = self._root / f"{file}.safetensors"
         try:
             tensor = store.mapped(path)[0].get(name)
@@ -143,27 +141,27 @@ class FeatureFolder:
         if tensor is None:
             raise UserError(f"{path} holds no {name}")
         if len(tensor.shape) != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
-            wanted = tuple("N" if size is None else size for size in shape)
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
-        whole = name == "labels"
-        if tensor.dtype not in (WHOLE if whole else REAL) or not finite(path, tensor):
-            raise UserError(f"{path}: {name} must be {'whole' if whole else 'finite'} numbers")
+            expected = tuple("N" if size is None else size for size in shape)
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+        integer = name == "labels"
+        if tensor.dtype not in (INTEGER if integer else REAL) or not finite(path, tensor):
+            raise UserError(f"{path}: {name} must be {'whole' if integer else 'finite'} numbers")
         return tensor
 
 
 def _unit(features: Tensor) -> bool:
-    """Whether the features have unit length, as far as their type can tell."""
-    some = features[:LOOKED_AT].float()
+    """True if the first features have unit length, within the precision of their type."""
+    some = features[:CHECKED].float()
     return bool(((some.norm(dim=1) - 1).abs() < 0.01).all())
 
 
 def _texts(facts: dict[str, Any], key: str) -> tuple[str, ...]:
-    """The list of texts under that key."""
+    """The list of texts under `key`."""
     if not isinstance(facts[key], list):
-        raise TypeError(f"{key} is no list")
+        raise TypeError(f"{key} is not a list")
     return tuple(map(str, facts[key]))
 
 
 def finite(path: Path, tensor: Tensor) -> bool:
-    """Whether all numbers of the file's tensor are finite."""
-    return not tensor.is_floating_point() or store.found_once(path, "finite", lambda: tensorfile.all_finite(tensor))
+    """True if the tensor from the file has only finite numbers."""
+    return not tensor.is_floating_point() or store.passes_once(path, "finite", lambda: tensorfile.all_finite(tensor))

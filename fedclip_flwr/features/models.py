@@ -1,4 +1,4 @@
-"""The frozen CLIP on disk: found by name, identified by content, not loaded."""
+"""The frozen CLIP on disk: found by name, identified by a content hash, not loaded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedclip_flwr.base.errors import one_line
 log = logging.getLogger(__name__)
 BUNDLED = files.PACKAGE / "bundled" / "model"
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
-"""What a model consists of: settings, vocabulary, weights. Never a pickle."""
+"""The files of a model: settings, vocabulary, weights. Never a pickle."""
 MOST_BYTES = 2**26
-"""Of a model's settings."""
+"""Maximum size of a model's settings file."""
 LARGE = 100 * 10**6
-"""Bytes of weights from which on a lower precision pays."""
+"""Minimum bytes of weights for which a lower precision is worthwhile."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Model:
 
     name: str
     folder: Path
-    revision: str = ""  # the hub's commit
+    revision: str = ""  # a commit on the hub
 
     def content(self, memory: Path) -> str:
         """The hash of the model's files, weights and image processor included."""
@@ -40,17 +40,17 @@ class Model:
 
     @property
     def size(self) -> int:
-        """The bytes of its weights."""
+        """The size of its weights in bytes."""
         return sum(file.stat().st_size for file in model_files(self.folder) if file.suffix == ".safetensors")
 
     @property
     def dim(self) -> int:
-        """How many numbers a feature has; where the model does not say so, more than any has."""
+        """The length of a feature; an upper bound if the model does not state it."""
         return int(self._config.get("projection_dim") or self._vision.get("hidden_size") or 1152)
 
     @property
     def image_size(self) -> int:
-        """How many pixels an image has in a row, as it takes them."""
+        """The width in pixels of an input image."""
         return int(self._vision.get("image_size") or 384)
 
     @property
@@ -64,7 +64,7 @@ class Model:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files in the folder that the model consists of."""
+    """The model's files in the folder."""
     return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in FILES))
 
 
@@ -73,13 +73,13 @@ def find(name: str, revision: str = "") -> Model:
     folder = BUNDLED if name == "bundled" else Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         if folder.is_absolute() or name.startswith("."):
-            raise UserError(f"model = {name!r}: there is no such folder")
+            raise UserError(f"model = {name!r}: folder not found")
         folder = _from_hub(name, revision)
         revision = folder.name
     elif revision:
         raise UserError(f"model-revision = {revision!r}: only models of the Hugging Face hub have revisions")
     elif missing := _lacks(folder):
-        raise UserError(f"model = {name!r}: {folder} lacks {missing}; save all of it with save_pretrained")
+        raise UserError(f"model = {name!r}: {folder} lacks {missing}; save it again with save_pretrained")
     config = _json(folder / "config.json")
     towers = {"an image tower": "vision_config", "a text tower": "text_config"}
     if without := [tower for tower, key in towers.items() if not {key, f"{key}_dict"} & config.keys()]:
@@ -92,12 +92,12 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         facts = files.read_json(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): get it once more") from None
+        raise UserError(f"{path} is corrupt ({one_line(error)}): download it again") from None
     return facts if isinstance(facts, dict) else {}
 
 
 def _lacks(folder: Path) -> str | None:
-    """What a model's folder would have to hold and doesn't."""
+    """The first thing that is missing in a model's folder; None if it is complete."""
     for name, needed in {
         "config.json": ["config.json"],
         "preprocessor_config.json": ["preprocessor_config.json", "processor_config.json"],
@@ -108,26 +108,26 @@ def _lacks(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.exists():
-        told = _json(index).get("weight_map")
-        weights = set(map(str, told.values())) if isinstance(told, dict) else {"a list of weights"}
+        listed = _json(index).get("weight_map")
+        weights = set(map(str, listed.values())) if isinstance(listed, dict) else {"a list of weights"}
     if missing := sorted(file for file in weights if not (folder / file).exists()):
         pickled = any(folder.glob("*.bin"))
-        return missing[0] + " (weights are there as a pickle only, which is never read)" * pickled
+        return missing[0] + " (the weights exist only as a pickle, which is never loaded)" * pickled
     for file in sorted(weights):
         try:
-            with safe_open(folder / file, "pt"):  # reads the header, which tells the file's size
+            with safe_open(folder / file, "pt"):  # checks the header against the file size
                 pass
         except (OSError, SafetensorError):
-            return f"the whole of {file}"
+            return f"a complete {file}"
     return None
 
 
 def _from_hub(name: str, revision: str) -> Path:
-    """The folder in which the hub's cache holds the model; weights may come from the hub's own conversion of them."""
+    """The model's folder in the hub's cache, downloaded if needed; weights may be the hub's own conversion."""
 
     def snapshot(revision: str) -> Path:
-        told = f"model = {name!r}"
-        return hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, told=told, allow_patterns=FILES)
+        prefix = f"model = {name!r}"
+        return hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, prefix=prefix, allow_patterns=FILES)
 
     known = f"conversion-{content.digest(name)}"
     try:
@@ -136,13 +136,13 @@ def _from_hub(name: str, revision: str) -> Path:
         converted = None if revision else hub.conversion(name)
         if not converted:
             raise
-        log.warning("%s has no safetensors; taken are those that the hub has converted (%s)", name, converted)
+        log.warning("%s has no safetensors; using the hub's conversion of its weights (%s)", name, converted)
         content.remember(known, converted, content.memory())
         return snapshot(converted)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one."""
+    """The device of that name; `auto` is a GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -155,10 +155,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, model: Model, device: str = "auto") -> torch.dtype:
-    """What encoding computes in, told without loading the model.
+    """The precision of encoding, chosen without loading the model.
 
-    `auto` is bfloat16 (on an older GPU float16) where the device has instructions for it and the model is large: a
-    small one would gain nothing, and in float32 its features are the same everywhere.
+    `auto` is bfloat16 (float16 on older GPUs) if the device supports it and the model is large. A small model would
+    gain nothing, and float32 gives the same features on every machine.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -171,7 +171,7 @@ def pick_precision(name: str, model: Model, device: str = "auto") -> torch.dtype
 
 
 def has_bfloat16(facts: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU has instructions for bfloat16; without them it is several times slower than float32."""
+    """True if the CPU has bfloat16 instructions; without them bfloat16 is several times slower than float32."""
     try:
         found = re.search(r"^(flags|Features)\s*:(.*)", facts.read_text(), re.MULTILINE)
     except OSError:

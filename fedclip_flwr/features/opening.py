@@ -1,4 +1,4 @@
-"""Features opened from the settings, and what is trained on them."""
+"""Features and learner from the settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.data import Vocabulary, base, opening
 from fedclip_flwr.data.presets import Preset
-from fedclip_flwr.data.vocabulary import check_apart, numbering, read_names, renamed, templates_of, usable
+from fedclip_flwr.data.vocabulary import check_distinct, numbering, read_names, renamed, templates_of, usable
 from fedclip_flwr.features import models
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.encoded import Encoded, Pixels
@@ -18,37 +18,37 @@ from fedclip_flwr.learning.adapters import new_adapter
 
 
 def open_features(
-    settings: Settings, told: Vocabulary | None = None, *, root: Path | None = None, progress: bool = True
+    settings: Settings, given: Vocabulary | None = None, *, root: Path | None = None, progress: bool = True
 ) -> Features:
-    """The features that the settings name, encoded when they are first asked for.
+    """The features that the settings name, encoded on first use.
 
-    A site is `told` its vocabulary by the server. `root` is where features are stored.
+    `given` is the vocabulary that a site gets from the server; `root` is the folder where features are stored.
     """
     kind, _, path = settings.data.partition(":")
     whole = settings.method == "full-model"
     if kind == "features":
         if whole:
-            raise UserError(f"method = 'full-model': it learns from images, and {path} has none, only their features")
-        made = FeatureFolder(Path(path), told)
-        fixed = {"model": made.model}
-        if not told:
-            fixed |= {"model-revision": "", "class-names": "", "prompt": made.prompt}
+            raise UserError(f"method = 'full-model': needs images, but {path} has only features")
+        features = FeatureFolder(Path(path), given)
+        fixed = {"model": features.model}
+        if not given:
+            fixed |= {"model-revision": "", "class-names": "", "prompt": features.prompt}
         for key, own in fixed.items():
-            given = settings.as_run_config()[key]
-            if given not in ("", "bundled", own):
-                how = f"made with {own!r}" if own else "made already"
-                raise UserError(f"{key} = {given!r}: the features in {path} were {how}; leave it out")
-        return made
+            value = settings.as_run_config()[key]
+            if value not in ("", "bundled", own):
+                how = f"made with {own!r}" if own else "already computed"
+                raise UserError(f"{key} = {value!r}: the features in {path} were {how}; leave it out")
+        return features
     source, preset = source_of(settings)
     names = own_names = source.class_names
     wanted = read_names(settings.class_names)
-    if not told or len(wanted) == len(names) or {*names} <= {*wanted}:  # else a site is told by `numbering`
+    if not given or len(wanted) == len(names) or {*names} <= {*wanted}:  # else `numbering` reports the mismatch
         names, own_names = renamed(names, wanted)
-    if not (names or told):
-        raise UserError("data = 'none': so class-names must tell the classes, as a comma list or a file")
-    check_apart(names)
+    if not (names or given):
+        raise UserError("data = 'none': class-names must list the classes, as a comma list or a file")
+    check_distinct(names)
     prompt = settings.prompt or (preset.prompt if preset else RECIPES[settings.recipe].prompt)
-    vocabulary = usable(told or Vocabulary(names, templates_of(prompt)))
+    vocabulary = usable(given or Vocabulary(names, templates_of(prompt)))
     return (Pixels if whole else Encoded)(
         source,
         models.find(settings.model, settings.model_revision),
@@ -62,18 +62,18 @@ def open_features(
 
 
 def source_of(settings: Settings) -> tuple[base.Source, Preset | None]:
-    """The images that the settings name, and the preset that they fit."""
+    """The source that the settings name, and its preset if it has one."""
     columns = base.Columns(settings.image_column, settings.label_column, settings.domain_column)
     return opening.open_source(settings.data, columns)
 
 
-def told_by_server(settings: Settings) -> Vocabulary | None:
-    """What a server with these settings tells its sites, as far as they say so themselves and its data does not."""
+def server_vocabulary(settings: Settings) -> Vocabulary | None:
+    """The vocabulary that a server sends to its sites; None if it depends on the data and not on the settings."""
     if not settings.class_names:
         return None
     return open_features(replace(settings, data="none", model="bundled", model_revision="")).vocabulary
 
 
 def new_learner(settings: Settings, features: Features) -> Learner:
-    """What the settings have trained and sent, as a run begins with it: an adapter, or the whole model."""
+    """The initial state of what the run trains and sends: an adapter, or the whole model."""
     return features.whole_model() if isinstance(features, Pixels) else new_adapter(settings, features.classes.dim)

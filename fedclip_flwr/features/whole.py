@@ -1,4 +1,4 @@
-"""A whole CLIP that is trained, from pixels: the method `full-model`."""
+"""A trainable whole CLIP, for the method `full-model`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fedclip_flwr.learning import Classes, Learner
 
 
 class WholeModel(Learner):
-    """A whole CLIP that learns: from pixels in bytes as a `Preparer` makes them, with class features of its own.
+    """A trainable CLIP. Takes uint8 pixels as a `Preparer` makes them, and computes its own class features.
 
-    Its weights are float32; it computes in the precision that is asked for.
+    Weights are float32; computation uses `dtype`.
     """
 
     factor: Tensor
@@ -35,19 +35,19 @@ class WholeModel(Learner):
             **tokens,
         }
         for name, tensor in constants.items():
-            self.register_buffer(name, tensor, persistent=False)  # goes to the device with it, but does not travel
+            self.register_buffer(name, tensor, persistent=False)  # moves to the device too, but is not sent
         self._tokens = tuple(tokens)
 
     @classmethod
     def copy_of(
         cls, loaded: Clip, prompts: Sequence[str], templates: int = 1, dtype: torch.dtype = torch.float32
     ) -> WholeModel:
-        """A copy of all of it, to be trained. Prompts are those of all classes in one template, then in the next."""
-        net = copy.deepcopy(loaded.net).to(memory_format=torch.contiguous_format)  # as tensors travel
+        """A trainable copy. Prompts are those of all classes in the first template, then in the next."""
+        net = copy.deepcopy(loaded.net).to(memory_format=torch.contiguous_format)  # as tensors are sent
         return cls(net, loaded.processor, loaded.tokens(prompts), templates, dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """In parts, so that any number of images can be evaluated."""
+        """The features of the images, computed in parts, so that any number fits into memory."""
         return torch.cat([self._features(part) for part in torch.split(pixels, PART)])
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class WholeModel(Learner):
             return unit(self.net.get_image_features(pixel_values=images))
 
     def against(self, classes: Classes) -> Classes:
-        """Its own class features, scale and bias; those that are given are the frozen model's."""
+        """The model's own class features, scale and bias; the frozen model's `classes` are ignored."""
         with self._precision():
             features = unit(self.net.get_text_features(**{name: getattr(self, name) for name in self._tokens}))
         text = F.normalize(features.view(self._templates, -1, features.shape[1]).mean(0), dim=-1)

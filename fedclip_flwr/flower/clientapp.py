@@ -1,4 +1,4 @@
-"""Names that a ClientApp needs and Flower does not make public."""
+"""Private names of Flower that a ClientApp needs."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from flwr.clientapp.typing import ClientAppCallable as ClientAppCallable  # the 
 from flwr.common.constant import ErrorCode  # the codes that `flwr.app.Error` takes
 
 RAISED: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-"""The code of an error that a site answers with; Flower's own when a ClientApp raises."""
+"""The code of a site's error reply: the one that Flower uses if a ClientApp raises."""

@@ -1,6 +1,6 @@
-"""How `fedclip doctor` reaches a SuperLink: as Flower's own commands and SuperNodes do.
+"""How `fedclip doctor` reaches a SuperLink: in the same way as Flower's commands and SuperNodes.
 
-Flower has commands for this, and no functions: what its commands print can't be told apart safely.
+Flower has only commands for this and no functions, and their output can't be parsed reliably.
 """
 
 from __future__ import annotations

@@ -8,24 +8,24 @@ from typing import cast
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.superlink.grid import GrpcGrid as GrpcGrid  # no public way to tell the grids apart
-from flwr.superlink.grid import InMemoryGrid  # and which of them is a simulation's
+from flwr.superlink.grid import GrpcGrid as GrpcGrid  # no public way to distinguish the grids
+from flwr.superlink.grid import InMemoryGrid  # the one of a simulation
 
 SERVER, RUN = 1, 2**63
-"""The server's node id, and a run id that is as long as Flower's."""
+"""The server's node id, and a run id as long as Flower's."""
 Node = Callable[[Message], Message]
 """Answers a message, as a ClientApp does."""
 
 
 class LocalGrid:
-    """As much of a Grid as a run needs; its nodes are functions of this process.
+    """The part of a Grid that a run needs; its nodes are functions in this process.
 
-    A message is answered when its reply is pulled, so that only one answer at a time takes memory.
+    A message is answered when its reply is pulled, so that only one answer at a time is in memory.
     """
 
     def __init__(self, nodes: Mapping[int, Node]) -> None:
         self._nodes = nodes
-        self._asked: dict[str, Message] = {}
+        self._pushed: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         return [*self._nodes]
@@ -34,22 +34,22 @@ class LocalGrid:
         pushed = []
         for message in messages:
             pushed.append(os.urandom(32).hex())
-            # only a grid sets these: its own part of Flower does so in the same way
+            # only a grid sets these, and Flower's own grids do it in the same way
             message.metadata.__dict__.update(_run_id=RUN, _src_node_id=SERVER, _message_id=pushed[-1])
-            self._asked[pushed[-1]] = message
+            self._pushed[pushed[-1]] = message
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        for name in [name for name in message_ids if name in self._asked]:
-            message = self._asked.pop(name)
+        for name in [name for name in message_ids if name in self._pushed]:
+            message = self._pushed.pop(name)
             yield self._nodes[message.metadata.dst_node_id](message)
 
 
 def local_grid(nodes: Mapping[int, Node]) -> Grid:
-    """A grid whose nodes are functions of this process, for a run to go through."""
+    """A grid for a run, whose nodes are functions in this process."""
     return cast(Grid, LocalGrid(nodes))
 
 
 def simulated(grid: Grid) -> bool:
-    """Whether the sites are on this machine, in processes that Flower starts or in this one."""
+    """True if the sites are on this machine, in processes that Flower starts or in this one."""
     return isinstance(cast(object, grid), InMemoryGrid | LocalGrid)

@@ -1,8 +1,8 @@
-"""A SuperNode that runs no other code than what its owner has installed.
+"""A SuperNode that runs only the code that its owner has installed.
 
-A server sends each site the app that it is to run: whoever administers it could send anything. Here the SuperNode takes
-only a bundle whose modules are those of the installed package, to the byte, and the process that answers a message runs
-the installed app: a bundle is never unpacked to disk.
+A server sends each site the app that it runs, so the server's administrator could send any code. This SuperNode accepts
+only a bundle whose modules equal those of the installed package, byte for byte, and the process that answers a message
+runs the installed app: a bundle is never unpacked to disk.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 
 COMMAND = "flwr-clientapp"
-"""What a SuperNode starts, by name, to answer a message."""
+"""The program that a SuperNode starts, by name, to answer a message."""
 APPS, DESCRIBED, LIST = ("server_app.py", "client_app.py"), "pyproject.toml", ".info/CONTENT"
-"""What is in a bundle: the apps, which must be this site's own, their description, and a list of all."""
+"""The files of a bundle: the apps, which must equal this site's, their description, and a list of all files."""
 LARGEST_TEXT, LARGEST = 2**14, 2**16
-"""Bytes of the description and of the list, and of a whole bundle, at most; Flower makes one of some 20,000."""
+"""Maximum bytes of the description and of the list, and of a bundle; Flower's bundle has about 20,000."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""How files may be packed. What zipfile unpacks in other ways can't be bounded."""
+"""Allowed compression methods: zipfile can't limit the output of others."""
 
 
 def start(options: Sequence[str]) -> NoReturn:
-    """Becomes a SuperNode with these options, which listens to this machine only unless told otherwise."""
-    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode  # its flags: nothing else tells them
+    """Replace this process by a SuperNode with these options; by default it listens only on this machine."""
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode  # its flags: no public parser
 
     parser = _parse_args_run_supernode()
     parser.set_defaults(clientappio_api_address="127.0.0.1:9094")
     given = parser.parse_args(options)
     if given.isolation != "subprocess":
         raise UserError(
-            "--isolation: another program would answer for this site, with any code that comes; leave it out"
+            "--isolation: another program would answer for this site, with any code from the server; leave it out"
         )
     if given.runtime_dependency_install:
         raise UserError(
@@ -59,7 +59,7 @@ def start(options: Sequence[str]) -> NoReturn:
         path.write_text(text)
         path.chmod(0o755)
 
-    files.write_whole(folder / COMMAND, write)
+    files.write_atomic(folder / COMMAND, write)
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     _require(folder / COMMAND, path)
     here = ["--clientappio-api-address", given.clientappio_api_address]
@@ -68,25 +68,25 @@ def start(options: Sequence[str]) -> NoReturn:
 
 
 def _require(program: Path, path: str) -> None:
-    """Raises unless Flower, with that PATH, starts this program for each message."""
+    """Raise unless Flower, with that PATH, starts this program for each message."""
     found = None
-    with contextlib.suppress(Exception):  # of a Flower that has other ways
+    with contextlib.suppress(Exception):  # another version of Flower can raise anything
         found = _answering(path)
     if found != str(program):
         raise UserError(
-            f"Flower would not have messages answered by {program}, but by {found or 'something else'}: let "
-            "FEDCLIP_HOME name another folder, where programs can run, or install the flwr that this package asks for"
+            f"Flower would not start {program} to answer messages, but {found or 'another program'}: set FEDCLIP_HOME "
+            "to a folder where programs can run, or install the version of flwr that this package requires"
         )
 
 
 def _answering(path: str) -> str | None:
-    """The program that Flower starts for a message, with that PATH: it does so here, and nothing is started."""
-    from flwr.common.constant import ExecPluginType  # a SuperNode's plugins: no setting or hook says which program
+    """The program that Flower would start for a message, with that PATH; nothing is started."""
+    from flwr.common.constant import ExecPluginType  # a SuperNode's plugins: no setting or hook names the program
     from flwr.common.typing import Run  # one is made with a run,
     from flwr.proto.task_pb2 import Task  # and starts a program for a task
     from flwr.supercore.cli.flower_superexec import _get_plugin_and_stub_class  # the plugin for ClientApps
     from flwr.supercore.constant import ExecutorType, TaskType  # in a subprocess, for a ClientApp
-    from flwr.supercore.superexec.executor import get_executor  # what starts that
+    from flwr.supercore.superexec.executor import get_executor  # what starts it
 
     started: list[tuple[Sequence[str], dict[str, Any]]] = []
     kind, _ = _get_plugin_and_stub_class(ExecPluginType.CLIENT_APP)
@@ -103,22 +103,22 @@ def _answering(path: str) -> str | None:
 
 
 def answer() -> None:
-    """Flower's own command, which here runs the installed app, and unpacks none that comes."""
+    """Flower's own command, changed to run the installed app and to unpack no bundle."""
     from flwr.supernode.cli import flwr_clientapp  # the command as a function
     from flwr.supernode.runtime import run_clientapp  # where it unpacks and loads an app: no hook to choose another
 
     own = {
         "install_from_fab": lambda bundle, **_: check(bundle),
-        "get_load_client_app_fn": lambda **_: lambda *_: own_client_app(),  # Flower's looks where the server says
+        "get_load_client_app_fn": lambda **_: lambda *_: own_client_app(),  # Flower's uses the server's path
     }
     for name, function in own.items():
-        getattr(run_clientapp, name)  # if Flower no longer has it, nothing is answered
+        getattr(run_clientapp, name)  # raises if Flower no longer has it
         setattr(run_clientapp, name, function)
     flwr_clientapp()
 
 
 def own_client_app() -> ClientApp:
-    """The ClientApp of this package, by its place: the current folder may hold another one."""
+    """The ClientApp of this package, loaded by path: the current folder may hold another one."""
     path = files.own_app() / "client_app.py"
     spec = importlib.util.spec_from_file_location("fedclip_client_app", path)
     assert spec
@@ -130,37 +130,37 @@ def own_client_app() -> ClientApp:
 
 
 def check(bundle: bytes) -> None:
-    """Raises unless the app in the bundle is this package's own; no file of it is unpacked beyond the size of ours."""
-    found = "can't be read"
-    with contextlib.suppress(Exception):  # whatever a stranger has made of it
-        found = _difference(bundle)
-    if found:
+    """Raise unless the app in the bundle equals this package's; unpacks no more of a file than ours has."""
+    problem = "can't be read"
+    with contextlib.suppress(Exception):  # a malicious bundle can raise anything
+        problem = _difference(bundle)
+    if problem:
         raise UserError(
-            f"the server's app {found}; this site runs its owner's code only: install the same version of "
+            f"the server's app {problem}; this site runs only installed code: install the same version of "
             "fedclip-flwr on both sides"
         )
 
 
 def _difference(bundle: bytes) -> str:
-    """How the bundle differs from this package's app; empty if it doesn't."""
+    """The difference between the bundle and this package's app; empty if there is none."""
     if len(bundle) > LARGEST:
         return f"is larger than {LARGEST:,} bytes"
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         missing = {*APPS, DESCRIBED, LIST}
         for entry in archive.infolist():
             if entry.filename not in missing or not _same(archive, entry):
-                return f"brings another {entry.filename[:60]!r} than this site has"
+                return f"differs from this site's in {entry.filename[:60]!r}"
             missing.remove(entry.filename)
     return f"lacks {min(missing)}" if missing else ""
 
 
 def _same(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
-    """Whether the file is the one that this site has, or may differ from it, and hides nothing behind its end."""
+    """True if the file equals this site's or differs only where it may, and has no hidden data after its end."""
     name = entry.filename
     own = b"" if name == LIST else (files.own_app() / name).read_bytes()
     if entry.file_size > (len(own) if name in APPS else LARGEST_TEXT) or entry.compress_type not in METHODS:
         return False
-    entry.file_size += 1  # zipfile itself looks no further than this, but unpacks what is there
+    entry.file_size += 1  # zipfile returns no more than this: one byte more reveals hidden data
     with archive.open(entry) as file:
         data = file.read(entry.file_size)
     if len(data) == entry.file_size:

@@ -1,8 +1,8 @@
-"""Flower's SuperLink, which lets nobody speak for another node: what `fedclip server` becomes.
+"""`fedclip server`: Flower's SuperLink, where no node can speak for another.
 
-In Flower 1.31 a SuperNode signs all that it asks for, and the SuperLink compares the key with the node; but not where a
-node is activated, and not with what an answer says of where it comes from. So whoever knew a site's public key could
-mark that site's node as present, and learn its number: the real one would be turned away, and rounds would wait for it.
+In Flower 1.31 a SuperNode signs each request, and the SuperLink compares the key with the node, except for the node to
+activate and for the sender named in an answer. So anyone who knows a site's public key could activate that site's
+node and learn its number: the SuperLink would reject the real node, and rounds would wait for it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any, NoReturn
 
 import grpc
 from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,  # a node says that it is there: whose key it names is compared
-    PushMessagesRequest,  # a node answers: whose number it names is compared
-    RegisterNodeFleetRequest,  # a node asks to be known: as the first
+    ActivateNodeRequest,  # activates a node: the named key is compared
+    PushMessagesRequest,  # answers: the named node is compared
+    RegisterNodeFleetRequest,  # registers a node: the named key is compared
 )
 from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import (
-    NodeAuthServerInterceptor,  # checks signatures: a SuperLink takes no interceptor of its user's
+    NodeAuthServerInterceptor,  # checks signatures: a SuperLink accepts no custom interceptor
 )
 
 
 def start(options: Sequence[str]) -> NoReturn:
-    """Becomes a SuperLink with these options."""
+    """Replace this process by a SuperLink with these options."""
     command = [sys.executable, "-P", "-m", __name__, *options]
     os.execve(command[0], command, dict(os.environ))
 
 
 def owned(wrap: Callable[..., Any]) -> Callable[..., Any]:
-    """Flower's way to handle what a node asks for, when it has signed with this key; only for what is its own."""
+    """Wrap Flower's handler of a request signed with a key: it refuses requests for another node."""
 
     @functools.wraps(wrap)
     def wrapped(self: Any, handler: Any, key: bytes) -> Any:
@@ -50,18 +50,18 @@ def owned(wrap: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def objection(request: Any, key: bytes) -> str | None:
-    """Why a node with that key may not ask for this."""
+    """The reason to refuse this request of a node with that key; None if it is allowed."""
     if isinstance(request, ActivateNodeRequest | RegisterNodeFleetRequest) and request.public_key != key:
-        return "that public key is another node's"
+        return "this public key belongs to another node"
     if isinstance(request, PushMessagesRequest):
         senders = {message.metadata.src_node_id for message in request.messages_list}
         if senders != {request.node.node_id}:
-            return "that answer is another node's"
+            return "this answer is from another node"
     return None
 
 
 def main() -> None:
-    from flwr.server.app import run_superlink  # the command as a function, once that is mended
+    from flwr.server.app import run_superlink  # the command as a function, imported after the patch
 
     interceptor: Any = NodeAuthServerInterceptor
     interceptor._wrap_method_handler = owned(interceptor._wrap_method_handler)

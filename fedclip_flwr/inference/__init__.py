@@ -1,4 +1,4 @@
-"""What was learnt, used: the module FedCLIP; predict, evaluate, encode, export, ONNX, the model card.
+"""The trained adapter in use: the module FedCLIP; predict, evaluate, encode, export, ONNX, the model card.
 
-May import everything up to report. The package itself hands on FedCLIP, which brings the hub's library, when asked.
+May import everything up to report. `fedclip_flwr` imports FedCLIP, and with it the hub's library, on first use.
 """

@@ -1,4 +1,4 @@
-"""The model card: what was learnt, from what, how well it does, what it cost, and what it is not for."""
+"""The model card: the adapter, its data, its accuracy, its cost, and its limits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TAGS = ["adapter", "clip", "federated-learning", "flower", "model_hub_mixin"]
 def card_of(facts: Mapping[str, Any], origin: Path | None, sites: bool = False) -> ModelCard:
     """The card of an adapter (or a whole model) with these facts, from the folder `origin`.
 
-    Of a run's folder it has the results; of another folder it is the card that lies there. Sites are named, and their
-    sizes told, only if that is allowed.
+    For a run's folder it includes the results; for another folder it is the card in that folder. Site names and sizes
+    are included only if `sites` is true.
     """
     run = history.read(origin) if origin and (origin / history.SETTINGS).exists() else None
     same = origin is not None and _made_for(origin) == [[*facts["class_names"]], [*facts["templates"]]]
@@ -36,7 +36,7 @@ def card_of(facts: Mapping[str, Any], origin: Path | None, sites: bool = False) 
         _what(facts, settings),
         "## Use\n\n```python\nfrom fedclip_flwr import FedCLIP\n\n"
         'model = FedCLIP.from_pretrained("this folder, or its name on the hub")\nmodel.predict(["image.jpg"])\n```\n\n'
-        "`model.with_classes([…])` tells other classes apart: the adapter stays, the prompts change.",
+        "`model.with_classes([…])` classifies into other classes: the adapter stays, the prompts change.",
         "## Classes and prompts\n\n" + _classes(facts),
     ]
     if run:
@@ -51,19 +51,19 @@ def card_of(facts: Mapping[str, Any], origin: Path | None, sites: bool = False) 
     return ModelCard(f"---\n{_data_of_card(facts, settings, summary).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-LIMITS = """- Results are of the data named here; on other images, cameras and places they can be worse: try it on your
-  own first, with `fedclip evaluate folder:PATH`.
-- What the frozen CLIP has learnt from the web, its biases included, is in it still.
-- It is no medical device, and no sole ground for decisions about people.
-- The adapter was learnt from images that stayed at their sites. Without differential privacy there is no proof that
-  nothing about them can be learnt from it."""
+LIMITS = """- Results are for the data named here; on other images, cameras and places they can be worse: first test it
+  on your own images, with `fedclip evaluate folder:PATH`.
+- It still has what the frozen CLIP learnt from the web, including its biases.
+- It is not a medical device, and must not be the only basis of decisions about people.
+- The adapter was trained on images that stayed at their sites. Without differential privacy there is no guarantee that
+  it reveals nothing about them."""
 
 
-OTHERS = " These are figures of the run's own classes and prompts, which were others than those above."
+OTHERS = " These figures are for the run's own classes and prompts, which differ from those above."
 
 
 def _made_for(origin: Path) -> list[Any]:
-    """The class names and templates with which a folder's adapter or model was learnt."""
+    """The class names and templates that a folder's adapter or model was trained with."""
     for name in (f"model/{saved.WHOLE}", saved.FACTS, saved.CONFIG, saved.WHOLE):
         if (origin / name).exists():
             found = files.read_json(origin / name)
@@ -72,10 +72,8 @@ def _made_for(origin: Path) -> list[Any]:
 
 
 def _title(facts: Mapping[str, Any]) -> str:
-    what = (
-        "A CLIP, trained whole" if facts.get("kind") == "full-model" else f"An adapter ({facts.get('kind')}) for CLIP"
-    )
-    return f"{what}, learnt by several sites"
+    what = "A fully trained CLIP" if facts.get("kind") == "full-model" else f"An adapter ({facts.get('kind')}) for CLIP"
+    return f"{what}, trained by several sites"
 
 
 def _what(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -94,13 +92,13 @@ def _what(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def model_name(facts: Mapping[str, Any]) -> str:
-    """What the CLIP is called, without the folders of the machine that it was on: only the hub's have a revision."""
+    """The CLIP's name, without the folders of its machine: only names on the hub have a revision."""
     name = str(facts.get("model", ""))
     return name if facts.get("model_revision") else Path(name).name
 
 
 def _data_name(name: str) -> str:
-    """The same of a data set."""
+    """A data set's name, without the folders of its machine."""
     head, path = place_of(name)
     return head + Path(path).name if head else path
 
@@ -133,8 +131,8 @@ def _results(summary: Mapping[str, Any], sites: bool) -> str:
     if sites:
         rows += [(name, zero["sites"].get(name), value) for name, value in adapted["sites"].items()]
     table = [(name, percent(z), percent(a), gain(z, a)) for name, z, a in rows]
-    told = f"Test accuracy in %. Round {adapted['round']} of {summary['rounds']}, selected by validation."
-    return _table([("images", "zero-shot", "adapted", "gain"), *table]) + f"\n\n{told}"
+    caption = f"Test accuracy in %. Round {adapted['round']} of {summary['rounds']}, selected by validation."
+    return _table([("images", "zero-shot", "adapted", "gain"), *table]) + f"\n\n{caption}"
 
 
 def _cost(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -174,13 +172,13 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _data_of_card(facts: Mapping[str, Any], settings: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardData:
-    """What the hub reads of the card."""
+    """The card's metadata, which the hub reads."""
     data = str(settings.get("data", ""))
     hub_data = PRESETS[data].hub_id if data in PRESETS else data if "/" in data and ":" not in data else None
     name = _data_name(data) or "unknown"
     found = {"seen": "the sites' own test images", "unseen": "images of no site that trained"}
     results = [
-        EvalResult(  # without a split, the hub's library takes both for one data set
+        EvalResult(  # without a split, the hub's library merges both into one data set
             *(TASK, hub_data or name, f"{name}, {what}", "accuracy", round(summary["adapted"][key], 4)),
             dataset_split=key,
         )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedclip_flwr.base.settings import STORED, TAKEN
+from fedclip_flwr.base.settings import ENCODING_KEYS, STORED
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.features import Encoded, folder_writer
 from fedclip_flwr.runs import read_settings
@@ -14,16 +14,16 @@ from fedclip_flwr.runs.opening import open_run
 
 
 def encode(given: Sequence[str], out: str = "") -> str:
-    """Encodes what is not stored yet, and writes it to the folder `out` if there is one; the summary."""
+    """Encodes what is not stored yet, writes it to the folder `out` if given, and returns the summary."""
     begun = time.monotonic()
     settings, problems = read_settings(given)
-    for key in settings.keys() - {*TAKEN} - problems.keys():
-        problems[key] = f"{key}: encoding has no use for it; leave it out"
+    for key in settings.keys() - {*ENCODING_KEYS} - problems.keys():
+        problems[key] = f"{key}: encoding does not use it; leave it out"
     if str(settings.get("data", "")).startswith(STORED):
         problems["data"] = f"data = {settings['data']!r}: these are features already; name the images"
     _, features, _ = open_run(settings, problems)
     if not isinstance(features, Encoded):
-        raise TypeError("a run on images has encoded features")
+        raise TypeError("expected encoded features for a run on images")
     folder = Path(out).expanduser().absolute() if out else None
     if folder:
         folder_writer.check(folder, features)  # before the work, not after it
@@ -34,7 +34,7 @@ def encode(given: Sequence[str], out: str = "") -> str:
         folder_writer.write(folder, features)
     by_domain = ", ".join(f"{domain} {count:,}" for domain, count in images.items())
     classes = counted(len(features.vocabulary.class_names), "class")
-    speed = f"{features.encoded / seconds:,.0f} images/s" if features.encoded else "all of them were stored already"
+    speed = f"{features.encoded / seconds:,.0f} images/s" if features.encoded else "all were stored already"
     return (
         f"{sum(images.values()):,} images in {classes}: {by_domain}; {broken:,} more can't be read\n"
         f"{seconds:.1f} s, {speed}\n" + (f"Feature folder: {folder}" if folder else f"Stored in {features.folder}")

@@ -1,4 +1,4 @@
-"""The command `fedclip evaluate`: how well labelled images are told apart, zero-shot beside adapted."""
+"""The command `fedclip evaluate`: accuracy on labelled images, zero-shot beside adapted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedclip_flwr.base import Settings, UserError
-from fedclip_flwr.base.settings import STORED, TAKEN, unusable
+from fedclip_flwr.base.settings import ENCODING_KEYS, STORED, unusable
 from fedclip_flwr.base.text import counted, gain, percent, some, table
 from fedclip_flwr.data import held_out
 from fedclip_flwr.data.vocabulary import SEPARATOR
@@ -21,13 +21,13 @@ from fedclip_flwr.learning.metrics import Quality, mean_figures
 from fedclip_flwr.runs import history, read_settings
 
 OPTIONS = {"data", "model", "model-revision", "prompt", "class-names"}
-"""Settings that this command has other ways for."""
+"""Settings that this command takes as options."""
 FIGURES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "calibration_error": "calibration error"}
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What the user asks for; empty for the default."""
+    """The command's options; empty for the default."""
 
     data: str
     settings: Sequence[str]
@@ -41,20 +41,20 @@ class EvaluateOptions:
 
 
 class Pair(NamedTuple):
-    """How well a domain's images are told apart."""
+    """The scores on a domain's images."""
 
     zero: Quality
     adapted: Quality
 
 
 def evaluate(options: EvaluateOptions) -> str:
-    """The tables, or their facts as JSON."""
+    """The tables, or their figures as JSON."""
     learnt = find_learnt(options.adapter, options.revision)
     settings = _settings(options, learnt)
     plain, adapted, own = _opened(settings, learnt, options)
     found = _examined(plain, adapted, learnt, settings)
     if not found:
-        raise UserError(f"{options.data}: there are no images in it that can be read")
+        raise UserError(f"{options.data}: it has no images that can be read")
     names, known = plain.vocabulary.class_names, _learnt_from(learnt, settings, plain)
     if options.as_json:
         domains = {
@@ -73,17 +73,17 @@ def evaluate(options: EvaluateOptions) -> str:
     parts.append(f"{learnt.folder} on {plain.model}; {counted(len(names), 'class')}; in %.")
     if {*own} - {*names}:
         words = [f"{name} = {word}" for name, word in zip(own, names, strict=True)]
-        parts[-1] += f"\nThe data's classes, and the words for them: {some(words)}."
+        parts[-1] += f"\nThe data's classes, and the names used for them: {some(words)}."
     if known:
-        parts[-1] += f"\nThe run has learnt from parts of these: {', '.join(known)}."
+        parts[-1] += f"\nThe run was trained on parts of these: {', '.join(known)}."
     return "\n\n".join(parts)
 
 
 def _settings(options: EvaluateOptions, learnt: Learnt) -> Settings:
-    """Those under which the data is opened; everything that is wrong is told at once."""
+    """The settings to open the data with; raises one error with all problems."""
     data, problems = read_settings([f"data={options.data}", f"class-names={options.classes}"])
     given, wrong = read_settings(options.settings)
-    for key in given.keys() - ({*TAKEN} - OPTIONS):
+    for key in given.keys() - ({*ENCODING_KEYS} - OPTIONS):
         wrong.setdefault(key, f"{key}: expected columns, device or precision here; leave it out")
     settings, unfit = Settings.read({**data, **given, "prompt": options.prompt})
     if problems := {**problems, **wrong, **unfit}:
@@ -92,26 +92,26 @@ def _settings(options: EvaluateOptions, learnt: Learnt) -> Settings:
 
 
 def _opened(settings: Settings, learnt: Learnt, options: EvaluateOptions) -> tuple[Features, Features, Sequence[str]]:
-    """The data as the frozen CLIP sees it, and as what was learnt does: the same, but where that is a whole model.
+    """The data's features for the frozen CLIP and for the trained model, and the class names in the data.
 
-    And the classes' names in the data.
+    Both features are the same object, unless the whole model was trained.
     """
-    told = None if options.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
+    given = None if options.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
     if settings.data.startswith(STORED):
         learnt.check_features(settings.data, FeatureFolder(Path(settings.data.removeprefix(STORED))))
-        features = open_features(settings, told)
+        features = open_features(settings, given)
         return features, features, features.vocabulary.class_names
     own = source_of(settings)[0].class_names
-    if told and (others := sorted({*own} - {*told.class_names})):
+    if given and (others := sorted({*own} - {*given.class_names})):
         raise UserError(
-            f"{options.data} has classes that {learnt.folder} did not know: {some(others)}; name another run "
-            "with --adapter, or words for all of the data's classes with --classes"
+            f"{options.data} has classes that {learnt.folder} does not know: {some(others)}; name another run "
+            "with --adapter, or names for all of the data's classes with --classes"
         )
     frozen = learnt.frozen(options.model)
-    plain = open_features(_with(settings, frozen), told)
+    plain = open_features(_with(settings, frozen), given)
     if not learnt.whole:
         learnt.check_dim(plain.classes.dim, frozen.name)
-    return plain, open_features(_with(settings, learnt.model()), told) if learnt.whole else plain, own
+    return plain, open_features(_with(settings, learnt.model()), given) if learnt.whole else plain, own
 
 
 def _with(settings: Settings, model: models.Model) -> Settings:
@@ -119,7 +119,7 @@ def _with(settings: Settings, model: models.Model) -> Settings:
 
 
 def _examined(plain: Features, adapted: Features, learnt: Learnt, settings: Settings) -> dict[str, Pair]:
-    """By domain, those that have images."""
+    """The scores by domain, of domains that have images."""
     device = models.pick_device(settings.device)
     adapter = learnt.adapter.to(device) if learnt.adapter else None
     found = {}
@@ -134,7 +134,7 @@ def _examined(plain: Features, adapted: Features, learnt: Learnt, settings: Sett
 
 
 def _learnt_from(learnt: Learnt, settings: Settings, features: Features) -> list[str]:
-    """The domains from which the run's sites have had images, where this is the run's own data."""
+    """The domains that the run's sites trained on, if this is the run's own data."""
     if not (learnt.folder / history.SETTINGS).exists():
         return []
     run = history.read(learnt.folder)
@@ -150,7 +150,7 @@ def _facts(quality: Quality, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _table(found: dict[str, Pair]) -> str:
-    """Accuracy in each domain and the mean of these; then the means of what accuracy does not tell."""
+    """Accuracy in each domain and its mean; then the means of the other metrics."""
     rows = [(domain, f"{pair.zero.score.examples:,}", *_accuracies([pair])) for domain, pair in found.items()]
     pairs = list(found.values())
     if len(found) > 1:
@@ -167,7 +167,7 @@ def _accuracies(pairs: Sequence[Pair]) -> tuple[str, str, str]:
 
 
 def _by_class(found: dict[str, Pair], names: Sequence[str]) -> str:
-    """How many of each class are recognised, zero-shot and adapted."""
+    """The recall of each class, zero-shot and adapted."""
     rows: list[tuple[str, ...]] = [("recognised", *(head for domain in found for head in (domain, "adapted")))]
     recalls = {
         domain: [quality.classes.recalls for quality in (pair.zero, pair.adapted) if quality.classes]

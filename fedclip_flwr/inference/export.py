@@ -1,4 +1,4 @@
-"""The command `fedclip export`: what was learnt in a folder for elsewhere, and on the hub; as ONNX, too.
+"""The command `fedclip export`: a trained adapter in a folder, on the hub, and as ONNX.
 
 A folder that holds an older export is replaced file by file, its config.json last; a model card that was edited stays.
 """
@@ -22,15 +22,15 @@ from fedclip_flwr.runs import history, saved
 
 CARD, WHOLE = "README.md", "model"
 OWN = (CARD, saved.CONFIG, saved.TENSORS, WHOLE, onnx_file.FILE, onnx_file.WEIGHTS, onnx_file.PREPARING)
-"""What an export may consist of."""
+"""All files and folders that an export may have."""
 BEGUN = ".export-"
-"""How the folder begins in which an export is made; a killed one leaves it."""
+"""Prefix of the temporary folder in which an export is made; a killed export leaves it behind."""
 MARK = "\n<!-- fedclip export wrote this card: {}. An edited one is kept. -->\n"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user asks for; empty for the default."""
+    """The command's options; empty for the default."""
 
     adapter: str
     out: str
@@ -45,7 +45,7 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> str:
-    """Writes the folder and says what there is, and how it is used."""
+    """Writes the folder; returns its files and how to use it."""
     if not options.out:
         raise UserError("--out: name the folder that is to be written")
     if options.private and not options.push:
@@ -59,12 +59,12 @@ def export(options: ExportOptions) -> str:
     model = FedCLIP.from_pretrained(
         options.adapter, revision=options.revision, model=options.model, device="cpu", precision="float32"
     )
-    told = _warned(model, options)
+    notes = _warned(model, options)
     if options.classes or options.prompt:
         model = model.with_classes(names_of(options.classes) or None, options.prompt)
-    told += write(model, out, onnx=options.onnx, sites=options.sites)
+    notes += write(model, out, onnx=options.onnx, sites=options.sites)
     lines = [f"  {name:<28}{bytes_of(size):>8}" for name, size in _sizes(out)]
-    parts = [f"Written to {out}:", *lines, *told]
+    parts = [f"Written to {out}:", *lines, *notes]
     use = str(out)
     if options.push:
         message = f"Export of fedclip-flwr, round {model.facts.get('round', 0)}"
@@ -76,7 +76,7 @@ def export(options: ExportOptions) -> str:
 
 
 def check(out: Path) -> None:
-    """Raises where the folder holds something else than an export."""
+    """Raises if the folder holds anything but an export."""
     if not out.is_dir():
         return
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -84,7 +84,7 @@ def check(out: Path) -> None:
     if not others and found not in ([], [CARD]) and not _is_export(out):
         others = [name for name in found if name != CARD]
     if others:
-        raise UserError(f"--out: {out} holds something else, such as {others[0]}: name another folder")
+        raise UserError(f"--out: {out} holds other files, such as {others[0]}: name another folder")
 
 
 def _is_export(folder: Path) -> bool:
@@ -96,31 +96,31 @@ def _is_export(folder: Path) -> bool:
 
 
 def write(model: FedCLIP, out: Path, *, onnx: bool = False, sites: bool = False) -> list[str]:
-    """The folder, as `check` found it good, and lines for the user. It is made aside, then put in place."""
-    told = []
+    """Writes the folder, which `check` has accepted; returns notes for the user. All is made aside, then moved."""
+    notes = []
     with files.writing_to(out, "--out"):
-        for left in out.glob(f"{BEGUN}*"):
-            shutil.rmtree(left)
+        for unfinished in out.glob(f"{BEGUN}*"):
+            shutil.rmtree(unfinished)
         with tempfile.TemporaryDirectory(prefix=BEGUN, dir=out) as name:
             made = Path(name)
             model.save_pretrained(made, model_card_kwargs={"sites": sites})
             _mark(made / CARD)
             if onnx:
-                print(f"writing {onnx_file.FILE}, and trying it …", file=sys.stderr, flush=True)
+                print(f"writing and testing {onnx_file.FILE} …", file=sys.stderr, flush=True)
                 found = onnx_file.write(model, made)
-                told.append(
-                    f"{onnx_file.FILE} beside torch: {found.same} of {found.pictures} drawn pictures have the same "
-                    f"class, and no probability differs by more than {found.difference:.0e}."
+                notes.append(
+                    f"{onnx_file.FILE} compared with torch: {found.same} of {found.pictures} drawn pictures have the "
+                    f"same class, and no probability differs by more than {found.difference:.0e}."
                 )
             if (out / CARD).exists() and not _as_written(out / CARD):
                 (made / CARD).unlink()
-                told.append(f"{CARD} was edited and is kept; for a new one, move it away and give the command again.")
+                notes.append(f"{CARD} was edited and is kept; for a new one, move it away and repeat the command.")
             _put(made, out)
-    return told
+    return notes
 
 
 def _put(made: Path, out: Path) -> None:
-    """What was made in the place of what is there; what says that it is an export stays till the end."""
+    """Replaces the old export with the new one; config.json, which marks a folder as an export, comes last."""
     new = sorted((path.name for path in made.iterdir()), key=lambda name: name == saved.CONFIG)
     kept = {CARD, saved.CONFIG}
     for name in OWN:
@@ -133,14 +133,14 @@ def _put(made: Path, out: Path) -> None:
 
 
 def _mark(card: Path) -> None:
-    """Writes below a card what tells later whether it was edited."""
+    """Appends a hash to the card, which later shows if it was edited."""
     text = card.read_text(encoding="utf-8").rpartition(MARK.partition("{}")[0])
     plain = (text[0] if text[1] else text[2]).rstrip() + "\n"
     card.write_text(plain + MARK.format(content.digest(plain)), encoding="utf-8")
 
 
 def _as_written(card: Path) -> bool:
-    """Whether the card is as it was when it was marked."""
+    """True if the card has not been edited since it was marked."""
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -150,16 +150,16 @@ def _as_written(card: Path) -> bool:
 
 
 def _warned(model: FedCLIP, options: ExportOptions) -> list[str]:
-    """What a user should know of the run it comes from."""
+    """Notes for the user about the run that it comes from."""
     run = history.read(model.origin) if model.origin and (model.origin / history.SETTINGS).exists() else None
     if run is None:
         if options.sites:
-            raise UserError(f"--with-sites: {options.adapter} is no run's folder, which alone knows the sites")
+            raise UserError(f"--with-sites: {options.adapter} is not a run's folder, and only that knows the sites")
         return []
     if run.status == "running":
-        raise UserError(f"{run.path} is still running: wait for its end, or stop it")
+        raise UserError(f"{run.path} is still running: wait until it ends, or stop it")
     if not run.completed:
-        return [f"The run was not completed ({run.status}): this is its best adapter till round {_last(run)}."]
+        return [f"The run was not completed ({run.status}): this is its best adapter up to round {_last(run)}."]
     return []
 
 
@@ -168,7 +168,7 @@ def _last(run: history.Run) -> object:
 
 
 def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    """The export's files."""
+    """The names and sizes of the export's files."""
     for name in OWN:
         path = folder / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -1,9 +1,9 @@
-"""What a federation has learnt, as one module: the frozen CLIP, the adapter, the classes.
+"""The result of a federation as one module: the frozen CLIP, the adapter, the classes.
 
     model = FedCLIP.from_pretrained("latest")
     model.predict(["one.jpg", "two.png"])
 
-New classes need no images, only words (`with_classes`): the adapter stays, the prompts change.
+New classes need only names, no images (`with_classes`): the adapter stays, the prompts change.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class FedCLIP(
     pipeline_tag="zero-shot-image-classification",
     tags=["federated-learning", "clip", "adapter", "flower"],
 ):
-    """Tells images apart by the run's classes, or by any others.
+    """Classifies images by the run's classes, or by any others.
 
-    It is a module like others: `to` moves it, `parameters` are those of the adapter and of the frozen CLIP. Called with
-    `pixel_values` as `prepare` makes them, it gives logits [N, classes], through which the adapter can learn.
+    It is an ordinary module: `to` moves it, `parameters` are those of the adapter and of the frozen CLIP. Called with
+    `pixel_values` as `prepare` makes them, it returns logits [N, classes], through which the adapter can be trained.
     """
 
     text: Tensor
@@ -78,7 +78,7 @@ class FedCLIP(
         facts: Mapping[str, Any] | None = None,
         origin: Path | None = None,
     ) -> None:
-        """Without an `adapter` the CLIP's own features count; `origin` is the folder that it came from."""
+        """Without an `adapter` it uses the CLIP's own features; `origin` is the folder that it was loaded from."""
         super().__init__()
         self.net, self.adapter = loaded.net, adapter
         self.vocabulary, self.facts = vocabulary, dict(facts or {})
@@ -88,7 +88,7 @@ class FedCLIP(
         self.eval().to(loaded.device)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # its other options are the hub's own, from the environment
+    def from_pretrained(  # type: ignore[override]  # the hub's other options come from the environment
         cls,
         name: str | Path,
         *,
@@ -97,16 +97,16 @@ class FedCLIP(
         device: str = "auto",
         precision: str = "auto",
     ) -> Self:
-        """The model in a folder (of a run, or written by `save_pretrained`), of a run by its name, or of the hub.
+        """The model in a folder (of a run, or written by `save_pretrained`), in a run of that name, or on the hub.
 
-        `model` says where its CLIP is, if that is no longer where it was.
+        `model` is the location of its CLIP, if that has moved.
         """
         if problems := Settings.read({"device": device, "precision": precision})[1]:
             raise UserError("; ".join(problems.values()))
         place = models.pick_device(device)
         learnt = find_learnt(str(name), revision)
         found = learnt.model(model)
-        known = usable(learnt.vocabulary)  # of features that were made elsewhere, prompts may be in a word
+        known = usable(learnt.vocabulary)  # features made elsewhere may describe their prompts in a word
         made = cls(Clip(found, str(place), precision), known, learnt.adapter, learnt.facts, learnt.folder)
         if learnt.adapter:
             learnt.check_dim(made.text.shape[1], found.name)
@@ -126,9 +126,9 @@ class FedCLIP(
         return self
 
     def with_classes(self, names: Sequence[str] | None = None, prompt: str = "") -> FedCLIP:
-        """The same for other classes, or the same classes with another `prompt`: a template with {} for the name.
+        """This model for other classes, or its classes with another `prompt`: a template with {} for the name.
 
-        Several templates have | between them. Both share the CLIP and the adapter: where one is moved, the other goes.
+        Separate several templates with |. Both models share the CLIP and the adapter: moving one moves the other.
         """
         if isinstance(names, str):
             raise UserError(f"classes: expected a list of names, found the text {names!r}")
@@ -141,18 +141,18 @@ class FedCLIP(
     # Images
 
     def prepare(self, images: Picture | Iterable[Picture]) -> dict[str, Tensor]:
-        """What the model is called with: `model(**model.prepare(images))`."""
+        """The model's input: `model(**model.prepare(images))`."""
         return self.loaded.preparer()([_opened(image) for image in _several(images)])
 
     def predict(self, images: Picture | Iterable[Picture], top: int = 1) -> list[Prediction]:
-        """Each image's `top` likeliest classes. Images are paths, PIL's, or tensors and arrays of pixels.
+        """Each image's `top` likeliest classes. Images are paths, PIL images, or tensors and arrays of pixels.
 
-        State are [3, height, width], or several of them, in bytes or from 0 to 1; arrays [height, width, 3].
+        Tensors are [3, height, width], or a batch of them, in bytes or from 0 to 1; arrays [height, width, 3].
         """
         return list(self.stream(images, top))
 
     def stream(self, images: Picture | Iterable[Picture], top: int = 1) -> Iterator[Prediction]:
-        """The same batch by batch, of any number of images, as they come."""
+        """Predictions for any number of images, made batch by batch as the images come."""
         several = _several(images)
         check_top(top)
         if isinstance(several, list | tuple) and all(isinstance(image, str | os.PathLike) for image in several):
@@ -166,13 +166,13 @@ class FedCLIP(
             yield from self._best(self._see(self.prepare(batch)), top)
 
     def stream_files(self, paths: Sequence[str], top: int = 1) -> Iterator[tuple[str, Prediction | None]]:
-        """The same of files, read and decoded ahead; None for one that can't be read."""
+        """Predictions for files, which are decoded ahead; None for a file that can't be read."""
         check_top(top)
         work = ahead.Work(Files(paths), "files", self.loaded.preparer(), self.loaded.batch_size)
         batches = ahead.batches(work, 0, len(paths), pinned=self.device.type == "cuda")
         first = 0
         with contextlib.closing(batches):
-            for batch, probabilities in encoding.seen(batches, self._see):
+            for batch, probabilities in encoding.pipelined(batches, self._see):
                 found = dict(zip(batch.labels, self._best(probabilities, top), strict=True))
                 for number in range(first, first := first + batch.rows):
                     yield paths[number], found.get(number)
@@ -199,12 +199,12 @@ class FedCLIP(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         facts = {**self.facts, "fedclip_flwr": __version__}
-        facts["model"] = card.model_name(facts)  # where it was on this machine is of no use elsewhere
+        facts["model"] = card.model_name(facts)  # a path on this machine is useless elsewhere
         if self.adapter is None:
             files.make_folder(save_directory / "model", "save_directory")
             for file in models.model_files(self.loaded.folder):
                 copy = partial(shutil.copyfile, file)
-                files.write_whole(save_directory / "model" / file.name, copy, "save_directory")
+                files.write_atomic(save_directory / "model" / file.name, copy, "save_directory")
             saved.write_json(save_directory / "model" / saved.WHOLE, facts, "save_directory")
         else:
             state = {name: tensor.cpu().contiguous() for name, tensor in self.adapter.state_dict().items()}
@@ -213,17 +213,17 @@ class FedCLIP(
         saved.write_json(save_directory / saved.CONFIG, facts, "save_directory")
 
     def generate_model_card(self, *args: Any, sites: bool = False, **more: Any) -> ModelCard:
-        """The card, with the names and sizes of `sites` only if that is said."""
+        """The model card; it has the names and sizes of the sites only if `sites` is true."""
         return card.card_of(self.facts, self.origin, sites)
 
 
 def check_top(top: int) -> None:
     if type(top) is not int or top < 1:
-        raise UserError(f"top = {top!r}: expected a whole number from 1 on")
+        raise UserError(f"top = {top!r}: expected a whole number, at least 1")
 
 
 def _several(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    """One image as several; a batch of tensors as its images."""
+    """The images as an iterable: a single image in a list, a batch of tensors as its images."""
     if isinstance(images, str | os.PathLike) or hasattr(images, "getbands") or getattr(images, "ndim", 4) == 3:
         return [images]  # type: ignore[list-item]
     return images
@@ -234,9 +234,9 @@ def _unreadable(path: str) -> UserError:
 
 
 def _opened(image: Picture) -> Image:
-    """The image as a file's is read: upright, in RGB."""
+    """The image as if read from a file: upright, in RGB."""
     if isinstance(image, str | os.PathLike):
-        found = files.patiently(image, partial(decoded, read(Path(image))))
+        found = files.with_retries(image, partial(decoded, read(Path(image))))
         if found is None:
             raise _unreadable(os.fspath(image))
         return found

@@ -1,6 +1,6 @@
-"""What was learnt as one ONNX file: image tower, adapter and class prompts, for machines with onnxruntime alone.
+"""The trained model as one ONNX file: image encoder, adapter and class prompts, for use with onnxruntime alone.
 
-The input `pixel_values` is [batch, 3, height, width] in float32, prepared as `preprocessor_config.json` beside it says;
+The input `pixel_values` is [batch, 3, height, width] in float32, prepared as in `preprocessor_config.json` beside it;
 `logits` and `probabilities` are [batch, classes], `features` the adapted ones. Everything is float32.
 """
 
@@ -30,17 +30,17 @@ from fedclip_flwr.learning import Classes
 FILE, WEIGHTS, PREPARING = "model.onnx", "model.onnx.data", "preprocessor_config.json"
 INPUT, OUTPUTS = "pixel_values", ("logits", "probabilities", "features")
 OPSET = 18
-"""Known to every onnxruntime since 1.14."""
+"""Supported by every onnxruntime since 1.14."""
 MOST_BYTES = 19 * 10**8
-"""Of weights inside the file: none can be larger than 2 GiB."""
+"""Limit for weights inside the file: no ONNX file can be larger than 2 GiB."""
 TRIED = 4
-"""Pictures of each drawn domain with which a written file is tried."""
+"""Pictures of each drawn domain that test a written file."""
 CLOSE = 1e-3
-"""A probability that differs by more is another model's."""
+"""A larger difference in a probability means that the file is another model."""
 
 
 class Agreement(NamedTuple):
-    """How far a file's answers are from torch's."""
+    """How well a file's outputs agree with torch's."""
 
     pictures: int
     same: int  # have the same likeliest class
@@ -48,7 +48,7 @@ class Agreement(NamedTuple):
 
 
 class Tower(nn.Module):
-    """From pixels to what the file answers; a copy, so that the FedCLIP stays as it is."""
+    """From pixels to the file's outputs; a copy, so that the FedCLIP is not changed."""
 
     net: Any
     text: Tensor
@@ -69,15 +69,15 @@ class Tower(nn.Module):
 
 
 def check_installed() -> None:
-    """Raises where the packages that this needs are missing."""
+    """Raises if packages needed for ONNX are missing."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise UserError(f"--onnx needs {', '.join(missing)}: pip install 'fedclip-flwr[onnx]'")
 
 
 def write(model: FedCLIP, folder: Path) -> Agreement:
-    """Writes the model and how images are prepared for it, and tries the file beside torch.
+    """Writes the model and how its images are prepared, and compares the file with torch.
 
-    Weights of more than 2 GB are in a second file, model.onnx.data, as the format asks for.
+    Weights of more than 2 GB go to a second file, model.onnx.data, as the format requires.
     """
     check_installed()
     pixels = _prepared(model)
@@ -96,7 +96,7 @@ def write(model: FedCLIP, folder: Path) -> Agreement:
         assert program is not None
         graph = program.model.graph
         for node in graph.all_nodes():
-            node.metadata_props.clear()  # where on this machine the code was
+            node.metadata_props.clear()  # the code's paths on this machine
             node.doc_string = None
         program.model.metadata_props.update(facts_of(model, pixels))
         size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
@@ -106,14 +106,14 @@ def write(model: FedCLIP, folder: Path) -> Agreement:
     found = compare(tower, folder / FILE, pixels)
     if found.difference > CLOSE:
         raise UserError(
-            f"{FILE} answers otherwise than torch, by {found.difference:.2g} in a probability: this model can't be "
-            "written as ONNX"
+            f"{FILE} differs from torch by {found.difference:.2g} in a probability: this model can't be "
+            "exported to ONNX"
         )
     return found
 
 
 def facts_of(model: FedCLIP, pixels: Tensor) -> dict[str, str]:
-    """The file's metadata: texts, lists as JSON."""
+    """The file's metadata: strings, with lists as JSON."""
     preparing = _preparing(model)
     return {
         "class_names": json.dumps(model.class_names, ensure_ascii=False),
@@ -129,7 +129,7 @@ def facts_of(model: FedCLIP, pixels: Tensor) -> dict[str, str]:
 
 
 def compare(tower: nn.Module, path: Path, pixels: Tensor, batch_size: int = 32) -> Agreement:
-    """The file beside torch on prepared images."""
+    """Compares the file with torch on prepared images."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -144,7 +144,7 @@ def compare(tower: nn.Module, path: Path, pixels: Tensor, batch_size: int = 32) 
 
 
 def _prepared(model: FedCLIP) -> Tensor:
-    """Drawn pictures, as the model takes them."""
+    """Drawn pictures, prepared for the model."""
     images = [
         drawn.picture(0, domain, figure, number)[0]
         for domain in drawn.DOMAINS
@@ -153,21 +153,21 @@ def _prepared(model: FedCLIP) -> Tensor:
     inputs = model.loaded.preparer(torch.float32)(images)
     if set(inputs) != {INPUT} or inputs[INPUT].dim() != 4:
         raise UserError(
-            f"--onnx: a {model.net.config.model_type} takes images of any shape as patches, which can't be written so: "
+            f"--onnx: a {model.net.config.model_type} takes images of any shape as patches, which can't be exported: "
             "export without --onnx, or train with a CLIP or SigLIP of a fixed image size"
         )
     return inputs[INPUT]
 
 
 def _preparing(model: FedCLIP) -> dict[str, Any]:
-    """What the image processor does, without what it does not."""
+    """The image processor's settings, without those that are unset."""
     facts: dict[str, Any] = model.loaded.preparer().processor.to_dict()
     return {name: value for name, value in facts.items() if value is not None and not name.startswith("_")}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what torch's exporter tells off the screen."""
+    """Silences the messages of torch's exporter."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

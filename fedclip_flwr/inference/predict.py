@@ -1,4 +1,4 @@
-"""The command `fedclip predict`: what images show, a line for each as they are seen."""
+"""The command `fedclip predict`: classifies images and writes a line for each."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from fedclip_flwr.learning import Adapter, Classes, Examples
 from fedclip_flwr.learning.training import logits_of
 
 Rows = Iterator[tuple[str, Prediction | None]]
-"""What an image is called, and what it shows; None if it can't be read."""
+"""The name of an image and its prediction; None if it can't be read."""
 PART = 1024
-"""So many stored features at once: more no longer fit into a CPU's caches."""
+"""Stored features classified at once: more do not fit into a CPU's caches."""
 OFTEN = 64
-"""After so many lines whoever reads them gets them."""
+"""Lines between two flushes of the output."""
 AS_IT_IS = "surrogateescape"
-"""Names of files may be bytes that are no text."""
+"""Error handler for file names that are not valid text."""
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What the user asks for; empty for the default."""
+    """The command's options; empty for the default."""
 
     images: Sequence[str]
     adapter: str
@@ -57,7 +57,7 @@ class PredictOptions:
 
 
 def predict(options: PredictOptions) -> int:
-    """Writes the lines; the exit status: 1 if there are images that can't be read."""
+    """Writes the lines; returns the exit status: 1 if some images can't be read."""
     check_top(options.top)
     if options.out and not options.out.endswith((".csv", ".jsonl")):
         raise UserError(f"--out {options.out}: expected a name that ends with .csv or .jsonl")
@@ -84,18 +84,18 @@ def predict(options: PredictOptions) -> int:
     if options.out:
         out = Path(options.out).expanduser().absolute()
         files.make_folder(out.parent, "--out")
-        files.write_whole(out, lambda part: _written(part, write), "--out")
+        files.write_atomic(out, lambda part: _written(part, write), "--out")
     else:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors=AS_IT_IS)
         write(sys.stdout)
         sys.stdout.flush()
     seconds = time.monotonic() - begun
-    told = f"{counted(count, 'image')} in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} a second"
+    summary = f"{counted(count, 'image')} in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} a second"
     if broken:
         more = ", …" * (len(broken) > 5)
-        told += f"; {len(broken):,} can't be read: {', '.join(map(shown, broken[:5]))}{more}"
-    print(told + (f"\nPredictions: {out}" if options.out else ""), file=sys.stderr)
+        summary += f"; {len(broken):,} can't be read: {', '.join(map(shown, broken[:5]))}{more}"
+    print(summary + (f"\nPredictions: {out}" if options.out else ""), file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -105,7 +105,7 @@ def _written(path: Path, write: Callable[[TextIO], None]) -> None:
 
 
 def _of_images(options: PredictOptions) -> tuple[Rows, int, int]:
-    """The lines of the images, how many there are, and how many classes each line has."""
+    """The predictions of the images, the number of images, and the number of classes in each line."""
     paths = [path for place in options.images for path in (_listed() if place == "-" else find_images([place]))]
     if not paths:
         raise UserError("no images: name files or folders")
@@ -122,7 +122,7 @@ def _of_images(options: PredictOptions) -> tuple[Rows, int, int]:
 
 
 def _listed() -> Iterator[str]:
-    """What the standard input names, one in each line; a file that is not there is as one that can't be read."""
+    """The files named in standard input, one per line; a missing file counts as one that can't be read."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors=AS_IT_IS)
     for line in filter(None, (text.rstrip("\r\n") for text in sys.stdin)):
@@ -130,13 +130,13 @@ def _listed() -> Iterator[str]:
 
 
 def names_of(classes: str) -> tuple[str, ...]:
-    """From a comma list or a file."""
+    """Class names, from a comma list or a file."""
     path = Path(classes).expanduser()
     return read_names(str(path.absolute()) if classes and "," not in classes and path.is_file() else classes)
 
 
 def _of_features(options: PredictOptions, place: str) -> tuple[Rows, int, int]:
-    """The same of stored features: no CLIP is needed."""
+    """As `_of_images`, for stored features: no CLIP is needed."""
     for name in ("classes", "prompt", "model", "precision"):
         if getattr(options, name) not in ("", "auto"):
             raise UserError(f"--{name}: stored features have their own; leave it out, or name the images")
@@ -150,7 +150,7 @@ def _of_features(options: PredictOptions, place: str) -> tuple[Rows, int, int]:
 
 
 def _of_rows(examples: dict[str, Examples], folder: FeatureFolder, learnt: Learnt, top: int) -> Rows:
-    """A row is called by its domain and its number there."""
+    """The predictions of all rows; a row is named by its domain and number."""
     names = folder.vocabulary.class_names
     for domain, own in examples.items():
         probabilities, numbers = likeliest(learnt.adapter, own, folder.classes.ready(), top)
@@ -160,7 +160,7 @@ def _of_rows(examples: dict[str, Examples], folder: FeatureFolder, learnt: Learn
 
 @torch.no_grad()
 def likeliest(adapter: Adapter | None, examples: Examples, classes: Classes, top: int) -> tuple[Tensor, Tensor]:
-    """For each example the greatest probabilities and the numbers of their classes."""
+    """The greatest probabilities of each example, and the numbers of their classes."""
     count, top = len(examples.labels), min(top, len(classes.text))
     parts = [
         logits_of(adapter, examples.rows(slice(row, row + PART)).ready(), classes).softmax(dim=1).topk(top, dim=1)
@@ -172,7 +172,7 @@ def likeliest(adapter: Adapter | None, examples: Examples, classes: Classes, top
 
 
 def _lines(file: TextIO, top: int, as_json: bool) -> Callable[[str, Prediction | None], None]:
-    """Writes a line for an image: as JSON, or as CSV below a line of headings."""
+    """A function that writes an image's line: as JSON, or as CSV below a header."""
     error = "can't be read"
 
     def json_line(name: str, found: Prediction | None) -> None:

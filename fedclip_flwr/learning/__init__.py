@@ -1,6 +1,6 @@
 """Tensors in, tensors out: adapters, recipes, training, the selection of rounds, metrics.
 
-Knows nothing of files, of CLIP or of Flower. May import: base.
+Independent of files, of CLIP and of Flower. May import: base.
 """
 
 from fedclip_flwr.learning.adapters import Adapter, make_adapter

@@ -1,11 +1,11 @@
 """The trainable part: a small network that reweights the features of a frozen CLIP.
 
 `attention` is FedCLIP's (arXiv 2302.13485): Linear → Tanh → Linear → Softmax, multiplied into the feature, which is
-then brought to unit length. Deviations: with `identity=True` the last layer starts at zero, so that the first
-prediction is exactly zero-shot (the paper starts from random weights, which is only next to it); with a `length`,
-features are brought to that length before the network sees them (the paper takes them as CLIP gives them).
+then scaled to unit length. Deviations: with `identity=True` the last layer starts at zero, so that the first
+prediction is exactly zero-shot (the paper starts from random weights, which is only close to it); with a `length`,
+features are scaled to that length before the network sees them (the paper takes them as CLIP gives them).
 
-`gate` does the same through a few dimensions, `scale` is one number for each dimension.
+`gate` has a low-rank network in its place, `scale` has one number for each dimension.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fedclip_flwr.learning.recipes import length_of
 
 
 class Adapter(Learner, ABC):
-    """Takes features [N, dim] as CLIP gives them, gives adapted features of unit length.
+    """Maps features [N, dim] as CLIP gives them to adapted features of unit length.
 
-    `blend` is the share of the adapted feature in the result. Its network sees features of that `length`; with 0, of
-    the length that they have.
+    `blend` is the share of the adapted feature in the result. `length` is the length to which features are scaled for
+    the network; 0 leaves them as they are.
     """
 
     length = 1.0
@@ -38,10 +38,10 @@ class Adapter(Learner, ABC):
 
     @abstractmethod
     def weigh(self, features: Tensor) -> Tensor:
-        """What each dimension is multiplied by, for features as `scaled` gives them."""
+        """The factor for each dimension, given features from `scaled`."""
 
     def scaled(self, features: Tensor) -> Tensor:
-        """Features of the length that the network sees."""
+        """The features with the length that the network sees."""
         if not self.length:
             return features
         unit = F.normalize(features, dim=-1)
@@ -57,7 +57,7 @@ class Adapter(Learner, ABC):
 
 
 def _two_layers(dim: int, hidden: int, identity: bool) -> tuple[nn.Linear, nn.Linear]:
-    """Down and up again; with `identity` the second layer answers zero."""
+    """A layer to `hidden` dimensions and one back; with `identity` the second one starts at zero."""
     inner, outer = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
     if identity:
         nn.init.zeros_(outer.weight)
@@ -66,7 +66,7 @@ def _two_layers(dim: int, hidden: int, identity: bool) -> tuple[nn.Linear, nn.Li
 
 
 class Attention(Adapter):
-    """The paper's: 2·(dim² + dim) parameters in four tensors."""
+    """The paper's adapter: 2·(dim² + dim) parameters in four tensors."""
 
     def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
         super().__init__(blend)
@@ -77,7 +77,7 @@ class Attention(Adapter):
 
 
 class Gate(Adapter):
-    """Low rank: 2·dim·rank + rank + dim parameters; each weight is 1 + tanh of its input's answer."""
+    """Low rank: 2·dim·rank + rank + dim parameters; each factor is 1 + tanh of the network's output."""
 
     def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
         super().__init__(blend)
@@ -88,7 +88,7 @@ class Gate(Adapter):
 
 
 class Scale(Adapter):
-    """Diagonal: dim parameters in one tensor, the same weights for every feature."""
+    """Diagonal: dim parameters in one tensor, with the same factors for every feature."""
 
     def __init__(self, dim: int, rank: int, blend: float, identity: bool) -> None:
         super().__init__(blend)
@@ -103,7 +103,7 @@ ADAPTERS: dict[str, Callable[[int, int, float, bool], Adapter]] = {
     "gate": Gate,
     "scale": Scale,
 }
-"""By the names in `base/kinds.py`; each is made of the features' dimension, the rank, the blend and the start."""
+"""The classes by their names in `base/kinds.py`; each takes dimension, rank, blend and identity."""
 
 
 def make_adapter(
@@ -116,7 +116,7 @@ def make_adapter(
     identity: bool = True,
     seed: int = 0,
 ) -> Adapter:
-    """A new adapter whose random weights follow from the seed alone."""
+    """A new adapter whose random weights depend only on the seed."""
     if kind not in ADAPTERS:
         raise UserError(f"adapter = {kind!r}: expected one of {', '.join(ADAPTERS)}")
     with torch.random.fork_rng(devices=()):
@@ -127,7 +127,7 @@ def make_adapter(
 
 
 def blank_adapter(kind: str, dim: int, *, rank: int, blend: float, length: float) -> Adapter:
-    """One without numbers, into which a state is to be put with `assign=True`: random ones would take a while."""
+    """An adapter on the meta device, to be loaded with `assign=True`; it skips the slow random initialisation."""
     with torch.device("meta"):
         adapter = ADAPTERS[kind](dim, rank, blend, False)
     adapter.length = length
@@ -136,7 +136,7 @@ def blank_adapter(kind: str, dim: int, *, rank: int, blend: float, length: float
 
 @lru_cache
 def tensor_names(kind: str) -> frozenset[str]:
-    """The tensors that an adapter of that kind consists of."""
+    """The names of the tensors of an adapter of that kind."""
     return frozenset(make_adapter(kind, 1, rank=1).state_dict())
 
 

@@ -1,4 +1,4 @@
-"""What training works on: examples, the classes to compare them with, and a module that learns."""
+"""The inputs of training: examples, the classes to compare them with, and a module that learns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 
 class Examples(NamedTuple):
-    """Images and the numbers of their classes [N].
+    """Images and their class numbers [N].
 
-    Images are features [N, dim] as CLIP gives them, or pixels [N, 3, height, width] in bytes.
+    Images are features [N, dim] as CLIP gives them, or pixels [N, 3, height, width] in bytes (uint8).
     """
 
     features: Tensor
@@ -22,7 +22,7 @@ class Examples(NamedTuple):
         return Examples(self.features[rows], self.labels[rows])
 
     def ready(self, device: str | torch.device = "cpu") -> Examples:
-        """As learning takes them, on the device: features in float32, pixels as they are."""
+        """The examples ready for training on the device: features in float32, pixels unchanged."""
         features = self.features.to(device)
         if features.dtype != torch.uint8:
             features = features.float()
@@ -30,7 +30,7 @@ class Examples(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """What images are compared with: a feature for each class [C, dim], the logits' scale and bias."""
+    """The text features of the classes [C, dim], with the logits' scale and bias."""
 
     text: Tensor
     scale: float | Tensor
@@ -48,15 +48,15 @@ class Classes(NamedTuple):
 
 
 class Learner(nn.Module):
-    """What is trained and sent: its state is exactly the tensors that travel. Called, it gives features of unit length.
+    """The module that is trained and sent: its state is exactly the tensors that travel.
 
-    It takes features (an adapter) or pixels (the whole model).
+    It maps features (an adapter) or pixels (the whole model) to features of unit length.
     """
 
     def against(self, classes: Classes) -> Classes:
-        """What its features are compared with; an adapter changes nothing there."""
+        """The classes to compare its features with; an adapter returns them unchanged."""
         return classes
 
     def on_cpu(self) -> dict[str, Tensor]:
-        """A copy of its state as states travel: there, wherever it computes."""
+        """A copy of its state on the CPU, whatever its own device is: states travel from there."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in self.state_dict().items()}

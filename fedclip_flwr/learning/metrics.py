@@ -1,4 +1,4 @@
-"""How good predictions are. All of it follows from counts and sums, so that sites need not send more.
+"""Metrics of predictions. All follow from counts and sums, so that sites send nothing else.
 
 Definitions are those of scikit-learn: balanced accuracy is the mean recall of the classes that have examples; macro F1
 is the mean over the classes that have examples or predictions. The expected calibration error is that of Guo et al.
@@ -20,7 +20,7 @@ BINS = 15
 
 
 class Score(NamedTuple):
-    """Counts and sums of an evaluation; scores of several sites can be added up."""
+    """Counts and sums of an evaluation; scores of several sites can be added."""
 
     examples: int
     correct: int
@@ -32,7 +32,7 @@ class Score(NamedTuple):
 
 
 class ClassCounts(NamedTuple):
-    """For each class: its examples, how many of them were recognised, and how often it was predicted."""
+    """For each class: its examples, how many of them are correct, and how often it was predicted."""
 
     examples: list[int]
     correct: list[int]
@@ -40,16 +40,16 @@ class ClassCounts(NamedTuple):
 
     @property
     def recalls(self) -> list[float | None]:
-        """The share of each class that was recognised."""
+        """The recall of each class; None without examples."""
         return [c / n if n else None for n, c in zip(self.examples, self.correct, strict=True)]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """All that is reported of test predictions.
+    """All reported metrics of test predictions.
 
-    `gaps` has for each bin of confidence the sum of the confidences less the number of right answers. `classes` is
-    there only where it may be known.
+    `gaps` has, for each bin of confidence, the sum of the confidences minus the number of correct predictions.
+    `classes` is None where counts by class may not be known.
     """
 
     score: Score
@@ -64,11 +64,11 @@ class Quality:
 
     @property
     def calibration_error(self) -> float:
-        """The bins' distances of confidence from accuracy, each weighted by its share of the examples."""
+        """The mean distance between confidence and accuracy over the bins, weighted by their examples."""
         return sum(map(abs, self.gaps)) / max(self.score.examples, 1)
 
     def figures(self) -> dict[str, float]:
-        """By name, as fractions; empty without examples."""
+        """The metrics by name, as fractions; empty without examples."""
         if self.accuracy is None:
             return {}
         return {
@@ -85,18 +85,18 @@ def score_of(logits: Tensor, labels: Tensor) -> Score:
 
 
 def quality_of(logits: Tensor, labels: Tensor) -> Quality:
-    found = logits.argmax(dim=1)
-    right = found == labels
+    predicted = logits.argmax(dim=1)
+    correct = predicted == labels
     many = logits.shape[1]
-    counts = ClassCounts(*(torch.bincount(of, minlength=many).tolist() for of in (labels, labels[right], found)))
+    counts = ClassCounts(*(torch.bincount(of, minlength=many).tolist() for of in (labels, labels[correct], predicted)))
     confidence = logits.softmax(dim=1).amax(dim=1).double()
     gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device)
-    gaps.index_add_(0, bins_of(confidence), confidence - right.double())
+    gaps.index_add_(0, bins_of(confidence), confidence - correct.double())
     return Quality(score_of(logits, labels), balanced_accuracy(counts), macro_f1(counts), gaps.tolist(), counts)
 
 
 def bins_of(confidence: Tensor) -> Tensor:
-    """The number of the bin that each confidence is in; as with Guo et al., a bin includes its upper end."""
+    """The bin number of each confidence; as in Guo et al., a bin includes its upper end."""
     return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
 
 
@@ -110,25 +110,25 @@ def macro_f1(counts: ClassCounts) -> float:
 
 
 def mean_accuracy(scores: Iterable[Score | Quality]) -> float | None:
-    """The mean over those sites that have examples, each counting the same."""
+    """The mean accuracy over the sites that have examples, with equal weights."""
     return mean_of(score.accuracy for score in scores if score.accuracy is not None)
 
 
 def mean_figures(qualities: Iterable[Quality]) -> dict[str, float]:
-    """Each figure's mean over those sites that have examples."""
+    """The mean of each metric over the sites that have examples."""
     known = [figures for quality in qualities if (figures := quality.figures())]
     return {name: math.fsum(f[name] for f in known) / len(known) for name in (known[0] if known else ())}
 
 
 def mean_of(values: Iterable[float]) -> float | None:
     known = list(values)
-    return math.fsum(known) / len(known) if known else None  # in whatever order they come
+    return math.fsum(known) / len(known) if known else None  # fsum: exact in any order
 
 
 def gain(later: Mapping[str, Score], before: Mapping[str, Score], most: float = 1.0) -> float | None:
-    """By how much accuracy is better later: the mean over the sites that have examples both times.
+    """How much higher the later accuracy is: the mean over the sites that have examples both times.
 
-    Each site's own gain or loss counts for at most so much: what single ones claim then decides little.
+    Each site's own gain or loss counts for at most `most`, so that no single site decides.
     """
     return mean_of(
         max(-most, min(most, new - old))
@@ -138,9 +138,9 @@ def gain(later: Mapping[str, Score], before: Mapping[str, Score], most: float = 
 
 
 def loss_votes(later: Mapping[str, Score], before: Mapping[str, Score]) -> int:
-    """At how many more sites the mean loss is lower later than it is higher, of those with examples both times.
+    """The number of sites whose mean loss is lower later, minus those where it is higher.
 
-    Each site has one vote, whatever losses it claims. Losses that differ by rounding only are equal.
+    Sites with examples both times have one vote each, whatever losses they claim. Rounding differences do not count.
     """
     votes = 0
     for site in later.keys() & before.keys():

@@ -1,4 +1,4 @@
-"""The recipes: loss, learning rates, and how a round is selected."""
+"""The recipes: loss, learning rates, and rules for selecting a round."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def contrastive_loss(features: Tensor, labels: Tensor, classes: Classes) -> Tens
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a site learns."""
+    """How a site trains, and how a round is selected."""
 
     loss: Callable[[Tensor, Tensor, Classes], Tensor]
     learning_rate: Mapping[str, float]  # for each kind of adapter, and for the whole model
     weight_decay: float
     prompt: str
     first_choice: int = 0  # the first round that may be selected
-    most_gain: float = 0.05  # of accuracy at a site, that counts when rounds are compared
-    loss_breaks_ties: bool = True  # else the first of equally accurate rounds is selected
+    most_gain: float = 0.05  # the most accuracy gained at a site that counts when rounds are compared
+    loss_breaks_ties: bool = True  # if False, the first of equally accurate rounds is selected
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    width: int | None = None  # the dimension that the rates of wide adapters are meant for
-    steps: int = 1  # an epoch of fewer takes steps that are as many times larger
+    width: int | None = None  # the dimension that the rates of wide adapters are for
+    steps: int = 1  # an epoch with fewer steps takes proportionally larger ones
     length: float = 1.0  # of features as the adapter's network sees them; 0: as CLIP gives them
 
     def rate(self, kind: str, dim: int, steps: int) -> float:
-        """The learning rate for so many steps an epoch.
+        """The learning rate for this many steps per epoch.
 
-        Adam moves each number by about the rate in each step: a layer that is wider takes steps that are as many times
-        smaller, and a site with few steps takes larger ones, so that its adapter too gets somewhere in a round.
+        Adam moves each number by about the rate in each step. So wider layers take proportionally smaller steps, and
+        sites with few steps take larger ones, so that their adapters make progress in a round, too.
         """
         rate = self.learning_rate[kind]
         if kind == "full-model":
@@ -81,12 +81,12 @@ RECIPES = {
 
 
 def length_of(settings: Settings) -> float:
-    """To what length the adapter brings features before its network sees them; 0 to none."""
+    """The length to which features are scaled for the adapter's network; 0 leaves them as they are."""
     return settings.feature_norm or RECIPES[settings.recipe].length
 
 
 def learning_rate(settings: Settings, dim: int, examples: int) -> float:
-    """The rate that the settings ask for, or else the recipe's own for a site with so many examples."""
+    """The learning rate from the settings, or by default the recipe's for a site with this many examples."""
     kind = settings.adapter if settings.method == "adapter" else settings.method
     steps = -(-examples // settings.batch_size)
     return settings.learning_rate or RECIPES[settings.recipe].rate(kind, dim, steps)

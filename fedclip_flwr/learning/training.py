@@ -1,12 +1,12 @@
-"""Training and evaluating what learns, mostly an adapter on stored features: tensors in, tensors out.
+"""Training and evaluation of a learner, mostly an adapter on stored features: tensors in, tensors out.
 
 The recipe `paper` follows FedCLIP (arXiv 2302.13485) and its released code: symmetric contrastive loss within the
 batch, in which two images of one class count as each other's negatives; Adam with L2 decay 0.2; a new optimizer every
-round; a batch of one skipped; splits of 60/20/20, each rounded down; of the trained rounds the one with the best mean
-validation accuracy. Deviation: prompts name a class with spaces where its folder has underscores.
+round; a batch of one is skipped; splits of 60/20/20, each rounded down; the trained round with the best mean
+validation accuracy is selected. Deviation: prompts name a class with spaces where its folder has underscores.
 
 The recipe `default` is cross-entropy over all class prompts without decay, from an exact identity; zero-shot takes part
-in the selection, so that by that measure no result is worse there. Of rounds with equal accuracy, the one with lower
+in the selection, so that no result is worse in validation. Of rounds with equal accuracy, the one with lower
 validation loss at more sites is selected.
 """
 
@@ -26,7 +26,7 @@ from fedclip_flwr.learning.recipes import Recipe
 
 
 def split(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows for training, validation and test: shuffled, then 60, 20 and 20 %, rounded down; a single row trains."""
+    """Shuffled rows for training, validation and test: 60, 20 and 20 %, rounded down; a single row is for training."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     train, part = max(count * 3 // 5, min(count, 1)), count // 5
     return order[:train], order[train : train + part], order[train + part : train + 2 * part]
@@ -44,10 +44,10 @@ def train(
     proximal: float = 0.0,
     seed: int = 0,
 ) -> float:
-    """Trains in place with a new Adam; the mean loss of an example over all epochs (0.0 without any).
+    """Trains in place with a new Adam; returns the mean loss per example over all epochs (0.0 without any).
 
-    `proximal` is FedProx's μ (arXiv 1812.06127): μ/2 times the squared distance from the start is added to what is
-    minimised, though not to the loss that is returned.
+    `proximal` is FedProx's μ (arXiv 1812.06127): μ/2 times the squared distance from the start is added to the
+    objective, but not to the returned loss.
     """
     parameters: list[Tensor] = list(learner.parameters())
     start = [p.detach().clone() for p in parameters] if proximal else []
@@ -90,19 +90,19 @@ def train(
 
 @torch.no_grad()
 def logits_of(learner: Learner | None, examples: Examples, classes: Classes) -> Tensor:
-    """What the learner's features (without one: CLIP's own) say of each class."""
+    """The logits of each class, from the learner's features, or from CLIP's own without a learner."""
     if learner is None:
         return classes.logits(F.normalize(examples.features, dim=-1))
     return learner.against(classes).logits(learner(examples.features))
 
 
 def evaluate(learner: Learner | None, examples: Examples, classes: Classes) -> Score:
-    """How well the features find their class."""
+    """The score of the learner's features, or of CLIP's own (zero-shot) without a learner."""
     return score_of(logits_of(learner, examples, classes), examples.labels)
 
 
 def examine(learner: Learner | None, examples: Examples, classes: Classes) -> Quality:
-    """The same with all figures that are reported of tests."""
+    """Like `evaluate`, with all metrics that are reported of tests."""
     return quality_of(logits_of(learner, examples, classes), examples.labels)
 
 
@@ -118,20 +118,20 @@ def personalize(
     batch_size: int = 32,
     seed: int = 0,
 ) -> int:
-    """Goes on training alone and leaves the adapter as it was after the epoch with the least validation loss.
+    """Trains the adapter further at one site, and keeps the epoch with the lowest validation loss.
 
-    That epoch is returned: 0 is the adapter as it came, which is kept where nothing is better or can be compared. (By
-    loss, not by accuracy: a site's few validation images leave many epochs with the same accuracy.)
+    Returns that epoch; 0 is the unchanged adapter, which is kept if no epoch is better or nothing can be compared. (By
+    loss, not by accuracy: with a site's few validation images, many epochs have the same accuracy.)
     """
     if not len(validation.labels):
         return 0
     best, state = 0, copy.deepcopy(adapter.state_dict())
-    least = evaluate(adapter, validation, classes).loss
+    lowest = evaluate(adapter, validation, classes).loss
     for epoch in range(1, epochs + 1):
-        one = seed_of(seed, "epoch", epoch)
-        train(adapter, examples, classes, recipe, learning_rate=learning_rate, batch_size=batch_size, seed=one)
-        found = evaluate(adapter, validation, classes).loss
-        if found < least:
-            best, least, state = epoch, found, copy.deepcopy(adapter.state_dict())
+        own = seed_of(seed, "epoch", epoch)
+        train(adapter, examples, classes, recipe, learning_rate=learning_rate, batch_size=batch_size, seed=own)
+        loss = evaluate(adapter, validation, classes).loss
+        if loss < lowest:
+            best, lowest, state = epoch, loss, copy.deepcopy(adapter.state_dict())
     adapter.load_state_dict(state)
     return best

@@ -1,4 +1,4 @@
-"""Federations started and looked after: simulation, runs on a SuperLink, keys, doctor, what would leave a site.
+"""Federations started and maintained: simulation, runs on a SuperLink, keys, doctor, `--show-outgoing`.
 
 May import everything up to report.
 """

@@ -1,4 +1,4 @@
-"""The command `fedclip clean`: shows what is kept in FEDCLIP_HOME and can be made again, and removes what is chosen."""
+"""The command `fedclip clean`: shows stored files in FEDCLIP_HOME that can be made again, and removes chosen ones."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from fedclip_flwr.base.errors import shown
 from fedclip_flwr.base.text import bytes_of, counted, some, table
 
 RECENT = 2 * DAY
-"""Used within so many seconds, what belongs to a run may be in use: its last use is known to the day."""
+"""Seconds since the last use within which a run's files may be in use: last uses are known to the day."""
 MOST_DAYS = 36_500
 
 
 class Kind(NamedTuple):
-    """Something that is kept: where below FEDCLIP_HOME, which files belong together, and what to call them."""
+    """A kind of stored files: their place below FEDCLIP_HOME, which of them belong together, and their description."""
 
     place: str
     item: Callable[[PurePath], str | None]
-    """The name of what a file is a part of; the path is below `place`. None: it is left alone."""
+    """The name of the item that a file belongs to, given its path below `place`; None: the file is left alone."""
     what: Callable[[Path, str], str]
-    """What that is, in the folder `place`."""
+    """The description of an item, in the folder `place`."""
     locked: bool = False
-    """Whether it is an entry of the store, with a lock of its own."""
+    """True for entries of the store, which have their own locks."""
     results: bool = False
-    """Whether nobody could make it again."""
+    """True if it can't be made again."""
 
 
 class Item(NamedTuple):
-    """Files that are kept and removed together."""
+    """Files that are removed together."""
 
     kind: str
     name: str
@@ -53,18 +53,18 @@ class Item(NamedTuple):
 
 
 def _remembered(path: PurePath) -> str | None:
-    """What `content.remember` has written, or half written."""
-    return path.name if len(path.parts) == 1 and content.GOES.fullmatch(path.name) else None
+    """The item of a file that `content.remember` has written, complete or partial."""
+    return path.name if len(path.parts) == 1 and content.PRUNABLE.fullmatch(path.name) else None
 
 
 def _entry(path: PurePath) -> str | None:
-    """The entry of the store to which a file belongs, with its lock and what is left of its making."""
+    """The entry of the store that a file belongs to: its tensors, its lock, or a partial file."""
     found = re.fullmatch(r"\.?(.+?\.safetensors)(\.lock|\.part|\.journal|\.[0-9a-f]{16})?", path.name)
     return str(path.with_name(found[1])) if found else None
 
 
 def _by_model(place: Path, name: str) -> str:
-    """The model by its name, where that is known, and the precision."""
+    """The model's name, or its hash if that is unknown, and the precision."""
     folder = Path(name).parent.name
     mark, _, precision = folder.rpartition("-")
     return f"{_model_in(place / folder) or mark[:12]}, {precision}"
@@ -109,9 +109,9 @@ KINDS = {
 def clean(
     kinds: Sequence[str], days: int | None, ask: Callable[[str], bool] | None, say: Callable[[str], object]
 ) -> None:
-    """Shows what there is, asks about each kind, and removes what it may; without `ask` nothing is removed.
+    """Shows what is stored, asks about each kind, and removes what is confirmed; without `ask` it removes nothing.
 
-    Without `kinds`, it is about all that can be made again; with `days`, about what was not used for so long.
+    Without `kinds`, it covers all that can be made again; with `days`, only what was not used for that long.
     """
     if unknown := sorted({*kinds} - {*KINDS}):
         raise UserError(f"{unknown[0]!r}: expected some of {', '.join(KINDS)}")
@@ -123,21 +123,21 @@ def clean(
     before = math.inf if days is None else now - days * DAY
     items = [item for name in chosen if name not in linked for item in _items(home, name) if item.used <= before]
     for name in linked:
-        say(f"{home / KINDS[name].place} is behind a link and is left alone: remove what is there by hand.")
-    left = [] if kinds else [name for name, kind in KINDS.items() if kind.results and (home / kind.place).is_dir()]
-    hint = "".join(f" {home / KINDS[name].place} is not looked at unless {name} is named." for name in left)
+        say(f"{home / KINDS[name].place} is behind a link and is left alone: remove its files by hand.")
+    unnamed = [] if kinds else [name for name, kind in KINDS.items() if kind.results and (home / kind.place).is_dir()]
+    hint = "".join(f" {home / KINDS[name].place} is only cleaned if you name {name}." for name in unnamed)
     if not items:
         unused = "" if days is None else f" that was not used for {counted(days, 'day')}"
         say(f"There is nothing to remove in {home}{unused}.{hint}")
         return
     say(_table(items, now))
     busy = {item for item in items if _may_be_in_use(item, now)}
-    some_stay = f" {_amount(busy)} of it may be in use by a run and stay." if busy else ""
+    some_stay = f" {_amount(busy)} may be in use by a run and are kept." if busy else ""
     say(f"{_amount(items)} in {home}.{some_stay}{hint}")
     free = [item for item in items if item not in busy]
     if ask is None:
         if free:
-            say("Nothing was removed, for there is no terminal to ask on: with --yes it is removed without a question.")
+            say("Nothing was removed: there is no terminal to ask on. Use --yes to remove without asking.")
         return
     wanted: list[Item] = []
     for name, group in groupby(free, lambda item: item.kind):
@@ -149,7 +149,7 @@ def clean(
 
 
 def _items(home: Path, name: str) -> list[Item]:
-    """What there is of that kind, the longest unused first."""
+    """The items of that kind, the longest unused first."""
     kind, place = KINDS[name], home / KINDS[name].place
     found: dict[str, list[tuple[Path, os.stat_result]]] = {}
     for path, facts in tqdm(_files(place), desc=f"looking at {name}", unit=" files", delay=2, leave=False):
@@ -158,7 +158,7 @@ def _items(home: Path, name: str) -> list[Item]:
     items = []
     for of, members in found.items():
         own = [(path, facts) for path, facts in members if not (kind.locked and path.suffix == ".lock")]
-        if own:  # a lock is none: another process may be waiting for it
+        if own:  # a lock alone is no item: another process may be waiting for it
             size = sum(facts.st_size for _, facts in own)
             used = max(facts.st_mtime for _, facts in members)
             items.append(Item(name, of, kind.what(place, of), tuple(path for path, _ in own), size, used))
@@ -177,16 +177,16 @@ def _files(place: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 def _raise(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
-        raise UserError(f"{error.filename} can't be looked into ({error.strerror}): let this user read it") from None
+        raise UserError(f"{error.filename} can't be read ({error.strerror}): let this user read it") from None
 
 
 def _leads_away(home: Path, place: str) -> bool:
-    """Whether a link leads from there to somewhere else."""
+    """True if a link leads from that place to another."""
     return (home / place).resolve() != home.resolve() / place
 
 
 def _may_be_in_use(item: Item, now: float) -> bool:
-    """What nobody locks: of a run that may be under way, or half-written."""
+    """True if it was used recently, has no lock, and belongs to a run or is partial."""
     return (item.kind == "exchange" or item.name.startswith(("session-", "."))) and now - item.used < RECENT
 
 
@@ -218,14 +218,13 @@ def _remove(home: Path, items: Sequence[Item], say: Callable[[str], object]) -> 
             (removed if _removed(home, item) else busy).append(item)
         except OSError as error:
             failed.append(f"{error.filename} ({error.strerror})")
-    told = f"Removed {_amount(removed)}."
-    say(told + (f" {_amount(busy)} are in use and stay." if busy else ""))
+    say(f"Removed {_amount(removed)}." + (f" {_amount(busy)} are in use and are kept." if busy else ""))
     if failed:
         raise UserError(f"these can't be removed: {some(failed, 3)}; let this user write to their folders")
 
 
 def _removed(home: Path, item: Item) -> bool:
-    """Whether the item is gone: not if it is in use, or was used since it was listed."""
+    """Removes the item; False if it is in use, or was used since it was listed."""
     kind, place = KINDS[item.kind], home / KINDS[item.kind].place
     lock = place / f"{item.name}.lock"
     with contextlib.ExitStack() as stack:
@@ -247,7 +246,7 @@ def _removed(home: Path, item: Item) -> bool:
 
 
 def _time(path: Path) -> float:
-    """When the file was written or marked as used; 0 if it is not there."""
+    """The time when the file was written or marked as used; 0 if it does not exist."""
     try:
         return path.lstat().st_mtime
     except FileNotFoundError:

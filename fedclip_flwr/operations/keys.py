@@ -1,7 +1,7 @@
 """The keys of real sites: a certificate authority, the server's certificate, and a key pair for each site.
 
-A folder for each machine, to be carried there whole. Nothing is ever overwritten, and what can be derived from a key
-is made from the one on disk: a call that was cut off goes on when it is given again.
+There is one folder for each machine, to be copied there as a whole. Nothing is ever overwritten, and everything derived
+from a key is made from the key on disk: the same command completes an interrupted one.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from fedclip_flwr.operations.certificates import names_of
 
 CA_DAYS, SERVER_DAYS = 3650, 825
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-"""Always among the server's names: whoever administers it speaks to it there."""
+"""Always among the server's names: its administrator connects there."""
 LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 Key = ec.EllipticCurvePrivateKey
 
 
 def make(folder: Path, server: str = "", sites: Sequence[str] = (), days: int | None = None) -> str:
-    """Makes what is not there yet; what is in which folder now, and what to do with it."""
+    """Makes what does not exist yet; returns what is in which folder, and what to do next."""
     names = read_names(server) if server else ()
     for site in sites:
         if content.file_name(site) != site or site.startswith("-") or not site:
-            raise UserError(f"--site {site!r}: expected a name of letters, digits, dots, - and _ that a file may have")
+            raise UserError(f"--site {site!r}: expected a name of letters, digits, dots, - and _, valid for a file")
     if not names and not sites:
         raise UserError("nothing to make: name the server with --server, or a site with --site")
     if days is not None and not (names and 1 <= days <= CA_DAYS):
-        raise UserError(f"--days {days}: expected 1 to {CA_DAYS}, together with --server, whose certificate it is")
+        raise UserError(f"--days {days}: expected 1 to {CA_DAYS}, together with --server, for its certificate")
     store = KeyStore(folder)
     if names:
         store.serve(names, SERVER_DAYS if days is None else days)
     for site in dict.fromkeys(sites):
         store.add(site)
-    return store.told()
+    return store.report()
 
 
 def read_names(text: str) -> tuple[str, ...]:
-    """The server's names and addresses, as a certificate has them, from a list with commas."""
+    """The server's names and addresses for its certificate, from a comma list."""
     return tuple(dict.fromkeys([*(_name(part.strip()) for part in text.split(",")), *LOOPBACK]))
 
 
@@ -73,12 +73,12 @@ def _name(text: str) -> str:
             return str(address)
     raise UserError(
         f"--server {text!r}: expected the name or IP address by which sites reach it, without a port, such as "
-        "fl.example.org or 10.0.0.5; several with commas"
+        "fl.example.org or 10.0.0.5; separate several with commas"
     )
 
 
 class KeyStore:
-    """The folder of all keys, and what a call has made in it or found there."""
+    """The folder of all keys, and which files this call has made or found there."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.expanduser()
@@ -87,38 +87,38 @@ class KeyStore:
         self._ca, self._server, self._sites = (self._root / name for name in ("ca", "server", "sites"))
 
     def serve(self, names: Sequence[str], days: int) -> None:
-        """The authority, and a certificate for a server of these names."""
+        """Makes the authority, and a certificate for a server with these names."""
         certificate = self._server / "server.crt"
         if _there(certificate):
             _check_names(certificate, names)  # before anything is made
         if _there(self._ca / "ca.crt") and not _there(self._ca / "ca.key"):
-            raise UserError(f"{self._ca / 'ca.key'} is not there, which signs certificates: bring it back")
+            raise UserError(f"{self._ca / 'ca.key'} is missing, and it signs certificates: bring it back")
         ca_key = self._key(self._ca / "ca.key")
         ca = _certificate(self._ca / "ca.crt", self._put(self._ca / "ca.crt", lambda: _authority(ca_key)))
         if ca.public_key() != ca_key.public_key():
-            raise UserError(f"{self._ca / 'ca.crt'} is of another key than ca.key beside it: bring the right one back")
+            raise UserError(f"{self._ca / 'ca.crt'} belongs to another key than ca.key beside it: restore it")
         key = self._key(self._server / "server.key")
         made = self._put(certificate, lambda: _served(key, names, ca, ca_key, days))
         _check_server(certificate, made, key, ca)
         self._copy(self._ca / "ca.crt", self._server / "ca.crt")
 
     def add(self, site: str) -> None:
-        """A site's key pair, and copies of what is for others or from others, where the authority is here."""
+        """Makes a site's key pair; if the authority is here, also the copies that site and server need."""
         folder = self._sites / site
         key = self._key(folder / "node.key", ssh=True)
         public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         own = self._put(folder / "node.pub", lambda: public + f" {site}\n".encode())
         if own.split()[:2] != public.split():
-            raise UserError(f"{folder / 'node.pub'} is of another key than node.key beside it: move it away")
+            raise UserError(f"{folder / 'node.pub'} belongs to another key than node.key beside it: move it away")
         if _there(self._ca / "ca.crt"):
             self._copy(self._ca / "ca.crt", folder / "ca.crt")
             self._copy(folder / "node.pub", self._server / f"{site}.pub")
 
-    def told(self) -> str:
-        """What is where, and what to do next."""
-        goes = {self._ca: "nowhere: ca.key signs certificates", self._server: "the server"}
+    def report(self) -> str:
+        """The folders, what is in them, and what to do next."""
+        goes = {self._ca: "stays here: ca.key signs certificates", self._server: "the server"}
         secrets = {self._ca: "ca.key", self._server: "server.key"}
-        rows = [("folder", "goes to", "secret", "made now", "was there, kept")]
+        rows = [("folder", "goes to", "secret", "made now", "existed, kept")]
         for folder in dict.fromkeys((*self._made, *self._kept)):
             made, kept = (", ".join(done.get(folder, ())) or "–" for done in (self._made, self._kept))
             place = goes.get(folder, f"site {folder.name}")
@@ -139,7 +139,7 @@ class KeyStore:
                 "CONNECTION, and gives you ca.crt. node.key stays on this machine. Then start the site:",
                 *start,
             ]
-        lines = ["Next: bring each folder to its machine; what is secret is for no one else."]
+        lines = ["Next: bring each folder to its machine; keep the secret files secret."]
         path = self._server / "server.crt"
         if {self._server} & {*self._made, *self._kept} and _there(path):
             certificate = _certificate(path, _read(path))
@@ -153,7 +153,7 @@ class KeyStore:
         return [*lines, "Start a site:", *start]
 
     def _key(self, path: Path, *, ssh: bool = False) -> Key:
-        """The private key in that file: for nodes as OpenSSH writes it, which is what Flower reads."""
+        """The private key in that file, made if missing; `ssh`: in OpenSSH's format, which Flower needs for nodes."""
         form = PrivateFormat.OpenSSH if ssh else PrivateFormat.PKCS8
         data = self._put(
             path,
@@ -165,31 +165,31 @@ class KeyStore:
         except (TypeError, ValueError, UnsupportedAlgorithm):
             key = None
         if not isinstance(key, Key):
-            raise UserError(f"{path} is no ECDSA key without a passphrase: move it away and run again")
+            raise UserError(f"{path} is not an ECDSA key without a passphrase: move it away and run again")
         return key
 
     def _copy(self, origin: Path, to: Path) -> None:
         data = _read(origin)
         if self._put(to, lambda: data) != data:
-            raise UserError(f"{to} is another one than {origin}: move it away and run again")
+            raise UserError(f"{to} differs from {origin}: move it away and run again")
 
     def _put(self, path: Path, make: Callable[[], bytes], mode: int = 0o644) -> bytes:
-        """What the file holds, which is made if it is not there."""
+        """The file's content; makes the file if it does not exist."""
         there = _there(path)
         if not there:
             for folder in (self._root, path.parent.parent, path.parent):
                 files.make_folder(folder, "DIR", 0o700)
-            files.write_whole(path, partial(_write, make(), mode), "DIR", os.link)
+            files.write_atomic(path, partial(_write, make(), mode), "DIR", os.link)
         (self._kept if there else self._made).setdefault(path.parent, []).append(path.name)
         return _read(path)
 
 
 def _there(path: Path) -> bool:
-    return os.path.exists(path)  # and no error where the folder belongs to somebody else
+    return os.path.exists(path)  # unlike Path.exists, no error if the folder belongs to another user
 
 
 def _write(data: bytes, mode: int, path: Path) -> None:
-    """Nobody can read a secret file at any time: it is made with its mode."""
+    """Creates the file with its mode, so that a secret is never readable by others."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)
 
@@ -205,7 +205,7 @@ def _certificate(path: Path, data: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(data)
     except ValueError:
-        raise UserError(f"{path} is no certificate: move it away and run again") from None
+        raise UserError(f"{path} is not a certificate: move it away and run again") from None
 
 
 def _end(certificate: x509.Certificate) -> str:
@@ -216,18 +216,18 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
     found = names_of(_certificate(path, _read(path)))
     if set(found) != set(names):
         raise UserError(
-            f"{path} is for {', '.join(found) or 'no names'}, asked for was {', '.join(names)}: move it away and run "
+            f"{path} is for {', '.join(found) or 'no names'}, not for {', '.join(names)}: move it away and run "
             "again (the CA stays)"
         )
 
 
 def _check_server(path: Path, data: bytes, key: Key, ca: x509.Certificate) -> None:
-    """Raises unless the certificate is of this key, by this authority, and still good."""
+    """Raises unless the certificate is for this key, signed by this authority, and not expired."""
     certificate, why = _certificate(path, data), ""
     if certificate.public_key() != key.public_key():
-        why = "is of another key than server.key beside it"
+        why = "belongs to another key than server.key beside it"
     if certificate.not_valid_after_utc < datetime.now(UTC):
-        why = f"ended on {_end(certificate)}"
+        why = f"expired on {_end(certificate)}"
     try:
         certificate.verify_directly_issued_by(ca)
     except (ValueError, TypeError, InvalidSignature):
@@ -237,31 +237,31 @@ def _check_server(path: Path, data: bytes, key: Key, ca: x509.Certificate) -> No
 
 
 def _authority(key: Key) -> bytes:
-    """The certificate of an authority, signed by itself."""
+    """A self-signed certificate of an authority."""
     mark = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest.hex()[:8]
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"fedclip CA {mark}")])
-    begun = _common(key, name, name, key, CA_DAYS).add_extension(x509.BasicConstraints(True, 0), True)
-    return _signed(begun.add_extension(_usage(signs=True), True), key)
+    builder = _common(key, name, name, key, CA_DAYS).add_extension(x509.BasicConstraints(True, 0), True)
+    return _signed(builder.add_extension(_usage(signs=True), True), key)
 
 
 def _served(key: Key, names: Sequence[str], ca: x509.Certificate, ca_key: Key, days: int) -> bytes:
-    """The server's certificate, which ends with the authority's at the latest."""
-    left = (ca.not_valid_after_utc - datetime.now(UTC)).days
-    if left < 1:
-        raise UserError(f"the CA ended on {_end(ca)}: name another folder for new keys, and give them to all sites")
+    """The server's certificate; it expires no later than the authority's."""
+    days_left = (ca.not_valid_after_utc - datetime.now(UTC)).days
+    if days_left < 1:
+        raise UserError(f"the CA expired on {_end(ca)}: name another folder for new keys, and give them to all sites")
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fedclip server")])
-    begun = (
-        _common(key, subject, ca.subject, ca_key, min(days, left))
+    builder = (
+        _common(key, subject, ca.subject, ca_key, min(days, days_left))
         .add_extension(x509.BasicConstraints(False, None), True)
         .add_extension(_usage(signs=False), True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
         .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), False)
     )
-    return _signed(begun, ca_key)
+    return _signed(builder, ca_key)
 
 
 def _common(key: Key, subject: x509.Name, issuer: x509.Name, issuer_key: Key, days: int) -> x509.CertificateBuilder:
-    """What all certificates have. They begin a day ago: a site's clock may be behind."""
+    """The fields of all certificates. They are valid from yesterday: a site's clock may be behind."""
     now, public = datetime.now(UTC), key.public_key()
     return (
         x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
@@ -283,5 +283,5 @@ def _general(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _signed(begun: x509.CertificateBuilder, key: Key) -> bytes:
-    return begun.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM)
+def _signed(builder: x509.CertificateBuilder, key: Key) -> bytes:
+    return builder.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM)

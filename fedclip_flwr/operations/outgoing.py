@@ -1,8 +1,8 @@
-"""What one round would send from a site, made and shown on its own machine, and not sent: `--show-outgoing`.
+"""`--show-outgoing`: what one round would send from a site, made and shown on its own machine, without sending it.
 
-The server's own loop runs for one round with this site alone (with secure aggregation, two others are played), over a
-wire that ends in this process; the site's own app answers, as it would anywhere. So what is shown is what would leave,
-made by the code that would make it.
+The server's own loop runs for one round with this site alone (with secure aggregation, two more sites are simulated),
+over a grid in this process; the site's own app answers, as in any run. So the same code makes what is shown and what is
+sent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedclip_flwr.exchange import Hello, Report, Session, records
 from fedclip_flwr.exchange.link import Downlink, forget
 from fedclip_flwr.exchange.secure import site as secure
 from fedclip_flwr.features import open_features
-from fedclip_flwr.features.opening import new_learner, told_by_server
+from fedclip_flwr.features.opening import new_learner, server_vocabulary
 from fedclip_flwr.flower.grids import RUN, Node, local_grid
 from fedclip_flwr.flower.pinned import own_client_app
 from fedclip_flwr.flower.sizes import message_size
@@ -41,44 +41,44 @@ from fedclip_flwr.site.context import settings_at
 
 NODE = 2**63
 """An id as long as Flower's are."""
-SCORE = "examples, how many were right, their summed loss"
+SCORE = "number of examples, of correct ones, their summed loss"
 MEANINGS = {
     "site": "its name",
-    "role": "whether it trains",
-    "domain": "what its images are",
+    "role": "trains, or only evaluates",
+    "domain": "the domain of its images",
     "train": "images to train on",
-    "validation": "images to choose a round by",
+    "validation": "images for selecting a round",
     "test": "images to test with",
-    "classes": "the classes that it has images of, by number",
-    "package": "content of the software here",
-    "unit_length": "whether its features were brought to unit length",
+    "classes": "numbers of the classes that it has images of",
+    "package": "content hash of the software here",
+    "unit_length": "true if its features have unit length",
     "encoded": "images encoded so far",
     "images": "images in all",
-    "num-examples": "images that were trained on",
-    "test-classes": "for each class: test images, right ones, how often it was found",
+    "num-examples": "number of images trained on",
+    "test-classes": "for each class: test images, correct ones, number of predictions",
     "public": "two public keys, for this round only",
-    "to": "to whom, by number",
-    "letters": "encrypted for them",
-    "of": "of whom, by number",
-    "pieces": "of their secrets",
-    "digests": "SHA-256 of both pieces for each",
+    "to": "numbers of the recipients",
+    "letters": "encrypted for the recipients",
+    "of": "numbers of the sites that the pieces are of",
+    "pieces": "pieces of the secrets of these sites",
+    "digests": "SHA-256 of both pieces for each recipient",
     "seed": "SHA-256 of the secret that is shared",
 }
-"""What each value is."""
+"""The meaning of each value."""
 FIGURES = {
     "validation": SCORE,
-    "test": f"{SCORE}, balanced accuracy, macro F1, and for each of 15 bins: confidence less right answers",
+    "test": f"{SCORE}, balanced accuracy, macro F1, and for each of 15 bins: confidence minus correct answers",
 }
 NOTHING_ELSE = """\
-Nothing else that was made of this site's images leaves it: no image, no feature, no image's label, no file's name.
-Bytes are those of the messages as Flower serialises them. Besides, Flower tells which node it is for which run, its
-public key with a signature, that it is there, and how long an answer took. If something goes wrong, one line says what,
-in place of an answer; it may name a file. Each answer is held against one list before it leaves: may_leave, in
+Nothing else derived from this site's images leaves it: no image, no feature, no image's label, no file name. Bytes are
+those of the messages as Flower serialises them. Flower itself also sends the ids of node and run, its public key with a
+signature, heartbeats, and how long an answer took. If something goes wrong, one line of error replaces the answer; it
+may name a file. Each answer is checked against one list before it leaves: may_leave, in
 fedclip_flwr/exchange/records.py, and with secure aggregation ANSWERS, in fedclip_flwr/exchange/secure/protocol.py."""
 
 
 class Sent(NamedTuple):
-    """An answer of the site's, and what it answers to."""
+    """An answer of the site, and the message that it answers."""
 
     kind: str
     round: int
@@ -89,12 +89,12 @@ class Sent(NamedTuple):
 
 
 def recorded(node: Node, sent: list[Sent]) -> Node:
-    """The node, whose answers are recorded."""
+    """The node, with its answers recorded in `sent`."""
 
     def answer(message: Message) -> Message:
         reply = node(message)
         number = records.read_task(message.content).round
-        leaving = {} if reply.has_error() else dict(reply.content)  # the server will unpack what it gets
+        leaving = {} if reply.has_error() else dict(reply.content)  # copied: the server unpacks the reply
         error = records.reason(reply) if reply.has_error() else ""
         sizes = message_size(message), message_size(reply)
         sent.append(Sent(message.metadata.message_type, number, *sizes, leaving, error))
@@ -104,7 +104,7 @@ def recorded(node: Node, sent: list[Sent]) -> Node:
 
 
 class _Other:
-    """A site that learns nothing: with secure aggregation there must be others."""
+    """A site that does not train: secure aggregation needs other sites."""
 
     def __init__(self, name: str, package: str) -> None:
         self._hello = Hello(name, TRAIN, "", train=1, validation=0, test=0, classes=[], package=package)
@@ -129,7 +129,7 @@ class _Other:
 
 @dataclass(frozen=True)
 class _Nobody:
-    """Watches a run, and keeps nothing of it."""
+    """A watcher of a run that keeps nothing."""
 
     def result(self, result: RoundResult) -> None: ...
 
@@ -139,13 +139,13 @@ class _Nobody:
 
 
 def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str], None]) -> bool:
-    """Tells what would leave, and writes all of it to the folder `out` if there is one; whether no answer is an error.
+    """Shows what would leave, and writes it to the folder `out` if given; returns False if an answer is an error.
 
-    `run` are the run's settings as far as they are known here.
+    `run` has the run's settings, as far as they are known at this site.
     """
     folder = _empty(Path(out).expanduser().absolute()) if out else None
     sent = round_of(run, node)
-    tell("What a run of one round would send from this site. Nothing is sent: the server's part is played here.")
+    tell("What a run of one round would send from this site. Nothing is sent: the server is simulated here.")
     for number, message in enumerate(sent, 1):
         tell(f"\n{number}. {_described(message)}")
         if folder:
@@ -153,18 +153,18 @@ def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str],
     total = sum(message.leaves for message in sent)
     tell(f"\n{counted(len(sent), 'message')}, {bytes_of(total)}.\n{NOTHING_ELSE}")
     if folder:
-        tell(f"All of it, number by number: {folder}")
+        tell(f"All values are in {folder}")
     return not any(message.error for message in sent)
 
 
 def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
-    """All that this site answers in a run of one round."""
-    settings, told = settings_at(run.as_run_config(), node), told_by_server(run)
-    run = replace(run, secure_aggregation=settings.secure_aggregation)  # in another one, this site takes no part
-    features = open_features(settings, told)
+    """All answers of this site in a run of one round."""
+    settings, vocabulary = settings_at(run.as_run_config(), node), server_vocabulary(run)
+    run = replace(run, secure_aggregation=settings.secure_aggregation)  # otherwise this site would not take part
+    features = open_features(settings, vocabulary)
     holdout = "" if run.holdout == "auto" else run.holdout
     name = f"show-outgoing-{os.getpid()}"
-    session = Session(holdout, told or features.vocabulary, features.model_content or "", name)
+    session = Session(holdout, vocabulary or features.vocabulary, features.model_content or "", name)
     start = {key: tensor.clone() for key, tensor in new_learner(settings, features).state_dict().items()}
     app = own_client_app()
     link, package = Downlink(start, run.codec, run.seed), content.of_package(content.memory())
@@ -180,20 +180,20 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
             pass
         if nodes.hellos and not nodes.failures:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off")  # asked once
-            with suppress(UserError):  # no site has trained: this one only evaluates, or has answered with an error
+            with suppress(UserError):  # no site has trained: this site only evaluates, or its answer is an error
                 strategy = AdapterFedAvg(start, nodes.names, once)
                 RoundLoop(nodes, strategy, once, start, lambda *_: {}, _Nobody()).run()
     return [message for message, later in zip(sent, [*sent[1:], None], strict=True) if not _again(message, later)]
 
 
 def _again(message: Sent, later: Sent | None) -> bool:
-    """Whether the same is said once more: a site that encodes tells now and then how far it has come."""
+    """True if the next answer repeats this one: a site that encodes reports its progress several times."""
     return later is not None and "progress" in message.records and "progress" in later.records
 
 
 @contextmanager
 def _leaving_nothing(session: Session) -> Iterator[None]:
-    """What a site keeps for a session is gone afterwards."""
+    """Removes afterwards what a site keeps for a session."""
     try:
         yield
     finally:
@@ -204,11 +204,11 @@ def _leaving_nothing(session: Session) -> Iterator[None]:
 
 def _described(message: Sent) -> str:
     asks = {
-        "query": "Who is there?",
+        "query": "Which site is this?",
         "query.keys": "What are your public keys for this round?",
-        "query.shares": "What of your secrets do you give to others, in letters that only they can open?",
-        "train": "How good is this adapter, and what do you make of it?",
-        "query.unmask": "What do you have of the secrets of others, to take the masks from the sum?",
+        "query.shares": "Which shares of your secrets do you send to others, encrypted for them?",
+        "train": "How good is this adapter, and what is your update?",
+        "query.unmask": "Which shares of others' secrets do you have, to remove the masks from the sum?",
     }
     ask = asks.get(message.kind, "How good is this adapter?")
     came, leaves = bytes_of(message.came), f"{message.leaves:,} bytes leave"
@@ -232,21 +232,21 @@ def _value(value: object) -> str:
     if not isinstance(value, Array):
         return str(value)
     numbers = torch.from_numpy(value.numpy()).double()
-    told = f"{value.dtype}{list(value.shape)}, {len(value.data):,} bytes"
+    description = f"{value.dtype}{list(value.shape)}, {len(value.data):,} bytes"
     if not numbers.numel():
-        return told
+        return description
     spread = f"mean {numbers.mean():.3g}, deviation {numbers.std(correction=0):.3g}"
-    return f"{told}: {numbers.min():.3g} to {numbers.max():.3g}, {spread}"
+    return f"{description}: {numbers.min():.3g} to {numbers.max():.3g}, {spread}"
 
 
 def _empty(folder: Path) -> Path:
     if any(files.make_folder(folder, "--out").iterdir()):
-        raise UserError(f"--out: {folder} holds something already: name another folder")
+        raise UserError(f"--out: {folder} is not empty: name another folder")
     return folder
 
 
 def _write(path: Path, message: Sent) -> None:
-    """The records as JSON, the tensors beside them."""
+    """Writes the records as JSON, and the tensors beside them."""
     arrays = next((record for record in message.records.values() if isinstance(record, ArrayRecord)), ArrayRecord())
     others = {name: dict(record) for name, record in message.records.items() if not isinstance(record, ArrayRecord)}
     facts = {"kind": message.kind, "round": message.round, "bytes": message.leaves, "error": message.error}

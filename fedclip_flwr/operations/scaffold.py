@@ -1,4 +1,4 @@
-"""`fedclip init`: a Flower app of one's own, in a folder: this package's two apps, and settings with their meanings."""
+"""`fedclip init`: the user's own Flower app in a folder: this package's two apps, and settings with their meanings."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from fedclip_flwr.runs import read_settings
 
 DESCRIBED = "pyproject.toml"
 NAME = r"[A-Za-z]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"
-"""What Flower takes as the name of an app's folder, and Python as that of a project."""
+"""Valid for Flower as the name of an app's folder, and for Python as that of a project."""
 SETTING = "DIR"
-"""What names the folder, for errors."""
+"""The argument that names the folder, for errors."""
 
 
 def init(folder: Path, given: Sequence[str]) -> str:
-    """Lays the app into the folder, with these settings; what to do with it now."""
+    """Writes the app with these settings to the folder; returns what to do next."""
     settings = _checked(given)
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
     if not re.fullmatch(NAME, folder.name):
         raise UserError(
-            f"{folder}: Flower runs no app from a folder called {folder.name!r}: it wants a letter, then letters, "
-            "digits and hyphens, 32 at most; name another folder"
+            f"{folder}: Flower can't run an app from a folder called {folder.name!r}: expected a letter, then "
+            "letters, digits and hyphens, 32 at most; name another folder"
         )
     there = [name for name in (*APPS, DESCRIBED) if os.path.lexists(folder / name)]
     if there:
-        raise UserError(f"{folder} has a {there[0]}, and nothing is overwritten: name another folder")
+        raise UserError(f"{folder} already has a {there[0]}, and nothing is overwritten: name another folder")
     own, text = files.own_app(), described(folder.name, settings)
     files.make_folder(folder, SETTING)
     texts = {**{name: (own / name).read_bytes() for name in APPS}, DESCRIBED: text.encode()}
     for name, data in texts.items():
-        files.write_whole(folder / name, partial(Path.write_bytes, data=data), SETTING, os.link)
+        files.write_atomic(folder / name, partial(Path.write_bytes, data=data), SETTING, os.link)
     return (
         f"The app is in {folder}; its settings, with what they mean, are in {DESCRIBED}.\n"
-        f"cd {shlex.quote(str(folder))}\nfedclip run --nodes 4   # or, as Flower has it: flwr run ."
+        f"cd {shlex.quote(str(folder))}\nfedclip run --nodes 4   # or with Flower's own command: flwr run ."
     )
 
 
 def _checked(given: Sequence[str]) -> dict[str, Any]:
-    """All settings, of which some are given as `key=value`."""
+    """All settings: the given ones, from `key=value`, and defaults."""
     settings, problems = read_settings(given)
     checked, more = Settings.read(settings)
     if problems := {**more, **problems}:
@@ -92,5 +92,5 @@ def described(name: str, settings: dict[str, Any]) -> str:
 
 
 def _toml(value: str | float | Sequence[str]) -> str:
-    """The value as TOML writes it, which for these is as JSON does."""
+    """The value in TOML, which for these types is the same as in JSON."""
     return json.dumps(value, ensure_ascii=False)

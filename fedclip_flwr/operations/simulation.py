@@ -1,8 +1,8 @@
-"""A federation of simulated sites on this machine, with a SuperLink of its own; or a run on one that is there.
+"""A federation of simulated sites on this machine, with its own SuperLink; or a run on an existing SuperLink.
 
-`flwr run` reports success even when the app failed, and uses a background SuperLink that keeps the environment of the
-moment it was started. Here the SuperLink lives for one run, on ports and in a folder of its own, and the run's status
-is looked up at the end.
+`flwr run` reports success even if the app failed, and uses a background SuperLink that keeps the environment in which
+it was started. Here the SuperLink lives for one run, with its own ports and folder, and the run's status is checked at
+the end.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fedclip_flwr.base.settings import unusable
 from fedclip_flwr.runs import read_settings
 
 CONNECTION = "fedclip"
-"""What Flower's configuration calls our SuperLink."""
+"""The name of our SuperLink in Flower's configuration."""
 RAY_IS_LATE = "The current node timed out during startup"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(nodes: int | None, given: Sequence[str]) -> int:
-    """Runs the federation and shows what it shows; 0 only if the run was completed."""
-    stop_in_order("Stopped: all that was started is ended. `fedclip run resume=latest` goes on with the run.")
+    """Runs the federation and shows its output; returns 0 only if the run was completed."""
+    stop_in_order("Stopped: all processes have ended. `fedclip run resume=latest` resumes the run.")
     settings, checked, nodes = prepared(nodes, given)
     with temporary() as folder, superlink(Path(folder), checked.device.startswith("cuda")) as env:
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-log-to-driver=false"
@@ -46,25 +46,25 @@ def run(nodes: int | None, given: Sequence[str]) -> int:
 
 
 def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], Settings, int]:
-    """The settings for so many sites here, as given and as a whole; what is wrong is told before anything starts.
+    """The settings as given and complete, and the number of sites; raises before anything starts if they are invalid.
 
-    A run that goes on has the settings that it was begun with, and as many sites, unless others are given.
+    A resumed run has the settings and the number of sites that it was started with, unless others are given.
     """
-    from fedclip_flwr.runs.folder import begun_with
-    from fedclip_flwr.runs.opening import open_run  # these bring torch, which most of this file has no use for
+    from fedclip_flwr.runs.folder import saved_settings
+    from fedclip_flwr.runs.opening import open_run  # these import torch, which most of this file does not need
 
     if not find_spec("ray"):
         raise UserError(
-            "Ray, which simulates sites, is not installed here: install this package with its extra `simulation`, or "
+            "Ray, which simulates sites, is not installed: install this package with its extra `simulation`, or "
             "give --on NAME for a SuperLink with real sites"
         )
     settings, problems = read_settings(given)
     if settings.get("resume") and not {"resume", "results-dir"} & problems.keys():
-        begun, sites = begun_with(Settings(resume=settings["resume"], results_dir=settings.get("results-dir", "")))
-        settings, nodes = begun | settings, nodes or sites
+        saved, sites = saved_settings(Settings(resume=settings["resume"], results_dir=settings.get("results-dir", "")))
+        settings, nodes = saved | settings, nodes or sites
         if nodes is None:
             problems["nodes"] = (
-                f"resume = {settings['resume']!r}: it was stopped before it met its sites: say how many with --nodes"
+                f"resume = {settings['resume']!r}: it was stopped before its sites connected: set --nodes"
             )
     nodes = 10 if nodes is None else nodes
     if nodes < 1:
@@ -72,15 +72,15 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
     checked, _, _ = open_run({**_described(app_folder())["config"], **settings}, problems)
     if (least := checked.least_sites) > nodes:
         setting = "min-sites" if least == checked.min_sites else "secure-aggregation = true, which needs min-sites"
-        raise unusable([f"{setting} = {least}: there are {nodes} sites; give as many with --nodes"])
+        raise unusable([f"{setting} = {least}: there are {nodes} sites; give at least {least} with --nodes"])
     return settings, checked, nodes
 
 
 def run_on(connection: str, given: Sequence[str]) -> int:
-    """The same with the SuperLink of that name in Flower's configuration, and with the sites that it has."""
+    """Runs a federation on the SuperLink of that name in Flower's configuration, with its sites; returns as `run`."""
     stop_in_order(
-        f"No longer shown, but the run goes on: `flwr list {connection}` tells how, `flwr stop RUN {connection}` ends "
-        "it."
+        f"No longer shown, but the run continues: `flwr list {connection}` shows its status, `flwr stop RUN "
+        f"{connection}` ends it."
     )
     settings, problems = read_settings(given, here=False)
     problems |= Settings.read({**_described(app_folder())["config"], **settings})[1]
@@ -91,7 +91,7 @@ def run_on(connection: str, given: Sequence[str]) -> int:
 
 
 def submit(connection: str, settings: Mapping[str, Any], env: Mapping[str, str], place: Path, *options: str) -> int:
-    """Hands the run over and shows it to its end; 0 only if it was completed."""
+    """Submits the run and shows its output to the end; returns 0 only if it was completed."""
     found = app_folder()
     app = _copied(found, place / "app", _described(found).get("fab-include", []))
     overrides = place / "settings.toml"
@@ -100,20 +100,20 @@ def submit(connection: str, settings: Mapping[str, Any], env: Mapping[str, str],
     status = status_of(number, env, connection) if number else "not started"
     if status != "finished:completed":
         print(
-            f"The run did not complete: {status}. If it came to a round, resume=latest goes on with it.",
+            f"The run did not complete: {status}. If it completed a round, resume=latest resumes it.",
             file=sys.stderr,
         )
         return 1
     return 0
 
 
-def stop_in_order(word: str) -> None:
-    """From now on this process leaves in order when it is told to stop, so that all that it started is ended too."""
+def stop_in_order(message: str) -> None:
+    """From now on a stop signal prints the message and exits in order, so that all child processes end, too."""
 
     def stopped(number: int, frame: object) -> NoReturn:
-        for stop_signal in STOPS:  # however often the user asks
+        for stop_signal in STOPS:  # further signals are ignored
             signal.signal(stop_signal, signal.SIG_IGN)
-        print(f"\n{word}", file=sys.stderr)
+        print(f"\n{message}", file=sys.stderr)
         sys.exit(128 + number)
 
     for stop_signal in STOPS:
@@ -121,7 +121,7 @@ def stop_in_order(word: str) -> None:
 
 
 def temporary() -> tempfile.TemporaryDirectory[str]:
-    """A folder that is gone afterwards, with a path short enough for the sockets that Ray makes in it."""
+    """A temporary folder with a path short enough for the sockets that Ray makes in it."""
     place = tempfile.gettempdir()
     return tempfile.TemporaryDirectory(
         prefix="fedclip-", dir=place if len(place) < 30 else "/tmp", ignore_cleanup_errors=True
@@ -129,29 +129,29 @@ def temporary() -> tempfile.TemporaryDirectory[str]:
 
 
 def app_folder() -> Path:
-    """The folder of the Flower app: the current one if it holds one, else this project's."""
+    """The folder of the Flower app: the current folder if it has one, else this project's."""
     here, known = Path.cwd(), Settings.keys().keys()
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
         settings = _described(here)["config"].keys()
         if known <= settings:
             return here
-        if len(known & settings) > len(known) / 2:  # an app of ours, and not of somebody else
+        if len(known & settings) > len(known) / 2:  # one of our apps, of another version
             lacking = ", ".join(sorted(known - settings))
             raise UserError(
                 f"{here / 'pyproject.toml'} is of another version of fedclip-flwr: it lacks the settings {lacking}; "
-                "add them as a new folder of `fedclip init` has them, or run elsewhere"
+                "copy them from a new folder of `fedclip init`, or run elsewhere"
             )
     return files.own_app()
 
 
 def _described(app: Path) -> dict[str, Any]:
-    """What the app's pyproject.toml tells Flower."""
+    """The app's part of its pyproject.toml."""
     described: dict[str, Any] = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     return described
 
 
 def _copied(app: Path, to: Path, include: Sequence[str]) -> Path:
-    """A copy of what goes into the bundle: Flower would look at every file beside it, environments too."""
+    """A copy of the bundle's files: Flower would scan all files of the folder, environments too."""
     if not include:
         return app
     for name in ("pyproject.toml", *include):
@@ -163,9 +163,9 @@ def _copied(app: Path, to: Path, include: Sequence[str]) -> Path:
 
 @contextlib.contextmanager
 def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, str]]:
-    """A SuperLink that runs meanwhile; the environment in which Flower's commands find it.
+    """Runs a SuperLink; yields the environment in which Flower's commands find it.
 
-    Simulated sites see no GPU unless asked: each of their processes would take memory of it for itself alone.
+    Simulated sites see no GPU by default: each of their processes would reserve GPU memory for itself.
     """
     (port,) = free_ports(1)
     connect(folder, port, "insecure = true")
@@ -184,7 +184,7 @@ def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, 
 
 
 def free_ports(count: int) -> list[int]:
-    """Of this machine, to be used at once."""
+    """Free ports of this machine, to be used at once."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -193,37 +193,37 @@ def free_ports(count: int) -> list[int]:
 
 
 def connect(folder: Path, port: int, trust: str) -> None:
-    """Flower's configuration in that folder: our SuperLink, and how it is trusted."""
+    """Writes Flower's configuration in that folder: our SuperLink's address, and `trust`, its TLS settings."""
     (folder / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\n{trust}\n'
     )
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The one in which Flower's commands are this Python's, are quiet, and find their configuration in the folder."""
+    """The environment in which Flower's commands are this Python's, quiet, and configured in the folder."""
     return {
         **commands_found(os.environ),
         "FLWR_HOME": str(folder),
         "FLWR_LOG_LEVEL": "WARNING",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "GRPC_ENABLE_FORK_SUPPORT": "0",  # Ray's start forks: gRPC's part in that hangs once in some hundred times
+        "GRPC_ENABLE_FORK_SUPPORT": "0",  # Ray's start forks: gRPC's fork handlers hang about once in a hundred times
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
     }
 
 
 def commands_found(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment in which Flower's commands are those of this Python's."""
+    """The environment in which Flower's commands are this Python's."""
     return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
 
 
 @contextlib.contextmanager
 def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended at the end, and whatever it started."""
+    """Runs a process; ends it at the end, with all its children."""
     process = None
     try:
-        with log.open("wb") as file, undisturbed():
+        with log.open("wb") as file, signals_deferred():
             process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
         yield process
     finally:
@@ -232,24 +232,24 @@ def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterat
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """When this process is told to stop meanwhile, it hears of it afterwards: what is half started is never ended."""
+def signals_deferred() -> Iterator[None]:
+    """Defers stop signals to the end of the block: so a process that is being started is always ended, too."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # which alone hears of signals
+        yield  # only the main thread gets signals
         return
-    come: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: come.append(number)) for number in STOPS}
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOPS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if come:
-            signal.raise_signal(come[0])
+        if received:
+            signal.raise_signal(received[0])
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the SuperLink takes connections."""
+    """Waits until the SuperLink accepts connections."""
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -260,12 +260,12 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The last line of what a process said."""
-    return (log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"])[0]
+    """The last line of a process's output."""
+    return (log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"])[0]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and then all that it started, which may put its things in order first."""
+    """Ends the process, then its children, which get time to clean up first."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)
@@ -280,35 +280,35 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _works(group: int) -> bool:
-    """Whether a process of the group has not ended, as far as the system tells."""
-    for told in Path("/proc").glob("[0-9]*/stat"):
+    """True if a process of the group is still running; False if the system has no /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, of = told.read_text().rpartition(") ")[2].split()[:3]
+            state, _, of = stat.read_text().rpartition(") ")[2].split()[:3]
             if int(of) == group and state not in "ZX":
                 return True
     return False
 
 
 def _show(command: list[str], env: Mapping[str, str]) -> str | None:
-    """Runs `flwr run --stream` and passes on what the app says; the run's number, if one was started."""
+    """Runs `flwr run --stream` and prints the app's output; returns the run's number, if a run was started."""
     number, shown, late = None, 0.0, False
-    env = {**env, "PYTHONUNBUFFERED": "1"}  # what comes is shown when it comes
+    env = {**env, "PYTHONUNBUFFERED": "1"}  # so that output is shown at once
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         for line in io.TextIOWrapper(process.stdout, "utf-8", "replace", newline=""):  # a line may end with \r
             if not number and (started := re.search(r"Successfully started run (\d+)", line)):
                 number = started[1]
-            elif not line.startswith("Successfully installed "):  # the bundle: no user can use that
-                if line.endswith("\r") and not sys.stdout.isatty():  # a progress bar into a file: now and then
+            elif not line.startswith("Successfully installed "):  # about the bundle: of no use to users
+                if line.endswith("\r") and not sys.stdout.isatty():  # a progress bar in a file: now and then
                     if time.monotonic() < shown + 10:
                         continue
                     line, shown = line[:-1] + "\n", time.monotonic()
                 print(line, end="", flush=True)
                 late = late or RAY_IS_LATE in line
-        if late:  # far above in its trace
-            word = "Ray, which simulates sites, did not start in time: is this machine busy? Try again."
-            print(word, file=sys.stderr)
+        if late:  # repeated here: Ray's line is far above, in its trace
+            hint = "Ray, which simulates sites, did not start in time: is this machine busy? Try again."
+            print(hint, file=sys.stderr)
     finally:
         process.terminate()
         process.wait()
@@ -316,15 +316,15 @@ def _show(command: list[str], env: Mapping[str, str]) -> str | None:
 
 
 def status_of(number: str, env: Mapping[str, str], connection: str = CONNECTION) -> str:
-    """The run's status as the SuperLink tells it; with the reason, unless the app has told that itself."""
+    """The run's status at the SuperLink; with the reason, unless the app has already shown it."""
     command = ["flwr", "list", connection, "--run-id", number, "--format", "json"]
     answer = subprocess.run(command, env=env, capture_output=True, text=True)
     with contextlib.suppress(json.JSONDecodeError, LookupError, TypeError):
         run = json.loads(answer.stdout)["runs"][0]
         why = run["status-details"]
-        told = why in ("", "N/A") or " failed with exception: " in why
-        return f"{run['status']}" if told else f"{run['status']} ({why})"
-    said = answer.stdout.strip() or answer.stderr.strip()
+        shown = why in ("", "N/A") or " failed with exception: " in why
+        return f"{run['status']}" if shown else f"{run['status']} ({why})"
+    output = answer.stdout.strip() or answer.stderr.strip()
     with contextlib.suppress(json.JSONDecodeError, LookupError, TypeError):
-        said = str(json.loads(answer.stdout)["error-message"])
-    return f"unknown ({' '.join(said.split())})"
+        output = str(json.loads(answer.stdout)["error-message"])
+    return f"unknown ({' '.join(output.split())})"

@@ -1,8 +1,8 @@
-"""A run as a page, with its plots; and several runs side by side.
+"""Reports: a page with plots of one run, or of several runs side by side.
 
     report.html     the page
     plots/          each plot as SVG and as PNG
-    held_out.json   the analysis of what the server holds out, for reports that are made where the data is not
+    held_out.json   the analysis of the server's held-out images, for reports that are made without the data
 
 May import everything up to runs.
 """

@@ -1,4 +1,4 @@
-"""Several runs side by side on one page."""
+"""A page with several runs side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedclip_flwr.runs.history import PAGE, WHERE
 
 
 def write(runs: Sequence[Run], out: Path | None) -> str:
-    """Writes the page into its folder; what there is to say of it."""
+    """Writes the page into its folder. Returns the lines for the terminal."""
     stories = [Story(run) for run in runs]
     names = named(runs)
     folder = out.expanduser().absolute() if out else files.home() / "reports" / content.file_name("_".join(names))
@@ -37,7 +37,7 @@ def write(runs: Sequence[Run], out: Path | None) -> str:
 
 
 def named(runs: Sequence[Run]) -> list[str]:
-    """The runs' names; their paths where two have the same, and each only once."""
+    """The runs' names, or their paths if two names are equal. Raises if a run is given twice."""
     if len({run.path for run in runs}) < len(runs):
         raise UserError("the same run is given twice; give each once")
     names = [run.name for run in runs]
@@ -62,7 +62,7 @@ HEAD = [
 
 
 def row(name: str, story: Story) -> list[str]:
-    """What is told of a run in the table."""
+    """The row of a run in the table."""
     zero, adapted = story.zero, story.adapted
     own = ((adapted.get("personal_metrics") or {}).get("seen") or {}).get("accuracy")
     less = f"{story.times_less:,.0f}" if story.times_less else "–"
@@ -81,7 +81,7 @@ def row(name: str, story: Story) -> list[str]:
 
 
 def _figures(names: Sequence[str], stories: Sequence[Story]) -> str:
-    """What is told of the runs, as far as it is known of any."""
+    """The table of all figures that are known of any run."""
     columns = [column for column in zip(HEAD, *map(row, names, stories), strict=True) if {*column[1:]} != {"–"}]
     head, *rows = zip(*columns, strict=True)
     return table(head, rows, words=2)
@@ -90,14 +90,14 @@ def _figures(names: Sequence[str], stories: Sequence[Story]) -> str:
 def _settings(names: Sequence[str], stories: Sequence[Story]) -> str:
     """The settings in which the runs differ."""
 
-    def told(story: Story, key: str) -> str:
+    def shown(story: Story, key: str) -> str:
         return str(story.sites) if key == "sites" else setting(story.run.settings.get(key, "–")) or "–"
 
     keys = [*(key for key in Settings.keys() if key not in WHERE), "sites"]  # noqa: SIM118
-    different = [key for key in keys if len({str(told(story, key)) for story in stories}) > 1]
+    different = [key for key in keys if len({shown(story, key) for story in stories}) > 1]
     packages = {str(story.run.settings.get("package")) for story in stories}
     note = aside("They were made with different versions of this package.") if len(packages) > 1 else ""
     if not different:
         return aside("The settings are the same.") + note
-    rows = [[name, *(told(story, key) for key in different)] for name, story in zip(names, stories, strict=True)]
+    rows = [[name, *(shown(story, key) for key in different)] for name, story in zip(names, stories, strict=True)]
     return table(["run", *different], rows, words=len(different) + 1) + note

@@ -1,4 +1,4 @@
-"""The plots that put runs side by side: each run has a colour and a pattern of its own."""
+"""The plots that compare runs: each run has its own colour and line pattern."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stories = Mapping[str, Story]
 
 
 def of_runs(stories: Stories) -> list[Plot]:
-    """All that there is something for."""
+    """All plots for which there are data."""
     made = [
         *(over_rounds(stories, key) for key in ("seen", "unseen")),
         *(reached(stories, key) for key in ("seen", "unseen")),
@@ -33,7 +33,7 @@ def of_runs(stories: Stories) -> list[Plot]:
 
 
 def over_rounds(stories: Stories, key: str) -> Plot | None:
-    """Accuracy after each round of all runs."""
+    """The accuracy of each run over its rounds."""
     lines = {
         name: [(line["round"], line[key]) for line in story.lines if line.get(key) is not None]
         for name, story in stories.items()
@@ -56,12 +56,12 @@ def over_rounds(stories: Stories, key: str) -> Plot | None:
     places = apart([line[-1][1] * scale for line in known.values()], 14)
     for (name, line), text, place in zip(known.items(), names, places, strict=True):
         role = styles[name][0]
-        told, where = f"{text} {100 * line[-1][1]:.1f}", axes.get_yaxis_transform()
+        label, where = f"{text} {100 * line[-1][1]:.1f}", axes.get_yaxis_transform()
         write(
             axes,
             1.03,
             place / scale,
-            told,
+            label,
             "soft" if role == "zero" else role,
             va="center",
             fontsize=11,
@@ -77,7 +77,7 @@ def over_rounds(stories: Stories, key: str) -> Plot | None:
 
 
 def reached(stories: Stories, key: str) -> Plot | None:
-    """What each run began with, and what it came to."""
+    """The accuracy of each run, zero-shot and adapted."""
     rows = [(name, story.zero[key], story.adapted[key], None) for name, story in stories.items()]
     if all(adapted is None for _, _, adapted, _ in rows):
         return None
@@ -89,9 +89,9 @@ def reached(stories: Stories, key: str) -> Plot | None:
 
 
 def bars(
-    stories: Stories, name: str, heading: str, of: Callable[[Story], float | None], told: Callable[[float], str]
+    stories: Stories, name: str, heading: str, of: Callable[[Story], float | None], text: Callable[[float], str]
 ) -> Plot | None:
-    """One figure of each run."""
+    """One figure of each run, as bars."""
     known = {run: value for run, story in stories.items() if (value := of(story))}
     if not known:
         return None
@@ -100,12 +100,12 @@ def bars(
     places = range(len(known) - 1, -1, -1)
     axes.barh(places, [*known.values()], height=0.5, color=LIGHT["seen"])
     for place, value in zip(places, known.values(), strict=True):
-        write(axes, value + 0.015 * max(known.values()), place, told(value), va="center")
+        write(axes, value + 0.015 * max(known.values()), place, text(value), va="center")
     axes.set_yticks(places, labels)
     axes.set_xlim(0, 1.3 * max(known.values()))
     axes.set_ylim(-0.7, len(known) - 0.3)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: told(value)))
-    says = "; ".join(f"{run} {told(value)}" for run, value in known.items())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    says = "; ".join(f"{run} {text(value)}" for run, value in known.items())
     return Plot(name, heading, f"{heading}: {says}.", figure)

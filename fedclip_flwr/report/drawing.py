@@ -1,7 +1,7 @@
-"""How plots are drawn: without a screen, in colours that follow the page's theme, the same to the byte each time.
+"""Draws plots without a screen, in colours that follow the page's theme, and with the same bytes each time.
 
-A figure is drawn in the colours of the light theme. Each has one role only, so that in the page it can be replaced by a
-variable that is another one in the dark.
+A figure is drawn in the colours of the light theme. Each colour has one role only, so the page can replace it with a
+variable, which has another value in the dark theme.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from matplotlib.text import Text
 from fedclip_flwr.report.theme import LIGHT
 
 WIDTH = 440
-"""Of most plots, in CSS pixels."""
+"""The width of most plots, in CSS pixels."""
 PIXELS = 72
-"""An inch has so many CSS pixels here, so that a point is one."""
+"""CSS pixels per inch, so that a point is one pixel."""
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -61,7 +61,7 @@ STYLE: Any = {
 
 
 class Plot(NamedTuple):
-    """A figure with its name, as a file's too, the heading above it, and what it shows to those who can't see it."""
+    """A figure with its name (also of its files), the heading above it, and `says`: its content as text."""
 
     name: str
     heading: str
@@ -76,9 +76,9 @@ class Plot(NamedTuple):
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """Within it, plots are drawn and written."""
+    """The context in which plots are drawn and written."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # that the font lacks: the page has others
+        warnings.filterwarnings("ignore", "Glyph")  # missing in this font: the page has other fonts
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
@@ -95,21 +95,21 @@ def canvas(
 
 
 def as_svg(plot: Plot) -> str:
-    """The figure as a file of its own, in the light theme."""
+    """The figure as a standalone SVG file, in the light theme."""
     file = io.StringIO()
     plot.figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return file.getvalue()
 
 
 def as_png(plot: Plot) -> bytes:
-    """The figure as an image, at twice the resolution."""
+    """The figure as a PNG file, at twice the resolution."""
     file = io.BytesIO()
     plot.figure.savefig(file, format="png", dpi=2 * PIXELS, metadata={"Software": None})
     return file.getvalue()
 
 
 def inline(svg: str, name: str, says: str) -> str:
-    """The SVG as a part of the page: it follows the theme, and none of its ids is that of another one."""
+    """The SVG as a part of the page: it follows the theme, and its ids are unique in the page."""
     svg = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="([^"]+)"', svg)
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index(">") + 1 :], flags=re.S)
@@ -125,12 +125,12 @@ def inline(svg: str, name: str, says: str) -> str:
 
 
 def _as_the_page(style: re.Match[str]) -> str:
-    """The style without a font of its own."""
+    """The style without its font."""
     return re.sub(r"font-family: [^;\"]+;? ?", "", re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", style[0]))
 
 
 def apart(positions: list[float], gap: float) -> list[float]:
-    """The positions, moved as little as that no two are closer than the gap; their order is kept."""
+    """The positions, moved just enough that no two are closer than the gap. Their order is kept."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     groups: list[list[int]] = []
 
@@ -155,10 +155,10 @@ def short(text: str, most: int = 18) -> str:
 
 
 def room_for(texts: list[str], least: float = 24, size: float = 12) -> float:
-    """The margin that labels of that font size take."""
+    """The margin that labels of that font size need."""
     return max([least, *(0.72 * size * len(text) + 12 for text in texts)])
 
 
 def write(axes: Axes, x: float, y: float, text: str, role: str = "ink", **how: Any) -> Text:
-    """Text at a place of the data."""
+    """Adds text at data coordinates."""
     return axes.text(x, y, text, color=LIGHT[role], **how)

@@ -1,7 +1,7 @@
-"""The images that the server itself holds out, analysed: what zero-shot and the adapted model see in each of them.
+"""An analysis of the images that the server itself holds out: the predictions of zero-shot and the adapted model.
 
-Never a site's images, nor a domain that sites train on. What is found is kept as `held_out.json`, so that a report can
-be made again where neither the images nor the model are at hand.
+It never covers a site's images, nor a domain that sites train on. The result is stored as `held_out.json`, so that a
+report can be made again without the images and the model.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PART = 4096
-"""So many images are looked at at once."""
+"""Images in a batch."""
 SHOWN = 12
-"""So many images that changed are shown, of each kind."""
+"""Changed images shown of each kind, at most."""
 THUMBNAIL = 96
 STRONGEST = 3
-"""So many dimensions of a class are named that rise most, and that fall most."""
+"""Dimensions named for each class: those that rise most, and those that fall most."""
 DIMENSIONS = 24
 KEPT = "learnt", "domain", "images", "class_names", "zero_shot", "adapted", "weights", "changed", "mended", "spoilt"
-"""What an analysis tells."""
+"""Required keys of an analysis."""
 
 
-class Seen(NamedTuple):
-    """For each image the class that was found, its probability, and that of the true class."""
+class Predictions(NamedTuple):
+    """For each image the predicted class, its probability, and that of the true class."""
 
     found: Tensor
     confidence: Tensor
@@ -51,7 +51,7 @@ class Seen(NamedTuple):
 
 
 def open_held_out(settings: Settings) -> tuple[Features, str]:
-    """The data of a run and the domain that its server holds out, or several."""
+    """The data of a run, and the domain or domains that its server holds out."""
     if settings.data == "none":
         raise UserError("the server of this run has no images of its own")
     features = open_features(settings)
@@ -61,12 +61,12 @@ def open_held_out(settings: Settings) -> tuple[Features, str]:
     return features, holdout
 
 
-def learnt(folder: Path, features: Features) -> Learner:
-    """What the run came to: its adapter, or its whole model."""
+def trained(folder: Path, features: Features) -> Learner:
+    """The result of the run: its adapter, or its whole model."""
     if not isinstance(features, Pixels):
         adapter, facts = load_adapter(folder)
         if (facts["class_names"], facts["dim"]) != ([*features.vocabulary.class_names], features.classes.dim):
-            raise UserError("its data or its model are no longer those that the run had")
+            raise UserError("its data or its model has changed since the run")
         return adapter
     learner = features.whole_model()
     try:
@@ -77,14 +77,14 @@ def learnt(folder: Path, features: Features) -> Learner:
     return learner
 
 
-def mark(folder: Path) -> str:
-    """The hash of what the run came to."""
-    whole = folder / "model" / "model.safetensors"
-    return content.of_file(whole if whole.exists() else folder / TENSORS)
+def result_hash(folder: Path) -> str:
+    """The content hash of the run's adapter or whole model."""
+    model = folder / "model" / "model.safetensors"
+    return content.of_file(model if model.exists() else folder / TENSORS)
 
 
 def analyse(folder: Path, settings: Settings, features: Features, holdout: str) -> dict[str, Any]:
-    """All that is told of the held-out domains: zero-shot, and with what the run in the folder came to."""
+    """The analysis of the held-out domains, with zero-shot and with the result of the run in the folder."""
     domains = held_out(holdout, features.domains)
     examples = together(gathered(features, domains).values())
     if not len(examples.labels):
@@ -92,8 +92,8 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
     device = models.pick_device(settings.device)
     classes = features.classes.ready(device)
     before = features.whole_model().to(device) if isinstance(features, Pixels) else None
-    after = learnt(folder, features).to(device)
-    zero, adapted = (seen_by(learner, examples, classes) for learner in (before, after))
+    after = trained(folder, features).to(device)
+    zero, adapted = (predictions_of(learner, examples, classes) for learner in (before, after))
     names, labels = features.vocabulary.class_names, examples.labels
     rows = {"mended": changed(zero, adapted, labels), "spoilt": changed(adapted, zero, labels)}
     shown = [row for of_kind in rows.values() for row in of_kind[:SHOWN]]
@@ -102,20 +102,20 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
         images = {row: thumbnail(image) for row, image in _pictures(features, domains, shown)}
 
     def card(row: int) -> dict[str, Any]:
-        said = {"zero_shot": zero, "adapted": adapted}
+        made = {"zero_shot": zero, "adapted": adapted}
         return {
             "true": int(labels[row]),
-            **{who: [int(seen.found[row]), _rounded(seen.confidence[row])] for who, seen in said.items()},
+            **{who: [int(by.found[row]), _rounded(by.confidence[row])] for who, by in made.items()},
             "image": images.get(row),
         }
 
     return {
-        "learnt": mark(folder),
+        "learnt": result_hash(folder),
         "domain": holdout,
         "images": len(labels),
         "class_names": list(names),
-        "zero_shot": told(zero, labels, len(names)),
-        "adapted": told(adapted, labels, len(names)),
+        "zero_shot": counts_of(zero, labels, len(names)),
+        "adapted": counts_of(adapted, labels, len(names)),
         "weights": weights(after, examples, len(names)) if isinstance(after, Adapter) else None,
         "changed": {kind: len(of_kind) for kind, of_kind in rows.items()},
         **{kind: [card(row) for row in of_kind[:SHOWN]] for kind, of_kind in rows.items()},
@@ -123,7 +123,7 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
 
 
 def _pictures(features: Encoded, domains: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[int, Image]]:
-    """The images of those rows of all these domains' examples."""
+    """The images of these rows, counted over the examples of all these domains."""
     first = 0
     for domain in domains:
         count = len(features.examples(domain).labels)
@@ -133,34 +133,34 @@ def _pictures(features: Encoded, domains: Sequence[str], rows: Sequence[int]) ->
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What is kept of an analysis."""
+    """The analysis as stored in `held_out.json`."""
     return json.dumps(found, ensure_ascii=False) + "\n"
 
 
 def kept(folder: Path, why: str) -> tuple[dict[str, Any] | None, str]:
-    """The analysis that is kept in the run's folder, and a sentence on why it was not made again, or can't be used."""
+    """The analysis stored in the run's folder, and a sentence on why it is not a new one, or can't be used."""
     try:
         found = files.read_json(folder / FILE)
-        if lacking := [key for key in KEPT if key not in found]:
-            raise ValueError(f"it lacks {lacking[0]}")
-        fits = found["learnt"] == mark(folder)
+        if missing := [key for key in KEPT if key not in found]:
+            raise ValueError(f"it lacks {missing[0]}")
+        fits = found["learnt"] == result_hash(folder)
     except (OSError, ValueError, TypeError) as error:
         return None, f"{why}; and {FILE} can't be read ({one_line(error)})"
     if not fits:
         return None, f"{why}; and {FILE} is of an earlier round"
-    return found, f"As it was analysed before; it can't be made again here: {why}"
+    return found, f"This is an earlier analysis; it can't be repeated here: {why}"
 
 
 @torch.no_grad()
-def seen_by(learner: Learner | None, examples: Examples, classes: Classes) -> Seen:
-    """What the learner (without one: CLIP itself) says of each image."""
+def predictions_of(learner: Learner | None, examples: Examples, classes: Classes) -> Predictions:
+    """The predictions of the learner, or of CLIP itself if there is none, for each image."""
     parts = []
     for part in _parts(examples, classes.text.device):
         chances = logits_of(learner, part, classes).softmax(dim=1)
         confidence, found = chances.max(dim=1)
         truth = chances.gather(1, part.labels[:, None])[:, 0]
         parts.append((found.cpu(), confidence.cpu().double(), truth.cpu().double()))
-    return Seen(*map(torch.cat, zip(*parts, strict=True)))
+    return Predictions(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _parts(examples: Examples, device: str | torch.device) -> Iterator[Examples]:
@@ -168,13 +168,13 @@ def _parts(examples: Examples, device: str | torch.device) -> Iterator[Examples]
         yield Examples(*(tensor[start : start + PART] for tensor in examples)).ready(device)
 
 
-def told(seen: Seen, labels: Tensor, classes: int) -> dict[str, Any]:
-    """Counts of true and found classes, as far as there are any, and for each bin its images and sums."""
-    right, numbers = seen.found == labels, bins_of(seen.confidence)
-    counts = torch.bincount(labels * classes + seen.found)
+def counts_of(made: Predictions, labels: Tensor, classes: int) -> dict[str, Any]:
+    """The counts of true and predicted classes (without zeros), and for each bin its images and sums."""
+    right, numbers = made.found == labels, bins_of(made.confidence)
+    counts = torch.bincount(labels * classes + made.found)
     pairs = counts.nonzero()[:, 0]
     sums = [
-        torch.zeros(BINS, dtype=torch.double).index_add_(0, numbers, of.double()) for of in (seen.confidence, right)
+        torch.zeros(BINS, dtype=torch.double).index_add_(0, numbers, of.double()) for of in (made.confidence, right)
     ]
     return {
         "correct": int(right.sum()),
@@ -189,8 +189,8 @@ def told(seen: Seen, labels: Tensor, classes: int) -> dict[str, Any]:
     }
 
 
-def changed(wrong: Seen, right: Seen, labels: Tensor) -> list[int]:
-    """The images that the one gets wrong and the other right; first where the true class has gained most."""
+def changed(wrong: Predictions, right: Predictions, labels: Tensor) -> list[int]:
+    """The images that are wrong in one and right in the other, those with the largest gain of the true class first."""
     rows = ((wrong.found != labels) & (right.found == labels)).nonzero()[:, 0]
     gain = (right.truth - wrong.truth)[rows]
     return [int(row) for row in rows[gain.argsort(descending=True, stable=True)]]
@@ -198,10 +198,10 @@ def changed(wrong: Seen, right: Seen, labels: Tensor) -> list[int]:
 
 @torch.no_grad()
 def weights(adapter: Adapter, examples: Examples, classes: int) -> dict[str, Any]:
-    """By how many doublings the adapter weighs a dimension more than the average one, by class.
+    """By how many doublings the adapter weights a dimension more than the average one, by class.
 
-    A weight's logarithm to the base 2, less the mean of those of all dimensions: the mean of it over the images of each
-    class. Features are brought to unit length afterwards, so that only this matters.
+    The base-2 logarithm of a weight minus its mean over all dimensions, averaged over the images of each class.
+    Features are normalised to unit length afterwards, so that only this difference matters.
     """
     device = next(adapter.parameters()).device
     sums, counts = torch.zeros(0), torch.bincount(examples.labels.long(), minlength=classes)

@@ -1,4 +1,4 @@
-"""The plots of what the server itself holds out: confusion, calibration, recall, and what the adapter weighs."""
+"""The plots of the server's held-out images: confusion, calibration, recall, and the adapter's weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedclip_flwr.report.plots import MOST_ROWS, ROW, dumbbells, percent
 from fedclip_flwr.report.theme import LIGHT, STEPS
 
 NUMBERED, DRAWN = 20, 80
-"""Confusion of so many classes is told in numbers; of so many it is drawn, and of more only the pairs most confused."""
+"""Up to how many classes a confusion matrix has numbers, and is drawn at all; beyond, only the most confused pairs."""
 PAIRS = 16
 WHO = {"zero_shot": "zero-shot", "adapted": "adapted"}
 
 
 def of_held_out(found: dict[str, Any]) -> list[Plot]:
-    """All that there is something for."""
+    """All plots for which there are data."""
     if not found["images"]:
         return []
     classes = len(found["class_names"])
@@ -32,21 +32,21 @@ def of_held_out(found: dict[str, Any]) -> list[Plot]:
 
 
 def recalls(found: dict[str, Any], who: str) -> dict[int, float]:
-    """The share of each class's images that was recognised, by the class's number."""
+    """The recall of each class, by the class's number."""
     totals, right = dict[int, int](), dict[int, int]()
-    for true, said, count in found[who]["confusion"]:
+    for true, predicted, count in found[who]["confusion"]:
         totals[true] = totals.get(true, 0) + count
-        right[true] = right.get(true, 0) + count * (true == said)
+        right[true] = right.get(true, 0) + count * (true == predicted)
     return {true: right[true] / total for true, total in totals.items()}
 
 
 def confused(found: dict[str, Any], who: str) -> dict[tuple[int, int], int]:
-    """How many images of the one class were taken for the other."""
-    return {(true, said): count for true, said, count in found[who]["confusion"] if true != said}
+    """The number of images of the true class that were predicted as the other one."""
+    return {(true, other): count for true, other, count in found[who]["confusion"] if true != other}
 
 
 def cells(axes: Axes, rows: int, columns: int, role_of: Callable[[int, int], str | None]) -> None:
-    """Squares in the colours of these roles; row 0 is at the top. All of one colour are one path."""
+    """Draws squares in the colours of these roles, row 0 at the top. Squares of one colour are one path."""
     corners: dict[str, list[tuple[float, float]]] = {}
     for row in range(rows):
         for column in range(columns):
@@ -65,37 +65,37 @@ def cells(axes: Axes, rows: int, columns: int, role_of: Callable[[int, int], str
 
 
 def shade(share: float, side: str = "more") -> str | None:
-    """The role of a cell with so much of what there may be; nothing has none."""
+    """The role of a cell for a share from 0 to 1; None for 0."""
     return f"{side}-{step_of(share)}" if share > 0 else None
 
 
 def step_of(share: float) -> int:
-    """The number of its shade."""
+    """The number of the share's shade."""
     return min(round(share * (STEPS - 1)), STEPS - 1)
 
 
 def confusion(found: dict[str, Any], who: str) -> Plot:
-    """Of the images of each class, which share was taken for which."""
+    """The confusion matrix, in shares of each true class."""
     names = [short(name, 14) for name in found["class_names"]]
     numbered = len(names) <= NUMBERED
     totals = dict[int, int]()
     for true, _, count in found[who]["confusion"]:
         totals[true] = totals.get(true, 0) + count
-    shares = {(true, said): count / totals[true] for true, said, count in found[who]["confusion"]}
+    shares = {(true, predicted): count / totals[true] for true, predicted, count in found[who]["confusion"]}
     size = 12.0 if len(names) <= 12 else 10.0 if numbered else 8.5
     side = room_for(names, size=size)
     width = 440 if numbered else 900
     figure, axes = canvas(width - side - 8 + side, left=side, right=8, top=8, bottom=side, width=width)
-    nothing = "more-0" if numbered else None  # the many cells with nothing in them need not be drawn
+    nothing = "more-0" if numbered else None  # of many classes, empty cells are not drawn
     axes.set_facecolor("none" if numbered else LIGHT["more-0"])
     cells(axes, len(names), len(names), lambda row, column: shade(shares.get((row, column), 0.0)) or nothing)
     if numbered:
-        for (true, said), share in shares.items():
+        for (true, predicted), share in shares.items():
             if share >= 0.005:
                 role = "strong" if step_of(share) >= STEPS - 2 else "ink"
                 write(
                     axes,
-                    said,
+                    predicted,
                     len(names) - 1 - true,
                     f"{100 * share:.0f}",
                     role,
@@ -107,18 +107,18 @@ def confusion(found: dict[str, Any], who: str) -> Plot:
     axes.set_yticks(range(len(names)), reversed(names), fontsize=size)
     accuracy = 100 * found[who]["correct"] / found["images"]
     says = f"Confusion matrix, {WHO[who]}: {accuracy:.1f} % of {found['images']:,} images are right."
-    note = "Rows: the true class; columns: what was said; % of the row."
+    note = "Rows: the true class; columns: the predicted class; % of the row."
     return Plot(f"confusion-{WHO[who]}", f"Confusion, {WHO[who]}: {accuracy:.1f} % right", says, figure, note)
 
 
 def pairs(found: dict[str, Any]) -> Plot | None:
-    """The classes that are taken for each other most, before and after."""
+    """The most confused pairs of classes, before and after."""
     before, after = (confused(found, who) for who in WHO)
     chosen = sorted({*before, *after}, key=lambda pair: (-max(before.get(pair, 0), after.get(pair, 0)), pair))[:PAIRS]
     if not chosen:
         return None
     names = [short(name, 13) for name in found["class_names"]]
-    labels = [f"{names[true]} → {names[said]}" for true, said in chosen]
+    labels = [f"{names[true]} → {names[other]}" for true, other in chosen]
     figure, axes = canvas(len(chosen) * ROW + 58, left=room_for(labels))
     for place, pair in enumerate(chosen):
         y, ends = len(chosen) - 1 - place, (before.get(pair, 0), after.get(pair, 0))
@@ -134,21 +134,21 @@ def pairs(found: dict[str, Any]) -> Plot | None:
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("images")
-    says = (
-        f"The {len(chosen)} pairs of classes confused most, as images of the true class that were taken for the other."
+    says = f"The {len(chosen)} most confused pairs of classes, by images of the true class predicted as the other one."
+    return Plot(
+        "pairs", "The most confused pairs", says, figure, "true class → predicted class;  ○ zero-shot  ● adapted"
     )
-    return Plot("pairs", "The most confused pairs", says, figure, "true class → what was said;  ○ zero-shot  ● adapted")
 
 
 def calibration_error(found: dict[str, Any], who: str) -> float:
-    """The bins' distances of confidence from accuracy, weighted by their images."""
+    """The mean distance of confidence from accuracy over the bins, weighted by their images."""
     bins = found[who]["bins"]
     gaps = [abs(confidence - right) for confidence, right in zip(bins["confidence"], bins["correct"], strict=True)]
     return float(sum(gaps) / max(found["images"], 1))
 
 
 def calibration(found: dict[str, Any]) -> Plot:
-    """How often what was said with such a confidence was right."""
+    """A reliability diagram: accuracy by confidence."""
     figure, axes = canvas(330, right=20, bottom=44)
     axes.plot([0, 1], [0, 1], color=LIGHT["soft"], linewidth=1, dashes=(4, 3))
     errors = []
@@ -162,8 +162,8 @@ def calibration(found: dict[str, Any]) -> Plot:
         x, y, shares = zip(*at, strict=True)
         sizes = [14 + 320 * share for share in shares]
         axes.scatter(x, y, sizes, color=LIGHT[role], edgecolor=LIGHT["paper"], linewidth=0.8, zorder=3, clip_on=False)
-        told = f"{WHO[who]}: error {100 * calibration_error(found, who):.1f} %"
-        errors.append((told, "soft" if role == "zero" else role))
+        error = f"{WHO[who]}: error {100 * calibration_error(found, who):.1f} %"
+        errors.append((error, "soft" if role == "zero" else role))
     for place, (text, role) in enumerate(reversed(errors)):
         write(axes, 0.98, 0.03 + 0.065 * place, f"● {text}", role, ha="right", transform=axes.transAxes)
     axes.set_xlim(0, 1.02)
@@ -173,13 +173,13 @@ def calibration(found: dict[str, Any]) -> Plot:
         percent(axes, along)
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("right, %", labelpad=2)
-    told = " ".join(f"{text}." for text, _ in errors)
-    note = f"{BINS} bins, each dot as large as its share of the images. Below the dashed line: too confident."
-    return Plot("calibration", "Calibration", f"Reliability diagram with {BINS} bins. {told}", figure, note)
+    summary = " ".join(f"{text}." for text, _ in errors)
+    note = f"{BINS} bins, dots sized by their share of the images. Below the dashed line: overconfident."
+    return Plot("calibration", "Calibration", f"Reliability diagram with {BINS} bins. {summary}", figure, note)
 
 
 def recall(found: dict[str, Any]) -> Plot:
-    """The share of each class that is recognised, before and after; of many those that change most."""
+    """The recall of each class, before and after; of many classes those that change most."""
     before, after = (recalls(found, who) for who in WHO)
     names, kept = found["class_names"], sorted(after, key=lambda c: (-abs(after[c] - before[c]), c))[:MOST_ROWS]
     kept.sort(key=lambda c: (-after[c], -before[c], c))
@@ -193,24 +193,24 @@ def recall(found: dict[str, Any]) -> Plot:
 
 
 def weights(found: dict[str, Any]) -> Plot | None:
-    """By how many doublings the adapter weighs some dimensions more or less, by class."""
-    told = found["weights"]
+    """By how many doublings the adapter weights some dimensions more or less, by class."""
+    table = found["weights"]
     most = greatest(found)
     if not most:
         return None
-    rows = strongest_classes(told)
-    names = [short(found["class_names"][told["classes"][row]], 14) for row in rows]
+    rows = strongest_classes(table)
+    names = [short(found["class_names"][table["classes"][row]], 14) for row in rows]
     high, left = len(rows), room_for([*names])
     figure, axes = canvas(high * 19 + 102, left=left, right=8, top=4, bottom=98)
 
     def role(row: int, column: int) -> str:
-        value = told["values"][rows[row]][column]
+        value = table["values"][rows[row]][column]
         return shade(min(abs(value) / most, 1.0), "more" if value > 0 else "less") or "more-0"
 
-    columns = len(told["dimensions"])
+    columns = len(table["dimensions"])
     cells(axes, high, columns, role)
     axes.set_yticks(range(high), reversed(names))
-    axes.set_xticks(range(columns), [str(number) for number in told["dimensions"]], rotation=90, fontsize=10)
+    axes.set_xticks(range(columns), [str(number) for number in table["dimensions"]], rotation=90, fontsize=10)
     axes.set_xlabel("dimension of the feature", labelpad=7)
     _key(figure, left, most)
     says = f"Weights of {columns} dimensions for {high} classes, from {-most:.2f} to {most:+.2f} doublings."
@@ -218,7 +218,7 @@ def weights(found: dict[str, Any]) -> Plot | None:
 
 
 def _key(figure: Any, left: float, most: float) -> None:
-    """The scale of the colours, below."""
+    """Draws the colour scale below the plot."""
     width, height = (size * 72 for size in figure.get_size_inches())
     axes = figure.add_axes((left / width, 20 / height, (width - left - 8) / width, 9 / height))
     cells(
@@ -238,12 +238,12 @@ def _key(figure: Any, left: float, most: float) -> None:
 
 
 def greatest(found: dict[str, Any]) -> float:
-    """The largest of the weights that are shown; 0 where there are none, or all are the same."""
-    told = found["weights"] or {"values": []}
-    return max((abs(value) for row in told["values"] for value in row), default=0.0)
+    """The largest of the shown weights; 0 if there are none, or if all are equal."""
+    table = found["weights"] or {"values": []}
+    return max((abs(value) for row in table["values"] for value in row), default=0.0)
 
 
-def strongest_classes(told: dict[str, Any], most: int = 40) -> Sequence[int]:
-    """The rows of the classes that are weighed most, in the order of the classes."""
-    strength = [sum(value * value for value in row) for row in told["values"]]
+def strongest_classes(table: dict[str, Any], most: int = 40) -> Sequence[int]:
+    """The rows of the classes with the strongest weights, in the order of the classes."""
+    strength = [sum(value * value for value in row) for row in table["values"]]
     return sorted(sorted(range(len(strength)), key=lambda row: (-strength[row], row))[:most])

@@ -1,4 +1,4 @@
-"""The parts of the page that tell of held-out images, which the server itself has."""
+"""The parts of the page on the server's held-out images."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fedclip_flwr.report.story import Story
 IMAGE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 FEW, MANY = ("recall", "calibration"), (("pairs", "calibration"), "recall")
 BESIDE = 12
-"""So many classes have room beside a plot."""
+"""Classes that fit beside a plot, at most."""
 KINDS = {"mended": "Wrong zero-shot, right adapted", "spoilt": "Right zero-shot, wrong adapted"}
 
 
-def of(story: Story, figures: Figures, found: dict[str, Any] | None, lacking: str) -> list[str]:
-    """All of them, or a line that says why there are none."""
+def of(story: Story, figures: Figures, found: dict[str, Any] | None, problem: str) -> list[str]:
+    """All these parts, or a line on why there are none."""
     if not found or not found["images"]:
-        return [section("held-out", "Held-out images", aside(f"Nothing is told of single classes: {lacking}."))]
+        return [section("held-out", "Held-out images", aside(f"There are no results by class: {problem}."))]
     names = found["class_names"]
     confusion = [name for name in figures if name.startswith("confusion-")]
     lead = f"{found['images']:,} images of {found['domain']}, which no site has, in {len(names)} classes."
-    told = e(f"{lead} {lacking}.") if lacking else e(lead)
+    lead = f"{lead} {problem}." if problem else lead
     return [
         section(
             "held-out",
             f"Held-out images: {found['domain']}",
             plots(figures, *confusion, *(MANY if "pairs" in figures else FEW)),
             details("Recall of each class", _recalls(found)),
-            lead=told,
+            lead=e(lead),
         ),
         _weights(story, figures, found),
         _gallery(found),
@@ -48,26 +48,26 @@ def _recalls(found: dict[str, Any]) -> str:
 
 
 def _weights(story: Story, figures: Figures, found: dict[str, Any]) -> str:
-    """What the adapter does to a feature's dimensions."""
-    told = found["weights"]
-    if not told:
+    """How the adapter weights the dimensions of features."""
+    weights = found["weights"]
+    if not weights:
         return ""
     if not greatest(found):
         return section(
             "weights",
             "What the adapter looks at",
-            aside("The adapter weighs all dimensions the same: it changes nothing."),
+            aside("The adapter weights all dimensions equally: it changes nothing."),
         )
     lead = (
-        f"The adapter multiplies each of a feature’s {told['of']} dimensions by a weight of its own. A cell tells by "
-        "how many doublings a dimension is weighed more (blue) or less (orange) than the average dimension, in the "
-        "mean over the images of a class; shown are the dimensions that are changed most. "
-        f"{100 * told['common']:.0f} % of all that is changed is the same for all classes."
+        f"The adapter multiplies each of a feature’s {weights['of']} dimensions by its own weight. A cell shows by "
+        "how many doublings a dimension is weighted more (blue) or less (orange) than the average dimension, as a "
+        "mean over the images of a class, for the dimensions that change most. "
+        f"{100 * weights['common']:.0f} % of the change is common to all classes."
     )
     if (blend := story.adapted.get("blend", 1.0)) != 1.0:
-        lead += f" Of what comes of it {100 * blend:.0f} % are taken, the rest is zero-shot’s own feature."
+        lead += f" The blend takes {100 * blend:.0f} % of the adapted feature; the rest is the zero-shot feature."
     names, rows = found["class_names"], []
-    for number, *strongest in zip(told["classes"], told["rising"], told["falling"], strict=True):
+    for number, *strongest in zip(weights["classes"], weights["rising"], weights["falling"], strict=True):
         row = [names[number]]
         for of in strongest:
             row += [
@@ -75,17 +75,17 @@ def _weights(story: Story, figures: Figures, found: dict[str, Any]) -> str:
                 f"{of[0][1]:+.2f}".replace("-", "−"),
             ]
         rows.append(row)
-    rises = table(["class", "weighed more", "first of them", "weighed less", "first of them"], rows, words=5)
-    heading = "The strongest of each class"
+    strongest_table = table(["class", "weighted more", "strongest", "weighted less", "strongest"], rows, words=5)
+    heading = "The strongest dimensions of each class"
     if len(rows) > BESIDE:
-        beside, below = "", details(heading, rises)
+        beside, below = "", details(heading, strongest_table)
     else:
-        beside, below = f'<div class="beside"><h3>{heading}</h3>{rises}</div>', ""
+        beside, below = f'<div class="beside"><h3>{heading}</h3>{strongest_table}</div>', ""
     return section("weights", "What the adapter looks at", plots(figures, "weights", more=beside), below, lead=e(lead))
 
 
 def _gallery(found: dict[str, Any]) -> str:
-    """Images that have changed, with what was said of them."""
+    """Images whose prediction became right or wrong, with both predictions."""
     parts = []
     for kind, heading in KINDS.items():
         count, cards = found["changed"][kind], found[kind]
@@ -95,7 +95,7 @@ def _gallery(found: dict[str, Any]) -> str:
             parts.append(f'<h3>{e(heading + some)}</h3>\n<div class="gallery">\n{body}\n</div>')
         elif cards:
             parts.append(
-                aside(f"{heading}: {count:,}. There are no images to show, for the data has only their features.")
+                aside(f"{heading}: {count:,}. There are no images to show, because the data has only their features.")
             )
         else:
             parts.append(aside(f"{heading}: none."))
@@ -103,7 +103,7 @@ def _gallery(found: dict[str, Any]) -> str:
         "changed",
         "Images that changed",
         *parts,
-        lead="First those whose true class has gained or lost most; what was said, with its probability.",
+        lead="Sorted by the change of the true class’s probability; each with its predictions and their probability.",
     )
 
 

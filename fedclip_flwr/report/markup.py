@@ -1,4 +1,4 @@
-"""The pieces of a page. Whatever comes from outside goes through `e`, and nothing refers to another place."""
+"""The pieces of a page. All text from outside goes through `e`, and nothing refers to another place."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Figures = Mapping[str, tuple["Plot", str]]
 
 
 def e(text: object) -> str:
-    """The text as it is to be read, whatever it is."""
+    """The text, escaped for HTML and without control characters."""
     return html.escape(shown(text))
 
 
 def gain(zero: float | None, adapted: float | None) -> str:
-    """The difference of what is shown, with a true minus."""
+    """The difference of the rounded figures, with a true minus sign."""
     return text.gain(zero, adapted).replace("-", "−")
 
 
 def setting(value: object) -> str:
-    """A setting's value as it is given."""
+    """A setting's value as given on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page, to be read without anything else."""
+    """A complete, self-contained page."""
     css = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     dark = f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}"
     themes = f":root {{ {variables(LIGHT)} }}\n{dark}"
@@ -62,15 +62,15 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def section(name: str, heading: str, *parts: str, lead: str = "") -> str:
-    """A part of the page; none if there is nothing in it."""
+    """A section of the page; empty if it has no content."""
     if not (body := "\n".join(part for part in parts if part)):
         return ""
-    told = f'<p class="lead">{lead}</p>\n' if lead else ""
-    return f'<section id="{name}">\n<h2>{e(heading)}</h2>\n{told}{body}\n</section>'
+    intro = f'<p class="lead">{lead}</p>\n' if lead else ""
+    return f'<section id="{name}">\n<h2>{e(heading)}</h2>\n{intro}{body}\n</section>'
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, words: int = 1) -> str:
-    """A table whose first columns, so many, are words, and whose others are numbers."""
+    """A table: the first `words` columns are text, the others numbers."""
 
     def row(cells: Sequence[object], kind: str) -> str:
         marks = [
@@ -88,7 +88,7 @@ def details(heading: str, body: str) -> str:
 
 
 def plots(figures: Figures, *names: str | Sequence[str], more: str = "") -> str:
-    """Those of the plots that there are, side by side where there is room, and more; lists one below another."""
+    """The plots that exist, side by side if there is room, then `more`. Plots in a list are one below another."""
     made = []
     for name in names:
         below = [_figure(*figures[one]) for one in ([name] if isinstance(name, str) else name) if one in figures]
@@ -116,5 +116,5 @@ def tile(name: str, figure: str, *, unit: str = "", below: str = "", role: str =
 
 
 def aside(text: str) -> str:
-    """A sentence on what is not there."""
+    """A sentence on something that is missing."""
     return f'<p class="aside">{e(text)}</p>'

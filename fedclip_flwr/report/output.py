@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 PLOTS, FILE = "plots", "held_out.json"
 MARK = b"fedclip report</title>"
-"""By which a page is known for one of ours."""
+"""Identifies a page as a report."""
 
 
 def check_out(folder: Path, *own: Run) -> None:
-    """Raises where something else is: another run, whose report would be lost, or what is no report."""
+    """Raises if the folder holds another run, whose report would be lost, or files that are not a report."""
     if not folder.is_dir() or folder.resolve() in [run.path.resolve() for run in own]:
         return
     if (folder / history.SETTINGS).exists():
@@ -33,20 +33,20 @@ def check_out(folder: Path, *own: Run) -> None:
 
 
 def write_plots(made: list[Plot], folder: Path) -> dict[str, tuple[Plot, str]]:
-    """Writes each plot as SVG and PNG; by name the plots with their SVG for the page."""
+    """Writes each plot as SVG and PNG. Returns by name each plot with its SVG for the page."""
     from fedclip_flwr.report import drawing  # brings matplotlib
 
     figures = {}
     for plot in made:
         svg, png = drawing.as_svg(plot), drawing.as_png(plot)
         write_text(folder / PLOTS / f"{plot.name}.svg", svg)
-        files.write_whole(folder / PLOTS / f"{plot.name}.png", partial(_write_bytes, png), "--out")
+        files.write_atomic(folder / PLOTS / f"{plot.name}.png", partial(_write_bytes, png), "--out")
         figures[plot.name] = plot, drawing.inline(svg, plot.name, plot.says)
     return figures
 
 
 def write_text(path: Path, text: str) -> Path:
-    files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), "--out")
+    files.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"), "--out")
     return path
 
 

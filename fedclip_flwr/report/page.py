@@ -32,17 +32,17 @@ MEASURES = {
     "calibration_error": "calibration error",
 }
 OWN_FACTS = ("versions", "package", "run", "sites")
-"""What settings.json tells besides the settings."""
+"""Keys of settings.json that are no settings."""
 
 
-def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, lacking: str) -> str:
-    """The page; `found` is the analysis of held-out images, `lacking` says what is not as it should be with it."""
+def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, problem: str) -> str:
+    """The page; `found` is the analysis of held-out images, `problem` says why it is missing or not new."""
     parts = [
         head(story),
         tiles(story),
         section("learning", "Accuracy", plots(figures, ("rounds", "spread"), "sites"), by_site(story)),
         section("figures", "All figures", figures_table(story)),
-        *heldout_sections.of(story, figures, found, lacking),
+        *heldout_sections.of(story, figures, found, problem),
         cost(story, figures),
         failures(story),
         how(story),
@@ -51,7 +51,7 @@ def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, lacking
 
 
 def head(story: Story) -> str:
-    """What was run, in a sentence, how it ended if it did not come to its end, and whether something is lost."""
+    """What was run, in a sentence; how it ended if it was not completed; what is missing or needs a warning."""
     status = f'<p class="status"><strong>{e(story.status)}</strong> {e(_as_far(story))}</p>' if story.status else ""
     status += f'<p class="status">{e(story.gap)}</p>' if story.gap else ""
     if story.run.summary.get("unknown_norm"):
@@ -64,10 +64,8 @@ def head(story: Story) -> str:
 
 def _as_far(story: Story) -> str:
     if not (story.lines or story.run.done):
-        return "It came to no round."
-    return (
-        f"What is told here is what there is: {counted(story.run.done, 'round')} of {story.settings.num_server_rounds}."
-    )
+        return "It completed no round."
+    return f"This page shows what there is: {counted(story.run.done, 'round')} of {story.settings.num_server_rounds}."
 
 
 def tiles(story: Story) -> str:
@@ -93,14 +91,14 @@ def tiles(story: Story) -> str:
             tile("time", figure, unit=unit, below=f"{counted(story.run.done, 'round')}, {counted(story.sites, 'site')}")
         )
     if story.run.epsilon is not None:
-        who = {"local": "before anyone, the server too", "central": "before anyone but the server"}
+        who = {"local": "against anyone, including the server", "central": "against anyone but the server"}
         below = f"at δ = {story.settings.delta:g}, {who.get(story.settings.dp, '')}"
         made.append(tile("privacy of a site: ε", f"{story.run.epsilon:.2f}", below=below))
     return f'<div class="tiles" style="--tiles: {len(made)}">\n{chr(10).join(made)}\n</div>' if made else ""
 
 
 def by_site(story: Story) -> str:
-    """The figures behind the plot of the sites."""
+    """A table of the figures in the plot of the sites."""
     apart, own = story.adapted["holdout_sites"], story.personal
     zero = {**story.zero["sites"], **story.zero["holdout_sites"]}
     rows = []
@@ -116,7 +114,7 @@ def by_site(story: Story) -> str:
 
 
 def figures_table(story: Story) -> str:
-    """What accuracy does not tell."""
+    """A table of all metrics."""
     own = (story.adapted.get("personal_metrics") or {}).get("seen")
     columns: list[tuple[str, Mapping[str, Any] | None]] = []
     for key in ("seen", "unseen"):
@@ -127,13 +125,13 @@ def figures_table(story: Story) -> str:
     if not columns:
         return ""
     rows = [[name, *(percent((figures or {}).get(key)) for key in MEASURES)] for name, figures in columns]
-    told = " “Own” are adapters that the sites have made for themselves from the adapted one." if own else ""
-    note = f"In %. Seen: means over the sites’ test images.{told} Of the calibration error, less is better."
+    note_own = " “Own”: adapters that the sites personalised from the adapted one." if own else ""
+    note = f"In %. Seen: means over the sites’ test images.{note_own} For the calibration error, lower is better."
     return table(["", *MEASURES.values()], rows) + f'\n<p class="note">{e(note)}</p>'
 
 
 def cost(story: Story, figures: Figures) -> str:
-    """What the run has taken."""
+    """The bytes and the time that the run took."""
     lead = []
     if story.run.bytes_per_site_round is not None:
         lead.append(f"A site sends and receives {story.cost} in a round.")
@@ -143,25 +141,23 @@ def cost(story: Story, figures: Figures) -> str:
 
 
 def failures(story: Story) -> str:
-    """Who was left out, and whose updates were too long."""
-    told = left_out(story.run.failures)
+    """The sites that were left out, and those whose updates were too long."""
+    failed = left_out(story.run.failures)
     scaled = [
-        f"{site}: its updates were longer than those of the others, and counted less, in {counted(rounds, 'round')}"
+        f"{site}: its updates were longer than those of the others, and were scaled down, in {counted(rounds, 'round')}"
         for site, rounds in story.run.summary.get("scaled", {}).items()
     ]
-    items = "\n".join(f"<li>{e(line.removeprefix('Left out: '))}</li>" for line in [*told, *scaled])
+    items = "\n".join(f"<li>{e(line.removeprefix('Left out: '))}</li>" for line in [*failed, *scaled])
     return section("failures", "Left out", f'<ul class="failures">\n{items}\n</ul>' if items else "")
 
 
 def how(story: Story) -> str:
-    """How it was run, and how to go on from here."""
+    """The settings and versions of the run, and commands for the next steps."""
     facts, default = story.run.settings, Settings().as_run_config()
     settings = {key: value for key, value in facts.items() if key not in OWN_FACTS}
     rows = [(key, setting(value) or "–", setting(default[key]) or "–") for key, value in story.run.changed.items()]
     changed = (
-        table(["setting", "value", "default"], rows, words=3)
-        if rows
-        else aside("All settings are as they are unless given.")
+        table(["setting", "value", "default"], rows, words=3) if rows else aside("All settings have their defaults.")
     )
     versions = facts.get("versions")
     made_with = [("package hash", facts.get("package", "–")), *(versions.items() if isinstance(versions, dict) else ())]
@@ -174,21 +170,21 @@ def how(story: Story) -> str:
             table(["setting", "value"], [(key, setting(value) or "–") for key, value in settings.items()], words=2),
         ),
         details("Versions", table(["", ""], made_with, words=2)),
-        go_on(story),
+        next_steps(story),
     )
 
 
-def go_on(story: Story) -> str:
-    """Commands that go on from here."""
+def next_steps(story: Story) -> str:
+    """Commands for the next steps."""
     given = [f"{key}={setting(value)}" for key, value in sorted(story.run.changed.items())]
     nodes = ["--nodes", str(story.sites)] if story.sites and story.settings.data != "none" else []
-    lines = [("The same once more", ["run", *nodes, *given]), ("This report again", ["report", str(story.run.path)])]
+    lines = [("Repeat this run", ["run", *nodes, *given]), ("Make this report again", ["report", str(story.run.path)])]
     if story.completed:
         predict = ["predict", "IMAGES", "--adapter", str(story.run.path)]
-        lines.insert(0, ("Images of your own, with what was learnt", predict))
+        lines.insert(0, ("Predict your own images", predict))
     if not story.completed and story.run.status != "running" and story.run.done:
-        lines.insert(0, ("To go on from its last complete round", ["run", *story.run.to_resume]))
-    told = "\n".join(
+        lines.insert(0, ("Resume after the last complete round", ["run", *story.run.to_resume]))
+    items = "\n".join(
         f"<dt>{e(name)}</dt><dd><code>{e(shlex.join(['fedclip', *words]))}</code></dd>" for name, words in lines
     )
-    return f'<h3>How to go on</h3>\n<dl class="commands">\n{told}\n</dl>'
+    return f'<h3>Next steps</h3>\n<dl class="commands">\n{items}\n</dl>'

@@ -13,26 +13,26 @@ from fedclip_flwr.report.story import Story
 from fedclip_flwr.report.theme import LIGHT
 
 MOST_ROWS = 24
-"""So many sites or classes are shown one by one."""
+"""Sites or classes that are shown one by one, at most."""
 ROW = 21
-"""The height of one."""
+"""The height of a row."""
 
 
 def percent(axes: Axes, along: str) -> None:
-    """The axis, which has fractions, tells them in per cent."""
+    """Labels an axis of fractions in per cent."""
     axis = axes.xaxis if along == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
 
 
 def of_run(story: Story) -> list[Plot]:
-    """All that there is something for."""
+    """All plots for which there are data."""
     made = [rounds(story), sites(story), spread(story), traffic(story), phases(story), pace(story)]
     return [plot for plot in made if plot]
 
 
 def rounds(story: Story) -> Plot | None:
-    """Accuracy after each round, beside that of the start."""
+    """The accuracy after each round, compared with the start."""
     keys = [key for key in ("seen", "unseen") if any(line[key] is not None for line in story.lines)]
     if len(story.lines) < 2 or not keys:
         return None
@@ -75,12 +75,12 @@ def rounds(story: Story) -> Plot | None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("round")
     percent(axes, "y")
-    told = "; ".join(text for _, text, _ in ends)
+    labels = "; ".join(text for _, text, _ in ends)
     chosen = f" The dots mark round {story.selected}, which was selected." if story.selected is not None else ""
     return Plot(
         "rounds",
         "Accuracy over rounds, %",
-        f"Accuracy after each of {last} rounds: {told}.{chosen}",
+        f"Accuracy after each of {last} rounds: {labels}.{chosen}",
         figure,
         f"Dashed: {story.run.start}.{chosen}",
     )
@@ -89,7 +89,7 @@ def rounds(story: Story) -> Plot | None:
 def dumbbells(
     axes: Axes, rows: Sequence[tuple[str, float | None, float | None, float | None]], roles: Sequence[str]
 ) -> None:
-    """For each row its name, and where it was, is, and is with what is its own; the first row at the top."""
+    """Draws a line for each row: name, zero-shot, adapted and own accuracy, the first row at the top."""
     for place, ((_, zero, adapted, own), role) in enumerate(zip(rows, roles, strict=True)):
         y = len(rows) - 1 - place
         if zero is not None and adapted is not None:
@@ -122,7 +122,7 @@ def ordered(rows: Mapping[str, float | None]) -> list[str]:
 
 
 def sites(story: Story) -> Plot | None:
-    """Each site before and after; of many the strongest and the weakest."""
+    """The accuracy of each site before and after; of many sites the best and the weakest."""
     own, apart_from = story.personal, story.adapted["holdout_sites"]
     adapted = {**story.adapted["sites"], **apart_from}
     zero = {**story.zero["sites"], **story.zero["holdout_sites"]}
@@ -157,7 +157,7 @@ def sites(story: Story) -> Plot | None:
 
 
 def spread(story: Story) -> Plot | None:
-    """How many sites do how well, where they are too many to be shown one by one."""
+    """A histogram of the sites by accuracy, if they are too many to be shown one by one."""
     after = [value for value in story.adapted["sites"].values() if value is not None]
     before = [value for value in story.zero["sites"].values() if value is not None]
     if not (before and after) or len(after) + len(story.adapted["holdout_sites"]) <= MOST_ROWS:
@@ -174,7 +174,7 @@ def spread(story: Story) -> Plot | None:
     means = [sum(values) / len(values) for values in (before, after)]
     return Plot(
         "spread",
-        "How many sites do how well",
+        "Sites by accuracy",
         f"Sites by accuracy; the mean is {100 * means[0]:.1f} % zero-shot and {100 * means[1]:.1f} % adapted.",
         figure,
         "▭ zero-shot  ■ adapted",
@@ -182,7 +182,7 @@ def spread(story: Story) -> Plot | None:
 
 
 def traffic(story: Story) -> Plot | None:
-    """The bytes of the run against those of FedAVG, on a logarithmic scale."""
+    """The bytes of the run compared with FedAVG, on a logarithmic scale."""
     each, whole = story.run.bytes_per_site_round, story.whole_bytes
     if not each or not story.run.done:
         return None
@@ -201,10 +201,10 @@ def traffic(story: Story) -> Plot | None:
     for place, (name, one, other) in enumerate(rows):
         y = -place
         write(axes, low, y + 0.42, name, "soft", va="center")
-        for value, offset, role, told in ((one, 0.15, "seen", "adapter"), (other, -0.17, "zero", "FedAVG")):
+        for value, offset, role, what in ((one, 0.15, "seen", "adapter"), (other, -0.17, "zero", "FedAVG")):
             if value:
                 axes.barh([y + offset], [value - low], left=low, height=0.26, color=LIGHT[role])
-                write(axes, value * 1.25, y + offset, f"{bytes_of(value)} {told if whole else ''}".strip(), va="center")
+                write(axes, value * 1.25, y + offset, f"{bytes_of(value)} {what if whole else ''}".strip(), va="center")
     axes.set_ylim(-len(rows) + 0.6, 0.62)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -216,12 +216,12 @@ def traffic(story: Story) -> Plot | None:
         "Bytes on the wire",
         f"{bytes_of(each)} a site and round, there and back{less}.",
         figure,
-        "Each step of the scale is ten times as much." if whole else "",
+        "Logarithmic scale: each step is ten times as much." if whole else "",
     )
 
 
 def phases(story: Story) -> Plot | None:
-    """What the time was spent on."""
+    """The time by phase."""
     seconds = story.seconds
     if "encode" not in seconds or seconds["total"] <= 0:
         return None
@@ -249,7 +249,7 @@ def phases(story: Story) -> Plot | None:
 
 
 def pace(story: Story) -> Plot | None:
-    """Seconds of each round."""
+    """The seconds of each round."""
     known = [(line["round"], line["seconds"]) for line in story.lines if line["round"]]
     if len(known) < 2:
         return None

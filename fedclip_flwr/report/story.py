@@ -1,4 +1,4 @@
-"""What a run's folder tells, however far the run has come: the figures that the report's page and plots show."""
+"""The figures of a run, completed or not, that the report's page and plots show."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATUS = {
 
 @dataclass(frozen=True)
 class Story:
-    """A run and what it has come to so far; `domain` is what its server holds out, where that was found out."""
+    """A run and its results so far; `domain` is what its server holds out, if that is known."""
 
     run: Run
     domain: str | None = None
@@ -45,7 +45,7 @@ class Story:
 
     @property
     def status(self) -> str:
-        """A sentence, for a run that was not completed; with why."""
+        """A sentence on why the run was not completed; empty if it was."""
         if self.completed:
             return ""
         why = shown(self.run.why).rstrip(".")
@@ -53,9 +53,9 @@ class Story:
 
     @property
     def gap(self) -> str:
-        """A sentence on rounds of which there is nothing to show."""
+        """A sentence on rounds whose records are missing; empty if none is."""
         lost = self.run.lost
-        return f"metrics.jsonl has lost the lines of {counted(lost, 'round')}: they are not shown." if lost else ""
+        return f"metrics.jsonl lacks the lines of {counted(lost, 'round')}: they are not shown." if lost else ""
 
     @property
     def selected(self) -> int | None:
@@ -63,12 +63,12 @@ class Story:
 
     @cached_property
     def zero(self) -> Mapping[str, Any]:
-        """The results of zero-shot; before a run's end those of its start."""
+        """The results of zero-shot; of an incomplete run those of round 0."""
         return self.run.summary["zero_shot"] if self.completed else _of_line(self.run.line(0))
 
     @cached_property
     def adapted(self) -> Mapping[str, Any]:
-        """The results of the selected round; before a run's end of that so far, or of the last one."""
+        """The results of the selected round; of an incomplete run of that so far, or of the last one."""
         if self.completed:
             found: dict[str, Any] = self.run.summary["adapted"]
             return found
@@ -80,7 +80,7 @@ class Story:
 
     @cached_property
     def holdout(self) -> str | None:
-        """What nobody trains on: a domain, or holdout sites."""
+        """The held-out domain or domains, or else the holdout sites."""
         named = self.run.summary.get("holdout") if self.completed else self.domain
         if not named and self.settings.holdout not in ("auto", ""):
             named = self.settings.holdout
@@ -88,18 +88,18 @@ class Story:
 
     @property
     def sites(self) -> int:
-        """How many took part."""
-        told = self.run.settings.get("sites")
-        apart = [*self.adapted["holdout_sites"]]  # several domains that the server itself holds out are told of there
+        """The number of sites that took part."""
+        recorded = self.run.settings.get("sites")
+        apart = [*self.adapted["holdout_sites"]]  # several held-out domains of the server are there, too
         seen = [
             len(self.adapted["sites"]) + len(apart) - len(held_out(self.holdout, apart)),
             *(line["sites"] for line in self.lines),
         ]
-        return int(max([told if isinstance(told, int) else 0, *seen]))
+        return int(max([recorded if isinstance(recorded, int) else 0, *seen]))
 
     @property
     def whole_bytes(self) -> int | None:
-        """The same with FedAVG of the whole model, where that is another thing."""
+        """The bytes of a site and round with FedAVG of the whole model; None if that is what was trained."""
         return (
             None
             if self.settings.method == "full-model"
@@ -108,19 +108,19 @@ class Story:
 
     @property
     def times_less(self) -> float | None:
-        """So many times as much are the bytes of a site and round with FedAVG of the whole model."""
+        """How many times the bytes of a site and round FedAVG of the whole model takes."""
         each = self.run.bytes_per_site_round
         return self.whole_bytes / each if self.whole_bytes and each else None
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """In all, by phase; of a run that was not completed only of its rounds."""
+        """The total, and by phase; of an incomplete run only of its rounds."""
         rounds = sum(line["seconds"] for line in self.lines)
         return self.run.summary.get("seconds") or {"rounds": rounds, "total": rounds}
 
     @property
     def what(self) -> str:
-        """What was trained."""
+        """The trained part in words."""
         if self.settings.method == "full-model":
             return "the whole model"
         kind, rank = self.settings.adapter, self.settings.adapter_rank
@@ -128,7 +128,7 @@ class Story:
 
     @property
     def data(self) -> str:
-        """The data, by the last part of its path."""
+        """The name of the data: the last part of its path."""
         return place_of(self.settings.data)[1].rstrip("/").rpartition("/")[2]
 
     @property
@@ -138,7 +138,7 @@ class Story:
 
     @property
     def sentence(self) -> str:
-        """What was run, and what came of it."""
+        """What was run, and its result."""
         model = self.settings.model.rstrip("/").rpartition("/")[2]
         of = "the bundled CLIP" if model == "bundled" else model
         what = self.what[0].upper() + self.what[1:]
@@ -168,18 +168,18 @@ class Story:
     @property
     def figures(self) -> str:
         """The key figures as a line."""
-        told = []
+        parts = []
         for key in ("seen", "unseen"):
             zero, adapted = self.zero[key], self.adapted[key]
             if zero is not None and adapted is not None:
-                told.append(f"{key} {100 * zero:.1f} → {100 * adapted:.1f} %")
+                parts.append(f"{key} {100 * zero:.1f} → {100 * adapted:.1f} %")
         if self.run.bytes_per_site_round is not None:
             less = f", {self.times_less:,.0f} times less than FedAVG" if self.times_less else ""
-            told.append(f"{self.cost} a site and round{less}")
+            parts.append(f"{self.cost} a site and round{less}")
         state = "" if self.completed else f"{self.run.status} after {counted(self.run.done, 'round')}; "
-        return f"{self.run.name}: {state}{'; '.join(told) or 'no round'}"
+        return f"{self.run.name}: {state}{'; '.join(parts) or 'no round'}"
 
 
 def _of_line(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What a round's line tells of results."""
+    """The results in a round's record."""
     return NOTHING | {key: line.get(key) for key in ("seen", "unseen")}

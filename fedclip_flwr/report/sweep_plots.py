@@ -1,4 +1,4 @@
-"""The plots of a sweep: what each method gains, where sites trained and where nobody did, and for how many bytes."""
+"""The plots of a sweep: the gain of each method on seen and unseen domains, and its bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Point(NamedTuple):
 
 
 def of_sweep(points: Sequence[Point]) -> list[Plot]:
-    """All that there is something for."""
+    """All plots for which there are data."""
     plots = [
         gains([point for point in points if point.unseen is not None]),
         by_bytes([point for point in points if point.bytes]),
@@ -54,7 +54,7 @@ def gains(points: Sequence[Point]) -> Plot | None:
 
 
 def by_bytes(points: Sequence[Point]) -> Plot | None:
-    """Both gains against what a round with a site takes."""
+    """Both gains against the bytes of a site and round."""
     if not points:
         return None
     figure, axes = _axes(points)
@@ -87,7 +87,7 @@ def _point(axes: Axes, x: float, y: float, deviation: float | None, across: floa
 
 
 def _named(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """A label to the right of the axes for each point, and a line to it."""
+    """Labels each point at the right of the axes, with a line to it."""
     low, high = axes.get_ylim()
     scale = (HEIGHT - 60) / (high - low)
     places = [place / scale for place in apart([y * scale for *_, y in points], LINE)]

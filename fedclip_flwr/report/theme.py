@@ -1,12 +1,12 @@
-"""The colours of reports. Each has a role, and a shade in the light and in the dark.
+"""The colours of reports. Each has a role, and a shade in the light and in the dark theme.
 
-Blue, orange and green are told apart with any colour vision, and as text have a contrast of 4.5 or more.
+Blue, orange and green differ for any colour vision, and as text have a contrast of 4.5 or more.
 """
 
 from __future__ import annotations
 
 STEPS = 8
-"""Shades of a scale from nothing to all, and to each side of one that goes through nothing."""
+"""Shades of a scale from 0 to 1, and of each side of a scale around 0."""
 
 _BLUES = ("#eef3fa", "#dbe7f6", "#c2d7f0", "#a3c3e8", "#7da9dc", "#5289cb", "#2e69b3", "#174b8f")
 _BLUES_IN_THE_DARK = ("#1b2430", "#1e2d40", "#223953", "#28496d", "#315f90", "#37699f", "#62a0e0", "#93c4fb")

@@ -1,6 +1,6 @@
-"""The report of a run: one page that needs nothing else, its plots as files, and what it knows of held-out images.
+"""The report of a run: a self-contained page, its plots as files, and the analysis of held-out images.
 
-All follow from the run alone: made again, they are the same to the byte.
+All depend on the run alone: made again, they have the same bytes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Opened = tuple["Features", str | None]
 
 
 def at_end(folder: Path, features: Features, holdout: str | None) -> str:
-    """Writes the report of a run that has just ended; the line that tells where it is, or why there is none."""
+    """Writes the report of a run that has just ended. Returns a line on where it is, or why there is none."""
     try:
         return f"Report: {write(history.read(folder), opened=(features, holdout))}"
-    except Exception as error:  # the run is complete, whatever becomes of its report
+    except Exception as error:  # the run is complete, even if its report fails
         return f"no report: {one_line(error)}"
 
 
 def write(run: Run, out: Path | None = None, opened: Opened | None = None) -> Path:
-    """Writes the report of a run into its folder, or to `out`; where the page is.
+    """Writes the report of a run into its folder, or to `out`. Returns the page's path.
 
-    `opened` are the run's features and its held-out domain, where they are at hand.
+    `opened` are the run's features and its held-out domain, if they are open already.
     """
     from fedclip_flwr.report import heldout_plots, page, plots
     from fedclip_flwr.report.drawing import styled
@@ -46,26 +46,26 @@ def write(run: Run, out: Path | None = None, opened: Opened | None = None) -> Pa
     folder = out or run.path
     check_out(folder, run)
     story = Story(run)
-    found, lacking = held_out(story, folder, opened)
+    found, problem = held_out(story, folder, opened)
     story = replace(story, domain=found["domain"] if found else None)
     with styled():
         made = [*plots.of_run(story), *(heldout_plots.of_held_out(found) if found else [])]
         figures = write_plots(made, folder)
-    return write_text(folder / PAGE, page.of_run(story, figures, found, lacking))
+    return write_text(folder / PAGE, page.of_run(story, figures, found, problem))
 
 
 def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[str, Any] | None, str]:
-    """The analysis of held-out images, made or as it was kept; and a sentence on what is lacking, if anything is."""
+    """The analysis of held-out images, new or stored, and a sentence on why it is missing or not new."""
     from fedclip_flwr.report import heldout
 
     try:
         if story.selected is None and not (story.run.path / "model").is_dir():
-            raise UserError("the run came to no round")
+            raise UserError("the run completed no round")
         features, holdout = opened or heldout.open_held_out(story.settings)
         if not held_out_of(holdout, features.domains):
             raise UserError("the server of this run holds no held-out images itself")
         found = heldout.analyse(story.run.path, story.settings, features, holdout or "")
-    except Exception as error:  # what else there is to tell is told all the same
+    except Exception as error:  # the rest of the report does not need it
         if not (story.run.path / FILE).exists():
             return None, one_line(error)
         return heldout.kept(story.run.path, one_line(error))
@@ -74,7 +74,7 @@ def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[st
 
 
 def make(names: list[str], out: Path | None = None, root: Path | None = None) -> str:
-    """Writes the report of a run, or the comparison of several; what there is to say of it."""
+    """Writes the report of a run, or the comparison of several. Returns the lines for the terminal."""
     if out is not None and not str(out).strip("."):
         raise UserError("--out: name the folder that is to be written")
     runs = [history.find(name, root) for name in names]

@@ -1,4 +1,4 @@
-"""What a run leaves and shows: its folder, checkpoints, history, the terminal, lists, watching, trackers.
+"""The output of runs: folder, checkpoints, history, terminal, lists, watching, trackers.
 
 May import everything up to site and server.
 """

@@ -1,4 +1,4 @@
-"""Settings as they are typed on a command line, `key=value`: with their types, and with paths made absolute."""
+"""Settings given on a command line as `key=value`: parsed to their types, with absolute paths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.data.presets import PRESETS
 
 DATA = ("drawn", *PRESETS)
-"""Data that is not looked for in the current folder."""
+"""Values of `data` that are never a path."""
 
 
 def read_settings(given: Sequence[str], here: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings from `key=value`, and what is wrong with texts that are nothing of the kind.
+    """Settings from `key=value` texts, and an error message for each key or text that is wrong.
 
-    Paths become absolute if they are those of the machine `here`.
+    Paths become absolute, except if they are on another machine (`here` is false).
     """
     fields = Settings.keys()
     settings: dict[str, Any] = {}
@@ -29,7 +29,7 @@ def read_settings(given: Sequence[str], here: bool = True) -> tuple[dict[str, An
             problems[text] = f"{text}: expected key=value"
             continue
         if key == "nodes":
-            problems[key] = f"{text}: how many sites are simulated is told by --nodes"
+            problems[key] = f"{text}: set the number of simulated sites with --nodes"
             continue
         if key in settings:
             problems[key] = f"{key}: given twice"
@@ -37,8 +37,8 @@ def read_settings(given: Sequence[str], here: bool = True) -> tuple[dict[str, An
         try:
             settings[key] = _value(value, kind)
         except ValueError:
-            settings[key] = value  # the settings' own check says what was expected
-        if kind is str and here and "\0" not in value:  # which no path has: the settings' own check says it
+            settings[key] = value  # the settings' own check reports it
+        if kind is str and here and "\0" not in value:  # no path contains NUL: the settings' own check reports it
             settings[key] = _absolute(key, value)
     return settings, problems
 
@@ -50,13 +50,13 @@ def _value(text: str, kind: type) -> Any:
 
 
 def _absolute(key: str, value: str) -> str:
-    """The setting with an absolute path, where it is a path."""
+    """The value, with its path made absolute if it has one."""
     head, rest = place_of(value) if key == "data" else ("", value)
-    path = os.path.expanduser(rest)  # pathlib's own raises for a user that is not there
-    named = {
+    path = os.path.expanduser(rest)  # pathlib's own raises for an unknown user
+    is_path = {
         "data": head or value.startswith((".", "~")) or (value not in DATA and os.path.isdir(path)),
         "model": value != "bundled" and (value.startswith((".", "~")) or os.path.isdir(path)),
         "class-names": value.startswith((".", "~")) or os.path.isfile(path),
         "results-dir": True,
     }
-    return head + str(Path(path).absolute()) if named.get(key) and value not in ("", head) else value
+    return head + str(Path(path).absolute()) if is_path.get(key) and value not in ("", head) else value

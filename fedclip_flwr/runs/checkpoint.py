@@ -1,8 +1,8 @@
-"""What a run needs to go on after its last complete round, in one file that is replaced as a whole or not at all.
+"""Everything that a run needs to resume after its last complete round, in one file that is replaced atomically.
 
-The latest adapter's tensors have their own names. Beside them are those of the best round so far (`best/`), what
-rounding left over (`left/`) and what the strategy remembers (`strategy/`). All else is JSON, in the bytes of one more
-(`facts/json`), for a header may not be as long as that of many sites; a checksum is over everything.
+The latest adapter's tensors have their own names. Beside them are those of the best round so far (`best/`), the
+residual (`left/`) and the strategy's memory (`strategy/`). Everything else is JSON, in the bytes of one more tensor
+(`facts/json`), because a header is too small for many sites. A checksum covers the whole file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NO_SCORE = Score(0, 0, 0.0)
 class Checkpoint(NamedTuple):
     """The state of a run, the server's residual, and the strategy's memory.
 
-    `nodes` is the record of the sites (`Nodes.record`), `session` the session's key, `seconds` the time that the run
-    has taken so far. It was `resumed` after these rounds; `metrics` are the lines of metrics.jsonl.
+    `nodes` is the record of the sites (`Nodes.record`), `session` the session's key, `seconds` the run's time so far by
+    phase. `resumed` are the rounds after which the run was resumed, `metrics` the lines of metrics.jsonl.
     """
 
     state: RunState
@@ -43,77 +43,77 @@ class Checkpoint(NamedTuple):
     metrics: list[dict[str, Any]]
 
 
-def write(path: Path, of: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
-    at = of.state
-    parts = dict(zip(PARTS, (at.best_state, of.residual, of.strategy), strict=True))
-    tensors = at.state | {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-    assert at.zero  # a round is complete
-    assert at.best
-    numbers = {key: value for key, value in vars(at).items() if key not in ("state", "best_state")}
+def write(path: Path, made: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
+    run = made.state
+    parts = dict(zip(PARTS, (run.best_state, made.residual, made.strategy), strict=True))
+    tensors = run.state | {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+    assert run.zero  # a round is complete
+    assert run.best
+    numbers = {key: value for key, value in vars(run).items() if key not in ("state", "best_state")}
     facts = {
-        "standing": {**numbers, "zero": _of_line(at.zero), "best": _of_line(at.best)},
-        **{key: value for key, value in of._asdict().items() if key not in ("state", "residual", "strategy")},
+        "standing": {**numbers, "zero": _as_facts(run.zero), "best": _as_facts(run.best)},
+        **{key: value for key, value in made._asdict().items() if key not in ("state", "residual", "strategy")},
     }
     tensors["facts/json"] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-    told = {"round": str(at.round)}
+    header = {"round": str(run.round)}
     sums = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
-    told["checksum"] = tensorfile.checksum(told, sums)
-    files.write_whole(path, lambda part: tensorfile.save(tensors, part, told), setting)
+    header["checksum"] = tensorfile.checksum(header, sums)
+    files.write_atomic(path, lambda part: tensorfile.save(tensors, part, header), setting)
 
 
 def read(path: Path) -> Checkpoint | None:
-    """The checkpoint, if there is one; a `UserError` if it can't be read."""
+    """The checkpoint; None if there is none, a `UserError` if it can't be read."""
     try:
-        tensors, told = store.mapped(path)
-        claimed = told.pop("checksum", "")
-        if tensorfile.checksum_of_file(path, told) != claimed:
-            raise SafetensorError("its checksum is another one")
+        tensors, header = store.mapped(path)
+        claimed = header.pop("checksum", "")
+        if tensorfile.checksum_of_file(path, header) != claimed:
+            raise SafetensorError("checksum mismatch")
         facts = tensors.pop("facts/json")
-        return _made(tensors, json.loads(tensorfile.bytes_of(facts).tobytes()))
+        return _checkpoint_of(tensors, json.loads(tensorfile.bytes_of(facts).tobytes()))
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} can't be read ({' '.join(str(error).split())[:200]}): bring it back from a backup, or begin a new "
-            "run; nothing was changed, and the best adapter so far is beside it"
+            f"{path} can't be read ({' '.join(str(error).split())[:200]}): restore it from a backup, or start a new "
+            "run; nothing was changed, and the best adapter so far is in the run folder"
         ) from None
     except (ValueError, KeyError, TypeError, ExchangeError):
-        raise UserError(f"{path} is of another version of this package: go on with that one") from None
+        raise UserError(f"{path} was written by another version of this package: resume with that version") from None
 
 
-def _made(tensors: State, facts: dict[str, Any]) -> Checkpoint:
+def _checkpoint_of(tensors: State, facts: dict[str, Any]) -> Checkpoint:
     parts: dict[str, State] = {part: {} for part in ("", *PARTS)}
     for name, tensor in tensors.items():
         part, slash, own = name.partition("/")
         parts[part if slash else ""][own if slash else name] = tensor.clone()  # the file may be replaced
-    at = facts.pop("standing")
-    at |= {"zero": _line(at["zero"]), "best": _line(at["best"])}
-    state = RunState(state=parts[""], best_state=parts["best"], **at)
+    run = facts.pop("standing")
+    run |= {"zero": _result_of(run["zero"]), "best": _result_of(run["best"])}
+    state = RunState(state=parts[""], best_state=parts["best"], **run)
     return Checkpoint(state, parts["left"], parts["strategy"], **facts)
 
 
-def _of_line(line: RoundResult) -> dict[str, Any]:
+def _as_facts(result: RoundResult) -> dict[str, Any]:
     return {
-        "round": line.round,
-        "bytes": line.bytes,
-        "seconds": line.seconds,
-        "epsilon": line.epsilon,
-        "unseen": {domain: _figures(Report(0, NO_SCORE, quality)) for domain, quality in line.unseen.items()},
-        "reports": {site: _figures(report) for site, report in line.reports.items()},
-        "holdouts": {site: _figures(report) for site, report in line.holdouts.items()},
+        "round": result.round,
+        "bytes": result.bytes,
+        "seconds": result.seconds,
+        "epsilon": result.epsilon,
+        "unseen": {domain: _figures(Report(0, NO_SCORE, quality)) for domain, quality in result.unseen.items()},
+        "reports": {site: _figures(report) for site, report in result.reports.items()},
+        "holdouts": {site: _figures(report) for site, report in result.holdouts.items()},
     }
 
 
-def _line(facts: dict[str, Any]) -> RoundResult:
-    of = facts["unseen"] or {}
-    by_domain = {"": of} if "num-examples" in of else of  # as it was with a single domain at most
+def _result_of(facts: dict[str, Any]) -> RoundResult:
+    saved = facts["unseen"] or {}
+    by_domain = {"": saved} if "num-examples" in saved else saved  # earlier versions had one domain at most
     unseen = {domain: _report(figures).test for domain, figures in by_domain.items()}
     reports, holdouts = ({site: _report(of) for site, of in facts[part].items()} for part in ("reports", "holdouts"))
     return RoundResult(facts["round"], reports, unseen, facts["bytes"], facts["seconds"], holdouts, facts["epsilon"])
 
 
 def _figures(report: Report) -> dict[str, Any]:
-    """As they travel."""
+    """The report as in a message."""
     return dict(write_answer(report).metric_records["metrics"])
 
 

@@ -1,4 +1,4 @@
-"""What a run shows its user: the plan before round 1, a line a round, and the closing tables."""
+"""A run on the terminal: the plan before round 1, a line for each round, and the closing tables."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 from fedclip_flwr.base import Settings, files
 from fedclip_flwr.base.kinds import of_rank
 from fedclip_flwr.base.roles import HOLDOUT
+from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 from fedclip_flwr.data import Vocabulary, held_out
 
-if TYPE_CHECKING:  # they bring torch, and who looks at runs needs none
+if TYPE_CHECKING:  # they import torch, which commands on runs do not need
     from fedclip_flwr.base.tensors import State
     from fedclip_flwr.exchange import Hello
     from fedclip_flwr.features import Features
     from fedclip_flwr.server import RoundResult
-from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
 
 
-UNCOVERED = "not covered: numbers of images, and accuracies and losses, by which the round is selected"
+UNCOVERED = "not covered: image counts, and the accuracies and losses that select the round"
 
 
 NOT_THE_PAPERS = (
-    "its adapter sees features of the length that CLIP gives them, and here some were brought to unit length; give "
+    "its adapter expects features of CLIP's own length, but some features here were normalised to unit length; set "
     "feature-norm=N, or feature_norm in features.json"
 )
 
 
 def say(text: str) -> None:
-    """To the user, at once."""
+    """Prints, and flushes the output."""
     print(text, flush=True)
 
 
@@ -43,16 +43,16 @@ def plan(
     tensors: State,
     folder: Path,
 ) -> str:
-    """All that is decided before round 1."""
+    """The text before round 1: settings, data, sites."""
     trainable = sum(tensor.numel() for tensor in tensors.values())
     rounds, epochs = settings.num_server_rounds, settings.local_epochs
-    weights = "sites weigh the same" if settings.site_weights == "equal" else "sites weigh by their examples"
+    weights = "sites weighted equally" if settings.site_weights == "equal" else "sites weighted by their examples"
     part, pull = settings.fraction_train, f" with mu {settings.proximal:g}" if settings.proximal else ""
     share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
     names = features.vocabulary.class_names
     revision = f" at {features.model_revision[:12]}" if features.model_revision else ""
     alpha = f", alpha {settings.alpha:g}" if settings.partition == "dirichlet" else ""
-    partition = "" if settings.partition == "domain" else f", divided by {settings.partition}{alpha}"
+    partition = "" if settings.partition == "domain" else f", partitioned by {settings.partition}{alpha}"
     facts = [
         ("model", f"{features.model}{revision}, {_prompt(features.vocabulary)}"),
         ("data", settings.data + partition),
@@ -62,7 +62,7 @@ def plan(
         ("traffic", _traffic(settings, tensors)),
         ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
         ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
-        *([("", f"features brought to the length {settings.feature_norm:g}")] if settings.feature_norm else []),
+        *([("", f"features scaled to length {settings.feature_norm:g}")] if settings.feature_norm else []),
         *(
             [("warning", f"this can't be the paper's result: {NOT_THE_PAPERS}")]
             if settings.sees_given_length and any(hello.unit_length for hello in hellos)
@@ -77,8 +77,8 @@ def plan(
     domains = {domain for hello in sites for domain in hello.domain.split("+") if hello.role != HOLDOUT}
     apart = {*held_out(holdout, features.domains)}
     nowhere = sorted({*features.domains} - apart - domains) if domains <= {*features.domains} else []
-    held = {number for hello in sites for number in hello.classes}
-    nowhere += [f"class {name}" for number, name in enumerate(names) if number not in held]
+    present = {number for hello in sites for number in hello.classes}
+    nowhere += [f"class {name}" for number, name in enumerate(names) if number not in present]
     if nowhere:
         facts.append(("at no site", some(nowhere)))
     rows = [(h.site, _domain(h), f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
@@ -87,12 +87,12 @@ def plan(
 
 
 def _privacy(settings: Settings) -> list[tuple[str, str]]:
-    """What keeps sites from being known by their updates."""
+    """The lines on privacy; none without differential privacy and secure aggregation."""
     facts = []
     if settings.dp != "off":
-        who, to = ("the server", "their sum") if settings.dp == "central" else ("each site", "what it sends")
-        cut, noise = f"updates are cut to {settings.clipping_norm:g}", f"noise of {settings.noise_multiplier:g} times"
-        facts.append(f"{settings.dp}: {cut}; {noise} that is added to {to} by {who}; ε is for δ = {settings.delta:g}")
+        who, to = ("the server", "their sum") if settings.dp == "central" else ("each site", "its update")
+        clip, noise = f"updates are clipped to {settings.clipping_norm:g}", f"noise of {settings.noise_multiplier:g}"
+        facts.append(f"{settings.dp}: {clip}; {who} adds {noise} times that to {to}; ε is for δ = {settings.delta:g}")
     if settings.secure_aggregation:
         facts.append("secure aggregation: the server sees only the sum of the updates")
     if settings.dp != "off" or settings.secure_aggregation:
@@ -101,7 +101,7 @@ def _privacy(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _held_out(features: Features, holdout: str | None, hellos: Collection[Hello]) -> str:
-    """What nobody trains on, and where it is."""
+    """The held-out domains, with their number of images and where these are."""
     places = [f"{hello.test:,} images at {hello.site}" for hello in hellos if hello.role == HOLDOUT]
     if here := sum(len(features.examples(domain).labels) for domain in held_out(holdout, features.domains)):
         places.append(f"{here:,} images here")
@@ -113,12 +113,12 @@ def _domain(hello: Hello) -> str:
 
 
 def _trained(settings: Settings, features: Features, numbers: int, tensors: int) -> str:
-    whole, holds = features.parameters, f"{numbers:,} numbers in {counted(tensors, 'tensor')}"
+    total, holds = features.parameters, f"{numbers:,} numbers in {counted(tensors, 'tensor')}"
     if settings.method == "full-model":
         return f"the whole model: {holds}"
     rank = of_rank(settings.adapter, settings.adapter_rank)
     blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
-    share = f", {100 * numbers / whole:.2f} % of the model's {whole:,}" if whole else ""
+    share = f", {100 * numbers / total:.2f} % of the model's {total:,}" if total else ""
     return f"{settings.adapter}{rank}: {holds}{share}{blend}"
 
 
@@ -135,7 +135,7 @@ def _traffic(settings: Settings, tensors: State) -> str:
 
 
 def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> str:
-    """The learning rate, or the least and the greatest of the sites'."""
+    """The learning rate, or the sites' lowest and highest."""
     from fedclip_flwr.learning.recipes import learning_rate  # see above
 
     rates = sorted({learning_rate(settings, features.classes.dim, hello.train) for hello in hellos if hello.train})
@@ -143,13 +143,13 @@ def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> 
 
 
 def resuming(number: int, with_other_package: bool) -> str:
-    """Said of a run that is resumed after round `number`."""
+    """The line for a run that is resumed after round `number`."""
     other = ", with another version of this package" if with_other_package else ""
     return f"resuming after round {number}{other}\n"
 
 
 def heading(settings: Settings) -> str:
-    """Above the lines of the rounds: accuracies in per cent."""
+    """The header of the round lines; accuracies are in per cent."""
     return row(headings(settings.dp != "off"))
 
 
@@ -157,18 +157,18 @@ def headings(private: bool) -> list[str]:
     return [*HEADINGS, *(["ε"] if private else [])]
 
 
-def line(line: RoundResult, start: str = "zero-shot") -> str:
-    """One round; `start` is what round 0 is."""
-    return round_of(line.facts, start)
+def line(result: RoundResult, start: str = "zero-shot") -> str:
+    """The line of a round; `start` is the name of round 0."""
+    return round_of(result.facts, start)
 
 
 def round_of(facts: Mapping[str, Any], start: str) -> str:
-    """The same of a line of metrics.jsonl."""
+    """The line of a round from its record in metrics.jsonl."""
     return row(cells(facts)) + (f"  {start}" if facts["round"] == 0 else "")
 
 
 def cells(facts: Mapping[str, Any]) -> list[str]:
-    """What is shown of a round, one by one, as the headings have it."""
+    """The values of a round as text, in the order of the headings."""
     return [
         str(facts["round"]),
         *(percent(facts[part]) for part in ("seen", "unseen", "val")),
@@ -181,20 +181,20 @@ def cells(facts: Mapping[str, Any]) -> list[str]:
 
 
 def row(cells: Iterable[str]) -> str:
-    """A line of what is shown of the rounds."""
+    """Headings or values as one aligned line."""
     return "  ".join(f"{cell:>8}" for cell in cells)
 
 
 def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, validated: bool) -> str:
-    """Zero-shot beside the adapted result, and what it cost."""
+    """The text after the last round: zero-shot beside the adapted result, and its cost."""
     zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
     own = adapted["personal"]
     if not validated:
-        how = "is taken, for no site has validation images to choose by"
+        how = "is used, because no site has validation images to select by"
     elif adapted["round"]:
         how = "was selected by validation"
     else:
-        how = "was selected by validation: nothing was gained over zero-shot"
+        how = "was selected by validation: no gain over zero-shot"
     blend = f", with {adapted['blend']:g} of the adapted feature" if settings.blend != 1.0 else ""
     parts = [
         "",
@@ -203,9 +203,9 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         _figures(summary),
         "",
         *_weakest(adapted, holdout or "the unseen"),
-        *(["Own: adapters that the sites have made for themselves from the adapted one, and kept."] if own else []),
+        *(["Own: adapters that the sites personalised from the adapted one, and keep."] if own else []),
         *(
-            [f"Stopped after round {summary['rounds']}: none of the last {settings.early_stop} was a gain."]
+            [f"Stopped early, after round {summary['rounds']}: no gain in {counted(settings.early_stop, 'round')}."]
             if summary["rounds"] < settings.num_server_rounds
             else []
         ),
@@ -221,7 +221,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
 
 
 def accuracies(zero: Mapping[str, Any], adapted: Mapping[str, Any], holdout: str | None) -> str:
-    """Zero-shot beside the adapted result, by site: a table of what summary.json tells of both."""
+    """A table of accuracies by site, zero-shot beside adapted, from the results in summary.json."""
     own, own_mean = adapted["personal"], (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
     rows: list[tuple[object, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
     for site in sorted(adapted["sites"], key=natural):
@@ -241,7 +241,7 @@ def accuracies(zero: Mapping[str, Any], adapted: Mapping[str, Any], holdout: str
 
 
 def _figures(summary: dict[str, Any]) -> str:
-    """What accuracy does not tell, in per cent."""
+    """A table of the other metrics, in per cent."""
     zero, adapted = summary["zero_shot"]["metrics"], summary["adapted"]["metrics"]
     columns = [("seen: zero-shot", zero["seen"]), ("adapted", adapted["seen"])]
     if own := summary["adapted"]["personal_metrics"]:
@@ -256,7 +256,7 @@ def _figures(summary: dict[str, Any]) -> str:
 
 
 def _weakest(adapted: dict[str, Any], unseen: str, most: int = 3) -> list[str]:
-    """The classes of the unseen images that are recognised least."""
+    """The classes with the lowest recall on the unseen images."""
     recalls = (adapted["metrics"]["unseen"] or {}).get("recall", {})
     known = sorted((recall, name) for name, recall in recalls.items() if recall is not None)[:most]
     if not known:
@@ -270,16 +270,16 @@ def _prompt(vocabulary: Vocabulary) -> str:
 
 
 def _spent(summary: dict[str, Any]) -> list[str]:
-    """What a site's privacy has come to."""
+    """A line on the privacy spent, if any."""
     if not (private := summary.get("privacy")):
         return []
-    trusted = "anyone but the server" if private["dp"] == "central" else "anyone, the server too"
+    trusted = "anyone but the server" if private["dp"] == "central" else "anyone, including the server"
     spent = f"{private['epsilon']:.2f} at δ = {private['delta']:g}"
-    return [f"Privacy of a site as a whole, before {trusted}: ε = {spent}; {UNCOVERED}."]
+    return [f"Site-level privacy against {trusted}: ε = {spent}; {UNCOVERED}."]
 
 
 def left_out(failures: Iterable[tuple[int, str, str]]) -> list[str]:
-    """Of rounds, sites and reasons: each reason once, with the sites that it left out, and the rounds."""
+    """A line for each reason, with the sites that were left out for it, and the rounds."""
     rounds: dict[tuple[str, str], list[int]] = {}
     for number, site, why in failures:
         rounds.setdefault((site, why), []).append(number)
@@ -293,9 +293,9 @@ def left_out(failures: Iterable[tuple[int, str, str]]) -> list[str]:
 
 
 def cost(traffic: dict[str, Any], method: str) -> str:
-    """What a site has sent and received in a round, against FedAVG of the whole model."""
+    """The bytes that a site sends and receives in a round, compared with FedAVG of the whole model."""
     text = f"{bytes_of(traffic['per_site_round_bytes'])} a site and round"
     if traffic["times_less"] is None or method == "full-model":
         return f"{text}, {bytes_of(traffic['down_bytes'] + traffic['up_bytes'])} in all."
-    whole = bytes_of(traffic["full_model_bytes"])
-    return f"{text}; FedAVG of the whole model: {whole}, {traffic['times_less']:,.0f} times as much."
+    full = bytes_of(traffic["full_model_bytes"])
+    return f"{text}; FedAVG of the whole model: {full}, {traffic['times_less']:,.0f} times as much."

@@ -1,13 +1,13 @@
-"""The run folder: what a run leaves behind, and how it is read again.
+"""The run folder: created, locked, written and resumed.
 
 settings.json        the settings, the versions and the package's hash
 metrics.jsonl        a line for each round
-adapter.safetensors  the selected round's adapter; adapter.json: all that is needed to load it elsewhere
-model/               instead of these: the selected round's whole model, where that is what was trained
-checkpoint/          the last complete round, with all that is needed to go on after it
-summary.json         how it ended, or how far it has come
+adapter.safetensors  the selected round's adapter; adapter.json: everything needed to load it elsewhere
+model/               instead of these: the selected round's whole model, if that was trained
+checkpoint/          the last complete round, with everything needed to resume
+summary.json         the status, and the results of a completed run
 
-Every file is replaced as a whole, or not at all. While a run goes on its folder is locked.
+Every file is replaced atomically. The folder is locked while its run is in progress.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 
 
 FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "track", *history.WHERE})
-"""Settings that a run may go on with others of."""
-LOOKS = 5
-"""So often it is tried to lock a folder: who only looks whether it is locked (`history.held`) holds it for a moment."""
+"""Settings that may differ when a run is resumed."""
+LOCK_ATTEMPTS = 5
+"""More than one, because a process that only checks the lock (`history.held`) holds it for a moment."""
 
 
 class RunFolder:
-    """The folder of a new run, or of one that goes on. As a context manager it records how the run ends.
+    """The folder of a new or resumed run. As a context manager it records how the run ends.
 
-    Where it goes on, `before` is the last complete round, if there is one, and nothing is written before `begin`.
+    Of a resumed run, `before` is the last complete round, if there is one; nothing is written before `begin`.
     """
 
     def __init__(self, settings: Settings, package: str) -> None:
@@ -61,20 +61,20 @@ class RunFolder:
         self.with_other_package = False
         self._round, self._failures = 0, list[Failure]()
         self._writing = threading.RLock()
-        self._going, self._stopped = False, False
+        self._running, self._stopped = False, False
         self.before: Checkpoint | None = None
         self.trackers = Trackers(settings.track)
         if settings.resume:
-            self.path = _found(root, settings.resume)
+            self.path = _existing(root, settings.resume)
         else:
             with files.writing_to(root, self._setting):
                 self.path = _new_folder(root, settings)
         with contextlib.ExitStack() as held:
             held.enter_context(_locked(self.path))
             if settings.resume:
-                begun = _check_settings(self.path, self._facts)
-                self._facts |= {"run": begun.get("run", self.path.name), "name": begun["name"]}
-                self.with_other_package = begun.get("package", package) != package
+                original = _check_settings(self.path, self._facts)
+                self._facts |= {"run": original.get("run", self.path.name), "name": original["name"]}
+                self.with_other_package = original.get("package", package) != package
                 self.before = checkpoint.read(self._checkpoint)
             else:
                 self._facts["run"] = f"{self.path.name}-{secrets.token_hex(4)}"
@@ -83,7 +83,7 @@ class RunFolder:
 
     @property
     def run(self) -> str:
-        """What nobody else calls a run, whatever folder it is in: sites keep what belongs to it under this name."""
+        """A name that no other run has, in any folder: sites store what belongs to the run under it."""
         return str(self._facts["run"])
 
     @property
@@ -91,8 +91,8 @@ class RunFolder:
         return self.path / "checkpoint" / TENSORS
 
     def begin(self, failures: list[Failure], sites: int | None = None) -> None:
-        """From now on the run is under way, with so many sites; the failures are those so far, and may become more."""
-        self._going, self._failures, self._facts["sites"] = True, failures, sites
+        """Marks the run as running, with that number of sites. `failures` may grow afterwards."""
+        self._running, self._failures, self._facts["sites"] = True, failures, sites
         for folder in (self.path, self._checkpoint.parent, self.path / "model"):
             files.tidy(folder, self._setting)
         if self.before:
@@ -100,34 +100,34 @@ class RunFolder:
             self._lines = [json.dumps(line) + "\n" for line in self.before.metrics]
         self._json(history.SETTINGS, self._facts)
         self._write_lines()
-        self._tell("running")
+        self._write_status("running")
         _link(self.path.parent / "latest", self.path.name)
 
     @property
     def how_to_resume(self) -> str:
-        """For the user, where the run has come to something."""
-        return f"It goes on after round {self._round} with resume='{self.path.name}'." if self._round else ""
+        """A sentence for the user; empty before the first complete round."""
+        return f"Resume it after round {self._round} with resume='{self.path.name}'." if self._round else ""
 
-    def line(self, line: RoundResult) -> None:
+    def line(self, result: RoundResult) -> None:
         """Adds a line to metrics.jsonl."""
-        self._lines.append(json.dumps(line.facts) + "\n")
+        self._lines.append(json.dumps(result.facts) + "\n")
         self._write_lines()
-        self.trackers.line(line.facts)
+        self.trackers.line(result.facts)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._lines]
 
     def checkpoint(self, made: Checkpoint) -> None:
-        """The last complete round."""
-        with self._under_way():
+        """Saves the last complete round."""
+        with self._writable():
             checkpoint.write(self._checkpoint, made, self._setting)
         self._round = made.state.round
-        self._tell("running")
+        self._write_status("running")
 
     def adapter(self, number: int, state: State, features: Features, blend: float | None = None) -> None:
-        """The selected adapter, so far: that of round `number`; or the whole model, where that is trained."""
-        with self._under_way():
+        """Saves the selected round so far, `number`: its adapter, or the whole model if that is trained."""
+        with self._writable():
             if isinstance(features, Pixels):
                 save_model(self.path / "model", state, features, number, self._setting)
             else:
@@ -135,14 +135,14 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._json(history.SUMMARY, summary)
-        self._going = False
+        self._running = False
         self.trackers.finish(summary)
 
     def stop(self) -> None:
-        """Records that the run was ended from outside; from then on nothing more is written."""
+        """Records that the run was stopped from outside; nothing is written afterwards."""
         with self._writing:
-            if self._going:
-                self._end("stopped", f"it was ended from outside. {self.how_to_resume}".strip())
+            if self._running:
+                self._end("stopped", f"it was stopped from outside. {self.how_to_resume}".strip())
             self._stopped = True
         self.trackers.end("stopped")
 
@@ -155,60 +155,60 @@ class RunFolder:
         if error is not None and not isinstance(error, Exception):
             self.stop()
         with self._writing:
-            if self._going:
+            if self._running:
                 self._end("failed", str(error) if isinstance(error, UserError) else one_line(repr(error)))
-        self.trackers.end("failed")  # no matter to those that have been told otherwise
+        self.trackers.end("failed")  # no effect after `finish` or `stop`
         self._held.close()
 
     def _end(self, status: str, why: str) -> None:
-        with contextlib.suppress(UserError):  # the disk may be what failed: the error itself is told
-            self._tell(status, why=why)
-        self._going = False
+        with contextlib.suppress(UserError):  # the disk itself may have failed: the first error matters
+            self._write_status(status, why=why)
+        self._running = False
 
-    def _tell(self, status: str, **more: str) -> None:
+    def _write_status(self, status: str, **more: str) -> None:
         failures = [failure._asdict() for failure in self._failures]
         self._json(history.SUMMARY, {"status": status, **more, "round": self._round, "failures": failures})
 
     def _json(self, name: str, facts: dict[str, Any]) -> None:
-        with self._under_way():
+        with self._writable():
             write_json(self.path / name, facts, self._setting)
 
     def _write_lines(self) -> None:
-        with self._under_way():
-            files.write_whole(
+        with self._writable():
+            files.write_atomic(
                 self.path / history.METRICS, lambda part: part.write_text("".join(self._lines)), self._setting
             )
 
     @contextlib.contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """Nothing is written by two threads at once, or by one that does not know yet that the run was stopped."""
+    def _writable(self) -> Iterator[None]:
+        """Lets one thread write at a time, and ends a thread that writes after the run was stopped."""
         with self._writing:
             if self._stopped:
                 raise SystemExit
             yield
 
 
-def _found(root: Path, name: str) -> Path:
-    """The folder of a run that was begun before."""
+def _existing(root: Path, name: str) -> Path:
+    """The folder of an earlier run."""
     path = root / name
     if not (path / history.SETTINGS).is_file():
         runs = history.names(root)
-        there = f"the latest are {', '.join(runs[-3:])}" if runs else "nothing was run there yet"
+        there = f"the latest are {', '.join(runs[-3:])}" if runs else "it has no runs yet"
         raise UserError(f"resume = {name!r}: there is no such run in {root}; {there}")
     return path.resolve()
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps others from going on with the run meanwhile; ends with this process at the latest."""
+    """Keeps other processes from resuming the run meanwhile; ends with this process at the latest."""
     folder = os.open(path, os.O_RDONLY)
-    for look in range(1, LOOKS + 1):
+    for attempt in range(1, LOCK_ATTEMPTS + 1):
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 break  # the file system has no locks
-            if look == LOOKS:
+            if attempt == LOCK_ATTEMPTS:
                 os.close(folder)
                 raise UserError(f"resume = {path.name!r}: that run is still under way; stop it first") from None
             time.sleep(0.1)
@@ -221,27 +221,27 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _check_settings(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What the run was begun with: the same settings, but for those that are free."""
-    begun = history.Reader(path).settings()
-    others = {key: begun[key] for key in Settings.keys() if key not in FREE and begun.get(key) != wanted[key]}  # noqa: SIM118
-    if others:
+    """The run's original settings. Raises if any that is not in `FREE` differs."""
+    saved = history.Reader(path).settings()
+    changed = {key: saved[key] for key in Settings.keys() if key not in FREE and saved.get(key) != wanted[key]}  # noqa: SIM118
+    if changed:
         raise UserError(
-            f"resume = {path.name!r}: that run has other settings; give them again: "
-            + " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in others.items())
+            f"resume = {path.name!r}: that run has different settings; give the same: "
+            + " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
         )
-    return begun
+    return saved
 
 
-def begun_with(settings: Settings) -> tuple[dict[str, Any], int | None]:
-    """The settings of the run that is to go on, and how many sites it had, if it has met them."""
-    facts = history.Reader(_found(history.results(settings)[0], settings.resume)).settings()
+def saved_settings(settings: Settings) -> tuple[dict[str, Any], int | None]:
+    """The settings of the run to resume, and its number of sites if it is known."""
+    facts = history.Reader(_existing(history.results(settings)[0], settings.resume)).settings()
     sites = facts.get("sites")
-    begun = {key: facts[key] for key in Settings.keys() if key not in history.WHERE}  # noqa: SIM118
-    return begun, sites if isinstance(sites, int) else None
+    original = {key: facts[key] for key in Settings.keys() if key not in history.WHERE}  # noqa: SIM118
+    return original, sites if isinstance(sites, int) else None
 
 
 def _new_folder(root: Path, settings: Settings) -> Path:
-    """A folder with the run's name, or one named by the time, that nobody else has."""
+    """Makes a new folder with the run's name, or else one named by the time."""
     if settings.name:
         history.check_name(settings)
         (root / settings.name).mkdir()
@@ -252,14 +252,14 @@ def _new_folder(root: Path, settings: Settings) -> Path:
         with contextlib.suppress(FileExistsError):
             path.mkdir()
             return path
-    raise UserError(f"results-dir: {root} has no room for another run of {stamp}")
+    raise UserError(f"results-dir: {root} already has 1,000 runs of {stamp}")
 
 
 def _link(link: Path, name: str) -> None:
-    """Lets the link point to the run, where the file system has links."""
+    """Points the link to the run, if the file system has links."""
     part = link.with_name(f".{link.name}.{name}")
     with contextlib.suppress(OSError):
-        part.unlink(missing_ok=True)  # of a process that was killed
+        part.unlink(missing_ok=True)  # left by a process that was killed
         part.symlink_to(name)
         part.replace(link)
 

@@ -1,4 +1,4 @@
-"""Runs that were made: their folders, read. Nothing here needs torch, so that looking at runs is quick."""
+"""Runs, read from their folders. Nothing here needs torch, so that commands on runs start quickly."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.kinds import KINDS
 
 MOST_BYTES = 2**28
-"""Of one of a run's files."""
+"""The largest of a run's files that is read."""
 PAGE = "report.html"
-"""The report."""
+"""The page of the report."""
 SETTINGS, METRICS, SUMMARY = "settings.json", "metrics.jsonl", "summary.json"
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
-"""The selected adapter so far, and what it was made for."""
+"""The selected adapter so far, and its metadata."""
 STATES = ("completed", "failed", "stopped", "running")
-"""What summary.json may say of a run; one that is said to be running, and that nothing holds, was killed."""
+"""Each status in summary.json. A run that is `running` there, and whose folder no process has locked, was killed."""
 ROUND = {"round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds"}
-"""What a line of metrics.jsonl tells at least."""
+"""Required keys of a line of metrics.jsonl."""
 FAILURE = {"round", "site", "why"}
-"""And a failure in summary.json."""
+"""Required keys of a failure in summary.json."""
 WHERE = ("name", "resume", "results-dir")
-"""Settings that say where runs are, and nothing of what is learnt."""
+"""Settings that say where runs are, and do not affect training."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder tells: `settings` by key, a line of `metrics` for each round, and the `summary`."""
+    """A run as its folder has it: `settings` by key, a record of each round in `metrics`, and the `summary`."""
 
     path: Path
     settings: dict[str, Any]
@@ -51,23 +51,23 @@ class Run:
         return self.path.name
 
     @property
-    def told(self) -> str:
-        """The status as it is written down: a run that was killed is `running`."""
-        told = self.summary.get("status", "running")  # it is written last of all
-        return told if told in STATES else "unknown"
+    def recorded(self) -> str:
+        """The status in summary.json: a run that was killed is still `running`."""
+        status = self.summary.get("status", "running")  # a new run writes it last
+        return status if status in STATES else "unknown"
 
     @cached_property
     def status(self) -> str:
-        """`completed`, `failed`, `stopped`, `running`, or `killed`: what runs holds its folder."""
-        return "killed" if self.told == "running" and not held(self.path) else self.told
+        """`completed`, `failed`, `stopped`, `running`, or `killed` if no process has the folder locked."""
+        return "killed" if self.recorded == "running" and not held(self.path) else self.recorded
 
     @property
     def completed(self) -> bool:
-        return self.told == "completed"
+        return self.recorded == "completed"
 
     @property
     def method(self) -> str:
-        """What was trained, in a word or two."""
+        """The adapter, with its rank if it has one, or `full-model`."""
         if self.settings["method"] == "full-model":
             return "full-model"
         kind = str(self.settings["adapter"])
@@ -75,31 +75,31 @@ class Run:
 
     @cached_property
     def known(self) -> Settings:
-        """The settings that this version knows, as far as they can be used."""
+        """The settings that this version knows and accepts."""
         keys = Settings.keys()
         return Settings.read({key: value for key, value in self.settings.items() if key in keys})[0]
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The settings that are not as they are unless given, but for those that say where runs are."""
-        plain = Settings().as_run_config()
+        """The settings that differ from the defaults, without those that say where runs are."""
+        defaults = Settings().as_run_config()
         return {
-            key: self.settings[key] for key, value in plain.items() if self.settings[key] != value and key not in WHERE
+            key: own for key, value in defaults.items() if (own := self.settings[key]) != value and key not in WHERE
         }
 
     @property
     def wanted(self) -> int:
-        """Rounds that were asked for."""
+        """The number of rounds in the settings."""
         return int(self.settings["num-server-rounds"])
 
     @property
     def done(self) -> int:
-        """Rounds that are complete."""
+        """The number of complete rounds."""
         return int(self.summary.get("rounds", self.summary.get("round", 0)))
 
     @cached_property
     def selected(self) -> int | None:
-        """The round whose adapter is the result, so far; of a whole model only a completed run tells it."""
+        """The selected round so far; of a whole model it is known only once the run is completed."""
         if self.completed:
             return int(self.summary["adapted"]["round"])
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -107,73 +107,73 @@ class Run:
         return None
 
     def line(self, number: int) -> dict[str, Any]:
-        """What `metrics` has of that round; nothing where it has lost it."""
+        """The record of that round in `metrics`; empty if it is missing."""
         return next((line for line in self.metrics if line["round"] == number), {})
 
     @property
     def best(self) -> dict[str, Any]:
-        """The line of the selected round so far, or of the last one where that is not known."""
+        """The record of the selected round so far, or of the last one if that is unknown."""
         last = self.metrics[-1]["round"] if self.metrics else 0
         return self.line(last if self.selected is None else self.selected)
 
     @property
     def lost(self) -> int:
-        """Rounds that have no line in `metrics`, as each has when the next one is complete, or the run."""
+        """The number of rounds whose record is missing; it is due once the next round, or the run, is complete."""
         due = self.done + self.completed
         return max(0, due - len({line["round"] for line in self.metrics if 0 <= line["round"] < due}))
 
     @property
     def start(self) -> str:
-        """What round 0 is: zero-shot, or only next to it."""
+        """The name of round 0: `zero-shot`, or `start` if the untrained adapter differs from zero-shot."""
         return "zero-shot" if self.known.starts_as_zero_shot else "start"
 
     @property
     def why(self) -> str:
-        """What has ended it before it was completed."""
+        """The reason why the run ended before it was completed."""
         if self.status != "killed":
             return str(self.summary.get("why", ""))
-        how = f". It goes on after round {self.done} with {shlex.join(self.to_resume)}." if self.done else ""
-        return f"what ran it is gone, and could not write why{how}"
+        how = f". Resume it after round {self.done} with {shlex.join(self.to_resume)}." if self.done else ""
+        return f"its process is gone, and left no reason{how}"
 
     @property
     def to_resume(self) -> list[str]:
-        """The settings with which it goes on."""
+        """The settings that resume it."""
         root = self.path.parent
         return [f"resume={self.name}", *([] if root == runs_folder().resolve() else [f"results-dir={root}"])]
 
     @property
     def bytes_per_site_round(self) -> float | None:
-        """Both ways; the mean over what was asked of sites, or before a run's end over its rounds so far."""
+        """Both directions; the mean over sites and rounds, before the run's end over those so far."""
         if self.completed:
-            told: float | None = self.summary["traffic"]["per_site_round_bytes"]
-            return told
+            mean: float | None = self.summary["traffic"]["per_site_round_bytes"]
+            return mean
         made = [line for line in self.metrics if line["round"] and line["sites"]]
         return sum(line["bytes"] / line["sites"] for line in made) / len(made) if made else None
 
     @property
     def epsilon(self) -> float | None:
-        """What the sites' privacy has come to so far."""
+        """The privacy spent so far."""
         last: dict[str, Any] = self.metrics[-1] if self.metrics else {}
         return (self.summary.get("privacy") or last).get("epsilon")
 
     @property
     def failures(self) -> list[tuple[int, str, str]]:
-        """Rounds, sites, and what went wrong there."""
-        return [(told["round"], str(told["site"]), str(told["why"])) for told in self.summary.get("failures", [])]
+        """The round, the site and the reason of each failure."""
+        return [(each["round"], str(each["site"]), str(each["why"])) for each in self.summary.get("failures", [])]
 
 
 class Reader:
-    """A run's folder, read again and again: each time only those of its files that have changed."""
+    """Reads a run's folder repeatedly, each time only the files that have changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.changed = 0.0
-        """When the run last wrote something, in seconds since 1970."""
+        """When the run last wrote a file, in seconds since 1970."""
         self._known: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._run: Run | None = None
 
     def read(self) -> Run:
-        """The run, whatever it has come to so far; the same object if nothing has changed."""
+        """The run so far; the same object if nothing has changed."""
         summary = self._latest(SUMMARY, _summary)  # first: it is written last
         settings, metrics = self.settings(), self._latest(METRICS, _metrics)
         last = self._run
@@ -182,31 +182,31 @@ class Reader:
         return last
 
     def settings(self) -> dict[str, Any]:
-        """What the run was begun with; settings that it does not know are as they are unless given."""
+        """The run's original settings; those that its file lacks have their defaults."""
         found: dict[str, Any] = self._latest(SETTINGS, _settings)
         return found
 
-    def _latest(self, name: str, understand: Callable[[bytes | None], Any]) -> Any:
-        """What the file tells: the same object if it has not been replaced."""
+    def _latest(self, name: str, parse: Callable[[bytes | None], Any]) -> Any:
+        """The parsed file; the same object if it has not been replaced."""
         path = self.path / name
-        mark, value = self._known.get(name, ((), None))
+        stamp, value = self._known.get(name, ((), None))
         try:
-            now = _mark(path)
-            if value is None or now != mark:
-                value = understand(files.read_bytes(path, MOST_BYTES) if now else None)
+            now = _stamp(path)
+            if value is None or now != stamp:
+                value = parse(files.read_bytes(path, MOST_BYTES) if now else None)
         except OSError as error:
             raise UserError(
-                f"{path} can't be read ({one_line(error.strerror or error)}): mend that, or name another run"
+                f"{path} can't be read ({one_line(error.strerror or error)}): fix that, or name another run"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({one_line(error)}): put back a copy, or name another run") from None
+            raise UserError(f"{path} is damaged ({one_line(error)}): restore a copy, or name another run") from None
         self._known[name] = now, value
         self.changed = max(self.changed, now[0] / 1e9) if now else self.changed
         return value
 
 
-def _mark(path: Path) -> tuple[int, ...]:
-    """What is another one once the file was replaced; empty while there is none."""
+def _stamp(path: Path) -> tuple[int, ...]:
+    """A value that changes when the file is replaced; empty if there is no file."""
     try:
         facts = path.stat()
     except FileNotFoundError:
@@ -215,12 +215,12 @@ def _mark(path: Path) -> tuple[int, ...]:
 
 
 def runs_folder() -> Path:
-    """Where runs are, unless results-dir says otherwise."""
+    """The default folder for runs, without results-dir."""
     return files.home() / "runs"
 
 
 def results(settings: Settings) -> tuple[Path, str]:
-    """Where the run folders of a run with these settings go, and the setting that says so."""
+    """The folder for runs with these settings, and the setting that determines it."""
     if settings.results_dir:
         return Path(settings.results_dir), "results-dir"
     return runs_folder(), "FEDCLIP_HOME"
@@ -238,7 +238,7 @@ def where(name: str | Path, root: Path | None = None) -> Path:
         if os.path.isfile(path / SETTINGS):
             return path.resolve()
     there = names(root)
-    if there and str(name) == "latest":  # where the file system has no links
+    if there and str(name) == "latest":  # on a file system without links
         return root / there[-1]
     if not there and str(name) == "latest":
         raise UserError(f"there is no run in {root} yet: `fedclip run` makes one there")
@@ -247,7 +247,7 @@ def where(name: str | Path, root: Path | None = None) -> Path:
 
 
 def names(root: Path) -> list[str]:
-    """Of the runs in the folder, the oldest first."""
+    """The names of the runs in the folder, the oldest first."""
     try:
         found = [
             (*_begun(entry.name, entry.stat().st_ctime), entry.name)
@@ -257,12 +257,12 @@ def names(root: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{root} can't be looked into ({error.strerror})") from None
+        raise UserError(f"{root} can't be listed ({error.strerror})") from None
     return [name for *_, name in sorted(found)]
 
 
 def _begun(name: str, changed: float) -> tuple[str, float]:
-    """What runs are ordered by: the time by which one is named, or else when its folder was last changed."""
+    """The sort key of a run: the time in its name, or else when its folder was last changed."""
     named = re.match(r"\d{8}-\d{6}", name)
     return named[0] if named else time.strftime("%Y%m%d-%H%M%S", time.localtime(changed)), changed
 
@@ -272,13 +272,13 @@ def check_name(settings: Settings) -> None:
     root = results(settings)[0]
     if settings.name and (root / settings.name).exists():
         raise UserError(
-            f"name = {settings.name!r}: {root} has a run of that name; give another one, or go on with that by "
+            f"name = {settings.name!r}: {root} has a run of that name; give another one, or resume that run with "
             f"resume={settings.name}"
         )
 
 
 def read(path: Path) -> Run:
-    """The run in that folder, whatever it has come to so far."""
+    """The run in that folder, completed or not."""
     reader = Reader(path)
     run = reader.read()
     return reader.read() if run.status == "killed" else run  # it may have ended just after it was read
@@ -286,15 +286,15 @@ def read(path: Path) -> Run:
 
 def _settings(data: bytes | None) -> dict[str, Any]:
     if data is None:
-        raise ValueError("it is not there")
+        raise ValueError("the file is missing")
     found = _object(data)
-    told = Settings().as_run_config() | found
-    if "feature-norm" not in found and told["recipe"] == "paper":
-        told["feature-norm"] = 1.0  # as it was before there was a choice
+    settings = Settings().as_run_config() | found
+    if "feature-norm" not in found and settings["recipe"] == "paper":
+        settings["feature-norm"] = 1.0  # the only choice in earlier versions
     for key, field in Settings.keys().items():
-        if type(told[key]) is not type(field.default) and told[key] != field.metadata.get("word", field.default):
-            raise ValueError(f"{key} is {told[key]!r}")
-    return told
+        if type(own := settings[key]) is not type(field.default) and own != field.metadata.get("word", field.default):
+            raise ValueError(f"{key} is {own!r}")
+    return settings
 
 
 def _metrics(data: bytes | None) -> list[dict[str, Any]]:
@@ -307,45 +307,45 @@ def _metrics(data: bytes | None) -> list[dict[str, Any]]:
             and all(value is None or _is_number(value) for value in line.values())
             and type(line["round"]) is int
         ):
-            raise ValueError("a line is no round")
+            raise ValueError("invalid round record")
     return lines
 
 
 def _summary(data: bytes | None) -> dict[str, Any]:
-    told = _object(b"{}" if data is None else data)
-    failures = told.get("failures", [])
+    summary = _object(b"{}" if data is None else data)
+    failures = summary.get("failures", [])
     if not (isinstance(failures, list) and all(isinstance(f, dict) and f.keys() >= FAILURE for f in failures)):
-        raise ValueError("failures are not told as such")
-    if not isinstance(told.get("rounds", told.get("round", 0)), int):
+        raise ValueError("failures are malformed")
+    if not isinstance(summary.get("rounds", summary.get("round", 0)), int):
         raise ValueError("expected a number of rounds")
-    if not isinstance(told.get("privacy") or {}, dict):
-        raise ValueError("privacy is not told as such")
-    if told.get("status") == "completed":
-        _check_results(told)
-    return told
+    if not isinstance(summary.get("privacy") or {}, dict):
+        raise ValueError("privacy is malformed")
+    if summary.get("status") == "completed":
+        _check_results(summary)
+    return summary
 
 
-def _check_results(told: dict[str, Any]) -> None:
-    """Raises unless all is there that a completed run tells."""
+def _check_results(summary: dict[str, Any]) -> None:
+    """Raises unless the results of a completed run are all there."""
     try:
-        zero, adapted, traffic = told["zero_shot"], told["adapted"], told["traffic"]
+        zero, adapted, traffic = summary["zero_shot"], summary["adapted"], summary["traffic"]
         shares = [
             one
             for of in (zero, adapted)
             for one in (of["seen"], of["unseen"], *of["sites"].values(), *of["holdout_sites"].values())
         ]
         shares += (adapted["personal"] or {}).values()
-        counts = [adapted["round"], told["rounds"], told["seconds"]["total"]]
+        counts = [adapted["round"], summary["rounds"], summary["seconds"]["total"]]
         counts += [traffic[key] for key in ("down_bytes", "up_bytes", "per_site_round_bytes")]
-        known = "holdout" in told and isinstance(adapted["personal_metrics"] or {}, dict)
+        known = "holdout" in summary and isinstance(adapted["personal_metrics"] or {}, dict)
     except (LookupError, TypeError, AttributeError):
         known = False
     if not (known and all(map(_is_number, counts)) and all(one is None or _is_number(one) for one in shares)):
-        raise ValueError("a completed run's results are not told as such")
+        raise ValueError("a completed run's results are malformed")
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is one with which can be reckoned."""
+    """True for a finite number of ordinary size."""
     return type(value) in (int, float) and abs(cast(float, value)) < 2**63  # no NaN, either
 
 
@@ -357,7 +357,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def held(path: Path) -> bool:
-    """Whether a process has the run's folder locked, or there is no telling."""
+    """True if a process has the run's folder locked, or if that can't be determined."""
     try:
         folder = os.open(path, os.O_RDONLY)
     except OSError:

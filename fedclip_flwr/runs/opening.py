@@ -1,4 +1,4 @@
-"""A run opened: settings, features and held-out domain, with every problem told at once."""
+"""Opens a run: settings, features and held-out domain, with every problem reported at once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fedclip_flwr.runs.history import check_name, results
 def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -> tuple[Settings, Features, str | None]:
     """The settings of a run, its features and the held-out domain.
 
-    One `UserError` tells everything that is wrong, beginning with the problems that are `known`.
+    One `UserError` reports every problem, beginning with those that are `known`.
     """
-    from fedclip_flwr.runs import trackers  # not for sites, which tell none
+    from fedclip_flwr.runs import trackers  # sites have none, and do not need them
 
     settings, found = Settings.read(given)
     problems = {**(known or {}), **found}

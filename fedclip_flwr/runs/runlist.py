@@ -18,30 +18,30 @@ NOTHING = "–"
 
 
 def show(names: Sequence[str], root: Path | None, as_json: bool) -> str:
-    """What is asked for: of the runs of these names, or of all in the folder."""
+    """Text or JSON on the runs of these names, or on all in the folder."""
     if root and not root.is_dir():
         raise UserError(f"--results-dir {root}: there is no such folder")
     root = root or history.runs_folder()
     runs = [history.find(name, root) for name in names]
-    told = [facts(run) for run in runs] or [_whatever(root / name) for name in history.names(root)]
+    listed = [facts(run) for run in runs] or [_facts_or_error(root / name) for name in history.names(root)]
     if as_json:
-        return json.dumps(told, indent=2)
-    if not told:
+        return json.dumps(listed, indent=2)
+    if not listed:
         return f"There is no run in {root} yet: `fedclip run` makes one there."
-    text = _all(told) if not runs else _beside(told) if runs[1:] else _one(runs[0], told[0])
+    text = _all(listed) if not runs else _beside(listed) if runs[1:] else _one(runs[0], listed[0])
     return "\n".join(shown(line).rstrip() for line in text.split("\n"))
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What there is to tell of a run, under keys that are always there; accuracies are shares."""
+    """The facts of a run, under keys that are always present; accuracies are fractions."""
     try:
         return _facts(run)
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{run.path / history.SUMMARY} is damaged ({one_line(error)})") from None
 
 
-def _whatever(path: Path) -> dict[str, Any]:
-    """The same of a run that may be damaged: then why, and little else."""
+def _facts_or_error(path: Path) -> dict[str, Any]:
+    """The facts of a run; of a damaged one its name, its path and the error."""
     try:
         return facts(history.read(path))
     except UserError as error:
@@ -50,11 +50,11 @@ def _whatever(path: Path) -> dict[str, Any]:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    told, summary, lines = run.settings, run.summary, run.metrics
+    settings, summary, lines = run.settings, run.summary, run.metrics
     if run.completed:
         zero, adapted, traffic = summary["zero_shot"], summary["adapted"], summary["traffic"]
-    else:  # as far as it has come
-        best = run.best if any(line["round"] for line in lines) else {}  # before that, nothing is adapted
+    else:  # from the rounds so far
+        best = run.best if any(line["round"] for line in lines) else {}  # round 0 is not adapted
         zero, adapted = ({part: line.get(part) for part in ("seen", "unseen")} for line in (run.line(0), best))
         traffic = {}
     own = adapted.get("personal") or {}
@@ -64,12 +64,12 @@ def _facts(run: Run) -> dict[str, Any]:
         "path": str(run.path),
         "status": run.status,
         "why": run.why or None,
-        "data": told["data"],
+        "data": settings["data"],
         "holdout": summary.get("holdout"),
-        "model": told["model"],
+        "model": settings["model"],
         "method": run.method,
-        "strategy": told["strategy"],
-        "nodes": told.get("sites"),
+        "strategy": settings["strategy"],
+        "nodes": settings.get("sites"),
         "settings": run.changed,
         "rounds": run.done,
         "rounds_asked_for": run.wanted,
@@ -91,16 +91,16 @@ def _facts(run: Run) -> dict[str, Any]:
         "seconds": summary["seconds"]["total"] if run.completed else sum(line["seconds"] for line in lines),
         "epsilon": run.epsilon,
         "failures": [dict(zip(("round", "site", "why"), failure, strict=True)) for failure in run.failures],
-        "package": told.get("package"),
+        "package": settings.get("package"),
         "report": str(report) if report.is_file() else None,
     }
 
 
-def _all(told: Sequence[dict[str, Any]]) -> str:
-    """A row for each run, and what is wrong with the damaged ones."""
+def _all(runs: Sequence[dict[str, Any]]) -> str:
+    """A table with a row for each run, and the errors of damaged ones."""
     headings = ("run", "status", "data", "method", "rounds", "seen, %", "unseen, %", "a site and round")
-    rows = [(run["name"], run["status"], *_cells(run)) for run in told]
-    wrong = [f"{run['name']}: {run['why']}" for run in told if run["status"] == DAMAGED]
+    rows = [(run["name"], run["status"], *_cells(run)) for run in runs]
+    wrong = [f"{run['name']}: {run['why']}" for run in runs if run["status"] == DAMAGED]
     return "\n".join([table([headings, *rows], left=4), *wrong])
 
 
@@ -130,7 +130,7 @@ def _one(read: Run, run: dict[str, Any]) -> str:
         ("data", run["data"] + held_out),
         ("model", run["model"]),
         ("trained", f"{run['method']}, by {run['strategy']}" + _nodes(run["nodes"])),
-        ("settings", changed or "as they are unless given"),
+        ("settings", changed or "defaults"),
         ("rounds", f"{run['rounds']} of {run['rounds_asked_for']}{selected}"),
         *(() if read.completed else (("seen", _change(run["seen"])), ("unseen", _change(run["unseen"])))),
         ("traffic", f"{_bytes(run['bytes_per_site_round'])} a site and round, {_bytes(run['bytes'])} in all"),
@@ -153,24 +153,24 @@ def _by_site(summary: dict[str, Any]) -> str:
     return console.accuracies(summary["zero_shot"], summary["adapted"], summary["holdout"])
 
 
-def _beside(told: Sequence[dict[str, Any]]) -> str:
-    """Settings that differ, and results, a column for each run."""
-    names = [run["name"] for run in told]
-    labels = names if len({*names}) == len(names) else [run["path"] for run in told]
-    plain = Settings().as_run_config()
-    values = {key: [run["settings"].get(key, plain[key]) for run in told] for key in plain}
+def _beside(runs: Sequence[dict[str, Any]]) -> str:
+    """A table of the settings that differ, and of results, with a column for each run."""
+    names = [run["name"] for run in runs]
+    labels = names if len({*names}) == len(names) else [run["path"] for run in runs]
+    defaults = Settings().as_run_config()
+    values = {key: [run["settings"].get(key, defaults[key]) for run in runs] for key in defaults}
     differ = [
         (key, *(_short(str(value).lower() if isinstance(value, bool) else str(value)) for value in row))
         for key, row in values.items()
         if _differ(row)
     ]
-    results = [(name, *(tell(run) for run in told)) for name, tell in RESULTS.items()]
+    results = [(name, *(show(run) for run in runs)) for name, show in RESULTS.items()]
     results = [row for row in results if any(cell != NOTHING for cell in row[1:])]
     blank = [""] * len(names)
     heading = "settings that differ" if differ else "the same settings"
     rows = [(heading, *labels), *differ, ("", *blank), ("accuracy in %", *blank), *results]
     other = (
-        ["", "They were made with different versions of this package."] if _differ([r["package"] for r in told]) else []
+        ["", "They were made with different versions of this package."] if _differ([r["package"] for r in runs]) else []
     )
     return "\n".join([table(rows), *other])
 
@@ -189,7 +189,7 @@ RESULTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "seconds": lambda run: f"{run['seconds']:.0f}",
     "ε": lambda run: NOTHING if run["epsilon"] is None else f"{run['epsilon']:.2f}",
 }
-"""What is told of runs side by side."""
+"""The results of runs side by side, and how each is shown."""
 
 
 def _differ(values: Sequence[object]) -> bool:
@@ -197,7 +197,7 @@ def _differ(values: Sequence[object]) -> bool:
 
 
 def _short(text: str, most: int = 28) -> str:
-    """The end of a long path tells more than its beginning."""
+    """The text, shortened in the middle: the end of a long path matters more than its beginning."""
     return text if len(text) <= most else f"{text[:8]}…{text[9 - most :]}"
 
 
@@ -214,7 +214,7 @@ def _bytes(count: float | None) -> str:
 
 
 def _change(result: dict[str, float | None]) -> str:
-    """Zero-shot and what it has become, as far as it is known."""
+    """Zero-shot and adapted accuracy, as far as they are known."""
     zero, adapted = (percent(result[when]) for when in ("zero_shot", "adapted"))
     return zero if zero == NOTHING else f"{zero} → {adapted}"
 

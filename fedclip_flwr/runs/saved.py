@@ -1,11 +1,11 @@
-"""What was learnt, on disk, with all that is needed to use it elsewhere.
+"""A trained adapter or whole model on disk, with everything needed to use it elsewhere.
 
 An adapter is `adapter.safetensors` and `adapter.json` (in a folder for the hub `config.json`); a whole model is a
 folder as `save_pretrained` writes it, with `fedclip.json`.
 
-State and facts are two files, and a process may be killed after it has replaced the first one, the tensors. So their
-header has the facts that change from round to round, too. They count if the other file is not of these tensors, whose
-hash it has.
+Tensors and facts are two files, and a process may be killed after it has replaced only the first, the tensors. So their
+header also has the facts that change from round to round. These take precedence if the hash in the other file is not
+that of the tensors.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fedclip_flwr.runs.history import FACTS as FACTS
 from fedclip_flwr.runs.history import TENSORS as TENSORS
 
 WHOLE, WEIGHTS, CONFIG = "fedclip.json", "model.safetensors", "config.json"
-"""Facts like those of an adapter: beside a whole model, and under the name that the hub knows."""
+"""The facts of a whole model, its weights, and the name that the hub expects for the facts of an adapter."""
 OF_A_MACHINE = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
-"""What a model's files tell of the machine that they were on."""
+"""Entries of a model's files that describe the machine they were on."""
 LARGEST = 2**16
-"""No feature has so many numbers."""
+"""No feature is longer than this."""
 
 
 def save_adapter(
@@ -50,7 +50,7 @@ def save_adapter(
     blend: float | None = None,
     **more: object,
 ) -> None:
-    """The adapter of round `number`; `setting` says where the folder is."""
+    """Saves the adapter of round `number`; errors name the `setting` that determines the folder."""
     own = {"blend": settings.trained_blend if blend is None else blend, **more}
     write_tensors(folder / TENSORS, state, number, setting, **{key: json.dumps(value) for key, value in own.items()})
     facts = {
@@ -59,8 +59,7 @@ def save_adapter(
         "dim": features.classes.text.shape[1],
         **_made_for(features),
         "prompts": features.vocabulary.prompts,
-        "feature_norm": length_of(settings)
-        or float(features.has_unit_length()),  # unit length, if that is how they came
+        "feature_norm": length_of(settings) or float(features.has_unit_length()),  # unit length, if they were stored so
         "scale": features.classes.scale,
         "bias": features.classes.bias,
         "round": number,
@@ -71,7 +70,7 @@ def save_adapter(
 
 
 def _made_for(features: Features) -> dict[str, Any]:
-    """The frozen model, and what it tells images apart by."""
+    """The frozen model, the class names and the prompt templates."""
     names, templates = features.vocabulary
     return {
         "model": features.model,
@@ -83,38 +82,38 @@ def _made_for(features: Features) -> dict[str, Any]:
 
 
 def save_model(folder: Path, state: State, features: Pixels, number: int, setting: str = "FEDCLIP_HOME") -> None:
-    """The whole model of round `number`, in a folder that the setting `model` takes."""
+    """Saves the whole model of round `number`, in a folder that the setting `model` accepts."""
     for file in models.model_files(features.model_folder):
         if file.name in ("config.json", "tokenizer_config.json"):
             facts = {key: value for key, value in json.loads(file.read_text()).items() if key not in OF_A_MACHINE}
             more = {"dtype": "float32"} if file.name == "config.json" else {}
             write_json(folder / file.name, {**facts, **more}, setting)
         elif not file.name.startswith("model"):  # the weights
-            files.write_whole(folder / file.name, partial(shutil.copyfile, file), setting)
+            files.write_atomic(folder / file.name, partial(shutil.copyfile, file), setting)
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
-    write_tensors(folder / WEIGHTS, weights, number, setting, format="pt")  # else transformers does not read the file
+    write_tensors(folder / WEIGHTS, weights, number, setting, format="pt")  # transformers requires it
     write_json(folder / WHOLE, {"kind": "full-model", **_made_for(features), "round": number}, setting)
 
 
 def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME") -> None:
     text = json.dumps(facts, indent=2) + "\n"
-    files.write_whole(path, lambda part: part.write_text(text), setting)
+    files.write_atomic(path, lambda part: part.write_text(text), setting)
 
 
 def write_tensors(path: Path, state: State, number: int, setting: str = "FEDCLIP_HOME", **facts: str) -> None:
-    """The tensors of round `number`, which is in the header beside the `facts`."""
+    """Saves the tensors, with `number` (the round) and the `facts` in the header."""
     header = {**facts, "round": str(number)}
-    files.write_whole(path, lambda part: tensorfile.save(state, part, header), setting)
+    files.write_atomic(path, lambda part: tensorfile.save(state, part, header), setting)
 
 
 def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter in a folder, such as that of a run or one for the hub, and what it was made for."""
+    """The adapter in a folder, such as that of a run or one for the hub, and its facts."""
     described, tensors = folder / FACTS, folder / TENSORS
     if folder.is_dir() and not described.exists():
         described = folder / CONFIG
     if folder.is_dir() and not described.exists():
         if (folder / "settings.json").exists():
-            raise UserError(f"{folder} holds no adapter: its run came to no round; `fedclip runs {folder}` tells more")
+            raise UserError(f"{folder} holds no adapter: its run completed no round; see `fedclip runs {folder}`")
         raise UserError(f"{folder} holds no adapter: name a run, or a folder that `fedclip export` has written")
     path = described
     try:
@@ -126,7 +125,7 @@ def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
         found = content.of_file(path)
         if facts.get("tensors") not in (None, found):
             if "blend" not in header:
-                raise UserError(f"{path} is another one than {described.name} tells of: export it once more")
+                raise UserError(f"{path} does not match {described.name}: export it again")
             facts |= {key: files.parsed(fact) for key, fact in header.items()} | {"tensors": found}
         path = described
         adapter = _blank(facts)
@@ -136,7 +135,7 @@ def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{path} can't be read ({one_line(error)})") from None
     if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
-        raise UserError(f"{tensors} does not hold the {facts['kind']} adapter that adapter.json tells of")
+        raise UserError(f"{tensors} does not hold the {facts['kind']} adapter that adapter.json describes")
     if not all(tensorfile.all_finite(tensor) for tensor in state.values()):
         raise UserError(f"{tensors} has numbers that are not finite")
     adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
@@ -144,7 +143,7 @@ def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
 
 
 def load_whole(folder: Path) -> dict[str, Any]:
-    """What the whole model in that folder was made for."""
+    """The facts of the whole model in that folder."""
     path = folder / WHOLE
     try:
         facts: dict[str, Any] = files.read_json(path)
@@ -160,7 +159,7 @@ def load_whole(folder: Path) -> dict[str, Any]:
 
 
 def _blank(facts: dict[str, Any]) -> Adapter:
-    """The adapter that `adapter.json` tells of, to be filled: nothing here takes memory because that says so."""
+    """An empty adapter as `adapter.json` describes it. It takes no memory yet: the file may claim any size."""
     kind, dim, rank, blend = (facts[key] for key in ("kind", "dim", "rank", "blend"))
     if kind not in ADAPTERS:
         raise ValueError(f"its kind is {kind!r}, expected one of {', '.join(ADAPTERS)}")
@@ -168,7 +167,7 @@ def _blank(facts: dict[str, Any]) -> Adapter:
         raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
     if type(blend) not in (int, float) or not 0 <= blend <= 1:
         raise ValueError(f"its blend is {blend!r}, expected a number from 0 to 1")
-    length = facts.get("feature_norm", 1.0)  # before it was told, all adapters took features of unit length
+    length = facts.get("feature_norm", 1.0)  # earlier versions always used unit length
     if type(length) not in (int, float) or not 0 <= length <= MOST_NORM:
         raise ValueError(f"its feature_norm is {length!r}, expected a number from 0 to {MOST_NORM:,.0f}")
     _check_texts(facts)
@@ -178,7 +177,7 @@ def _blank(facts: dict[str, Any]) -> Adapter:
 def _check_texts(facts: dict[str, Any]) -> None:
     for key in ("class_names", "templates"):
         if not isinstance(facts[key], list) or not all(isinstance(text, str) for text in facts[key]):
-            raise ValueError(f"its {key} are no list of texts")
+            raise ValueError(f"its {key} must be a list of texts")
     try:
         check_classes(Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
     except UserError as error:

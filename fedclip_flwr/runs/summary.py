@@ -21,10 +21,10 @@ def summary_of(
     seconds: dict[str, float],
     resumed: list[int],
 ) -> dict[str, Any]:
-    """What `summary.json` tells of a completed run, which went on after the rounds `resumed`."""
+    """The contents of `summary.json` of a completed run, which was resumed after the rounds `resumed`."""
     traffic, names, parameters = nodes.traffic, features.vocabulary.class_names, features.parameters
     per_round = outcome.site_round_bytes
-    whole = None if parameters is None else 2 * 4 * parameters
+    full = None if parameters is None else 2 * 4 * parameters  # float32, both directions
     return {
         "status": "completed",
         "holdout": holdout,
@@ -40,8 +40,8 @@ def summary_of(
             "down_bytes": traffic.down,
             "up_bytes": traffic.up,
             "per_site_round_bytes": per_round,
-            "full_model_bytes": whole,
-            "times_less": None if whole is None else whole / per_round,
+            "full_model_bytes": full,
+            "times_less": None if full is None else full / per_round,
         },
         "privacy": None
         if outcome.epsilon is None
@@ -55,30 +55,30 @@ def summary_of(
     }
 
 
-def _results(line: RoundResult, class_names: Sequence[str]) -> dict[str, Any]:
-    """Accuracies, and all figures below `metrics`."""
-    tests = {site: report.test for site, report in line.reports.items()}
-    apart = {site: report.test for site, report in line.holdouts.items()}
-    if len(line.unseen) > 1:
-        apart = {**line.unseen, **apart}
+def _results(result: RoundResult, class_names: Sequence[str]) -> dict[str, Any]:
+    """Accuracies, and all other figures under `metrics`."""
+    tests = {site: report.test for site, report in result.reports.items()}
+    apart = {site: report.test for site, report in result.holdouts.items()}
+    if len(result.unseen) > 1:
+        apart = {**result.unseen, **apart}
     return {
-        "seen": line.seen,
-        "unseen": mean_accuracy(line.held_out),
+        "seen": result.seen,
+        "unseen": mean_accuracy(result.held_out),
         "sites": {site: quality.accuracy for site, quality in tests.items()},
         "holdout_sites": {site: quality.accuracy for site, quality in apart.items()},
         "metrics": {
             "seen": mean_figures(tests.values()),
-            "unseen": _unseen(line, class_names),
+            "unseen": _unseen(result, class_names),
             "sites": {site: _figures(quality, class_names) for site, quality in tests.items()},
         },
     }
 
 
-def _unseen(line: RoundResult, class_names: Sequence[str]) -> dict[str, Any] | None:
-    """Figures of what nobody trains on: by class where it is one set of images, means where there are several."""
-    if len(line.held_out) == 1:
-        return _figures(line.held_out[0], class_names)
-    return mean_figures(line.held_out) or None
+def _unseen(result: RoundResult, class_names: Sequence[str]) -> dict[str, Any] | None:
+    """The figures on held-out images: with recall by class for one set of images, means for several."""
+    if len(result.held_out) == 1:
+        return _figures(result.held_out[0], class_names)
+    return mean_figures(result.held_out) or None
 
 
 def _figures(quality: Quality, class_names: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _figures(quality: Quality, class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _personal(outcome: Outcome, class_names: Sequence[str]) -> dict[str, Any]:
-    """What the sites' own adapters come to; None where none was asked for."""
+    """The results of the sites' own adapters; None without them."""
     tests = {site: report.test for site, report in outcome.personal.items()}
     return {
         "personal": {site: quality.accuracy for site, quality in tests.items()} or None,

@@ -1,4 +1,4 @@
-"""`fedclip watch`: a run followed from its folder, which is only read: a live screen, or lines."""
+"""`fedclip watch`: follows a run by reading its folder, on a live screen or in lines."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fedclip_flwr.runs import console, history
 from fedclip_flwr.runs.history import Run
 
 PAUSE = 0.5
-"""Seconds between two looks at the folder."""
+"""Seconds between two reads of the folder."""
 QUIET = 10
-"""So many looks without news, and it is looked whether anything still holds the folder: not at each, for that takes a
-lock for a moment."""
+"""The folder's lock is checked after this many reads without news: not at each, because the check takes the lock for a
+moment."""
 ROWS, REASONS, WIDEST = 8, 5, 48
-"""The last rounds, the failures and the columns of a curve that fit on a screen."""
+"""The numbers of rounds, of failures and of a curve's columns that fit on a screen."""
 BARS = "▁▂▃▄▅▆▇█"
-NOTHING_YET = "There is no result yet: data and sites are made ready, or the first answers are awaited."
+NOTHING_YET = "No result yet: data and sites are being prepared, or the first answers are pending."
 LEFT = 130
 
 
 @dataclass(frozen=True)
 class State:
-    """A run as it is now: its status, and for how many seconds there was no news."""
+    """A run as it is now: its status, and the seconds since it last wrote something."""
 
     run: Run
     status: str
@@ -40,29 +40,29 @@ class State:
 
 
 def watch(name: str, root: Path | None) -> int:
-    """Shows the run until it has ended, or until the user has seen enough; the exit status."""
+    """Shows the run until it ends or the user presses Ctrl-C. Returns the exit status."""
     path = history.where(name, root)
     screen = Console()
     try:
         last = _live(follow(path), screen) if screen.is_interactive else _plain(follow(path))
     except KeyboardInterrupt:
-        _say("", f"No longer watched; {path.name} goes on as before.")
+        _say("", f"Stopped watching; {path.name} is not affected.")
         return LEFT
     _say(ending(last))
     return 0 if last.status == "completed" else 1
 
 
 def follow(path: Path, pause: Callable[[], object] = lambda: time.sleep(PAUSE)) -> Iterator[State]:
-    """The run at each look at its folder, until it has ended."""
-    reader, before, looks = history.Reader(path), None, 0
+    """The run at each read of its folder, until it has ended."""
+    reader, before, quiet_reads = history.Reader(path), None, 0
     while True:
         run = reader.read()
-        looks = looks + 1 if run is before else 0
-        status = run.told
-        if status == "running" and looks % QUIET == 0 and (before is None or looks):
+        quiet_reads = quiet_reads + 1 if run is before else 0
+        status = run.recorded
+        if status == "running" and quiet_reads % QUIET == 0 and (before is None or quiet_reads):
             status = "running" if history.held(path) else "killed"
             if status == "killed" and reader.read() is not run:
-                continue  # it has ended in order, just now
+                continue  # it ended normally just now
         before = run
         yield State(run, status, max(0.0, time.time() - reader.changed))
         if status != "running":
@@ -71,20 +71,20 @@ def follow(path: Path, pause: Callable[[], object] = lambda: time.sleep(PAUSE)) 
 
 
 def _plain(states: Iterable[State]) -> State:
-    """A line for each new round; the last state."""
-    told = -1
+    """Prints a line for each new round. Returns the last state."""
+    last_shown = -1
     for number, state in enumerate(states):
         if not number:
             _say(about(state.run), console.row(headings(state.run)))
-        new = [line for line in state.run.metrics if line["round"] > told]
+        new = [line for line in state.run.metrics if line["round"] > last_shown]
         _say(*(console.round_of(line, state.run.start) for line in new))
-        told = max([told, *(line["round"] for line in new)])
+        last_shown = max([last_shown, *(line["round"] for line in new)])
     _say(*console.left_out(state.run.failures))
     return state
 
 
 def _live(states: Iterable[State], screen: Console) -> State:
-    """The screen, drawn anew at each look; the last state."""
+    """Redraws the screen at each read. Returns the last state."""
     with Live(console=screen, auto_refresh=False) as drawn:
         for state in states:
             drawn.update(picture(state), refresh=True)
@@ -92,40 +92,38 @@ def _live(states: Iterable[State], screen: Console) -> State:
 
 
 def picture(state: State) -> Group:
-    """All that the screen shows."""
+    """The whole screen."""
     run, wrong = state.run, console.left_out(state.run.failures)
     bar = Table.grid(padding=(0, 2))
     bar.add_row(ProgressBar(max(run.wanted, 1), run.done, width=40), _plainly(progress(run)))
     rounds = table([headings(run), *map(console.cells, run.metrics[-ROWS:])], left=0)
     lines = ["", *(rounds if run.metrics else NOTHING_YET).split("\n"), "", *curves(run), *wrong[:REASONS]]
     more = [f"and {len(wrong) - REASONS} more reasons"] if len(wrong) > REASONS else []
-    return Group(_plainly(about(run)), bar, *map(_plainly, [*lines, *more, standing(state)]))
+    return Group(_plainly(about(run)), bar, *map(_plainly, [*lines, *more, status_line(state)]))
 
 
 def about(run: Run) -> str:
-    """What is run, in a line."""
-    told = run.settings
-    nodes = f" with {counted(told['sites'], 'node')}" if isinstance(told.get("sites"), int) else ""
-    return f"{run.name}: {run.method} by {told['strategy']} on {told['data']}{nodes}, model {told['model']}"
+    """The run's settings in a line."""
+    settings = run.settings
+    nodes = f" with {counted(settings['sites'], 'node')}" if isinstance(settings.get("sites"), int) else ""
+    return f"{run.name}: {run.method} by {settings['strategy']} on {settings['data']}{nodes}, model {settings['model']}"
 
 
 def headings(run: Run) -> list[str]:
-    """Above the rounds."""
+    """The headings above the rounds."""
     return console.headings(run.settings["dp"] != "off")
 
 
 def progress(run: Run) -> str:
-    """How far it is, and how long the rest will take if rounds go on as the last few did."""
+    """The complete rounds, and the time left, estimated from the last few rounds."""
     took = [line["seconds"] for line in run.metrics if line["round"]][-5:]
-    rest = run.wanted - run.done
-    left = (
-        f", about {duration(sum(took) / len(took) * rest)} left" if took and rest > 0 and run.told == "running" else ""
-    )
-    return f"{run.done} of {counted(run.wanted, 'round')}{left}"
+    rest = run.wanted - run.done if run.recorded == "running" else 0
+    eta = f", about {duration(sum(took) / len(took) * rest)} left" if took and rest > 0 else ""
+    return f"{run.done} of {counted(run.wanted, 'round')}{eta}"
 
 
 def curves(run: Run) -> list[str]:
-    """The accuracies so far as curves, with what was gained, and what has travelled."""
+    """The accuracies so far as curves with their gain, and the bytes sent."""
     lines = []
     for part in ("seen", "unseen"):
         values = [line[part] for line in run.metrics if line[part] is not None]
@@ -140,7 +138,7 @@ def curves(run: Run) -> list[str]:
 
 
 def curve(values: Sequence[float]) -> str:
-    """The values as bars between the least and the greatest; of many, as many as fit, the first and last among them."""
+    """The values as bars, scaled to their range; of many, as many as fit, with the first and the last."""
     if len(values) > WIDEST:
         values = [values[round(i * (len(values) - 1) / (WIDEST - 1))] for i in range(WIDEST)]
     least, most = min(values), max(values)
@@ -148,14 +146,14 @@ def curve(values: Sequence[float]) -> str:
     return "".join(BARS[round((value - least) * scale)] for value in values)
 
 
-def standing(state: State) -> str:
-    """The status; while it is running, with the time since the last news."""
+def status_line(state: State) -> str:
+    """The status; of a quiet running run with the time since it last wrote something."""
     quiet = f", no news for {duration(state.quiet)}" if state.status == "running" and state.quiet >= 10 else ""
     return f"status  {state.status}{quiet}"
 
 
 def ending(state: State) -> str:
-    """How it ended, in a line."""
+    """A line on how the run ended."""
     run = state.run
     if state.status != "completed":
         return f"{run.name} {state.status} after {counted(run.done, 'round')}" + (f": {run.why}" if run.why else "")
@@ -176,7 +174,7 @@ def duration(seconds: float) -> str:
 
 
 def _plainly(line: str) -> Text:
-    """The line as it is: not wrapped, and with nothing in it that would steer the terminal."""
+    """The line unwrapped, and without control characters."""
     return Text(shown(line), no_wrap=True, overflow="ellipsis")
 
 

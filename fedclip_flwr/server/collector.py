@@ -1,4 +1,4 @@
-"""The server's side of a round of secure aggregation; what it is: `exchange/secure/masking.py`."""
+"""The server's arithmetic in a round of secure aggregation; `exchange/secure/masking.py` explains the protocol."""
 
 from __future__ import annotations
 
@@ -34,44 +34,44 @@ from fedclip_flwr.flower.crypto import combine_shares, generate_shared_key
 
 
 class Collector:
-    """The server's side of a round: takes what comes from each member, and tells what to send to each after that.
+    """The server's side of a round: collects the members' answers step by step, and makes what is sent to them next.
 
-    `join`, `share`, `add` and `reveal` take what came from one member, or raise: then it has dropped out, as if nothing
-    had come. `neighbourhoods`, `letters`, `lists` and `sum` end such a step. Vectors are not kept.
+    `join`, `share`, `add` and `reveal` take one member's answer; if they raise, the member has dropped out, as if it
+    had not answered. `neighbourhoods`, `letters`, `lists` and `sum` end these steps. Vectors are not kept.
     """
 
     def __init__(self, context: str, size: int, most: int) -> None:
-        """Vectors of this size; up to `most` members share with each other."""
+        """`size` is that of the vectors; each member shares with up to `most`, itself included."""
         if most < FEWEST:
-            raise MaskingError(f"up to {most} members are to share with each other, expected {FEWEST} or more")
+            raise MaskingError(f"up to {most} members share with each other, expected {FEWEST} or more")
         self._context, self._most = context, most
         self._step, self._awaited = "keys", set[str]()
         self._publics: dict[str, bytes] = {}
         self._keys: set[bytes] = set()
         self._near: dict[str, frozenset[str]] = {}
-        """Those still in the round that a member shares with, itself included."""
+        """For each member those in the round that it shares with, itself included."""
         self._needed: dict[str, int] = {}
         self._shares: dict[str, Shares] = {}
         self._total = np.zeros(size, np.uint32)
         self._survivors: set[str] = set()
         self._pieces: dict[str, dict[str, bytes]] = {}
-        """Of each secret, by the member that revealed it."""
+        """The pieces of each member's secret, by the member that revealed them."""
 
     def join(self, name: str, public: bytes) -> None:
         if self._step != "keys" or name in self._publics:
-            raise MaskingError("public keys came too late or twice")
+            raise MaskingError("public keys arrived too late or twice")
         if len(public) != 2 * PUBLIC:
             raise MaskingError(f"public keys have {len(public)} bytes, expected {2 * PUBLIC}")
         own = public[:PUBLIC], public[PUBLIC:]
         for key in own:
             point(key)
         if own[0] == own[1] or {*own} & self._keys:
-            raise MaskingError("a public key is there already")
+            raise MaskingError("duplicate public key")
         self._keys |= {*own}
         self._publics[name] = public
 
     def neighbourhoods(self) -> dict[str, dict[str, bytes]]:
-        """For each member the public keys of those that it is to share with."""
+        """For each member the public keys of those that it shares with."""
         if len(self._publics) < FEWEST:
             raise MaskingError(f"public keys came from {len(self._publics)} members, expected {FEWEST} or more")
         self._near = neighbours(self._publics, self._most, os.urandom(SEED))
@@ -82,23 +82,23 @@ class Collector:
     def share(self, name: str, shares: Shares) -> None:
         self._check_awaited("shares", name)
         if shares.letters.keys() != self._near[name] - {name} or shares.digests.keys() != self._near[name]:
-            raise MaskingError("pieces are not for those that they should be for")
+            raise MaskingError("pieces are addressed to the wrong members")
         if any(len(letter) > LONGEST_LETTER for letter in shares.letters.values()):
             raise MaskingError(f"a letter is longer than {LONGEST_LETTER} bytes")
         if {*map(len, shares.digests.values())} != {2 * DIGEST} or len(shares.seed) != DIGEST:
-            raise MaskingError("digests have another size than they should")
+            raise MaskingError("digests have the wrong size")
         self._awaited.remove(name)
         self._shares[name] = shares
 
     def letters(self) -> dict[str, dict[str, bytes]]:
-        """For each member that goes on, the pieces from the others that do."""
-        going = set(self._shares)
-        while alone := {name for name in going if len(self._near[name] & going) < self._needed[name]}:
-            going -= alone  # too few near it could unmask it
-        if not going:
-            raise MaskingError(f"pieces came from {len(self._shares)} of {len(self._near)} members: too few to go on")
-        self._near = {name: self._near[name] & going for name in sorted(going)}
-        self._step, self._awaited = "vectors", set(going)
+        """For each member still in the round, the pieces from the others."""
+        active = set(self._shares)
+        while isolated := {name for name in active if len(self._near[name] & active) < self._needed[name]}:
+            active -= isolated  # too few of its neighbours could unmask it
+        if not active:
+            raise MaskingError(f"pieces came from {len(self._shares)} of {len(self._near)} members: too few")
+        self._near = {name: self._near[name] & active for name in sorted(active)}
+        self._step, self._awaited = "vectors", set(active)
         return {
             name: {sender: self._shares[sender].to(name) for sender in sorted(near - {name})}
             for name, near in self._near.items()
@@ -113,10 +113,10 @@ class Collector:
         self._total += masked
 
     def lists(self) -> dict[str, tuple[list[str], list[str]]]:
-        """For each member whose vector came, those near it whose vectors came, and those whose did not."""
+        """For each member whose vector arrived, its neighbours whose vectors arrived, and those whose did not."""
         for name in self._survivors:
-            if (came := len(self._list(name)[0])) < (needed := max(self._needed[name], FEWEST)):
-                raise MaskingError(f"vectors came of {came} members near {name}, {needed} must: nothing is unmasked")
+            if (arrived := len(self._list(name)[0])) < (needed := max(self._needed[name], FEWEST)):
+                raise MaskingError(f"{arrived} vectors arrived near {name}, expected {needed}: nothing is unmasked")
         self._step, self._awaited = "reveals", set(self._survivors)
         return {name: self._list(name) for name in sorted(self._survivors)}
 
@@ -125,19 +125,19 @@ class Collector:
         survivors, dropped = self._list(name)
         sizes = dict.fromkeys(survivors, SEED_PIECE) | dict.fromkeys(dropped, PRIVATE_PIECE)
         if {other: len(piece) for other, piece in pieces.items()} != sizes:
-            raise MaskingError("pieces are not those that were asked for")
+            raise MaskingError("pieces are not those requested")
         self._awaited.remove(name)
         for other, piece in pieces.items():
             digests = self._shares[other].digests[name]
             if digest(piece) != (digests[:DIGEST] if other in survivors else digests[DIGEST:]):
-                raise MaskingError("a piece that it revealed is not the one that it was given")
+                raise MaskingError("a revealed piece is not the one that was shared")
         for other, piece in pieces.items():
             self._pieces.setdefault(other, {})[name] = piece
 
     def sum(self) -> Numbers:
-        """Of the vectors that came; raises if too few pieces did, and may be tried again when more have come."""
+        """The sum of the vectors; raises if pieces are missing, and may be called again when more have arrived."""
         if not self._survivors:
-            raise MaskingError("no vector came")
+            raise MaskingError("no vector arrived")
         total, size = self._total.copy(), len(self._total)
         for name, near in self._near.items():
             if name in self._survivors:
@@ -151,7 +151,7 @@ class Collector:
 
     def _check_awaited(self, step: str, name: str) -> None:
         if self._step != step or name not in self._awaited:
-            raise MaskingError(f"{step} came too late, twice, or from a member that was not asked")
+            raise MaskingError(f"{step} arrived too late, twice, or from a member that was not asked")
 
     def _list(self, name: str) -> tuple[list[str], list[str]]:
         near = self._near[name]
@@ -162,22 +162,22 @@ class Collector:
         try:
             if public_of(key) == self._publics[name][:PUBLIC]:
                 return private_of(key)
-        except ValueError:  # zero, or more than the curve has
+        except ValueError:  # zero, or beyond the curve's order
             pass
-        raise self._bad(name)
+        raise self._inconsistent(name)
 
     def _secret(self, name: str, size: int) -> bytes:
         pieces, needed = self._pieces.get(name, {}), self._needed[name]
         if len(pieces) < needed:
-            raise MaskingError(f"{len(pieces)} members revealed their piece of {one_line(name, 64)}, {needed} must")
+            raise MaskingError(f"{len(pieces)} members revealed their piece of {one_line(name, 64)}, expected {needed}")
         try:
             secret = combine_shares([pieces[other] for other in sorted(pieces)[:needed]])
         except ValueError:
             secret = b""
         if len(secret) != size or (size == SEED and digest(secret) != self._shares[name].seed):
-            raise self._bad(name)
+            raise self._inconsistent(name)
         return secret
 
     @staticmethod
-    def _bad(name: str) -> LetterError:
-        return LetterError(name, "do not fit together")
+    def _inconsistent(name: str) -> LetterError:
+        return LetterError(name, "are inconsistent")

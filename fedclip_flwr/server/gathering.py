@@ -1,4 +1,4 @@
-"""Which gathering the settings ask for: a mean, a robust rule, or a mean with noise."""
+"""The aggregation that the settings ask for: a mean, a robust rule, or a mean with noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedclip_flwr.server.robust import rule_of
 
 
 def gather_of(settings: Settings) -> Gather:
-    """How the settings have updates come together."""
+    """Begins the gathering that the settings ask for, once in each round."""
     if settings.dp == "central":
         return partial(Noised, norm=settings.clipping_norm, noise_multiplier=settings.noise_multiplier)
     limit = settings.update_limit

@@ -41,7 +41,7 @@ ATTEMPTS = 3
 
 
 class Watcher(Protocol):
-    """Is called as a run proceeds."""
+    """Called as a run proceeds."""
 
     def result(self, result: RoundResult) -> None:
         """The result of a round is known."""
@@ -63,7 +63,7 @@ class Attempt(NamedTuple):
 
 
 class RoundLoop:
-    """Runs the rounds, from the adapter `start` or from the state of a run that is resumed: `run` does it all."""
+    """Runs the rounds from the adapter `start`, or resumes from a run's state; `run` does it all."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class RoundLoop:
         self._nodes, self._strategy, self._settings = nodes, strategy, settings
         self._start, self._unseen, self._watcher = start, unseen, watcher
         self._recipe = RECIPES[settings.recipe]
-        self._at = resumed or RunState(0, start, start, bytes=nodes.traffic.both)  # so far, of the hellos
+        self._at = resumed or RunState(0, start, start, bytes=nodes.traffic.both)  # bytes of the hellos
         self._resumed = resumed is not None
 
     def run(self) -> Outcome:
-        """All rounds, then what closes a run."""
+        """Runs all rounds and the closing evaluations."""
         self._begin()
         for number in range(self._at.round + 1, self._settings.num_server_rounds + 1):
-            if self._no_longer_gains():
+            if self._stops_early():
                 break
             self._round(number)
         zero, best = self._conclude(self._evaluate(self._at.round, self._at.state, self._nodes.good()))
@@ -93,22 +93,22 @@ class RoundLoop:
 
     def _begin(self) -> None:
         at, settings = self._at, self._settings
-        again = self._resumed and settings.dp == "local"
-        if again:  # what was under way when the run was interrupted has been sent, too
+        recount = self._resumed and settings.dp == "local"
+        if recount:  # the interrupted round may have used all its attempts
             self._nodes.trained.update(dict.fromkeys(self._nodes.trained, ATTEMPTS))
         at.epsilon = privacy.spent(settings, self._nodes.trained.values())
-        if again:
-            self._watcher.complete(at)  # it may be interrupted again
-        if at.best:  # a later round, which was not completed, may have been selected since
+        if recount:
+            self._watcher.complete(at)  # the run may be interrupted again
+        if at.best:  # the interrupted run may have selected a later round, which was not completed
             self._watcher.selected(at.best.round, at.best_state, settings.trained_blend)
 
-    def _no_longer_gains(self) -> bool:
-        """Whether `early-stop` rounds have passed since the selected one; the result of the last is not known yet."""
+    def _stops_early(self) -> bool:
+        """True if `early-stop` rounds have brought no gain; the result of the last round is not known yet."""
         at, patience = self._at, self._settings.early_stop
         return bool(patience and at.best and at.round - 1 - at.best.round >= patience)
 
     def _round(self, number: int) -> None:
-        """One round: from the adapter that the sites are sent to the next one."""
+        """Runs one round: sends the adapter, and aggregates the answers into the next one."""
         at, nodes = self._at, self._nodes
         nodes.meet(number)
         before, begun = nodes.traffic.both, time.monotonic()
@@ -132,7 +132,7 @@ class RoundLoop:
             made = self._attempt(number, without)
             if len(made.trained) >= needed:
                 return made
-            tried += distrusted == len(nodes.distrusted)  # else there is one site less to spoil it
+            tried += distrusted == len(nodes.distrusted)  # an attempt that exposed a spoiling site is not counted
             without = nodes.failed if self._settings.secure_aggregation else without
             few = f"round {number}: usable answers: {len(made.trained)}, min-sites = {needed} are needed"
             if tried == ATTEMPTS:
@@ -158,9 +158,9 @@ class RoundLoop:
         except MaskingError as error:
             nodes.say(f"round {number}: no sum can be made: {error}")
             return Attempt(None, {}, {})
-        reports = nodes.sort_out(number, self._strategy)
+        reports = nodes.collect_reports(number, self._strategy)
         self._strategy.aggregate_evaluate(number, evaluations)
-        return Attempt(averaged, reports, nodes.sort_out(number, self._strategy))
+        return Attempt(averaged, reports, nodes.collect_reports(number, self._strategy))
 
     def _average(self, number: int, replies: Iterable[Message], masks: SecureSum | None) -> ArrayRecord | None:
         strategy = self._strategy
@@ -172,7 +172,7 @@ class RoundLoop:
     def _messages(
         self, configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord
     ) -> list[Message]:
-        """The strategy's messages to these nodes; without any, Flower's strategies would wait for some."""
+        """The strategy's messages to these nodes; Flower's strategies would wait if there were no nodes."""
         if not asked:
             return []
         made = configure(number, records.write_adapter(state), config, self._nodes.view(asked))
@@ -199,14 +199,14 @@ class RoundLoop:
     def _evaluate(
         self, number: int, state: State, asked: Sequence[int], *, personal: bool = False, blend: float | None = None
     ) -> Reports:
-        """The reports of these nodes on the adapter, or on the own ones that they make of it (`personal`)."""
+        """The reports of these nodes on the adapter, or on those that they personalise from it (`personal`)."""
         config = self._nodes.config(personal, blend)
         messages = self._messages(self._strategy.configure_evaluate, number, state, asked, config)
         self._strategy.aggregate_evaluate(number, self._nodes.ask(number, messages, state))
-        return self._nodes.sort_out(number, self._strategy)
+        return self._nodes.collect_reports(number, self._strategy)
 
     def _with_reports(self, result: RoundResult, reports: Reports) -> RoundResult:
-        """The result with these reports, those of the holdout sites apart."""
+        """The result with these reports, split into those of training sites and of holdout sites."""
         sites, holdouts = ({name: reports[name] for name in sorted(reports.keys() & of)} for of in self._nodes.by_role)
         return replace(result, reports=sites, holdouts=holdouts)
 
@@ -233,8 +233,8 @@ class RoundLoop:
         personal: Reports = {}
         if settings.personalize:
             alone = self._nodes.good(without=self._nodes.by_role.holdouts)
-            given = blend if blend != settings.trained_blend else None
-            personal = self._evaluate(adapted.round, at.best_state, alone, personal=True, blend=given)
+            sent_blend = blend if blend != settings.trained_blend else None
+            personal = self._evaluate(adapted.round, at.best_state, alone, personal=True, blend=sent_blend)
         per_question = at.question_bytes / max(at.questions, 1)
         return Outcome(at.round, zero_shot, adapted, blend, personal, at.best_state, per_question, at.epsilon)
 

@@ -1,6 +1,6 @@
-"""The sites that take part: who is there, what they are asked, what they answer, and what goes wrong with them.
+"""The sites that take part: their hellos, the messages to them, their replies, and their failures.
 
-On Flower's public `Grid`. Node ids are random in every simulation: what must be reproducible goes by the sites' names.
+On Flower's public `Grid`. Node ids are random in every simulation, so reproducible choices depend on the sites' names.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from fedclip_flwr.server.strategy import AdapterFedAvg
 from fedclip_flwr.server.waiting import Wait
 
 SIMULATED_AT_ONCE = 40
-"""So many messages are under way in a simulation: for each of its nodes, Flower's engine looks at all of them."""
-AGAIN = 10.0
-"""Seconds after which a real site whose hello would not do is greeted again: its owner may have mended it."""
-OPENING = 60.0
-"""Seconds that a real site may take to start a process and to open its data, besides those for which it encodes."""
+"""The most messages under way in a simulation: for each of its nodes, Flower's engine looks at all of them."""
+RETRY_AFTER = 10.0
+"""Seconds after which a real site that was refused is greeted again: its owner may have fixed it."""
+STARTUP = 60.0
+"""Seconds that a real site may take to start a process and to open its data, besides the time for encoding."""
 
 
 class Failure(NamedTuple):
-    """What went wrong at a site, and in which round (0: at its hello)."""
+    """Why a site failed, and in which round (0: at its hello)."""
 
     round: int
     site: str
@@ -46,14 +46,14 @@ class Failure(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """Sites by what they do: those that take part in all, and those that only evaluate."""
+    """Names of sites by role: those that train, and those that only evaluate."""
 
     training: set[str]
     holdouts: set[str]
 
 
 class Traffic:
-    """Bytes of all messages, as Flower serialises them."""
+    """Bytes of all messages sent and received, as Flower serialises them."""
 
     def __init__(self) -> None:
         self.down = self.up = 0
@@ -64,7 +64,7 @@ class Traffic:
 
 
 class _View:
-    """A grid on which only some nodes are to be seen."""
+    """A grid that shows only the given nodes."""
 
     def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
         self._grid, self._nodes = grid, nodes
@@ -77,7 +77,7 @@ class _View:
 
 
 class Nodes:
-    """The sites that take part: met by a hello, then asked and listened to."""
+    """The sites that take part: greeted once, then asked in each round."""
 
     def __init__(
         self,
@@ -96,35 +96,35 @@ class Nodes:
         self.failures: list[Failure] = []
         self.scaled: Counter[str] = Counter()
         self.trained: Counter[str] = Counter()
-        """How often each site was asked to train, whether or not something came of it."""
+        """How often each site was asked to train, whether it succeeded or not."""
         self.distrusted: set[str] = set()
-        """Sites that have spoilt secure aggregation: they are asked to train no more."""
+        """Sites that have broken a secure sum: they are no longer asked to train."""
         self.blames: dict[str, set[str]] = {}
-        """By a site, those that say it did."""
+        """For each site, the sites that report an unreadable letter from it."""
         self.traffic = Traffic()
         self._grid, self._package, self._inbox = grid, package, Inbox(grid)
-        self._most = 2**20 + 2 * sum(tensor.nbytes for tensor in link.state.values())
+        self._largest_reply = 2**20 + 2 * sum(tensor.nbytes for tensor in link.state.values())
         self.link = link
-        self._room = SIMULATED_AT_ONCE if simulated(grid) else sys.maxsize
+        self._at_once = SIMULATED_AT_ONCE if simulated(grid) else sys.maxsize
         self._timeout, self.say = timeout, say
-        self._patience = math.inf if simulated(grid) else records.slice_of(timeout) + OPENING
-        self._greeted: dict[int, float] = {}  # when
+        self._patience = math.inf if simulated(grid) else records.slice_of(timeout) + STARTUP
+        self._greeted: dict[int, float] = {}  # the time of the greeting
         self._all_greeted = False
         self._hellos_under_way: dict[str, int] = {}
         self._encoding: dict[int, Progress] = {}
-        self._furthest: dict[int, int] = {}  # how far each has come with encoding, in hundredths
-        self._steps = 0  # by which they have come further
+        self._furthest: dict[int, int] = {}  # percent of its images that each node has encoded
+        self._steps = 0  # how often one of them rose
         self._refused: dict[int, float] = {}
         self._last_failed: set[str] = set()
         self._ended = False
 
     def end(self) -> None:
-        """Lets a thread that asks or waits come to its end."""
+        """Ends a thread that asks or waits."""
         self._ended = True
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run needs to know of the sites that are there to go on another time."""
+        """What a checkpoint keeps of the sites; see `resume`."""
         return {
             "sites": self._holdings,
             "failures": list(map(list, self.failures)),
@@ -137,18 +137,18 @@ class Nodes:
         }
 
     def resume(self, record: Mapping[str, Any], count: int) -> None:
-        """Waits for the sites of the record, and at least so many; from then on it is as if it had been all the time.
+        """Waits for the sites of the record, and at least `count` of them, then restores the record.
 
-        Simulated sites must be the same; real ones that are gone or hold something else are told.
+        Simulated sites must be the same; real sites that are missing or have other images are reported.
         """
         self.wait_for(count, expected=record["sites"])
         known = self._holdings
-        others = [name for name, holds in record["sites"].items() if known.get(name) != holds]
-        if simulated(self._grid) and (others or known.keys() != record["sites"].keys()):
-            raise UserError(f"its sites were others: simulate {len(record['sites'])} of them, of the same images")
-        for name in others:
-            what = "it holds other images than before" if name in known else "it is not there"
-            self.say(f"going on, but not with all as before: {name}: {what}")
+        changed = [name for name, holds in record["sites"].items() if known.get(name) != holds]
+        if simulated(self._grid) and (changed or known.keys() != record["sites"].keys()):
+            raise UserError(f"the run had other sites: simulate {len(record['sites'])} sites with the same images")
+        for name in changed:
+            what = "its images have changed" if name in known else "it is not connected"
+            self.say(f"resuming with other sites than before: {name}: {what}")
         self.failures[:0] = [Failure(*facts) for facts in record["failures"]]
         self._last_failed |= {*record["last_failed"]}
         self.scaled.update(record["scaled"])
@@ -158,11 +158,11 @@ class Nodes:
         self.traffic.up += record["up"]
 
     def wait_for(self, count: int, number: int = 0, expected: Collection[str] = ()) -> None:
-        """Meets whoever is there, until so many sites take part, with the `expected`, and every hello is answered.
+        """Greets nodes until `count` sites take part, the `expected` ones are connected, and every hello is answered.
 
-        The time that it may take begins anew whenever a site has encoded another hundredth of its images: by what it
-        says itself, but nobody is waited for without end. The expected may be missing at the end of it. Nodes that do
-        not answer within the time that a working site needs are only waited for if there are too few sites without.
+        The timeout restarts whenever a site reports another percent of its images as encoded, so at most a hundred
+        times for each. When it is over, expected sites may be missing. A node that takes longer to answer than a
+        working site needs is waited for only while there are too few sites without it.
         """
         wait, steps = Wait(self._timeout), 0
         while (
@@ -172,17 +172,17 @@ class Nodes:
             or not self._connected().keys() >= {*expected}
         ):
             if news:
-                wait.something_came()
+                wait.answered()
             if steps < self._steps:
                 steps = self._steps
                 wait.begin()
-            everyone = self._greeted and self._all_greeted and not self._hellos_under_way
-            if wait.over or (simulated(self._grid) and everyone):
-                break  # simulated sites are all there before the first one answers
-            if wait.worth_telling():
+            all_answered = self._greeted and self._all_greeted and not self._hellos_under_way
+            if wait.over or (simulated(self._grid) and all_answered):
+                break  # in a simulation, all nodes exist before the first one answers
+            if wait.report_due():
                 self.say(f"waiting: {self.readiness} (min-sites = {count})")
             if self._hellos_under_way or not news:
-                wait.a_moment(len(self._hellos_under_way))
+                wait.pause(len(self._hellos_under_way))
         if (ready := len(self._present)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
             why = "; ".join(sorted({f"{f.site}: {f.why}" for f in self.failures})[:3])
@@ -196,18 +196,18 @@ class Nodes:
         if silent := [f"node {node}" for node in sorted(self._hellos_under_way.values())]:
             self.say(
                 (f"round {number}: " if number else "")
-                + f"going on without {some(silent)}: no answer to the hello so far; "
-                "a site that answers takes part from the next round on"
+                + f"continuing without {some(silent)}: no answer to the hello so far; "
+                "a site that answers joins from the next round on"
             )
 
     def meet(self, number: int = 0) -> bool:
-        """Greets nodes not met yet and takes in those that have answered; whether there was any of either."""
-        self._forgive()
-        strangers = [node for node in self._grid.get_node_ids() if node not in self._greeted]
-        next_ones = strangers[: self._room - len(self._hellos_under_way)]
+        """Greets new nodes and admits those that have answered; returns True if there were any of either."""
+        self._allow_retries()
+        unmet = [node for node in self._grid.get_node_ids() if node not in self._greeted]
+        next_ones = unmet[: self._at_once - len(self._hellos_under_way)]
         new = self._push(Message(self._greeting, node, MessageType.QUERY) for node in next_ones)
         self._greeted |= dict.fromkeys(new.values(), time.monotonic())
-        self._all_greeted = len(new) == len(strangers)
+        self._all_greeted = len(new) == len(unmet)
         self._hellos_under_way |= new
         news = bool(new)
         for node, reply in self._pull(self._hellos_under_way):
@@ -225,15 +225,15 @@ class Nodes:
                 self._greeted.pop(node, None)  # to be asked again
                 continue
             self._encoding.pop(node, None)
-            if why := self._objection(hello):
+            if why := self._refusal(hello):
                 name = f"{hello.site} (node {node})" if hello.site in self.hellos else hello.site
                 self._refuse(number, node, name, why)
                 continue
             for gone in [other for other, name in self.names.items() if name == hello.site]:
                 del self.names[gone]
-                self._greeted.pop(gone, None)  # if it comes back, there are two of that name, and it is told
+                self._greeted.pop(gone, None)  # if it comes back, it is refused: its name is taken
             self.names[node] = hello.site
-            self._last_failed.discard(hello.site)  # of that name, another node may have been refused
+            self._last_failed.discard(hello.site)  # another node of this name may have been refused
             self.hellos[hello.site] = hello
         return news
 
@@ -241,41 +241,41 @@ class Nodes:
         self._refused[node] = time.monotonic()
         self.fails(number, site, why)
 
-    def _forgive(self) -> None:
-        """Lets those be greeted again that were refused a while ago; simulated sites are mended by nobody."""
+    def _allow_retries(self) -> None:
+        """Lets real sites that were refused be greeted again after a while; nobody can fix a simulated one."""
         if not simulated(self._grid):
             now = time.monotonic()
-            for node in [node for node, when in self._refused.items() if now - when >= AGAIN]:
+            for node in [node for node, when in self._refused.items() if now - when >= RETRY_AFTER]:
                 del self._refused[node]
                 self._greeted.pop(node, None)
 
     @property
     def _may_answer_soon(self) -> bool:
-        """Whether a hello is under way to a node that is not overdue."""
+        """True if a hello is under way to a node that is not overdue."""
         now = time.monotonic()
         return any(now - self._greeted[node] < self._patience for node in self._hellos_under_way.values())
 
     @property
     def _holdings(self) -> dict[str, list[int]]:
-        """How many images of each split the connected sites have."""
+        """The numbers of images in each split of the connected sites."""
         hellos = (self.hellos[name] for name in sorted(self._connected()))
         return {hello.site: [hello.train, hello.validation, hello.test] for hello in hellos}
 
     @property
     def _present(self) -> set[str]:
-        """The sites that take part and are connected."""
+        """The connected sites that train."""
         return self.by_role.training & self._connected().keys()
 
     @property
     def readiness(self) -> str:
-        """How many sites are ready, and how far the others have come, if they have told."""
-        told = [f"{p.site}: {p.encoded:,} of {p.images:,} images encoded" for p in self._encoding.values()]
-        everyone = {*self._greeted, *self._encoding}
-        return "; ".join([f"{len(self._connected())} of {len(everyone)} sites are ready", *sorted(told)])
+        """The number of sites that are ready, and the progress that others have reported."""
+        progress = [f"{p.site}: {p.encoded:,} of {p.images:,} images encoded" for p in self._encoding.values()]
+        known = {*self._greeted, *self._encoding}
+        return "; ".join([f"{len(self._connected())} of {len(known)} sites are ready", *sorted(progress)])
 
     @property
     def by_role(self) -> Roles:
-        """The names of the sites."""
+        """The names of all sites that were met, by role."""
         holdouts = {name for name, hello in self.hellos.items() if hello.role == HOLDOUT}
         return Roles(self.hellos.keys() - holdouts, holdouts)
 
@@ -284,28 +284,28 @@ class Nodes:
             raise ExchangeError(records.reason(reply))
         return records.read_hello(reply.content)
 
-    def _objection(self, hello: Hello) -> str | None:
-        """Why the site can't take part."""
+    def _refusal(self, hello: Hello) -> str | None:
+        """The reason why the site can't take part; None if it can."""
         if hello.package != self._package:
-            there = one_line(hello.package[:12])
+            theirs = one_line(hello.package[:12])
             return (
-                f"it runs other code than the server (package {there}, here {self._package[:12]}): "
+                f"its code differs from the server's (package {theirs}, here {self._package[:12]}): "
                 "install the same version of fedclip-flwr there"
             )
-        if hello.site in self._connected():  # one that is gone may come back as another node
-            return "there is a site of that name already: give each SuperNode a name of its own"
+        if hello.site in self._connected():  # a site that left may come back as another node
+            return "its name is taken by another site: give each SuperNode a unique one"
         if any(not 0 <= number < self._classes for number in hello.classes):
-            return f"it has other classes than the {self._classes} of this run"
+            return f"it has classes outside the {self._classes} of this run"
         if not hello.train + hello.validation + hello.test:
-            return "it holds no image that can be read"
+            return "it has no readable image"
         return None
 
     def choose(
         self, share: float, seed: int, number: int, least: int, without: Collection[str] = ()
     ) -> tuple[list[int], list[int]]:
-        """Which connected sites train in a round, drawn by seed and name from those that can; and the others. Ids.
+        """Node ids of the connected sites that train in a round, sampled by seed and name; and those of the others.
 
-        Some are left out, if enough remain.
+        Sites in `without` do not train if enough others can.
         """
         sites = self._connected()
         able = [name for name in sites if self.hellos[name].train and name not in self.distrusted]
@@ -315,7 +315,7 @@ class Nodes:
         return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
 
     def trains(self, nodes: Iterable[int]) -> None:
-        """Takes note that these are asked to train."""
+        """Counts that these nodes are asked to train."""
         self.trained.update(self.names[node] for node in nodes)
 
     @property
@@ -329,7 +329,7 @@ class Nodes:
         return [node for name, node in sorted(self._connected().items()) if name not in left_out]
 
     def view(self, nodes: Sequence[int]) -> Grid:
-        """The grid as a strategy should see it: these nodes only."""
+        """The grid as a strategy should see it: only these nodes."""
         return cast(Grid, _View(self._grid, nodes))
 
     def _connected(self) -> dict[str, int]:
@@ -337,57 +337,57 @@ class Nodes:
         return {name: node for node, name in self.names.items() if node in present}
 
     def config(self, personal: bool = False, blend: float | None = None) -> ConfigRecord:
-        """What goes with an adapter; a new one each time, for messages under way must not change."""
+        """The config record for an adapter; a new one each time, as messages under way must not change."""
         return records.write_task(self.key, personal, blend)
 
     def examples(self, site: str) -> int:
-        """How many the site trains on, as it said when it was met."""
+        """The number of training examples in the site's hello."""
         return self.hellos[site].train
 
     def ask(self, number: int, messages: Iterable[Message], state: State) -> Iterator[Message]:
-        """Sends the messages, which bring `state`; the replies as they come, as long as there is time.
+        """Sends the messages with `state`; yields usable replies as they arrive, until the timeout.
 
-        Sites that don't answer, or not for themselves, fail. What a site has already is not sent; one that lacks what
-        it was thought to have is sent the whole.
+        A site fails if it does not answer, or in another node's name. A site is sent only the difference to what it
+        has; a site that has lost it gets the complete state.
         """
         waiting = list(messages)
         asked = len(waiting)
         kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in waiting}
-        whole = {message.metadata.dst_node_id: message.content for message in waiting}
+        complete = {message.metadata.dst_node_id: message.content for message in waiting}
         self.link.address(waiting, state)
         under_way: dict[str, int] = {}
         wait = Wait(self._timeout)
         while (waiting or under_way) and not wait.over:
-            room = self._room - len(under_way)
+            room = self._at_once - len(under_way)
             next_ones, waiting = waiting[:room], waiting[room:]
             sent = self._push(next_ones)
             under_way |= sent
             for node in {message.metadata.dst_node_id for message in next_ones} - set(sent.values()):
                 self.fails(number, self.names[node], "it could not be reached")
             for node, reply in self._pull(under_way):
-                wait.something_came()
-                reply.metadata.__dict__["_message_type"] = kinds[node]  # whatever the site says that it answers
-                if reply.has_error() and reply.error.code == records.LACKS and node in whole:
+                wait.answered()
+                reply.metadata.__dict__["_message_type"] = kinds[node]  # not what the site claims
+                if reply.has_error() and reply.error.code == records.LACKS and node in complete:
                     self.link.lacks(node)
-                    waiting.append(Message(whole.pop(node), node, kinds[node]))
+                    waiting.append(Message(complete.pop(node), node, kinds[node]))
                 elif reply.has_error() and reply.error.code == records.BLAMES:
                     reply.metadata.__dict__["_src_node_id"] = node
                     yield reply
-                elif why := self._useless(node, reply, state):
+                elif why := self._unusable(node, reply, state):
                     self.fails(number, self.names[node], why)
                 else:
                     yield reply
-            if wait.worth_telling():
+            if wait.report_due():
                 self.say(f"round {number}: {asked - len(waiting) - len(under_way)} of {asked} sites have answered")
             if under_way:
-                wait.a_moment(len(under_way))
+                wait.pause(len(under_way))
         self._inbox.give_up(under_way)
         for node in [*under_way.values(), *(message.metadata.dst_node_id for message in waiting)]:
             self.fails(number, self.names[node], f"no answer within {self._timeout:g} s")
 
-    def _useless(self, node: int, reply: Message, state: State) -> str | None:
-        """Why the reply can't be used; else the adapter in it is made whole."""
-        if reply.has_error():  # comes in the SuperLink's name
+    def _unusable(self, node: int, reply: Message, state: State) -> str | None:
+        """The reason why the reply is unusable; if there is none, unpacks the adapter in it."""
+        if reply.has_error():  # its sender is the SuperLink
             return records.reason(reply)
         if reply.metadata.src_node_id != node:
             return "it answered in another node's name"
@@ -397,15 +397,13 @@ class Nodes:
             return str(error)
         return None
 
-    def sort_out(self, number: int, strategy: AdapterFedAvg) -> Mapping[str, Report]:
-        """What the strategy took from a round's replies; the sites whose replies it dropped fail."""
+    def collect_reports(self, number: int, strategy: AdapterFedAvg) -> Mapping[str, Report]:
+        """The reports that the strategy accepted; the sites whose replies it dropped fail."""
         for site, why in sorted(strategy.dropped.items()):
             self.fails(number, site, why)
         for site in strategy.scaled:
             if site not in self.scaled:
-                self.say(
-                    f"round {number}: {site}'s update is much longer than the others': it counts as one that is not"
-                )
+                self.say(f"round {number}: {site}'s update is much longer than the others': it is scaled down")
         self.scaled.update(strategy.scaled)
         self._last_failed -= strategy.reports.keys()
         return strategy.reports
@@ -417,23 +415,23 @@ class Nodes:
         self._last_failed.add(site)
 
     def _push(self, messages: Iterable[Message]) -> dict[str, int]:
-        """Sends the messages; the nodes by the messages' ids."""
+        """Sends the messages; returns their nodes by message id."""
         messages = list(messages)
         if not messages:
             return {}
         accepted = set(self._grid.push_messages(messages))
         sent = [message for message in messages if message.metadata.message_id in accepted]
         sizes = {id(message.content): message_size(message) for message in {id(m.content): m for m in sent}.values()}
-        self.traffic.down += sum(sizes[id(message.content)] for message in sent)  # contents are shared: measured once
+        self.traffic.down += sum(sizes[id(message.content)] for message in sent)  # shared contents are measured once
         return {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
 
     def _pull(self, under_way: dict[str, int]) -> Iterator[tuple[int, Message]]:
-        """The replies that have come in, with the nodes that were asked; they are no longer under way."""
+        """Yields each reply with the node that was asked, and removes it from `under_way`."""
         if self._ended:
             raise SystemExit
         if not under_way:
             return
-        for reply, size in self._inbox.take(list(under_way), self._most):
+        for reply, size in self._inbox.take(list(under_way), self._largest_reply):
             node = under_way.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
                 self.traffic.up += size

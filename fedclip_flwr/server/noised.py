@@ -1,4 +1,4 @@
-"""Central differential privacy: the server's part."""
+"""Central differential privacy, at the server."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedclip_flwr.server.averaging import Gathered, Mean
 
 
 def of_sum(mean: State, base: Mapping[str, Tensor], sites: int, settings: Settings) -> State:
-    """The mean of so many sites' updates, which they have cut themselves, with the server's noise."""
+    """The mean of the updates of `sites` sites, which have clipped them themselves, with the server's noise."""
     if settings.dp != "central":
         return mean
-    cut = clipped(mean, base, settings.clipping_norm)  # of updates that are cut, the mean is no longer
+    cut = clipped(mean, base, settings.clipping_norm)  # changes nothing if the sites have clipped as they should
     return noised(cut, settings.noise_multiplier * settings.clipping_norm / sites)
 
 
 class Noised:
-    """The mean of updates that are cut to the norm, with noise: as much as hides the site that weighs most."""
+    """The mean of clipped updates with noise, scaled to the site with the largest weight."""
 
     def __init__(self, sent: State, norm: float, noise_multiplier: float) -> None:
         self._sent, self._mean = sent, Mean(sent)
@@ -34,7 +34,7 @@ class Noised:
 
     @property
     def deviation(self) -> float:
-        """Of the noise in each number of the mean."""
+        """The standard deviation of the noise in each number of the mean."""
         return self._multiplier * self._norm * self._heaviest / self._mean.weight
 
     def close(self) -> Gathered:

@@ -1,4 +1,4 @@
-"""What a run has found: the result of a round, the state of a run, its outcome."""
+"""The result of a round, the state of a run, and its outcome."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Zero-shot and the selected round, with the report of each site that could be asked, and that round's adapter.
+    """Zero-shot and the selected round, with the reports of all sites that could be asked, and that round's adapter.
 
     `rounds` is the number of rounds run, `blend` the share of the adapted feature that goes with the adapter, and
     `personal` has the reports of the sites' own adapters, if there are any.

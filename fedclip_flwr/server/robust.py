@@ -1,8 +1,8 @@
-"""Flower's strategies that withstand hostile sites, each as a rule that makes one update of many.
+"""Flower's strategies that withstand hostile sites, each as a rule that aggregates many updates into one.
 
-They are given updates, not whole adapters: what they do is the same wherever the origin is, but distances between
-adapters that differ little would drown in float32. How many of the sites are taken to be hostile follows from
-`hostile-share`, and is at most what a rule can bear with the answers that came.
+They get updates, not whole adapters: the result is the same, but distances between adapters that differ little would be
+lost in float32's rounding. The assumed number of hostile sites follows from `hostile-share`, up to what a rule can
+tolerate with the updates at hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedclip_flwr.exchange.records import write_adapter
 from fedclip_flwr.server.averaging import Rule
 
 Make = Callable[[int, int], FedAvg]
-"""Flower's strategy for so many updates, of which so many are hostile."""
+"""Makes Flower's strategy, given the number of updates and how many of them are hostile."""
 STRATEGIES: dict[str, tuple[int, int, Make]] = {
     "fedmedian": (2, 1, lambda many, hostile: FedMedian()),
     "fedtrimmedavg": (2, 1, lambda many, hostile: FedTrimmedAvg(beta=(hostile + 0.5) / many)),  # it rounds down
@@ -32,7 +32,7 @@ STRATEGIES: dict[str, tuple[int, int, Make]] = {
     ),
     "bulyan": (4, 3, lambda many, hostile: Bulyan(num_malicious_nodes=hostile)),
 }
-"""By name; against f hostile ones they need a·f + b updates, with these a and b."""
+"""Each as (a, b, make): against f hostile updates it needs a·f + b in all."""
 
 
 def rule_of(name: str, hostile_share: float) -> Rule:
@@ -41,10 +41,10 @@ def rule_of(name: str, hostile_share: float) -> Rule:
 
 def _one_of(strategy: tuple[int, int, Make], hostile_share: float, updates: Sequence[State]) -> State:
     many = len(updates)
-    per_hostile, more, make = strategy if many > 2 else STRATEGIES["fedmedian"]  # two can't be told apart
+    per_hostile, more, make = strategy if many > 2 else STRATEGIES["fedmedian"]  # no rule can tell two apart
     hostile = max(min(math.ceil(hostile_share * many), (many - more) // per_hostile), 0)
     arrays, _ = make(many, hostile).aggregate_train(1, list(map(_reply, updates)))
-    assert arrays is not None  # there are enough
+    assert arrays is not None  # there is at least one
     return {name: torch.from_numpy(arrays[name].numpy()).to(tensor.dtype) for name, tensor in updates[0].items()}
 
 

@@ -1,4 +1,4 @@
-"""The server's end of secure aggregation: one attempt at a round."""
+"""Secure aggregation at the server: one attempt at a round."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fedclip_flwr.server.nodes import Nodes
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 BOUND = 4.0
-"""Of each number of an update; what is beyond is cut off. Noise of a site's own has more room."""
-MOST = 25
-"""So many sites share their secrets with each other; of more, each with so many near it in a ring."""
+"""The largest magnitude of an update's numbers, which are clipped to it; with local noise there is more room."""
+NEIGHBOURHOOD = 25
+"""Up to this many sites all share secrets with each other; of more, each with as many near it in a ring."""
 
 
 def _shares(answer: Mapping[str, Any]) -> Shares:
@@ -32,21 +32,21 @@ def _shares(answer: Mapping[str, Any]) -> Shares:
 
 def _bytes(answer: Mapping[str, Any], key: str) -> bytes:
     if not isinstance(value := answer[key], bytes):
-        raise ExchangeError(f"{key} is not what it should be")
+        raise ExchangeError(f"{key}: expected bytes, found {type(value).__name__}")
     return value
 
 
 def bound_of(settings: Settings) -> float:
-    """Of each number of an update that is masked."""
+    """The largest magnitude of a masked update's numbers."""
     noise = settings.clipping_norm * (1 + 8 * settings.noise_multiplier) if settings.dp == "local" else 0.0
     return max(BOUND, noise)
 
 
 class SecureSum:
-    """One attempt at a round: `prepare`, then the sites train by messages that `address` has completed, then `mean`."""
+    """One attempt at a round: `prepare`, then send the messages from `address`, then `mean`."""
 
     def __init__(self, nodes: Nodes, number: int, state: State, training: Sequence[int], settings: Settings) -> None:
-        """Whoever is found to spoil it is distrusted by the `nodes`."""
+        """A site that breaks the sum is added to the `distrusted` ones of `nodes`."""
         self._nodes, self._number, self._state = nodes, number, state
         self._bound, self._least = bound_of(settings), settings.least_sites
         self._size = sum(tensor.numel() for tensor in state.values())
@@ -55,11 +55,11 @@ class SecureSum:
         self._members = {node: f"{place:06}" for place, node in enumerate(order)}
         self._sites = {member: nodes.names[node] for node, member in self._members.items()}
         self._by_site = {site: member for member, site in self._sites.items()}
-        self._collector = Collector(self._context, self._size, MOST)
+        self._collector = Collector(self._context, self._size, NEIGHBOURHOOD)
         self._letters: dict[str, dict[str, bytes]] = {}
 
     def prepare(self) -> list[int]:
-        """The first two steps; the nodes that go on."""
+        """Runs the steps `keys` and `shares`; returns the nodes that are still in."""
         collector = self._collector
         asked: Mapping[str, dict[str, Any]] = {name: {"name": name} for name in self._members.values()}
         self._ask("keys", asked, lambda name, answer: collector.join(name, _bytes(answer, "public")))
@@ -70,7 +70,7 @@ class SecureSum:
         return [node for node, name in self._members.items() if name in self._letters]
 
     def address(self, message: Message) -> Message:
-        """The message to train, with the letters for its site."""
+        """The TRAIN message with the letters for its site."""
         letters = self._letters[self._members[message.metadata.dst_node_id]]
         record: dict[str, Any] = {"context": self._context, "members": len(self._letters), "bound": self._bound}
         record |= {"from": list(letters), "letters": list(letters.values())}
@@ -78,7 +78,7 @@ class SecureSum:
         return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
 
     def mean(self, strategy: AdapterFedAvg, replies: Iterable[Message]) -> State:
-        """What the updates that came make of the state, as a mean; the strategy has their reports."""
+        """The state plus the mean of the updates; the strategy has the reports."""
 
         def take(site: str, report: Report, state: State) -> None:
             if site not in self._by_site:
@@ -92,10 +92,10 @@ class SecureSum:
         for site, why in strategy.dropped.items():
             self._nodes.fails(self._number, site, why)
         strategy.dropped = {}
-        if (came := len(strategy.reports)) < self._least:  # a sum that is thrown away would tell of the next one
-            raise MaskingError(f"{came} updates came, {self._least} must: nothing is unmasked")
+        if (arrived := len(strategy.reports)) < self._least:  # a discarded sum would reveal part of the next one
+            raise MaskingError(f"{arrived} updates arrived, expected {self._least}: nothing is unmasked")
         lists = self._collector.lists()
-        asked = {name: {"survivors": came, "dropped": gone} for name, (came, gone) in lists.items()}
+        asked = {name: {"survivors": survivors, "dropped": dropped} for name, (survivors, dropped) in lists.items()}
         self._ask("unmask", asked, lambda name, answer: self._collector.reveal(name, paired(answer, "of", "pieces")))
         try:
             total = dequantise(self._collector.sum(), finest_step(len(self._letters), self._bound))
@@ -106,8 +106,8 @@ class SecureSum:
         return {name: (tensor.double() + update[name]).to(tensor.dtype) for name, tensor in self._state.items()}
 
     def _without_blame(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The replies but those that say whose letter could not be opened: more than one, and a quarter of those that
-        got one, are believed."""
+        """The replies without those that blame a site for an unreadable letter. A site is distrusted if more than one,
+        and more than a quarter of those that got its letters, blame it."""
         for reply in replies:
             if not reply.has_error():
                 yield reply
@@ -115,7 +115,7 @@ class SecureSum:
             node, sender = reply.metadata.src_node_id, str(reply.error.reason)
             blamer = self._nodes.names[node]
             if sender not in self._letters.get(self._members.get(node, ""), {}):
-                self._nodes.fails(self._number, blamer, "it blames one that has sent it nothing")
+                self._nodes.fails(self._number, blamer, "it blames a site that sent it nothing")
                 continue
             blamed = self._sites[sender]
             self._nodes.fails(self._number, blamer, f"it can't open the letter from {blamed}")
@@ -127,7 +127,7 @@ class SecureSum:
     def _ask(
         self, step: str, asked: Mapping[str, Mapping[str, Any]], take: Callable[[str, Mapping[str, Any]], None]
     ) -> None:
-        """Asks these members, and takes what they answer; whoever does not answer well has dropped out."""
+        """Asks these members and passes their answers to `take`; a member without a valid answer has dropped out."""
         messages = []
         for node, name in self._members.items():
             if name in asked:
@@ -140,7 +140,7 @@ class SecureSum:
             try:
                 record = reply.content.config_records.get(step, ConfigRecord())
                 if {*reply.content} != {step} or {*record} != ANSWERS[step]:
-                    raise ExchangeError(f"its answer to {step} is none: is its version of this package another one?")
+                    raise ExchangeError(f"malformed answer to {step}: install the same version of fedclip-flwr there")
                 take(self._members[node], record)
             except (MaskingError, ExchangeError, TypeError, ValueError) as error:
                 self._nodes.fails(self._number, self._nodes.names[node], one_line(error))

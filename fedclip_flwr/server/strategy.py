@@ -1,11 +1,11 @@
 """Adapter-only federated averaging, as a Flower strategy.
 
-FedAvg (arXiv 1602.05629) over the tensors of the adapter. Deviations from Flower's `FedAvg`: each reply is looked at
-before anything is made of it, and a bad one is dropped and named while the round goes on with the others; sites count
-the same (as in FedCLIP) or by their examples; what comes of the replies is `averaging.py`'s business.
+FedAvg (arXiv 1602.05629) over the tensors of the adapter. Deviations from Flower's `FedAvg`: each reply is checked
+before it is used, and a bad one is dropped and named while the round continues with the others; sites count equally (as
+in FedCLIP) or by their examples; `averaging.py` aggregates the replies.
 
-What that is used for may be another of Flower's strategies: those that take the sites' mean step as a gradient, and
-the server makes a step of its own of it (adaptive federated optimization, arXiv 2003.00295).
+The aggregate may then go to another of Flower's strategies, which treats the sites' mean update as a gradient and takes
+an optimizer step with it (adaptive federated optimization, arXiv 2003.00295).
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from fedclip_flwr.server.averaging import Gather, bounded
 from fedclip_flwr.server.gathering import gather_of
 
 OPTIMIZERS = dict(zip(OPTIMIZED, (FedAdam, FedYogi, FedAdagrad), strict=True))
-RATE_OF_MODEL = 3e-4
+WHOLE_MODEL_RATE = 3e-4
 MOMENTS = ("m_t", "v_t")
-"""What Flower calls the means of the steps and of their squares, which such a strategy keeps."""
+"""Flower's attributes for the moving averages of the updates and of their squares."""
 
 
 class Optimizer:
-    """The server's step by one of Flower's `OPTIMIZERS`: the sites' mean comes to it as the one reply of a round."""
+    """The server's step by one of Flower's `OPTIMIZERS`, which gets the sites' mean as the only reply of a round."""
 
     def __init__(self, name: str, rate: float) -> None:
-        self._flowers = OPTIMIZERS[name](eta=rate, tau=rate / 10)
+        self._strategy = OPTIMIZERS[name](eta=rate, tau=rate / 10)
 
     def step(self, number: int, sent: State, mean: State) -> State:
-        """Where it goes from what was sent, when the sites have come to this mean."""
-        self._flowers.current_arrays = {name: tensor.numpy() for name, tensor in sent.items()}
+        """The next state, from the one that was sent and the mean of the sites' states."""
+        self._strategy.current_arrays = {name: tensor.numpy() for name, tensor in sent.items()}
         content = RecordDict({"arrays": write_adapter(mean), "metrics": MetricRecord({"num-examples": 1})})
-        stepped, _ = self._flowers.aggregate_train(number, [Message(content, 1, MessageType.TRAIN)])
+        stepped, _ = self._strategy.aggregate_train(number, [Message(content, 1, MessageType.TRAIN)])
         assert stepped is not None  # there was a reply
         return {name: torch.from_numpy(stepped[name].numpy()).to(tensor.dtype) for name, tensor in mean.items()}
 
     @property
     def memory(self) -> State:
-        kept = {moment: getattr(self._flowers, moment) or {} for moment in MOMENTS}
-        return {  # of a single number, numpy makes no array
+        moments = {moment: getattr(self._strategy, moment) or {} for moment in MOMENTS}
+        return {  # numpy's arithmetic makes scalars of 0-d arrays
             f"{m}/{name}": torch.from_numpy(np.asarray(array))
-            for m, arrays in kept.items()
+            for m, arrays in moments.items()
             for name, array in arrays.items()
         }
 
@@ -61,16 +61,16 @@ class Optimizer:
     def memory(self, memory: State) -> None:
         for moment in MOMENTS:
             parts = {name.partition("/")[2]: t.numpy() for name, t in memory.items() if name.startswith(f"{moment}/")}
-            setattr(self._flowers, moment, parts or None)
+            setattr(self._strategy, moment, parts or None)
 
 
 class AdapterFedAvg(FedAvg):
-    """Averages adapters that have the names, shapes and types of `like`, the one that a run begins with.
+    """Averages adapters that have the names, shapes and types of `like`, the run's initial adapter.
 
-    `names` tells the sites' names by node id, and may grow during the run; `claims` how much a site says that it has,
-    if that is to be its weight. The settings say how what the sites send comes together. After each round `reports`
-    holds what the good replies reported, `dropped` why the others were left out, both by site, and `scaled` whose
-    updates were too long to count whole.
+    `names` has the sites' names by node id, and may grow during the run. `claims` gives the number of examples that a
+    site claims, its weight if `site-weights` is `examples`. The settings choose the aggregation. After each round
+    `reports` has the reports of the good replies, `dropped` the reasons why others were left out, both by site, and
+    `scaled` the sites whose updates were scaled down.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class AdapterFedAvg(FedAvg):
 
     @property
     def memory(self) -> State:
-        """What it knows of earlier rounds."""
+        """The state of the server's optimizer; empty without one."""
         return self._optimizer.memory if self._optimizer else {}
 
     @memory.setter
@@ -113,8 +113,8 @@ class AdapterFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What comes of the good replies' adapters, or the step to it; none if there is none, or none was trained."""
-        asked, self._asked = self._asked, []  # the next round may ask nobody, without `configure_train`
+        """The aggregate of the good replies, after the server's step; None if no site has trained."""
+        asked, self._asked = self._asked, []  # a round that asks no site does not call `configure_train`
         weights = bounded({site: self._claims(site) for site in asked}, self._most)
         gathering = self._gather(self._sent)
 
@@ -131,11 +131,11 @@ class AdapterFedAvg(FedAvg):
         return (None if made is None else self.step(server_round, made)), None
 
     def step(self, server_round: int, made: State) -> ArrayRecord:
-        """The next adapter, where the sites have come to this."""
+        """The next adapter, from the aggregate `made`."""
         return write_adapter(self._optimizer.step(server_round, self._sent, made) if self._optimizer else made)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Only sorts the replies: see `reports`."""
+        """Only collects the reports: see `reports`."""
         self.scaled = ()
         self.screen(replies, None, lambda *_: None)
         return None
@@ -146,7 +146,7 @@ class AdapterFedAvg(FedAvg):
         like: Mapping[str, Tensor] | None,
         take: Callable[[str, Report, State], None],
     ) -> None:
-        """Sorts the replies: those with tensors as `like` are taken, unless that raises. See `reports`, `dropped`."""
+        """Checks the replies and passes good ones to `take`, which may reject them. Sets `reports` and `dropped`."""
         self.reports, self.dropped = {}, {}
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -156,7 +156,7 @@ class AdapterFedAvg(FedAvg):
                 continue
             try:
                 if site is None:
-                    raise ExchangeError("nobody knows this node")
+                    raise ExchangeError("unknown node")
                 if site in self.reports:
                     raise ExchangeError("it answered twice")
                 report, state = read_answer(reply.content, like, self._classes)
@@ -168,8 +168,8 @@ class AdapterFedAvg(FedAvg):
 
 
 def optimizer_of(settings: Settings) -> Optimizer | None:
-    """The server's, if the settings ask for one."""
+    """The server's optimizer, if the settings ask for one."""
     if settings.strategy not in OPTIMIZERS:
         return None
-    own = KINDS[settings.adapter].server_rate if settings.method == "adapter" else RATE_OF_MODEL
-    return Optimizer(settings.strategy, settings.server_learning_rate or own)
+    default = KINDS[settings.adapter].server_rate if settings.method == "adapter" else WHOLE_MODEL_RATE
+    return Optimizer(settings.strategy, settings.server_learning_rate or default)

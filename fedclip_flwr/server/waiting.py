@@ -6,19 +6,19 @@ import time
 
 
 class Wait:
-    """Waiting for answers: prompt while they come, gentler the longer none does. Now and then the user is told."""
+    """Waits for answers, with longer pauses the longer none arrives. Also paces the reports to the user."""
 
     SHORTEST, LONGEST = 0.01, 2.0
-    EACH = 0.00025
-    """For every message under way: a SuperLink that is asked looks at all of them, in a database for 0.1 ms each."""
+    PER_MESSAGE = 0.00025
+    """Seconds of pause for each message under way: for each, a poll costs the SuperLink 0.1 ms in its database."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         self.begin()
 
     def begin(self) -> None:
-        """From now on time counts."""
+        """Restarts the time limit."""
         self._start = self._last = time.monotonic()
 
     @property
@@ -29,21 +29,21 @@ class Wait:
     def over(self) -> bool:
         return self.seconds > self._timeout
 
-    def worth_telling(self) -> bool:
-        """Whether some seconds have gone by since the last word."""
-        if time.monotonic() - self._told < 5:
+    def report_due(self) -> bool:
+        """True if 5 seconds have passed since the last report; the caller then reports."""
+        if time.monotonic() - self._reported < 5:
             return False
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         return True
 
-    def something_came(self) -> None:
-        """The next answer may be near."""
+    def answered(self) -> None:
+        """Resets the pause: more answers may follow soon."""
         self._last = time.monotonic()
 
-    def a_moment(self, under_way: int) -> None:
-        """A twentieth of the time for which nothing has come: little of it is lost, and few questions are asked.
+    def pause(self, under_way: int) -> None:
+        """Sleeps for a twentieth of the time since the last answer: little time is lost, and polls are few.
 
-        Longer where so many messages are under way that the answer takes its time, too.
+        With many messages under way, longer: a poll then costs the SuperLink more.
         """
-        pause = min((time.monotonic() - self._last) / 20, self.LONGEST)
-        time.sleep(max(pause, self.SHORTEST, self.EACH * under_way))
+        seconds = min((time.monotonic() - self._last) / 20, self.LONGEST)
+        time.sleep(max(seconds, self.SHORTEST, self.PER_MESSAGE * under_way))

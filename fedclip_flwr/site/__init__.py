@@ -1,4 +1,4 @@
-"""One site's side: what it holds, what it needs to answer a message, what it learns in a round.
+"""One site's side: its data, its context for answering a message, its training in a round.
 
 Knows nothing of the server. May import: base, learning, data, flower, features, exchange.
 """

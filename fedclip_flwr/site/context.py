@@ -1,4 +1,4 @@
-"""What a site needs to answer a message, opened from the run's settings and its owner's."""
+"""The context in which a site answers a message, made of the run's settings and its owner's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedclip_flwr.learning.adapters import blank_adapter
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.site.holdings import Site, own_site, owners_config, simulated_site
 
-OWN = (
+OWNER_KEYS = (
     *("data", "model", "device", "precision", "image-column", "label-column", "domain-column"),
     *("dp", "noise-multiplier", "clipping-norm", "secure-aggregation"),
 )
@@ -31,7 +31,7 @@ OWN = (
 
 @dataclass(frozen=True)
 class SiteContext:
-    """What a site needs to answer a message about its examples."""
+    """Settings, examples, classes and device: all that a site needs to answer a message."""
 
     settings: Settings
     site: Site
@@ -40,7 +40,7 @@ class SiteContext:
 
     @abstractmethod
     def start(self) -> State:
-        """The state that every site of the run can begin with."""
+        """The initial state, identical at every site of the run."""
 
     @abstractmethod
     def blank(self) -> Learner:
@@ -60,25 +60,25 @@ class OpenedContext(SiteContext):
     def blank(self) -> Learner:
         if isinstance(self.features, Pixels):
             return self.features.whole_model()
-        own = self.settings
-        how = {"blend": own.trained_blend, "length": length_of(own)}
-        return blank_adapter(own.adapter, self.classes.dim, rank=own.adapter_rank, **how)
+        settings = self.settings
+        options = {"blend": settings.trained_blend, "length": length_of(settings)}
+        return blank_adapter(settings.adapter, self.classes.dim, rank=settings.adapter_rank, **options)
 
     def require_same_model(self) -> None:
-        """Raises unless the model here is the server's, where both know its content: features would not compare."""
+        """Raises if this site's model is known to differ from the server's: their features would not be comparable."""
         own = self.features.model_content
         if self.session.model and own and self.session.model != own:
             raise UserError(
-                f"this site's model {self.features.model!r} has other content than the server's: give both the same "
+                f"this site's model {self.features.model!r} differs from the server's: give both the same "
                 "model-revision, or copy the server's model and name its folder in the node config (model='/PATH')"
             )
 
 
 def in_simulation() -> bool:
-    """Whether this process is one of those in which Flower simulates sites: a worker that Ray has started.
+    """True if this process is a Ray worker, in which Flower simulates sites.
 
-    Only in those may the server's settings name data of this machine. So it depends on the program that was started, in
-    which no server has a say, and not on Ray: anything in a real site's process may import that, or even start it.
+    Only there may the server's settings name data on this machine. So the check looks at the program that was started,
+    which no server can choose. Whether Ray is imported proves nothing: any code in a real site's process can import it.
     """
     program = getattr(sys.modules["__main__"], "__file__", None) or ""
     return Path(program).parts[-4:] == ("ray", "_private", "workers", "default_worker.py")
@@ -87,43 +87,41 @@ def in_simulation() -> bool:
 def open_context(
     run_config: Mapping[str, object], node_config: Mapping[str, object], session: Session, simulated: bool
 ) -> OpenedContext:
-    """This site's context; kept in a process that answers several messages.
+    """This site's context, cached for further messages to this process.
 
-    The `session` tells what the server resolved: the domain that no site trains on, and the vocabulary.
+    `session` has what the server resolved: the domain that no site trains on, and the vocabulary.
     """
     run, node = (tuple(sorted(config.items())) for config in (run_config, node_config))
     return _context(run, node, session, simulated)
 
 
 def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], simulated: bool = False) -> Settings:
-    """The run's settings as they are at this site: its owner's words come first."""
+    """The run's settings at this site; those in its owner's node config take precedence."""
     given = dict(run_config)
     if not simulated and str(given.get("class-names", "")).startswith("/"):
-        del given["class-names"]  # a file of the server's
+        del given["class-names"]  # a file on the server's machine
     if "model" in node:
         given.pop("model-revision", None)
     if node.get("dp", "local") != "local":
-        raise UserError(f"dp = {node['dp']!r} in the node config: a site can only add noise of its own, dp='local'")
+        raise UserError(f"dp = {node['dp']!r} in the node config: expected 'local': a site can only add noise")
     if {"noise-multiplier", "clipping-norm"} & node.keys() and "dp" not in node:
-        raise UserError("noise-multiplier and clipping-norm in the node config are for dp='local' there")
+        raise UserError("noise-multiplier and clipping-norm in the node config need dp='local' there")
     if "dp" in node and "noise-multiplier" not in node:
-        raise UserError("dp='local' in the node config needs noise-multiplier beside it: else the server says how much")
+        raise UserError("dp='local' in the node config needs noise-multiplier there: else the server would set it")
     if "data" in node:
-        given = {key: value for key, value in given.items() if not key.endswith("-column")}  # of the server's data
-    own = {key: node[key] for key in OWN if key in node}
+        given = {key: value for key, value in given.items() if not key.endswith("-column")}  # the server's columns
+    own = {key: node[key] for key in OWNER_KEYS if key in node}
     if given.get("secure-aggregation"):
-        own.pop("secure-aggregation", None)  # an owner can ask for it, and not undo the run's
+        own.pop("secure-aggregation", None)  # an owner can turn it on, but not off
     settings = Settings.from_run_config({**given, **own})
     if given.get("dp") == "local" and settings.noise_multiplier < float(str(given["noise-multiplier"])):
         raise UserError(
-            f"noise-multiplier = {settings.noise_multiplier:g} in the node config: the run has more, and tells what is "
-            "spent by that; give at least as much"
+            f"noise-multiplier = {settings.noise_multiplier:g} in the node config: expected at least "
+            f"{given['noise-multiplier']}, the value of the run, which its epsilon is computed from"
         )
-    here_only = settings.data == "none" or place_of(settings.data)[0]
-    if not simulated and "data" not in node and here_only:
-        raise UserError(
-            "this site was not told where its data is: start its SuperNode with --node-config \"data='folder:/PATH'\""
-        )
+    local_data = settings.data == "none" or place_of(settings.data)[0]
+    if not simulated and "data" not in node and local_data:
+        raise UserError("this site's data is not set: start its SuperNode with --node-config \"data='folder:/PATH'\"")
     return settings
 
 
@@ -153,12 +151,12 @@ def _context(
             alpha=settings.alpha,
         )
     else:
-        words = owners_config(node, features.domains, session.holdout)
-        site = own_site(features, words, settings.seed, device)
+        config = owners_config(node, features.domains, session.holdout)
+        site = own_site(features, config, settings.seed, device)
     return OpenedContext(settings, site, features.classes.ready(device), device, features, session)
 
 
 @lru_cache(maxsize=4)
 def _features(settings: Settings, session: Session, simulated: bool) -> Features:
-    """Opened once for all sites that a process simulates."""
+    """Features, opened once for all sites that a process simulates."""
     return open_features(settings, session.vocabulary, progress=not simulated)

@@ -1,4 +1,4 @@
-"""What one site holds: its rows of the data, split into training, validation and test."""
+"""The examples of one site: its rows of the data, split into training, validation and test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedclip_flwr.learning.training import split
 
 @dataclass(frozen=True)
 class Site:
-    """A site by name, and its examples."""
+    """A site's name, role and examples."""
 
     name: str
     train: Examples
@@ -32,13 +32,13 @@ class Site:
 
     @property
     def class_numbers(self) -> list[int]:
-        """The classes that the site has examples of."""
+        """The classes that the site has examples of, sorted."""
         labels = torch.cat([self.train.labels, self.validation.labels, self.test.labels])
         return sorted(set(labels.tolist()))
 
 
 def divide(name: str, domain: str, examples: Examples, seed: int, device: str | torch.device = "cpu") -> Site:
-    """The site of that name with its examples split, each part taken from the store by itself."""
+    """The site `name` with its examples split; each part is read from the store separately."""
     parts = split(len(examples.labels), seed_of(seed, "split", name))
     train, validation, test = (examples.rows(rows).ready(device) for rows in parts)
     return Site(name, train, validation, test, domain)
@@ -55,9 +55,9 @@ def simulated_site(
     partition: str = "domain",
     alpha: float = 0.5,
 ) -> Site:
-    """Site `number` of so many simulated ones."""
-    apart = held_out(holdout, features.domains)
-    domains = gathered(features, [domain for domain in features.domains if domain not in apart])
+    """Site `number` of `sites` simulated ones."""
+    excluded = held_out(holdout, features.domains)
+    domains = gathered(features, [domain for domain in features.domains if domain not in excluded])
     own = shard(number, {d: e.labels for d, e in domains.items()}, sites, seed, partition, alpha)
     examples = together(domains[domain].rows(rows) for domain, rows in own.rows.items())
     domain = "+".join(domain for domain, rows in own.rows.items() if len(rows) or len(own.rows) == 1)
@@ -65,7 +65,7 @@ def simulated_site(
 
 
 def gathered(features: Features, domains: Sequence[str]) -> dict[str, Examples]:
-    """The examples of these domains; an `UnfinishedError` tells how many images of all of them are encoded."""
+    """The examples of these domains; an `UnfinishedError` counts the encoded images of all of them."""
     found: dict[str, Examples] = {}
     for domain in domains:
         try:
@@ -77,7 +77,7 @@ def gathered(features: Features, domains: Sequence[str]) -> dict[str, Examples]:
 
 
 def together(parts: Iterable[Examples]) -> Examples:
-    """The examples of several domains; of a single one as they are, perhaps in a file."""
+    """The examples of several domains, concatenated; those of a single one unchanged, possibly still in a file."""
     first, *more = parts
     if not more:
         return first
@@ -86,7 +86,7 @@ def together(parts: Iterable[Examples]) -> Examples:
 
 
 class SiteConfig(NamedTuple):
-    """What a site's owner says: its name, what it does, and what it holds of the data."""
+    """A site's name, role and domains, as set by its owner."""
 
     site: str
     role: str
@@ -94,36 +94,36 @@ class SiteConfig(NamedTuple):
 
 
 def owners_config(node: Mapping[str, object], domains: Sequence[str], holdout: str) -> SiteConfig:
-    """What the node config says of data with these domains; a site that trains leaves the held-out one alone."""
-    name, role, wanted = (str(node.get(key, other)) for key, other in (("site", ""), ("role", TRAIN), ("domains", "")))
+    """The owner's settings from the node config, checked; a site that trains does not get the held-out domain."""
+    name, role, wanted = (str(node.get(key, unset)) for key, unset in (("site", ""), ("role", TRAIN), ("domains", "")))
     if not name:
         raise UserError("this site has no name: start its SuperNode with --node-config \"site='NAME'\"")
     if role not in ROLES:
         raise UserError(f"role = {role!r}: expected one of {', '.join(ROLES)}")
-    own = _some(domains, wanted)
+    own = _selected(domains, wanted)
     if role == HOLDOUT:
         return SiteConfig(name, role, own)
     own = [domain for domain in own if domain not in held_out(holdout, domains)]
     if not own:
         raise UserError(
-            f"all images of this site belong to {holdout}, which is held out: with role='holdout' in its node config "
-            "it would evaluate only"
+            f"all images of this site belong to {holdout}, which is held out: set role='holdout' in its node config "
+            "to evaluate only"
         )
     return SiteConfig(name, role, own)
 
 
-def own_site(features: Features, words: SiteConfig, seed: int, device: torch.device) -> Site:
-    """A site by its owner's words."""
-    domain, examples = "+".join(words.domains), together(gathered(features, words.domains).values())
-    if words.role == HOLDOUT:
+def own_site(features: Features, config: SiteConfig, seed: int, device: torch.device) -> Site:
+    """A real site, as its owner configured it."""
+    domain, examples = "+".join(config.domains), together(gathered(features, config.domains).values())
+    if config.role == HOLDOUT:
         held = examples.ready(device)
-        nothing = held.rows(torch.arange(0))
-        return Site(words.site, nothing, nothing, held, domain, words.role)
-    return divide(words.site, domain, examples, seed, device)
+        empty = held.rows(torch.arange(0))
+        return Site(config.site, empty, empty, held, domain, config.role)
+    return divide(config.site, domain, examples, seed, device)
 
 
-def _some(domains: Sequence[str], wanted: str) -> list[str]:
-    """Those domains that are named in a list with commas; all, where none is."""
+def _selected(domains: Sequence[str], wanted: str) -> list[str]:
+    """The domains named in the comma-separated list; all if it is empty."""
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if unknown := [name for name in names if name not in domains]:
         raise UserError(f"domains = {wanted!r}: this site's data has no {unknown[0]}; it has {', '.join(domains)}")

@@ -1,4 +1,4 @@
-"""What one site does with a message: it evaluates the adapter that it receives, trains it, and answers."""
+"""A site's work for a message: evaluate the received adapter, train it, answer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from fedclip_flwr.site.holdings import Site
 def answer_train(
     content: RecordDict, context: SiteContext, cache: SiteCache, *, by_class: bool = False, memory: Memory | None = None
 ) -> RecordDict:
-    """The scores of the received adapter here, and the adapter trained.
+    """The scores of the received adapter on this site's images, and the trained adapter.
 
-    `by_class`: counts by class go with the scores. `memory` holds the secrets of a site that masks its updates.
+    With `by_class` the scores include counts by class. `memory` holds the secrets of a site that masks its updates.
     """
     task, settings = read_task(content), context.settings
     learner = received(task, context, cache)
@@ -36,7 +36,7 @@ def answer_train(
     trained = privacy.at_site(trained, before, settings)
     if memory is None:
         return write_answer(report, cache.pack(trained, context.site.name, task.round, settings.seed))
-    from fedclip_flwr.exchange.secure import site  # brings cryptography, which few runs need
+    from fedclip_flwr.exchange.secure import site  # imports cryptography, which few runs need
 
     return write_answer(report, site.masked(content, memory, trained, before))
 
@@ -49,21 +49,21 @@ def answer_evaluate(
     by_class: bool = False,
     keep: Callable[[Adapter, int, int], None] = lambda adapter, number, epoch: None,
 ) -> RecordDict:
-    """The scores of the received adapter here; or, if the server asks to personalise, of the site's own made from it.
+    """The scores of the received adapter; if the server asks to personalise, of the adapter that this site makes of it.
 
-    `keep` gets the site's own adapter, with the round and the epoch that it is of.
+    `keep` is called with the personalised adapter, the round that it starts from, and the selected epoch.
     """
     task = read_task(content)
     learner = received(task, context, cache)
     if task.personal:
-        assert isinstance(learner, Adapter)  # the settings make sure of it
+        assert isinstance(learner, Adapter)  # guaranteed by the settings
         epoch = learn_alone(learner, context.site, context.classes, context.settings)
         keep(learner, task.round, epoch)
     return write_answer(report_on(learner, context, by_class))
 
 
 def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
-    """The adapter that the message brings, or the whole model."""
+    """The adapter in the message, or the whole model."""
     learner = context.blank()
     state = cache.take(task, learner.state_dict(), context.start)
     learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
@@ -80,7 +80,7 @@ def report_on(learner: Learner, context: SiteContext, by_class: bool) -> Report:
 
 
 def learn(learner: Learner, site: Site, classes: Classes, settings: Settings, number: int) -> None:
-    """Trains the learner in place, as the site does in round `number`."""
+    """Trains the learner in place for round `number`."""
     train(
         learner,
         site.train,
@@ -95,7 +95,7 @@ def learn(learner: Learner, site: Site, classes: Classes, settings: Settings, nu
 
 
 def learn_alone(learner: Learner, site: Site, classes: Classes, settings: Settings) -> int:
-    """Makes the learner the site's own, with as much training as it had in the run; returns the epoch that was kept."""
+    """Personalises the learner in place, for as many epochs as in the whole run; returns the selected epoch."""
     return personalize(
         learner,
         site.train,

@@ -89,11 +89,11 @@ def averaging(module: ModuleType) -> None:
 
 def content(module: ModuleType) -> None:
     """The files of a run."""
-    write_whole = module.write_whole
+    write_atomic = module.write_atomic
 
     def written(path: Path, write: Any, setting: str = "FEDCLIP_HOME", put: Any = os.replace) -> None:
         if path.name not in ("adapter.safetensors", "adapter.json", "summary.json"):
-            return write_whole(path, write, setting, put)  # type: ignore[no-any-return]
+            return write_atomic(path, write, setting, put)  # type: ignore[no-any-return]
         what = f"{path.parent.name} {path.name}" if path.parent.name == "checkpoint" else path.name
 
         def placed(part: Path, to: Path) -> None:
@@ -101,11 +101,11 @@ def content(module: ModuleType) -> None:
             reached(f"server puts {'the last ' * last}{what} in place")
             put(part, to)
 
-        write_whole(path, write, setting, placed)
+        write_atomic(path, write, setting, placed)
         reached(f"server has put {what} in place")
         return None
 
-    module.write_whole = written  # type: ignore[attr-defined]
+    module.write_atomic = written  # type: ignore[attr-defined]
 
 
 def supernode(module: ModuleType) -> None:

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from fedclip_flwr.base import store
-from fedclip_flwr.base.growing import Growing, so_far
+from fedclip_flwr.base.growing import Growing, encoded_count
 
 FEATURES = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
 
 
 def some(growing: Growing, first: int, last: int) -> None:
-    """Batches of three rows, of which the second image of each can't be read."""
+    """Appends batches of three images, the second of which can't be read."""
     for row in range(first, last, 3):
         growing.append(FEATURES[[row, row + 2]], [row, row + 2], [f"image {row + 1}"])
 
 
-def whole(path: Path) -> bytes:
-    store.grown(path, 9, lambda growing: some(growing, growing.rows, 9))
+def finished(path: Path) -> bytes:
+    store.load_or_grow(path, 9, lambda growing: some(growing, growing.rows, 9))
     return path.read_bytes()
 
 
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_an_entry_that_grew_is_one_like_any_other(path: Path) -> None:
-    tensors, facts = store.grown(path, 9, lambda growing: some(growing, 0, 9))
+    tensors, facts = store.load_or_grow(path, 9, lambda growing: some(growing, 0, 9))
     rows = [0, 2, 3, 5, 6, 8]
     assert torch.equal(tensors["image_features"], FEATURES[rows])
     assert tensors["labels"].tolist() == rows
@@ -39,21 +39,21 @@ def test_an_entry_that_grew_is_one_like_any_other(path: Path) -> None:
 
 
 def test_how_far_an_entry_has_come_is_told_while_it_is_made(path: Path) -> None:
-    assert so_far(path) == 0
+    assert encoded_count(path) == 0
     with Growing(path, 9) as growing:
-        assert so_far(path) == 0
+        assert encoded_count(path) == 0
         some(growing, 0, 6)
-        assert so_far(path) == 6
+        assert encoded_count(path) == 6
     journal = path.with_name(f".{path.name}.journal")
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + b'{"labels": [6, 8], "bro')
-    assert so_far(path) == 6
+    complete = journal.read_bytes()
+    journal.write_bytes(complete + b'{"labels": [6, 8], "bro')
+    assert encoded_count(path) == 6
     journal.write_bytes(b"nothing\n[]\n")
-    assert so_far(path) == 0
+    assert encoded_count(path) == 0
 
 
 def test_an_entry_without_images_keeps_its_shape(path: Path) -> None:
-    tensors, facts = store.grown(path, 1, lambda growing: growing.append(torch.empty(0, 5), [], ["a"]))
+    tensors, facts = store.load_or_grow(path, 1, lambda growing: growing.append(torch.empty(0, 5), [], ["a"]))
     assert tensors["image_features"].shape == (0, 5)
     assert facts == {"broken": "1", "names": "a"}
 
@@ -68,9 +68,9 @@ def test_it_goes_on_where_it_was_left_and_becomes_the_same(path: Path, done: int
         seen.append(growing.rows)
         some(growing, growing.rows, 9)
 
-    store.grown(path, 9, grow)
+    store.load_or_grow(path, 9, grow)
     assert seen == [done]
-    assert path.read_bytes() == whole(tmp_path / "elsewhere" / path.name)
+    assert path.read_bytes() == finished(tmp_path / "elsewhere" / path.name)
 
 
 def cut(end: str, size: int) -> Callable[[Path], None]:
@@ -115,7 +115,7 @@ def test_what_is_damaged_is_made_again(path: Path, spoil: Callable[[Path], None]
     spoil(path)
     with Growing(path, 9) as growing:
         assert growing.rows == kept
-    assert whole(path) == whole(tmp_path / "elsewhere" / path.name)
+    assert finished(path) == finished(tmp_path / "elsewhere" / path.name)
 
 
 def test_what_was_begun_for_another_number_of_images_is_made_again(path: Path) -> None:
@@ -127,7 +127,7 @@ def test_what_was_begun_for_another_number_of_images_is_made_again(path: Path) -
 
 def test_names_that_are_no_texts_or_endless_are_kept_as_far_as_they_go(path: Path) -> None:
     names = ["\udcff.png", "x" * 1000, *"abcdef"]
-    _, facts = store.grown(path, 8, lambda growing: growing.append(torch.empty(0, 5), [], names))
+    _, facts = store.load_or_grow(path, 8, lambda growing: growing.append(torch.empty(0, 5), [], names))
     assert facts == {"broken": "8", "names": f"?.png, {'x' * 200}, a, b, c"}
 
 
@@ -141,5 +141,5 @@ def test_batches_of_different_kinds_do_not_go_together(path: Path) -> None:
 def test_an_entry_is_on_disk_before_it_takes_its_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[tuple[int, bool]] = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, path.exists())))
-    whole(path)
+    finished(path)
     assert synced == [(path.stat().st_ino, False)]

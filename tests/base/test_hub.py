@@ -1,4 +1,4 @@
-"""Models of the hub, from a hub that runs here: it serves folders as huggingface.co does."""
+"""Models of the hub, from a local hub that serves folders as huggingface.co does."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def online(cache: Path, server: Hub) -> Iterator[Ask]:
-    """Has a job done by a process that reaches the hub: the line that it comes to, or the error's."""
+    """Runs a job in a process that reaches the hub; returns its line, or the error's."""
     yield from answers(cache, server.server_port)
 
 
 @pytest.fixture(scope="module")
 def cut_off(cache: Path) -> Iterator[Ask]:
-    """The same in another process, with the same cache, that reaches no hub."""
+    """Like `online`, in another process with the same cache that reaches no hub."""
     yield from answers(cache, 9)
 
 
@@ -67,9 +67,9 @@ def answers(cache: Path, port: int) -> Iterator[Ask]:
 
     def ask(job: Callable[..., str], *words: str, token: str = "") -> str:
         ours.send((job, words, token))
-        told: str = ours.recv()
-        assert len(told.splitlines()) == 1, told
-        return told
+        line: str = ours.recv()
+        assert len(line.splitlines()) == 1, line
+        return line
 
     with ours:
         yield ask
@@ -90,14 +90,14 @@ def answer(env: dict[str, str], asked: Connection) -> None:
 
 def found(*words: str) -> str:
     model = models.find(*words)
-    return told_of(model.folder)
+    return described(model.folder)
 
 
 def found_adapter(name: str) -> str:
-    return told_of(learnt.find_learnt(name).folder)
+    return described(learnt.find_learnt(name).folder)
 
 
-def told_of(folder: Path) -> str:
+def described(folder: Path) -> str:
     return f"{folder.name} {sorted(f.name for f in folder.iterdir())}"
 
 
@@ -119,12 +119,12 @@ FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokeni
 
 def test_a_model_is_downloaded_once_and_without_pickles(hub: Hub, tmp_path: Path, online: Ask, cut_off: Ask) -> None:
     hub.folders["some/clip", SHA] = bundled(tmp_path)
-    told = f"{SHA} {FILES}"
-    assert online(found, "some/clip") == told
+    line = f"{SHA} {FILES}"
+    assert online(found, "some/clip") == line
     assert not any(path.endswith((".bin", "open_clip_model.safetensors")) for path in hub.asked)
-    assert cut_off(found, "some/clip") == told  # from the cache
+    assert cut_off(found, "some/clip") == line  # from the cache
     asked = len(hub.asked)
-    assert online(found, "some/clip") == told
+    assert online(found, "some/clip") == line
     assert len(hub.asked) == asked
 
 
@@ -136,9 +136,9 @@ def test_a_model_that_is_half_downloaded_is_completed_or_told(
     (weights,) = cache.rglob("models--some--half/snapshots/*/model.safetensors")
     weights.resolve().unlink()
     weights.unlink()
-    told = cut_off(found, "some/half")
-    assert "lacks model.safetensors" in told or "can't be reached" in told
-    assert "run `hf download some/half` where there is one" in told
+    line = cut_off(found, "some/half")
+    assert "lacks model.safetensors" in line or "can't be reached" in line
+    assert "run `hf download some/half` where there is one" in line
     assert online(found, "some/half") == f"{SHA} {FILES}"
 
 
@@ -164,22 +164,22 @@ def test_a_revision_is_the_one_that_is_taken(hub: Hub, tmp_path: Path, cache: Pa
     assert "the hub has no revision v9 of it" in online(found, "revised/clip", "v9")
     assert "hf download revised/clip --revision v9" in cut_off(found, "revised/clip", "v9")
     for path in ("/", "../main", "refs/../../x", "v9/", "v 9"):
-        told = f"model = 'revised/clip': {path!r} can't be a revision; expected a commit, a branch or a tag"
-        assert cut_off(found, "revised/clip", path) == told
+        line = f"model = 'revised/clip': {path!r} is not a valid revision; expected a commit, a branch or a tag"
+        assert cut_off(found, "revised/clip", path) == line
     broken = cache / "hub" / "hub" / "models--revised--clip" / "refs" / "v9"
     broken.mkdir()
-    told = f"model = 'revised/clip': the Hugging Face cache can't be read (Is a directory: {broken})"
-    assert cut_off(found, "revised/clip", "v9") == told
+    line = f"model = 'revised/clip': the Hugging Face cache can't be read (Is a directory: {broken})"
+    assert cut_off(found, "revised/clip", "v9") == line
 
 
 def test_what_the_hub_refuses_is_told_with_the_remedy(hub: Hub, tmp_path: Path, online: Ask) -> None:
     assert "the hub has no such model, or it is private: check the name" in online(found, "some/none")
     hub.folders["some/gated", SHA] = bundled(tmp_path)
     hub.gated.add("some/gated")
-    told = online(found, "some/gated")
-    assert told.startswith("model = 'some/gated': access to it has to be asked for")
-    assert "hf auth login" in told
-    assert "neither a folder here nor a name" in online(found, "some/clip/too/deep")
+    line = online(found, "some/gated")
+    assert line.startswith("model = 'some/gated': access must be requested")
+    assert "hf auth login" in line
+    assert "neither a folder here nor a valid name" in online(found, "some/clip/too/deep")
 
 
 @pytest.fixture
@@ -193,15 +193,15 @@ def export(tmp_path: Path) -> str:
 
 
 def test_a_folder_is_uploaded_in_one_commit_without_other_files(hub: Hub, export: str, online: Ask) -> None:
-    told = online(uploaded, export, "some/adapter", "private", token=LOGGED_IN)
-    assert told == f"http://127.0.0.1:{hub.server_port}/some/adapter"
+    line = online(uploaded, export, "some/adapter", "private", token=LOGGED_IN)
+    assert line == f"http://127.0.0.1:{hub.server_port}/some/adapter"
     names = {"README.md": b"README.md", "model/config.json": b"model/config.json"}
     assert hub.uploaded == {("some/adapter", name): data for name, data in names.items()}
     assert hub.private == {"some/adapter": True}
     online(uploaded, export, "some/other", token=LOGGED_IN)
     assert not hub.private["some/other"]
-    told = online(uploaded, export, "some/other", "private", token=LOGGED_IN)
-    assert "it is there already, and for all to see" in told
+    line = online(uploaded, export, "some/other", "private", token=LOGGED_IN)
+    assert "the repository exists and is public" in line
 
 
 def test_what_an_older_upload_has_left_is_removed(hub: Hub, export: str, online: Ask) -> None:
@@ -213,17 +213,15 @@ def test_what_an_older_upload_has_left_is_removed(hub: Hub, export: str, online:
 
 def test_an_upload_that_is_refused_is_told_with_the_remedy(hub: Hub, export: str, online: Ask, cut_off: Ask) -> None:
     hub.gated.add("other/adapter")
-    for name, token, told in (
-        ("some/adapter", "", "nobody is logged in: run `hf auth login`, or set HF_TOKEN"),
-        ("some/adapter", "old", "the hub does not know the token: log in anew with `hf auth login`"),
-        ("other/adapter", LOGGED_IN, "the token may not write there: log in with one that may"),
-        ("a/b/c", LOGGED_IN, "expected a name that the hub can have, such as ORG/NAME"),
+    for name, token, line in (
+        ("some/adapter", "", "not logged in: run `hf auth login`, or set HF_TOKEN"),
+        ("some/adapter", "old", "the hub rejected the token: log in again with `hf auth login`"),
+        ("other/adapter", LOGGED_IN, "the token has no write access there: log in with one that has"),
+        ("a/b/c", LOGGED_IN, "expected a valid name on the hub, such as ORG/NAME"),
     ):
-        assert told in online(uploaded, export, name, token=token)
+        assert line in online(uploaded, export, name, token=token)
     assert "the hub can't be reached (" in cut_off(uploaded, export, "some/adapter", token=LOGGED_IN)
-    with pytest.raises(
-        UserError, match="nothing is uploaded while HF_HUB_OFFLINE is set"
-    ):  # as in these tests' process
+    with pytest.raises(UserError, match="uploads are disabled by HF_HUB_OFFLINE"):  # as in these tests' process
         uploaded(export, "some/adapter")
     assert hub.uploaded == {}
 
@@ -235,12 +233,12 @@ def test_an_adapter_comes_from_the_hub_and_then_from_the_cache(
     hub.folders["an/adapter", SHA] = tmp_path / "out"
     fedclip_flwr.FedCLIP.from_pretrained(tmp_path / "learnt").save_pretrained(tmp_path / "out")
     (tmp_path / "out" / "training_args.bin").write_bytes(b"a pickle")
-    told = f"{SHA} ['README.md', 'adapter.safetensors', 'config.json']"
-    assert online(found_adapter, "an/adapter") == told
+    line = f"{SHA} ['README.md', 'adapter.safetensors', 'config.json']"
+    assert online(found_adapter, "an/adapter") == line
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub" / "hub"))  # without a network here
     origin = fedclip_flwr.FedCLIP.from_pretrained("an/adapter").origin
     assert origin
-    assert told_of(origin) == told
+    assert described(origin) == line
     (tmp_path / "out" / "adapter.safetensors").unlink()
     hub.folders["half/adapter", SHA] = tmp_path / "out"
     assert "lacks adapter.safetensors" in online(found_adapter, "half/adapter")

@@ -1,4 +1,4 @@
-"""What `base/kinds.py` says of an adapter is true of its class."""
+"""The facts in `base/kinds.py` are true of each adapter's class."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_only_the_papers_layers_start_as_something_else() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_can_be_told_in_doublings_however_an_adapter_has_learnt(kind: str) -> None:
-    """The report does so: none is below zero."""
+    """As the report shows them: none is below zero."""
     adapter = make_adapter(kind, 12, identity=False)
     for seed in range(5):
         torch.manual_seed(seed)

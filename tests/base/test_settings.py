@@ -103,7 +103,7 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "expected"),
     [
         ("adapter", "attn", "attention, gate, scale"),
         ("learning-rate", -1, "at least 0"),
@@ -119,7 +119,7 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("device", "gpu", "cuda:N"),
         ("resume", "../elsewhere", "without slashes"),
         ("name", "../elsewhere", "without slashes"),
-        ("name", "latest", "what the newest run is called"),
+        ("name", "latest", "always means the newest run"),
         ("prompt", "a picture", "one {}"),
         ("model", "", "empty"),
         ("data", "folder:", "a path after folder:"),
@@ -139,11 +139,11 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("bach-size", 3, "did you mean batch-size?"),
     ],
 )
-def test_a_bad_setting_is_told_with_what_was_expected(key: str, value: Any, told: str) -> None:
+def test_a_bad_setting_is_told_with_what_was_expected(key: str, value: Any, expected: str) -> None:
     with pytest.raises(UserError) as error:
         Settings.from_run_config({key: value})
     assert key in str(error.value)
-    assert told in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_a_blend_may_be_chosen_later_and_is_whole_until_then() -> None:
@@ -170,7 +170,7 @@ def test_with_the_papers_recipe_updates_have_no_limit() -> None:
     assert Settings(recipe="paper").update_limit == 0.0
     assert Settings(method="full-model").update_limit == 0.0
     with pytest.raises(
-        UserError, match=r"max-update-norm = 5.0: with recipe = 'paper' updates of any length count whole"
+        UserError, match=r"max-update-norm = 5.0: with recipe = 'paper' updates of any length count in full"
     ):
         Settings.from_run_config({"recipe": "paper", "max-update-norm": 5})
     assert Settings.from_run_config({"recipe": "paper", "max-update-norm": 0}).update_limit == 0.0
@@ -194,7 +194,7 @@ def test_all_bad_settings_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "expected"),
     [
         ("alpha", 10**400, "at most 63 bits"),
         ("seed", 2**63, "at most 63 bits"),
@@ -205,6 +205,6 @@ def test_all_bad_settings_are_told_at_once() -> None:
         ("data", "~nobody-of-that-name/x", "an absolute path"),
     ],
 )
-def test_values_that_nothing_could_be_done_with_are_told(key: str, value: object, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_values_that_nothing_could_be_done_with_are_told(key: str, value: object, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         Settings.from_run_config({key: value})

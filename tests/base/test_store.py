@@ -19,10 +19,10 @@ from tests.crowd import WAYS
 
 @pytest.fixture
 def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stored tensor that was found to be whole, which is remembered."""
+    """A stored tensor whose check has passed, which is remembered."""
     monkeypatch.setattr(store, "FRESH", -1.0)
     path = tmp_path / "a.safetensors"
-    store.kept(path, lambda: ({"a": torch.arange(3.0)}, {}))
+    store.load_or_make(path, lambda: ({"a": torch.arange(3.0)}, {}))
     return path
 
 
@@ -32,15 +32,15 @@ def never() -> tuple[State, dict[str, str]]:
 
 def test_a_file_that_was_found_whole_is_not_read_again(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorfile, "checksum_of_file", lambda *_: pytest.fail("read again"))
-    assert store.kept(entry, never)[0]["a"].tolist() == [0, 1, 2]
+    assert store.load_or_make(entry, never)[0]["a"].tolist() == [0, 1, 2]
 
 
 def test_the_lock_of_an_entry_tells_when_it_was_used(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry itself would be checked anew."""
+    """A new time of the entry itself would cause a new check."""
     lock, before = Path(f"{entry}.lock"), entry.stat()
     monkeypatch.setattr(tensorfile, "checksum_of_file", lambda *_: pytest.fail("read again"))
     os.utime(lock, (before.st_mtime - 2 * content.DAY,) * 2)
-    store.kept(entry, never)
+    store.load_or_make(entry, never)
     assert lock.stat().st_mtime >= before.st_mtime
     assert entry.stat().st_mtime_ns == before.st_mtime_ns
 
@@ -51,8 +51,8 @@ def test_a_file_that_was_written_to_since_is_read_again(entry: Path, caplog: pyt
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
     os.utime(entry, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert store.kept(entry, lambda: ({"a": torch.arange(4.0)}, {}))[0]["a"].tolist() == [0, 1, 2, 3]
-    assert "damaged and will be made again" in caplog.text
+    assert store.load_or_make(entry, lambda: ({"a": torch.arange(4.0)}, {}))[0]["a"].tolist() == [0, 1, 2, 3]
+    assert "corrupt and will be made again" in caplog.text
 
 
 def test_what_is_not_found_or_fresh_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +67,12 @@ def test_what_is_not_found_or_fresh_is_not_remembered(tmp_path: Path, monkeypatc
         return found
 
     monkeypatch.setattr(store, "FRESH", 3600.0)
-    assert store.found_once(tmp_path / "a", "good", look(True))
+    assert store.passes_once(tmp_path / "a", "good", look(True))
     monkeypatch.setattr(store, "FRESH", -1.0)
-    assert not store.found_once(tmp_path / "a", "good", look(False))
-    assert store.found_once(tmp_path / "a", "good", look(True))
-    assert store.found_once(tmp_path / "a", "good", look(False))
-    assert not store.found_once(tmp_path / "a", "better", look(False))
+    assert not store.passes_once(tmp_path / "a", "good", look(False))
+    assert store.passes_once(tmp_path / "a", "good", look(True))
+    assert store.passes_once(tmp_path / "a", "good", look(False))
+    assert not store.passes_once(tmp_path / "a", "better", look(False))
     assert looks == [True, False, True, False]
 
 
@@ -91,7 +91,7 @@ def grow(growing):
 path = Path(sys.argv[1])
 torch.zeros(2**21).sum()
 before = peak()
-tensors, _ = store.grown(path, 2**17, grow)
+tensors, _ = store.load_or_grow(path, 2**17, grow)
 rows = torch.arange(0, 2**17, 2**13)
 assert tensors["image_features"][rows].sum(dim=1).tolist() == (512 * rows).tolist()
 print(peak() - before, path.stat().st_size // 2**20)
@@ -109,11 +109,11 @@ def test_entries_larger_than_memory_are_written_checked_and_read(tmp_path: Path)
 
 
 def crowded(folder: Path, way: str, rounds: int) -> int:
-    """How many were killed while eight wanted the same entries: what must hold is looked at there."""
+    """How many processes were killed while eight wanted the same entries; the process checks its own results."""
     command = [sys.executable, "-m", "tests.crowd", str(folder), way, str(rounds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        killed, _ = process.communicate(timeout=60 + 30 * rounds)  # of which none is needed: it is for what hangs
+        killed, _ = process.communicate(timeout=60 + 30 * rounds)  # generous: only for a process that hangs
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -64,7 +64,7 @@ def test_all_numbers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checksum_follows_all_that_a_header_tells() -> None:
     kind = TensorSpec("F32", (2, 3))
-    told: list[tuple[dict[str, str], dict[str, tuple[TensorSpec, int]]]] = [
+    variants: list[tuple[dict[str, str], dict[str, tuple[TensorSpec, int]]]] = [
         ({"x": "1"}, {"a": (kind, 7)}),
         ({"x": "2"}, {"a": (kind, 7)}),
         ({"y": "1"}, {"a": (kind, 7)}),
@@ -73,4 +73,4 @@ def test_a_checksum_follows_all_that_a_header_tells() -> None:
         ({"x": "1"}, {"a": (TensorSpec("F32", (3, 2)), 7)}),
         ({"x": "1"}, {"a": (kind, 8)}),
     ]
-    assert len({tensorfile.checksum(*one) for one in told}) == len(told)
+    assert len({tensorfile.checksum(*one) for one in variants}) == len(variants)

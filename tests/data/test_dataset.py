@@ -113,7 +113,7 @@ def test_an_image_of_a_data_set_that_cannot_be_read_now_is_an_error_and_nothing_
     monkeypatch.setattr(content, "_facts", lambda _: "the same")
     assert len(images()) == 12
     shutil.copy(tree / "6.png", tree / "7.png")
-    with pytest.raises(ReadError, match=r"one of the images in .* is not what it was"):
+    with pytest.raises(ReadError, match=r"one of the images in .* has changed since it was first read"):
         images()
     assert len(images()) == 12
 
@@ -152,7 +152,7 @@ def test_columns_that_are_named_are_taken(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "columns", "told"),
+    ("changes", "columns", "expected"),
     [
         ({"image": None}, Columns(), "no column of images is found; name it with image-column: there are id (int64)"),
         ({"label": None}, Columns(), "no column of labels is found"),
@@ -168,12 +168,12 @@ def test_columns_that_are_named_are_taken(tree: Path, tmp_path: Path) -> None:
     ],
 )
 def test_columns_that_will_not_do_are_told(
-    changes: dict[str, Any], columns: Columns, told: str, tree: Path, tmp_path: Path
+    changes: dict[str, Any], columns: Columns, expected: str, tree: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
         opened(table(tree, **changes), tmp_path, columns)
     assert str(error.value).startswith("data = 'some/set': ")
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -237,7 +237,7 @@ def test_one_that_cannot_be_had_is_told_in_one_line() -> None:
     with pytest.raises(UserError, match="run `hf download --repo-type dataset some/none`, or do so where") as error:
         open_source("some/none")
     assert str(error.value).startswith(
-        "data = 'some/none': neither a folder here nor in the Hugging Face cache, and nothing is downloaded now"
+        "data = 'some/none': neither a folder here nor in the Hugging Face cache, and downloads are disabled"
     )
     assert "\n" not in str(error.value)
 

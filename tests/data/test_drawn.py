@@ -18,11 +18,11 @@ def pixels(seed: int, domain: str, figure: str, index: int) -> bytes:
 
 
 def test_a_seed_gives_the_same_pictures_on_every_machine() -> None:
-    whole = hashlib.sha256()
+    hasher = hashlib.sha256()
     for domain in sorted(DOMAINS):
         for figure in sorted(FIGURES):
-            whole.update(pixels(0, domain, figure, 0))
-    assert whole.hexdigest()[:16] == "33c1540f2764e8fb"
+            hasher.update(pixels(0, domain, figure, 0))
+    assert hasher.hexdigest()[:16] == "33c1540f2764e8fb"
 
 
 def test_another_seed_or_number_gives_another_picture() -> None:

@@ -56,7 +56,7 @@ def test_files_that_are_not_taken_for_images_are_told(tree: Path, caplog: pytest
     source = ImageFolder(tree)
     assert source.domains == ("cartoon", "photo")
     assert source.count("photo") == 7
-    assert f"{tree}: not taken for images are 5 files, by their endings: none, .heic" in caplog.text
+    assert f"{tree}: ignored 5 files without an image extension: none, .heic" in caplog.text
 
 
 def test_a_class_that_a_domain_lacks_keeps_its_number(tree: Path) -> None:
@@ -66,8 +66,8 @@ def test_a_class_that_a_domain_lacks_keeps_its_number(tree: Path) -> None:
 
 def test_broken_images_are_left_out_and_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tree / "photo" / "cat" / "0.png").write_bytes(b"")
-    whole = (tree / "photo" / "fish" / "1.png").read_bytes()
-    (tree / "photo" / "fish" / "1.png").write_bytes(whole[: len(whole) // 2])
+    data = (tree / "photo" / "fish" / "1.png").read_bytes()
+    (tree / "photo" / "fish" / "1.png").write_bytes(data[: len(data) // 2])
     (tree / "photo" / "fish" / "notes.txt").write_text("not an image")
     (tree / "photo" / "fish" / "nowhere.png").symlink_to("nothing")
     (tree / "photo" / "fish" / "folder.png").mkdir()
@@ -90,10 +90,10 @@ def test_what_only_has_the_name_of_an_image_is_left_out_and_told_in_one_line(
     shutil.copy(place / "0.png", Path(os.fsdecode(os.fsencode(place) + b"/\xfe\n.png")))
     examples = open_features(Settings(data=f"folder:{tree}"), root=tree / "store", progress=False).examples("photo")
     assert len(examples.labels) == 13
-    (told,) = [record.getMessage() for record in caplog.records if "can't be read" in record.getMessage()]
-    assert told.startswith("photo: 6 of 19 images can't be read and are left out: ")
-    assert told.isprintable()
-    assert "photo/cat/a�b�[2J.png" in told
+    (line,) = [record.getMessage() for record in caplog.records if "can't be read" in record.getMessage()]
+    assert line.startswith("photo: 6 of 19 images can't be read and are left out: ")
+    assert line.isprintable()
+    assert "photo/cat/a�b�[2J.png" in line
 
 
 def test_links_that_lead_back_are_no_images_and_no_endless_way(tree: Path, tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_links_that_lead_back_are_no_images_and_no_endless_way(tree: Path, tmp_p
 @pytest.mark.parametrize("name", [b"\xff\xfe", b"a\nb", b"\x1b[2J", b" ", b"x\xe2\x80\xaey"])
 @pytest.mark.parametrize("place", ["", "photo"])
 def test_a_folder_whose_name_cannot_be_shown_is_refused(tree: Path, place: str, name: bytes) -> None:
-    whole = tree / "photo" / "cat" if place else tree / "photo"
-    shutil.copytree(whole, tree / place / os.fsdecode(name))
+    folder = tree / "photo" / "cat" if place else tree / "photo"
+    shutil.copytree(folder, tree / place / os.fsdecode(name))
     with pytest.raises(UserError, match=f"a {'class' if place else 'domain'} is called .*plain characters") as error:
         open_source(f"folder:{tree}")
     assert str(error.value).isprintable()
@@ -180,7 +180,7 @@ def labels(tree: Path) -> list[int]:
 def test_an_image_that_cannot_be_read_for_a_moment_is_not_left_out(
     tree: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither when the content is looked at, nor when it is encoded."""
+    """Neither when its content is hashed, nor when it is encoded."""
     image_of(tree, "a.png")
     tries = failing(monkeypatch, "a.png", IO, after=after, times=2)
     assert labels(tree) == [0] * 4 + [1] * 4 + [2] * 4
@@ -193,18 +193,18 @@ def test_an_image_that_cannot_be_read_for_a_moment_is_not_left_out(
 def test_one_that_cannot_be_read_at_all_now_is_an_error_and_nothing_is_lost(
     tree: Path, error: Exception, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the error is, an image that could be read when the content was looked at is not left out of it."""
+    """Whatever the error is, an image that could be read when the content was hashed is not left out."""
     path = image_of(tree, "a.png")
     with monkeypatch.context() as meanwhile:
         failing(meanwhile, "a.png", error, after=after)
-        with pytest.raises(ReadError, match=f"^{path} ") as told:
+        with pytest.raises(ReadError, match=f"^{path} ") as raised:
             labels(tree)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert not list((tree / "store").glob("*/given-*.safetensors"))
     assert labels(tree) == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_what_is_left_out_for_want_of_permission_is_encoded_once_it_may_be_read(
+def test_what_is_left_out_without_permission_is_encoded_once_it_may_be_read(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image_of(tree, "a.png")
@@ -218,14 +218,14 @@ def test_what_is_left_out_for_want_of_permission_is_encoded_once_it_may_be_read(
 def test_images_that_are_not_those_whose_content_is_remembered_are_not_stored_under_it(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where their state does not tell; the next one to ask looks at them again."""
+    """Even if their state does not show the change; the next call hashes them again."""
     monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
     monkeypatch.setattr(content, "_facts", lambda _: "the same")
     path, other = image_of(tree, "a.png"), tree / "photo" / "cat" / "1.png"
     before = ImageFolder(tree).content("photo")
     path.write_bytes(other.read_bytes())
     source = ImageFolder(tree)
-    with pytest.raises(ReadError, match=r"one of the images in .* is not what it was a while ago"):
+    with pytest.raises(ReadError, match=r"one of the images in .* has changed since it was first read"):
         list(source.pictures("photo"))
     again = ImageFolder(tree)
     assert again.content("photo") != before
@@ -238,24 +238,24 @@ def test_an_image_that_is_written_to_meanwhile_is_not_stored_under_its_old_conte
     before, rows = source.content("photo"), source.pictures("photo")
     assert next(rows).image is not None
     path.write_bytes(other.read_bytes())
-    with pytest.raises(ReadError, match=f"^{path} is not what it was a while ago: see that .* nobody writes to it"):
+    with pytest.raises(ReadError, match=f"^{path} has changed since it .*: check that nothing writes to it"):
         list(rows)
     assert source.content("photo") == before
     assert ImageFolder(tree).content("photo") != before
 
 
 @pytest.mark.parametrize(
-    ("keep", "told"),
+    ("keep", "message"),
     [
         (None, "there is no such folder"),
         ((), "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff) there; expected domain/class/image"),
         (("photo/cat",), "only one class (cat) there"),
-        (("",), "its images, such as x.png, are in no class's folder"),
-        (("all/photo/cat",), "its images lie deeper, such as all/photo/cat/x.png"),
+        (("",), "its images, such as x.png, are not in a class folder"),
+        (("all/photo/cat",), "its images are too deep, such as all/photo/cat/x.png"),
         (("photo/cat", "photo"), "different depths, such as photo/x.png and photo/cat/x.png"),
     ],
 )
-def test_an_unusable_folder_gives_one_clear_message(tmp_path: Path, keep: tuple[str, ...] | None, told: str) -> None:
+def test_an_unusable_folder_gives_one_clear_message(tmp_path: Path, keep: tuple[str, ...] | None, message: str) -> None:
     root = tmp_path / "images"
     if keep is not None:
         root.mkdir()
@@ -265,7 +265,7 @@ def test_an_unusable_folder_gives_one_clear_message(tmp_path: Path, keep: tuple[
     with pytest.raises(UserError) as error:
         open_source(f"folder:{root}")
     assert str(root) in str(error.value)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -279,7 +279,7 @@ def test_a_folder_that_this_user_may_not_read_is_no_smaller_one(tree: Path, clos
         try:
             if user == 0:  # who may look into every folder
                 os.seteuid(65534)
-            with pytest.raises(UserError, match="this user may not look into") as error:
+            with pytest.raises(UserError, match="this user may not read") as error:
                 open_source(f"folder:{own}")
         finally:
             os.seteuid(user)
@@ -288,12 +288,12 @@ def test_a_folder_that_this_user_may_not_read_is_no_smaller_one(tree: Path, clos
 
 
 def test_columns_of_a_folder_of_images_are_refused(tree: Path) -> None:
-    with pytest.raises(UserError, match=r"label-column: .* is no data set but a folder of images"):
+    with pytest.raises(UserError, match=r"label-column: .* is a folder of images, not a data set"):
         open_source(f"folder:{tree}", Columns(label="class"))
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         ("drwan", "did you mean drawn"),
         ("office_home", "did you mean office-home"),
@@ -303,13 +303,13 @@ def test_columns_of_a_folder_of_images_are_refused(tree: Path) -> None:
         ("drawn:9999999", "expected a seed"),
     ],
 )
-def test_unknown_data_is_refused(data: str, told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_unknown_data_is_refused(data: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as error:
         open_source(data)
     assert "\n" not in str(error.value)
 
 
-def test_the_holdout_is_the_last_domain_unless_said() -> None:
+def test_the_holdout_is_the_last_domain_by_default() -> None:
     domains = ("art", "photo", "sketch")
     assert pick_holdout("auto", domains) == "sketch"
     assert pick_holdout("art", domains) == "art"

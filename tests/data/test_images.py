@@ -72,8 +72,8 @@ def test_strips_make_no_difference(mode: str, options: dict[str, Any], monkeypat
     if mode == "P":
         image.putpalette(list(range(256)) * 3)
     data = stored(image, "PNG", **options)
-    whole = Image.open(io.BytesIO(data)).convert("RGBA")
-    expected = Image.alpha_composite(Image.new("RGBA", (9, 7), "white"), whole).convert("RGB")
+    loaded = Image.open(io.BytesIO(data)).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", (9, 7), "white"), loaded).convert("RGB")
     for pixels_at_once in (1, 20, 2**22):
         monkeypatch.setattr(images, "STRIP", pixels_at_once)
         assert pixels(data) == np.asarray(expected).tolist()
@@ -98,7 +98,7 @@ print((memory("VmHWM") - before) / 3e7)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 @pytest.mark.parametrize(("mode", "most"), [("RGB", 5), ("RGBA", 12)])
 def test_a_large_image_is_in_memory_once_and_a_transparent_one_twice(mode: str, most: float) -> None:
-    """Pillow has four bytes for a pixel, and strips take some more."""
+    """Pillow uses four bytes per pixel, and strips use some more."""
     assert float(subprocess.check_output([sys.executable, "-c", PEAK, mode])) < most
 
 
@@ -156,10 +156,10 @@ def test_an_image_that_would_be_huge_once_its_short_side_fits_is_left_out(size: 
 
 
 def test_an_image_that_is_drawn_over_without_end_is_left_out() -> None:
-    whole = stored(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
-    scan = whole[whole.rindex(b"\xff\xda") : -2]
-    assert decoded(whole[:-2] + scan * 100 + whole[-2:]) is not None
-    assert decoded(whole[:-2] + scan * 3000 + whole[-2:]) is None
+    complete = stored(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    scan = complete[complete.rindex(b"\xff\xda") : -2]
+    assert decoded(complete[:-2] + scan * 100 + complete[-2:]) is not None
+    assert decoded(complete[:-2] + scan * 3000 + complete[-2:]) is None
 
 
 def test_no_program_is_started_for_an_image(monkeypatch: pytest.MonkeyPatch) -> None:

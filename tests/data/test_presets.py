@@ -66,11 +66,11 @@ def test_pacs_from_the_hub_and_from_a_folder_are_divided_in_the_same_way(tmp_pat
 def test_a_preset_that_cannot_be_had_tells_what_to_do(fedclip_home: Path) -> None:
     with pytest.raises(UserError) as error:
         open_source("pacs")
-    told = str(error.value)
-    assert told.startswith("data = 'pacs': ")
-    assert "hf download --repo-type dataset flwrlabs/pacs" in told
-    assert f"put its tree domain/class/image into {fedclip_home}/data/pacs, or give data=folder:PATH" in told
-    assert "\n" not in told
+    answer = str(error.value)
+    assert answer.startswith("data = 'pacs': ")
+    assert "hf download --repo-type dataset flwrlabs/pacs" in answer
+    assert f"put its tree domain/class/image into {fedclip_home}/data/pacs, or give data=folder:PATH" in answer
+    assert "\n" not in answer
     with pytest.raises(UserError, match="data = 'vlcs': the hub does not have it; put its tree"):
         open_source("vlcs")
 

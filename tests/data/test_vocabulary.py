@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.data.vocabulary import Vocabulary, check_apart, numbering, read_names, renamed, templates_of
+from fedclip_flwr.data.vocabulary import Vocabulary, check_distinct, numbering, read_names, renamed, templates_of
 
 
 def test_prompts_are_all_classes_in_each_template() -> None:
@@ -21,7 +21,7 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "expected"),
     [
         ("cat,dog,cat", "cat more than once"),
         ("cat,", "at least two"),
@@ -29,8 +29,8 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
         ("/no/names", "can't be read"),
     ],
 )
-def test_names_that_will_not_do_are_told(setting: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_names_that_will_not_do_are_told(setting: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         read_names(setting)
 
 
@@ -45,7 +45,7 @@ def test_names_may_be_put_in_another_order_and_be_more_or_be_other_words() -> No
 
 @pytest.mark.parametrize("wanted", [("dog", "kitten"), ("kitten", "Cat"), ("puppy", "dog")])
 def test_other_words_must_all_be_new_for_labels_could_be_swapped(wanted: tuple[str, str]) -> None:
-    with pytest.raises(UserError, match="other ones, in this order: cat, dog"):
+    with pytest.raises(UserError, match="a new name for each of them, in this order: cat, dog"):
         renamed(("cat", "dog"), wanted)
 
 
@@ -53,9 +53,9 @@ def test_other_words_must_all_be_new_for_labels_could_be_swapped(wanted: tuple[s
     ("one", "other"), [("Cat", "cat"), ("fire truck", "Fire_truck"), ("H\u00fcndin", "Hu\u0308ndin"), ("a  b", "a b")]
 )
 def test_names_that_differ_only_in_their_spelling_are_refused(one: str, other: str) -> None:
-    check_apart([one, "horse"])
-    with pytest.raises(UserError, match="would be different classes"):
-        check_apart([one, "horse", other])
+    check_distinct([one, "horse"])
+    with pytest.raises(UserError, match="would be two classes"):
+        check_distinct([one, "horse", other])
 
 
 def test_a_site_may_know_fewer_classes_but_no_others() -> None:
@@ -73,5 +73,5 @@ def test_names_that_steer_a_terminal_are_refused(tmp_path: Path, content: str) -
 
 
 def test_a_file_of_names_that_never_ends_is_not_read() -> None:
-    with pytest.raises(UserError, match="it is no file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_names("/dev/zero")

@@ -18,10 +18,10 @@ from tests import forked
 HOME = own_app()
 LEARN = """
 import sys
-from fedclip_flwr.config import Settings
-from fedclip_flwr.features import Encoded, open_features, source_of
-from fedclip_flwr.inprocess import federate, make_sites
-from fedclip_flwr.saved import load_adapter, save_adapter
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.features import Encoded, open_features
+from fedclip_flwr.experiments.simulate import make_sites, simulate
+from fedclip_flwr.runs.saved import load_adapter, save_adapter
 from pathlib import Path
 
 data, out = sys.argv[1:]
@@ -139,7 +139,7 @@ def test_a_list_without_a_column_is_refused_and_one_that_is_not_there(extended: 
     code = """
 import sys
 from fedclip_flwr.data import Columns, open_source
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.base.errors import UserError
 for name, columns, told in (
     (sys.argv[1], Columns(domain="site"), "no column site; expected path, label, site"),
     (sys.argv[1] + "x", Columns(), "No such file"),
@@ -162,5 +162,5 @@ def test_the_tests_that_the_page_names_look_at_what_it_adds(extended: Path) -> N
 def test_an_entry_that_is_left_out_makes_one_of_them_fail(entry: tuple[str, str, str], tmp_path: Path) -> None:
     """Names that are in one list only: what is there and can't be chosen, and what can be chosen and is not there."""
     root = copied(tmp_path, [block for block in blocks() if block != entry])
-    with pytest.raises(AssertionError, match=r"FAILED tests/test_(kinds|config).py::test_every"):
+    with pytest.raises(AssertionError, match=r"FAILED tests/base/test_(kinds|settings).py::test_every"):
         play(root, PYTEST, *TESTS[:2], "-k", "every_")

@@ -113,7 +113,7 @@ class Federation:
         self.connected(*sites)
         for _ in range(30):  # one whose time ran out with the old SuperLink is offline until its next heartbeat
             told = self.at["server"].run(self.guide("fedclip doctor server"))
-            assert told.endswith(" 0 to mend\n"), told
+            assert told.endswith(" 0 to fix\n"), told
             if re.findall(r"^ok +(\w+) +node \d+ is online$", told, re.MULTILINE) == [*sites]:
                 return told
         raise AssertionError(told)
@@ -171,7 +171,7 @@ def server(federation: Federation) -> None:
     federation.until("server", "ss -tln | grep -q :9092")
     at.run(guide("[superlink.hospitals]"))
     told = at.run(guide("fedclip doctor server"))
-    assert told.endswith(" 0 to mend\n"), told
+    assert told.endswith(" 0 to fix\n"), told
 
 
 def join(federation: Federation, site: str) -> None:
@@ -188,7 +188,7 @@ def join(federation: Federation, site: str) -> None:
     at.run(f"cp -r /mnt/images/{site} /data/")
     at.run(guide("editor", site))
     told = at.run(guide("as=", site))
-    assert told.endswith(" 0 to mend\n"), told
+    assert told.endswith(" 0 to fix\n"), told
     assert re.search("^ok +registration ", told, re.MULTILINE)
     at.run(guide("fedclip encode", site))
     at.run(guide("journalctl -a", site))
@@ -206,16 +206,16 @@ def restart(federation: Federation) -> None:
     guide, at = federation.guide, federation.at["server"]
     at.run(guide("systemctl restart fedclip-superlink", but="mv"))
     told = federation.shown()
-    assert re.search(r"^The run did not complete: .*\. If it came to a round, resume=latest", told, re.MULTILINE)
+    assert re.search(r"^The run did not complete: .*\. If it completed a round, resume=latest", told, re.MULTILINE)
     federation.connected(*SITES)
 
 
 def go_on(federation: Federation) -> None:
     """The run comes to its end, though Ctrl-C ends what shows it."""
     guide, at = federation.guide, federation.at["server"]
-    federation.begin(guide("resume=latest"), "'going on after round'")
+    federation.begin(guide("resume=latest"), "'resuming after round'")
     at.run("kill -INT %1")
-    assert "No longer shown, but the run goes on" in federation.shown()
+    assert "No longer shown, but the run continues" in federation.shown()
     told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
     assert "selected by validation" in told
     federation.number("finished:completed")

@@ -30,7 +30,7 @@ def test_int8_by_hand() -> None:
     ]
     numbers = [[127, 256 - 64, 0, 0], [256 - 127, 1, 0], [127]]
     assert parcel.packed.tolist() == [x for f, n in zip(factors, numbers, strict=True) for x in [*f, *n]]
-    for name, tensor in parcel.arrives.items():
+    for name, tensor in parcel.decoded.items():
         torch.testing.assert_close(tensor, BASE[name] + by[name])
     assert all(tensor.abs().max() < 1e-5 for tensor in parcel.residual.values())
 
@@ -38,7 +38,7 @@ def test_int8_by_hand() -> None:
 def test_int8_never_turns_the_largest_number_into_its_negative() -> None:
     """127 and a fraction just below 1 is 128 in float32, which int8 would take for -128."""
     for value in (127.0, -127.0):
-        arrives = wrap("int8", {"a": torch.full((10**6,), value)}, {"a": torch.zeros(10**6)}, {}, 0).arrives["a"]
+        arrives = wrap("int8", {"a": torch.full((10**6,), value)}, {"a": torch.zeros(10**6)}, {}, 0).decoded["a"]
         assert (arrives - value).abs().max() <= 1
 
 
@@ -47,7 +47,7 @@ def test_bfloat16_by_hand() -> None:
     zero = {"a": torch.zeros(2)}
     parcel = wrap("bfloat16", {"a": torch.tensor([1 + 2**-7, 1 + 2**-9])}, zero, {}, 0)
     assert parcel.packed.tolist() == [0x81, 0x3F, 0x80, 0x3F]
-    assert parcel.arrives["a"].tolist() == [1 + 2**-7, 1.0]
+    assert parcel.decoded["a"].tolist() == [1 + 2**-7, 1.0]
     assert parcel.residual["a"].tolist() == [0.0, 2**-9]
 
 
@@ -61,7 +61,7 @@ def test_the_other_side_makes_of_a_parcel_what_this_side_says(codec: str) -> Non
         assert len(parcel.packed) == packed_size(codec, base)
         back = unwrap(codec, parcel.packed, base)
         for name, tensor in base.items():
-            assert torch.equal(back[name], parcel.arrives[name])
+            assert torch.equal(back[name], parcel.decoded[name])
             assert back[name].shape == tensor.shape
             torch.testing.assert_close(new[name] - back[name], parcel.residual[name], rtol=0, atol=1e-7)
             assert (new[name] - back[name]).abs().max() <= (new[name] - tensor).abs().max() / 127 + 1e-7
@@ -74,7 +74,7 @@ def test_a_row_has_a_factor_of_its_own_and_lies_along_the_longer_side() -> None:
         tall = len(tensor) == 512
         small = torch.rand(512) * 1e-6
         (tensor[:, 0] if tall else tensor[0]).copy_(small)
-        arrives = wrap("int8", {"a": tensor}, {"a": torch.zeros_like(tensor)}, {}, 0).arrives["a"]
+        arrives = wrap("int8", {"a": tensor}, {"a": torch.zeros_like(tensor)}, {}, 0).decoded["a"]
         found = arrives[:, 0] if tall else arrives[0]
         assert (found - small).abs().max() <= 1e-6 / 127
 
@@ -85,8 +85,8 @@ def test_rounding_is_right_on_average_and_follows_from_the_seed() -> None:
     first, again, other = (wrap("int8", new, base, {}, seed) for seed in (1, 1, 2))
     assert torch.equal(first.packed, again.packed)
     assert not torch.equal(first.packed, other.packed)
-    assert set(first.arrives["a"][1:].tolist()) == {0.0, 1.0}
-    assert first.arrives["a"][1:].mean() == pytest.approx(0.3, abs=0.013)  # four standard deviations
+    assert set(first.decoded["a"][1:].tolist()) == {0.0, 1.0}
+    assert first.decoded["a"][1:].mean() == pytest.approx(0.3, abs=0.013)  # four standard deviations
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -99,8 +99,8 @@ def test_what_rounding_leaves_over_goes_with_the_next_parcel(codec: str) -> None
         step = 0.01 * torch.randn(400).exp()
         here = here + step
         parcel = wrap(codec, {"a": there["a"] + step}, there, left, seed)
-        there, left = parcel.arrives, parcel.residual
-        careless = wrap(codec, {"a": careless["a"] + step}, careless, {}, seed).arrives
+        there, left = parcel.decoded, parcel.residual
+        careless = wrap(codec, {"a": careless["a"] + step}, careless, {}, seed).decoded
     assert (there["a"] + left["a"] - here).abs().max() < 1e-4
     assert 3 * (there["a"] - here).norm() < (careless["a"] - here).norm()
 

@@ -27,7 +27,7 @@ def moved(state: State, by: float) -> State:
 
 
 def sent(link: Downlink, node: int, state: State | None = None) -> RecordDict:
-    """What is sent to the node."""
+    """The content that is sent to the node."""
     config = ConfigRecord({"session": "s", "server-round": 1})
     whole = RecordDict({"arrays": write_adapter(state or link.state), "config": config})
     message = Message(whole, node, MessageType.TRAIN)
@@ -36,12 +36,12 @@ def sent(link: Downlink, node: int, state: State | None = None) -> RecordDict:
 
 
 def taken(content: RecordDict, site: str = "a", codec: str = "int8") -> State:
-    """What the site makes of it."""
+    """The state that the site reads from it."""
     return SiteCache(StatesOnDisk(site), codec).take(records.read_task(content), START, lambda: START)
 
 
 def packed(session: str, codec: str, trained: State, received: State, site: str, number: int) -> State:
-    """What the site sends of what it has made of what it was sent."""
+    """The tensors that the site sends for the state that it trained from the received one."""
     cache = SiteCache(StatesOnDisk(session), codec)
     cache.take(Task(number, None, "s", False, None, "", "", write_adapter(received)), START, lambda: START)
     return cache.pack(trained, site, number, 0)
@@ -147,7 +147,7 @@ def test_a_site_that_would_make_something_else_of_it_says_so() -> None:
     whole = bytearray(kept.read_bytes())
     whole[-1] ^= 1
     kept.write_bytes(whole)
-    with pytest.raises(LacksError, match="another one here"):
+    with pytest.raises(LacksError, match="differs from the one"):
         taken(RecordDict({"config": ConfigRecord({"state": kept.stem})}))
 
 
@@ -155,7 +155,7 @@ def test_a_site_that_would_make_something_else_of_it_says_so() -> None:
     ("records", "told"),
     [
         ({}, "lacks the adapter"),
-        ({"config": {"state": "../../etc/passwd"}}, "can't be"),
+        ({"config": {"state": "../../etc/passwd"}}, "invalid adapter mark"),
         ({"config": {"state": "01", "base": mark_of(START)}}, "lacks the difference"),
         ({"config": {"state": "01", "base": mark_of(START)}, "arrays": START}, "lacks int8"),
         ({"config": {"state": "01", "base": mark_of(START)}, "arrays": {"int8": torch.zeros(9)}}, "expected uint8"),

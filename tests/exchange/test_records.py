@@ -57,25 +57,25 @@ B = np.zeros(3, np.float32)
     ("changes", "told"),
     [
         ({"b": None}, "lacks b"),
-        ({"c": Array(B)}, "more than its tensors: c"),
+        ({"c": Array(B)}, "unexpected tensors: c"),
         ({"b": Array(np.zeros(4, np.float32))}, r"b is float32\[4\], expected float32\[3\]"),
         ({"b": Array(np.zeros((3, 1), np.float32))}, r"float32\[3, 1\]"),
         ({"b": Array(np.zeros(3))}, r"b is float64\[3\], expected float32\[3\]"),
         ({"b": Array(np.array([0, np.nan, 0], np.float32))}, "b has numbers that are not finite"),
         ({"b": Array(np.array([0, -np.inf, 0], np.float32))}, "not finite"),
-        ({"b": Array("float32", (3,), "numpy.ndarray", saved(np.zeros(4, np.float32)))}, "not what it claims"),
-        ({"b": Array("float32", (3,), "numpy.ndarray", saved(np.zeros(3)))}, "not what it claims"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", saved(np.zeros(4, np.float32)))}, "does not match the declared"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", saved(np.zeros(3)))}, "does not match the declared"),
         ({"b": Array("float32", (3,), "numpy.ndarray", b"\x93NUMPY")}, "can't be unpacked"),
         ({"b": Array("float32", (3,), "numpy.ndarray", b"")}, "can't be unpacked"),
         ({"b": Array("float32", (3,), "pickle", saved(B))}, "can't be unpacked"),
         ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(10**12,)"))}, "can't be unpacked"),
-        ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(1000000000000,)"))}, "not what it claims"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(1000000000000,)"))}, "does not match the declared"),
         ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(" * 500))}, "can't be unpacked"),
         ({"b": Array("float32", (3,), "numpy.ndarray", claiming("(3,), '"))}, "can't be unpacked"),
-        ({"b": Array("float32", (3,), "numpy.ndarray", saved(B) + bytes(5000))}, "comes with 5,1"),
+        ({"b": Array("float32", (3,), "numpy.ndarray", saved(B) + bytes(5000))}, "has 5,1"),
         (
             {"b": Array("float32", (3,), "numpy.ndarray", saved(np.array([{}], object), allow_pickle=True))},
-            "not what it claims",
+            "does not match the declared",
         ),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_name_of_a_million_letters_makes_no_line_of_a_million_letters() -> Non
 def test_memory_is_not_taken_because_a_header_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Array, "numpy", lambda _: pytest.fail("memory was taken"))
     record = ArrayRecord({"b": Array("float32", (3,), "numpy.ndarray", claiming("(2000000000,)"))})
-    with pytest.raises(ExchangeError, match="not what it claims"):
+    with pytest.raises(ExchangeError, match="does not match the declared"):
         records.read_adapter(record, {"b": LIKE["b"]})
 
 
@@ -164,8 +164,8 @@ NAN = float("nan")
         ("test", {"loss": -1.0}, "loss"),
         ("test", {"balanced": 1.5}, "balanced accuracy is 1.5, expected a number from 0 to 1"),
         ("test", {"f1": NAN}, "macro F1 is nan"),
-        ("test", {"gap3": NAN}, "more than there are examples"),
-        ("test", {f"gap{i}": 0.5 for i in range(BINS)}, "more than there are examples"),
+        ("test", {"gap3": NAN}, "exceed the number of examples"),
+        ("test", {f"gap{i}": 0.5 for i in range(BINS)}, "exceed the number of examples"),
     ],
 )
 def test_figures_that_cannot_be_are_refused(part: str, changes: dict[str, Any], told: str) -> None:
@@ -183,7 +183,7 @@ def test_figures_that_cannot_be_are_refused(part: str, changes: dict[str, Any], 
         ("test", 3.0, "expected 20 numbers"),
         ("test", [0.0] * 21, "expected 20 numbers"),
         ("test", [0.0] * 10**6, "test is a list of 1,000,000, expected 20 numbers"),
-        ("test-classes", [3, 0], "no counts"),
+        ("test-classes", [3, 0], "are malformed"),
         ("more", 1, "not those that were asked for"),
     ],
 )
@@ -199,10 +199,10 @@ def test_a_report_that_is_not_as_expected_is_refused(key: str, value: Any, told:
     [
         ([3, 1, 1, 0, 2, 1], "add up"),
         ([2, 1, 0, 1, 0, 0, 2, 1, 1], "add up"),
-        ([2, 1, 0, 1, 3, 0], "more of a class"),
-        ([2, 1, 1, 0, 2], "no counts"),
-        ([2, 1, 2, -1, 2, 1], "no counts"),
-        ([2.0, 1.0, 1.0, 0.0, 2.0, 1.0], "no counts"),
+        ([2, 1, 0, 1, 3, 0], "more correct examples"),
+        ([2, 1, 1, 0, 2], "are malformed"),
+        ([2, 1, 2, -1, 2, 1], "are malformed"),
+        ([2.0, 1.0, 1.0, 0.0, 2.0, 1.0], "are malformed"),
     ],
 )
 def test_counts_by_class_that_cannot_be_are_refused(counts: Any, told: str) -> None:
@@ -217,7 +217,7 @@ def test_records_that_nobody_asked_for_are_refused() -> None:
     with pytest.raises(ExchangeError, match="not asked for"):
         records.read_answer(content)
     content["images"] = ArrayRecord()
-    with pytest.raises(ExchangeError, match="more than it should: images"):
+    with pytest.raises(ExchangeError, match="unexpected records: images"):
         records.read_answer(content, LIKE)
 
 
@@ -247,7 +247,7 @@ def test_a_task_comes_back_and_nonsense_is_refused() -> None:
     wrong["server-round"] = 1.5
     for key, value in wrong.items():
         nonsense = RecordDict({"config": ConfigRecord({**greeting, key: value})})
-        with pytest.raises(ExchangeError, match="can't be understood"):
+        with pytest.raises(ExchangeError, match="malformed message from the server"):
             records.read_task(nonsense)
     with pytest.raises(ExchangeError, match="asks for a blend"):
         records.read_task(RecordDict({"config": ConfigRecord({**greeting, "blend": 1.5})}))
@@ -266,7 +266,7 @@ FIGURES = {"num-examples", "validation", "test"}
 
 
 def test_the_list_of_what_may_leave_a_site() -> None:
-    """Written out once more by hand: whoever adds to it has to want it twice."""
+    """Written out by hand, so that an addition has to be made twice."""
     assert records.may_leave(tensor_names("attention"), by_class=False) == {
         "arrays": {"inner.weight", "inner.bias", "outer.weight", "outer.bias"},
         "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package", "unit_length"},
@@ -368,5 +368,5 @@ def test_the_size_of_a_message_is_that_of_its_tensors_and_little_more() -> None:
 def test_progress_comes_back_unless_there_is_more_done_than_there_is() -> None:
     done = Progress("north", 7, 7)
     assert records.read_hello(records.write_progress(done)) == done
-    with pytest.raises(ExchangeError, match="its progress can't be: 8 of 7 images"):
+    with pytest.raises(ExchangeError, match="invalid progress: 8 of 7 images"):
         records.read_hello(records.write_progress(done._replace(encoded=8)))

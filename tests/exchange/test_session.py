@@ -21,8 +21,8 @@ def test_a_session_is_found_again_by_its_key(tmp_path: Path) -> None:
     ]
     assert len({session.key, *(other.key for other in others)}) == 5
     for unknown in (f"../{tmp_path.name}/session-{session.key}", "0123456789abcdef"):
-        with pytest.raises(UserError, match="has forgotten what the run is about"):
+        with pytest.raises(UserError, match="session not found"):
             recall(unknown, tmp_path)
     (tmp_path / f"session-{session.key}").write_text("[]")
-    with pytest.raises(UserError, match="has forgotten"):
+    with pytest.raises(UserError, match="session not found"):
         recall(session.key, tmp_path)

@@ -193,14 +193,12 @@ def test_of_features_with_unit_length_a_folder_or_a_setting_tells_how_long_they_
 
 @pytest.mark.parametrize("norm", ["x", 0, -1, 1e5, float("nan")])
 def test_a_length_that_can_not_be_is_refused(made: Callable[..., FeatureFolder], norm: object) -> None:
-    with pytest.raises(UserError, match=r"feature_norm|is damaged"):
+    with pytest.raises(UserError, match=r"feature_norm|is invalid"):
         made("1", feature_norm=norm)
 
 
 def test_a_length_is_refused_that_is_told_of_features_that_have_their_own(
     made: Callable[..., FeatureFolder],
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"tells a feature_norm, which is for .* those of cow have others: leave it out"
-    ):
+    with pytest.raises(UserError, match=r"has a feature_norm, which is for .* those of cow have others: leave it out"):
         made("varying", feature_norm=10.0).examples("cow")

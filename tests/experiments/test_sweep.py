@@ -333,8 +333,8 @@ def test_a_named_sweep_has_a_folder_of_its_own_with_all_that_came_of_it(
     [
         ({"name": "../up"}, "--name ../up: expected letters"),
         ({"name": "results"}, "--name results: expected letters"),
-        ({"against": "gate", "methods": "paper"}, "--against gate: expected one of the methods that are compared"),
-        ({"against": "fedsum"}, "--against fedsum: expected one of the methods"),
+        ({"against": "gate", "methods": "paper"}, "--against gate: expected one of the compared methods"),
+        ({"against": "fedsum"}, "--against fedsum: expected one of the compared methods"),
     ],
 )
 def test_a_name_or_a_method_that_can_not_be_is_refused(tmp_path: Path, given: dict[str, str], told: str) -> None:
@@ -397,7 +397,7 @@ def test_a_blend_for_all_is_refused_where_it_can_do_nothing(tmp_path: Path) -> N
     swept, _ = planned(options(data, "blend=0.5"))
     assert "gate" in swept.methods
     assert "blend" not in swept.methods
-    with pytest.raises(UserError, match="--methods blend: leaves no room for another blend"):
+    with pytest.raises(UserError, match="--methods blend: excludes the setting blend"):
         planned(options(data, "blend=0.5", methods="blend,gate"))
 
 
@@ -427,7 +427,7 @@ def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypat
     classes, domains = ["bird", "car", "chair", "dog", "person"], ["Caltech101", "SUN09"]
     other = compare(options(f"features:{folder(tmp_path / 'f', class_names=classes, domains=domains)}"))
     assert "published: " not in other
-    assert "Published figures of this data are for clip-vit-base-patch16, and stand only beside results of the" in other
+    assert "Published figures for this data are for clip-vit-base-patch16, and are shown only beside results" in other
     model = "openai/clip-vit-base-patch16"
     root = folder(tmp_path / "g", class_names=classes, domains=domains, model=model)
     table = compare(options(f"features:{root}", out=str(tmp_path / "out")))
@@ -442,12 +442,12 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         planned(options(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum", seeds=0, rounds=-3))
     told = str(error.value)
     for part in (
-        "adapter: methods differ in it; choose some with --methods",
+        "adapter: the methods differ in it; choose methods with --methods",
         "seed: a sweep takes it as --seeds",
         "alpha = -1.0: expected more than 0",
         "did you mean batch-size?",
         "nonsense: expected key=value",
-        "personalize: it means nothing in a sweep",
+        "personalize: it has no effect in a sweep",
         "--seeds 0: expected at least 1",
         "--rounds -3: expected at least 1",
         "--methods fedsum: expected some of zero-shot, local",
@@ -532,7 +532,7 @@ class Sweeping:
         os.kill(process.pid, signal.SIGTERM)
         _, told = process.communicate()
         assert process.returncode == 128 + signal.SIGTERM
-        assert "The results so far are kept: the same command goes on from here." in told
+        assert "The results so far are kept: the same command resumes from here." in told
         assert "Traceback" not in told
         assert "Nobody has ended" not in told
         assert not any(map(alive, busy))
@@ -568,7 +568,7 @@ def test_a_process_that_is_killed_is_told_and_the_results_are_kept(tmp_path: Pat
         os.kill(sweeping.busy(process)[0], signal.SIGKILL)
         _, told = process.communicate()
     assert process.returncode == 2
-    assert "was ended from outside, perhaps for want of memory" in told
+    assert "was killed, possibly out of memory" in told
     assert "Traceback" not in told
     assert len(list(sweeping.results.glob("[!.]*"))) >= 11
 
@@ -586,5 +586,5 @@ def test_the_command_with_its_own_processes_is_stopped_and_goes_on(tmp_path: Pat
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="let --out name another folder"):
+    with pytest.raises(UserError, match="set --out to another folder"):
         compare(options(f"features:{folder(tmp_path / 'f')}", out=str(tmp_path / "file")))

@@ -59,7 +59,7 @@ def running(started: Workers) -> int:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether the process ends within a minute."""
+    """True if the process ends within a minute."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -138,7 +138,7 @@ def test_what_a_killed_worker_owes_is_done_without_it(
             started[0].kill()
     assert [batch[1:] for batch in found] == [work.batch(row)[1:] for row in range(12)]
     assert all(batch.inputs.keys() == work.batch(row).inputs.keys() for row, batch in enumerate(found))
-    assert caplog.text.count("its part is done without it") <= 1
+    assert caplog.text.count("the main process prepares its images") <= 1
 
 
 def test_an_error_of_a_worker_is_the_callers_own(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +218,12 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path: Path, how: signal.S
 
 def test_workers_are_started_where_they_pay() -> None:
     cores = len(os.sched_getaffinity(0))
-    assert ahead.workers(preparing=0.1, seeing=1.0, left=100) == 0
-    assert ahead.workers(preparing=1.0, seeing=2.0, left=100) == 1
-    assert ahead.workers(preparing=1.0, seeing=9.0, left=100) == 0
-    assert ahead.workers(preparing=1.0, seeing=0.0, left=10**6) == min(cores, ahead.MOST)
-    assert ahead.workers(preparing=50.0, seeing=0.0, left=1) == 1
-    assert ahead.workers(preparing=50.0, seeing=1.0, left=0) == 0
+    assert ahead.workers(preparing=0.1, encoding=1.0, remaining=100) == 0
+    assert ahead.workers(preparing=1.0, encoding=2.0, remaining=100) == 1
+    assert ahead.workers(preparing=1.0, encoding=9.0, remaining=100) == 0
+    assert ahead.workers(preparing=1.0, encoding=0.0, remaining=10**6) == min(cores, ahead.MAX_WORKERS)
+    assert ahead.workers(preparing=50.0, encoding=0.0, remaining=1) == 1
+    assert ahead.workers(preparing=50.0, encoding=1.0, remaining=0) == 0
 
 
 def test_a_range_without_images_has_no_batch(tree: Path) -> None:

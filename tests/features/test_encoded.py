@@ -110,7 +110,7 @@ def test_features_that_an_earlier_version_brought_to_unit_length_are_encoded_onc
     older = entry_of(tree).with_name(entry_of(tree).name.replace("given-", "images-"))
     entry_of(tree).rename(older)
     assert_right(opened(tree).examples("photo"), truth)
-    assert "photo: stored by an earlier version, brought to unit length: they are encoded once more" in caplog.text
+    assert "photo: features stored by an earlier version have unit length: encoding them again" in caplog.text
     caplog.clear()
     assert_right(opened(tree).examples("photo"), truth)
     assert "earlier version" not in caplog.text
@@ -127,7 +127,7 @@ def test_a_flipped_byte_is_noticed_and_mended(
     whole[where] ^= 1
     entry_of(tree).write_bytes(whole)
     assert_right(opened(tree).examples("photo"), truth)
-    assert "damaged and will be made again" in caplog.text
+    assert "corrupt and will be made again" in caplog.text
     caplog.clear()
     assert_right(opened(tree).examples("photo"), truth)
     assert not caplog.text
@@ -224,7 +224,7 @@ def test_a_store_that_cannot_be_written_is_told(tree: Path) -> None:
 
 NO_ROOM = """
 import resource
-from fedclip_flwr.errors import UserError
+from fedclip_flwr.base.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 try:
     opened.examples("photo")
@@ -315,7 +315,7 @@ def test_images_are_not_encoded_for_prompts_that_are_told_in_a_word(tree: Path) 
 
 def test_classes_that_differ_only_in_their_spelling_are_refused(tree: Path) -> None:
     (tree / "photo" / "cat").rename(tree / "photo" / "Cat")
-    with pytest.raises(UserError, match="'Cat' and 'cat' would be different classes"):
+    with pytest.raises(UserError, match="'Cat' and 'cat' would be two classes"):
         opened(tree)
     assert opened(tree, class_names="kitten,auto,tom,trout").vocabulary.class_names[2] == "tom"
 
@@ -347,23 +347,23 @@ def test_other_class_names_number_the_stored_labels_anew(tree: Path, no_encoding
     ("changed", "told"),
     [
         ({"class_names": None}, "lacks 'class_names'"),
-        ({"embedding_dim": "many"}, "damaged"),
+        ({"embedding_dim": "many"}, "is invalid"),
         ({"class_names": ["cat"]}, "expected at least two names, each once, found cat"),
-        ({"domains": []}, "must name a domain, and each once"),
-        ({"domains": ["a", "a"]}, "must name a domain, and each once"),
+        ({"domains": []}, "must list at least one domain, each once"),
+        ({"domains": ["a", "a"]}, "must list at least one domain, each once"),
         ({"logit_scale": float("nan")}, "the logit_scale nan"),
-        ({"domains": ["../a"]}, "no plain file name"),
+        ({"domains": ["../a"]}, "not a plain file name"),
         ({"domains": [""]}, "a domain is called ''"),
         ({"domains": ["a\0b"]}, "a domain is called"),
-        ({"domains": "ab"}, "damaged .domains is no list"),
-        ({"class_names": "cat"}, "damaged .class_names is no list"),
+        ({"domains": "ab"}, "is invalid .domains is not a list"),
+        ({"class_names": "cat"}, "is invalid .class_names is not a list"),
         ({"class_names": ["cat", "cat"]}, "expected at least two names, each once, found cat, cat"),
         ({"class_names": ["cat", "\x1b[2J"]}, "a class is called"),
         ({"class_names": ["cat", "\ud800"]}, "a class is called"),
-        ({"logit_scale": 10**400}, "damaged"),
+        ({"logit_scale": 10**400}, "is invalid"),
         ({"logit_scale": 1e300}, "the logit_scale 1e.300"),
         ({"logit_scale": 0.0}, "expected a scale above 0"),
-        ({"embedding_dim": float("inf")}, "damaged"),
+        ({"embedding_dim": float("inf")}, "is invalid"),
     ],
 )
 def test_a_damaged_feature_folder_is_told(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
@@ -373,7 +373,7 @@ def test_a_damaged_feature_folder_is_told(tmp_path: Path, changed: dict[str, Any
 
 
 def test_a_feature_folder_that_names_a_domain_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="must name a domain, and each once"):
+    with pytest.raises(UserError, match="must list at least one domain, each once"):
         open_features(Settings(data=f"features:{write_folder(tmp_path, domains=['a', 'a'])}"))
 
 
@@ -382,7 +382,7 @@ def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
         FeatureFolder(tmp_path)
     for text in ("{", "[]", "\udcff", "[" * 10**5):
         (tmp_path / "features.json").write_bytes(os.fsencode(text))
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="is invalid"):
             FeatureFolder(tmp_path)
 
 
@@ -459,7 +459,7 @@ def test_a_domain_without_a_readable_image_has_no_pixels(tree: Path) -> None:
 
 
 def test_the_whole_model_needs_images(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="it learns from images"):
+    with pytest.raises(UserError, match=r"needs images, but .* has only features"):
         open_features(Settings(data=f"features:{write_folder(tmp_path)}", method="full-model"))
 
 
@@ -479,7 +479,7 @@ def test_the_content_of_features_follows_all_that_they_are_made_of(tree: Path, t
 
 
 def test_the_content_of_features_follows_the_numbers_of_the_classes(tree: Path) -> None:
-    """The same images in the same folders; once `cat` is what the first folder holds, once what the second does."""
+    """With the same images in the same folders; `cat` is once the first folder's class, once the second's."""
     own = opened(tree, class_names="cat,car,fish")
     first, before = own.examples("photo").labels[0].item(), own.content
     for domain in own.domains:

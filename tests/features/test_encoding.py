@@ -144,7 +144,7 @@ def test_a_full_disk_is_told_in_one_line_and_what_is_done_is_kept(
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "File too large" in last
-    assert "make room there, or let FEDCLIP_HOME name another folder" in last
+    assert "make room there, or set FEDCLIP_HOME to another folder" in last
     assert sum(map(int, done.stdout.split())) == 6
     again, _ = resumed(tree, tmp_path / "store")
     assert again == 12 - 4
@@ -228,12 +228,12 @@ def test_float32_is_used_where_less_finds_other_classes(
     folder = far_from_zero(tmp_path / "clip", 1000)
     made = opened(tree, model=str(folder))
     found = made.examples("photo")
-    assert caplog.text.count("float32 is used") == 1
+    assert caplog.text.count("using float32") == 1
     assert made.folder.name.endswith("-float32")
     assert found.features.dtype == torch.float32
     assert torch.equal(opened(tree, model=str(folder), precision="float32").examples("photo").features, found.features)
     assert opened(tree, model=str(folder)).folder == made.folder
-    assert caplog.text.count("float32 is used") == 1
+    assert caplog.text.count("using float32") == 1
 
 
 def test_a_number_that_overflows_is_no_agreement(tree: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What comes in from a SuperLink that is played; a real one, with sites that are hostile: test_hostile.py."""
+"""Replies from a simulated SuperLink. For a real one with hostile sites: test_hostile.py."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_who_sent_it_is_what_the_superlink_says() -> None:
 def test_too_much_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = Stub(answer(RecordDict({str(n): write_adapter({"w": torch.rand(5000)}) for n in range(50)})))
     ((reply, _),) = opened(stub).take([ASKED], MOST)
-    assert "bytes and more, expected at most 100,000" in str(reply.error.reason)
+    assert "bytes, expected at most 100,000" in str(reply.error.reason)
     assert len(stub.pulled) < len(stub.contents) / 2
     monkeypatch.setattr(inbox, "MOST_PARTS", 3)
     stub = Stub(answer())
@@ -221,7 +221,7 @@ def test_what_names_one_thing_many_times_counts_as_often() -> None:
     stub = Stub(answer(RecordDict({"arrays": ArrayRecord({f"{n:030}": same for n in range(200)})})))
     assert sum(map(len, stub.contents.values())) < MOST
     ((reply, _),) = opened(stub).take([ASKED], MOST)
-    assert "bytes and more, expected at most 100,000" in str(reply.error.reason)
+    assert "bytes, expected at most 100,000" in str(reply.error.reason)
     assert stub.confirmed
 
 
@@ -263,7 +263,7 @@ def spoilt(way: str) -> Stub:
 def test_what_can_not_be_put_together_is_an_error_of_that_site(way: str) -> None:
     ((reply, _),) = opened(spoilt(way)).take([ASKED], MOST)
     assert reply.has_error()
-    assert "its answer can't be put together" in str(reply.error.reason)
+    assert "its answer can't be decoded" in str(reply.error.reason)
     assert "\n" not in str(reply.error.reason)
     assert reply.metadata.src_node_id == 7
 
@@ -276,4 +276,4 @@ def test_a_superlink_that_is_gone_is_not_the_sites_fault() -> None:
     stub: Any = Stub(answer())
     stub.PullObject = lambda request: (_ for _ in ()).throw(Gone())
     with pytest.raises(Gone):
-        opened(stub).take([ASKED], MOST)
+        list(opened(stub).take([ASKED], MOST))

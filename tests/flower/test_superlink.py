@@ -55,7 +55,7 @@ def test_nobody_can_be_there_in_another_sites_name(link: SuperLink) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             who.activate(north.public)
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
-        assert refused.value.details() == "that public key is another node's"
+        assert refused.value.details() == "this public key belongs to another node"
     assert link.online() == 0
     assert north.activate(north.public)
     assert link.online() == 1
@@ -69,7 +69,7 @@ def test_nobody_can_answer_in_another_sites_name(link: SuperLink) -> None:
     answer.metadata.src_node_id = own + 1
     with pytest.raises(grpc.RpcError) as refused:
         south.ask.PushMessages(PushMessagesRequest(node=Node(node_id=own), messages_list=[answer]))
-    assert refused.value.details() == "that answer is another node's"
+    assert refused.value.details() == "this answer is from another node"
 
 
 def pushed(own: int, *senders: int) -> PushMessagesRequest:
@@ -83,10 +83,10 @@ def pushed(own: int, *senders: int) -> PushMessagesRequest:
 @pytest.mark.parametrize("ask", [ActivateNodeRequest, RegisterNodeFleetRequest])
 def test_only_the_owner_of_a_key_may_ask_with_it(ask: Any) -> None:
     assert objection(ask(public_key=b"north"), b"north") is None
-    assert objection(ask(public_key=b"north"), b"south") == "that public key is another node's"
+    assert objection(ask(public_key=b"north"), b"south") == "this public key belongs to another node"
 
 
 def test_a_node_may_send_only_its_own_messages() -> None:
     assert objection(pushed(5, 5, 5), b"north") is None
     for senders in ((6,), (5, 6), ()):
-        assert objection(pushed(5, *senders), b"north") == "that answer is another node's"
+        assert objection(pushed(5, *senders), b"north") == "this answer is from another node"

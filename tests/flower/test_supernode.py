@@ -1,6 +1,6 @@
-"""Where Flower's SuperNode would wait for ever: its own functions and state, with a server and an app that are played.
+"""Cases in which Flower's SuperNode would hang: its own functions and state, with a simulated server and app.
 
-Real ones: tests/test_deploy.py.
+For real ones: tests/test_deploy.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ send = supernode.sending(flower._push_messages)
 
 
 class Site:
-    """What a SuperNode holds, and what has come to the server."""
+    """The state of a SuperNode, and the messages that it has sent to the server."""
 
     def __init__(self) -> None:
         self.store = ObjectStoreFactory().store()
@@ -233,7 +233,7 @@ supernode.main()
     ("what", "status", "told"),
     [
         ("threading.Thread(target=fails).start(); stays()", 1, "no heartbeat"),
-        ("child = subprocess.Popen(['true']); stays()", 1, "flower-superexec has ended"),
+        ("child = subprocess.Popen(['true']); stays()", 1, "flower-superexec exited"),
         ("threading.Thread(target=stays).start(); sys.exit(0)", 0, ""),
         ("threading.Thread(target=stays).start(); sys.exit('why')", 1, ""),
         ("threading.Thread(target=stays).start(); fails()", 1, "no heartbeat"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fedclip_flwr.base.errors import LONGEST, UNSEEN, UserError
+from fedclip_flwr.base.errors import LONGEST, UNPRINTABLE, UserError
 from fedclip_flwr.exchange.records import ExchangeError
 
 PATIENCE = 60
@@ -62,7 +62,7 @@ def assert_plain(text: str, lines: int = 1) -> None:
     assert len(parts) <= lines, text
     for part in parts:
         assert part.strip()
-        assert not UNSEEN.search(part), repr(part)
+        assert not UNPRINTABLE.search(part), repr(part)
         assert len(part) <= LONGEST
     text.encode()
 

@@ -83,7 +83,7 @@ def test_no_folder_of_the_machine_is_told(kind: str, tmp_path: Path) -> None:
 def test_what_privacy_was_spent_is_told(tmp_path: Path) -> None:
     spent = {"privacy": {"dp": "central", "epsilon": 6.573, "delta": 1e-5}}
     told = card_of(finished(tmp_path, summary=spent, dp="central", secure_aggregation=True))
-    assert "- differential privacy of sites (central): ε = 6.57 at δ = 1e-05; not covered: numbers of images" in told
+    assert "- differential privacy of sites (central): ε = 6.57 at δ = 1e-05; not covered: image counts" in told
     assert "- secure aggregation: the server saw only the sum" in told
     assert "no differential privacy" not in told
 

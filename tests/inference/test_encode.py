@@ -73,7 +73,7 @@ def test_a_folder_with_something_else_is_left_alone(tree: Path, tmp_path: Path) 
     (tmp_path / "letter.txt").write_text("dear")
     assert encode(f"data={tree}", "--out", str(tmp_path)) == (
         2,
-        f"--out: {tmp_path} holds something else, such as letter.txt: name another folder\n",
+        f"--out: {tmp_path} holds other files, such as letter.txt: name another folder\n",
     )
     made = tmp_path / "made"
     assert encode(f"data={tree}", "--out", str(made))[0] == 0
@@ -104,7 +104,7 @@ def test_what_encoding_has_no_use_for_is_refused(tree: Path) -> None:
     assert code == 2
     first, *others = told.splitlines()
     assert first.startswith("3 of the settings")
-    assert "adapter: encoding has no use for it; leave it out" in told
+    assert "adapter: encoding does not use it; leave it out" in told
     assert "did you mean precision?" in told
     code, told = encode("data=features:/tmp")
     assert (code, "these are features already" in told) == (2, True)

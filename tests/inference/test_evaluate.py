@@ -77,7 +77,7 @@ def test_a_folder_may_have_fewer_classes_but_no_others(folder: Path, tree: Path)
         path.rename(path.with_name("dog"))
     code, _, told = run(tree, "-a", folder)
     assert code == 2
-    assert f"has classes that {folder} did not know: dog; name another run with --adapter, or words for all" in told
+    assert f"has classes that {folder} does not know: dog; name another run with --adapter, or names for all" in told
     code, told, _ = run(tree, "-a", folder, "--classes", "dog,fish,tree", "--prompt", "the {}", "--json")
     assert code == 0
     assert list(json.loads(told)["domains"]["photo"]["adapted"]["recall"]) == ["dog", "fish", "tree"]
@@ -86,9 +86,9 @@ def test_a_folder_may_have_fewer_classes_but_no_others(folder: Path, tree: Path)
 def test_words_for_the_datas_own_classes_are_told_beside_them(folder: Path, tree: Path) -> None:
     code, told, _ = run(tree, "-a", folder, "--classes", "automobile,kitten,seafood")
     assert code == 0
-    words = "the words for them: car = automobile, cat = kitten, fish = seafood."
+    words = "the names used for them: car = automobile, cat = kitten, fish = seafood."
     assert told.splitlines()[-1] == f"The data's classes, and {words}"
-    assert "the words for them" not in run(tree, "-a", folder, "--classes", "fish,cat,car")[1]
+    assert "the names used for them" not in run(tree, "-a", folder, "--classes", "fish,cat,car")[1]
 
 
 def test_features_made_elsewhere_come_to_the_same(folder: Path, tree: Path, tmp_path: Path) -> None:

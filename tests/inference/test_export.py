@@ -62,7 +62,7 @@ def test_other_classes_are_in_the_export(tmp_path: Path) -> None:
     assert export(finished(tmp_path), out, "--classes", "zebra,lion", "--prompt", "my {}").exit_code == 0
     facts = json.loads((out / "config.json").read_text())
     assert (facts["class_names"], facts["prompts"]) == (["zebra", "lion"], ["my zebra", "my lion"])
-    assert "which were others than those above" in (out / "README.md").read_text()
+    assert "which differ from those above" in (out / "README.md").read_text()
 
 
 def test_sites_are_named_only_if_that_is_said(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(name: str, tmp_path: P
     out.mkdir()
     (out / name).write_text('{"model_type": "clip"}')
     told = refused(finished(tmp_path), out)
-    assert told == f"--out: {out} holds something else, such as {name}: name another folder\n"
+    assert told == f"--out: {out} holds other files, such as {name}: name another folder\n"
     assert names(out) == [name]
     file = out / name
     assert "can't be written to" in refused(tmp_path / "20260102-030405", file)
@@ -136,7 +136,7 @@ def test_a_failure_leaves_the_older_export_whole(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(onnx_file, "write", full)
     done = export(run, out, "--onnx", "--classes", "zebra,lion")
     assert done.exit_code == 2
-    assert f"{out} can't be written to (No space left on device): make room there, or let --out" in done.stderr
+    assert f"{out} can't be written to (No space left on device): make room there, or set --out" in done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -154,7 +154,7 @@ def test_onnx_is_written_beside_the_rest(tmp_path: Path, monkeypatch: pytest.Mon
     assert done.exit_code == 0, done.output
     assert names(out) == ["README.md", "adapter.safetensors", "config.json", "model.onnx", "preprocessor_config.json"]
     assert "15 of 16 drawn pictures have the same class, and no probability differs by more than 2e-05" in done.output
-    assert done.stderr == "writing model.onnx, and trying it …\n"
+    assert done.stderr == "writing and testing model.onnx …\n"
 
 
 def test_onnx_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_a_model_that_was_trained_whole_is_in_the_export(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     assert names(out) == ["README.md", "config.json", "model"]
     assert "model/model.safetensors" in done.output
-    assert "A CLIP, trained whole" in (out / "README.md").read_text()
+    assert "A fully trained CLIP" in (out / "README.md").read_text()
     one, other = (FedCLIP.from_pretrained(place, device="cpu") for place in (run, out))
     assert one.predict(PICTURE) == other.predict(PICTURE) != whole.predict(PICTURE)
 
@@ -211,17 +211,17 @@ def test_what_cannot_be_exported_is_told_in_a_line(tmp_path: Path, monkeypatch: 
     assert "holds no adapter" in refused(tmp_path, out)
     assert refused("latest", Path(), "--out", "") == "--out: name the folder that is to be written\n"
     assert "--private: nothing is uploaded without --push" in refused("latest", out, "--private")
-    assert "nothing is uploaded while HF_HUB_OFFLINE is set" in refused("latest", out, "--push", "me/adapter")
-    assert "expected a name that the hub can have" in refused("latest", out, "--push", "me/my adapter")
+    assert "uploads are disabled by HF_HUB_OFFLINE" in refused("latest", out, "--push", "me/adapter")
+    assert "expected a valid name on the hub" in refused("latest", out, "--push", "me/my adapter")
     assert not out.exists()
 
 
 def test_a_run_that_was_not_completed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = finished(tmp_path, status="stopped", summary={"round": 3}), tmp_path / "out"
-    assert "The run was not completed (stopped): this is its best adapter till round 3." in export(run, out).output
+    assert "The run was not completed (stopped): this is its best adapter up to round 3." in export(run, out).output
     monkeypatch.setattr(history, "held", lambda path: True)
     going = finished(tmp_path / "going", status="running")
-    assert "is still running: wait for its end, or stop it" in refused(going, tmp_path / "other")
+    assert "is still running: wait until it ends, or stop it" in refused(going, tmp_path / "other")
 
 
 def test_a_mark_is_known_again(tmp_path: Path) -> None:

@@ -96,10 +96,10 @@ def test_a_picture_that_lies_on_its_side_is_turned(folder: Path, tree: Path) -> 
         ("missing.png", "missing.png: there is no such file"),
         (torch.zeros(1, 8, 8), r"pixels of shape \(8, 8, 1\): expected colours last"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\): expected colours last"),
-        (torch.full((3, 8, 8), 2.0), "not all from 0 to 1"),
-        (torch.full((3, 8, 8), float("nan")), "not all from 0 to 1"),
+        (torch.full((3, 8, 8), 2.0), "pixels outside 0 to 1"),
+        (torch.full((3, 8, 8), float("nan")), "pixels outside 0 to 1"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), "expected bytes"),
-        (3, "is no image"),
+        (3, "is not an image"),
     ],
 )
 def test_what_is_no_image_is_told(folder: Path, image: Any, told: str) -> None:
@@ -110,12 +110,12 @@ def test_what_is_no_image_is_told(folder: Path, image: Any, told: str) -> None:
 
 @pytest.mark.parametrize("top", [0, -1, "x", 1.0])
 def test_so_many_classes_that_cant_be_are_refused(folder: Path, tree: Path, top: Any) -> None:
-    with pytest.raises(UserError, match="expected a whole number from 1 on"):
+    with pytest.raises(UserError, match="expected a whole number, at least 1"):
         FedCLIP.from_pretrained(folder).predict(paths_of(tree), top=top)
 
 
 def test_what_is_here_has_no_revision(folder: Path) -> None:
-    with pytest.raises(UserError, match="only what is on the hub has revisions"):
+    with pytest.raises(UserError, match="only the hub has revisions"):
         FedCLIP.from_pretrained(folder, revision="main")
 
 
@@ -169,7 +169,7 @@ def test_new_classes_need_only_words(folder: Path, features: Features, tree: Pat
     [
         (["a"], "", "expected at least two names, each once, found a"),
         (["a", "a"], "", "each once"),
-        (["a", "A"], "", "would be different classes"),
+        (["a", "A"], "", "would be two classes"),
         (["a", "b\n"], "", "give it a name of plain characters"),
         (["a", "b"], "no place", "expected a template with one {}"),
         ("zebra", "", "expected a list of names, found the text 'zebra'"),
@@ -241,7 +241,7 @@ def test_an_adapter_of_another_export_is_refused(folder: Path, tmp_path: Path) -
         next(model.adapter.parameters()).add_(1)
     model.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "adapter.safetensors").rename(tmp_path / "out" / "adapter.safetensors")
-    with pytest.raises(UserError, match=r"is another one than config\.json tells of: export it once more"):
+    with pytest.raises(UserError, match=r"does not match config\.json: export it again"):
         FedCLIP.from_pretrained(tmp_path / "out")
 
 
@@ -259,7 +259,7 @@ def test_other_models_do_too_wherever_they_have_gone(make: Any, tree: Path, tmp_
     assert str(tmp_path) not in written
     name.rename(tmp_path / "moved")
     for left in ("learnt", "out"):
-        with pytest.raises(UserError, match="say where it is now with model"):
+        with pytest.raises(UserError, match="give its location with model"):
             FedCLIP.from_pretrained(tmp_path / left)
         moved = FedCLIP.from_pretrained(tmp_path / left, model=str(tmp_path / "moved"))
         assert moved.predict(paths_of(tree)) == model.predict(paths_of(tree))
@@ -284,7 +284,7 @@ def test_another_model_than_the_adapters_is_refused(
         FedCLIP.from_pretrained(folder)
     with pytest.raises(UserError, match=r"takes features of 128 numbers, those of .* have 12"):
         FedCLIP.from_pretrained(folder, model=str(tmp_path / "other"))
-    assert "predictions may be others" in caplog.text
+    assert "predictions may differ" in caplog.text
 
 
 def test_a_whole_model_is_its_own(tree: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_run_is_found_by_its_name(drawn: Features) -> None:
         ("/nowhere/at/all", "there is no such run"),
         ("./nowhere", "there is no such run"),
         ("some/adapter", "neither a folder here nor in the Hugging Face cache"),
-        ("some/thing/else", "nor a name that the Hugging Face hub could have"),
+        ("some/thing/else", "nor a valid name on the Hugging Face hub"),
     ],
 )
 def test_what_is_not_there_is_told(name: str, told: str) -> None:
@@ -325,7 +325,7 @@ def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
         FedCLIP.from_pretrained(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "fedclip.json").write_text('{"kind": "full-model", "class_names": 3, "templates": []}')
-    with pytest.raises(UserError, match=r"fedclip\.json can't be read \(its class_names are no list of texts\)"):
+    with pytest.raises(UserError, match=r"fedclip\.json can't be read \(its class_names must be a list of texts\)"):
         FedCLIP.from_pretrained(tmp_path)
 
 

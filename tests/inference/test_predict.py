@@ -208,7 +208,7 @@ def test_the_papers_adapter_warns_of_features_whose_length_nobody_knows(
         norms[file] = tensors["image_features"].norm(dim=1, keepdim=True)
         save_file({**tensors, "image_features": tensors["image_features"] / norms[file]}, file)
     assert run(f"features:{made}", "-a", tmp_path / "own")[0] == 0
-    assert "its features have unit length, and the adapter takes them as CLIP gives them" in caplog.text
+    assert "its features have unit length, but the adapter needs them as CLIP gives them" in caplog.text
     caplog.clear()
     facts = json.loads((made / "features.json").read_text())
     norm = float(torch.cat([*norms.values()]).mean())
@@ -242,8 +242,8 @@ def test_the_likeliest_are_those_of_all_at_once() -> None:
     [
         (["nowhere.png"], "nowhere.png: there is no such file or folder"),
         (["{empty}"], "no images (.jpg"),
-        (["{tree}", "--top", "0"], "top = 0: expected a whole number from 1 on"),
-        (["{tree}", "--classes", "one"], "there is no such file, and a list would have commas"),
+        (["{tree}", "--top", "0"], "top = 0: expected a whole number, at least 1"),
+        (["{tree}", "--classes", "one"], "there is no such file, and a list needs commas"),
         (["{tree}", "--classes", "a,a"], "a more than once"),
         (["{tree}", "--prompt", "no place"], "expected a template with one {}"),
         (["{tree}", "--json", "--out", "found.csv"], "expected a name that ends with .jsonl, or no --json"),

@@ -182,7 +182,7 @@ def test_evaluation_looks_through_the_adapter() -> None:
 
 
 def test_personalising_keeps_the_epoch_that_is_best_by_validation() -> None:
-    """By hand: every epoch is trained on its own, and validation is looked at after each."""
+    """By hand: each epoch is trained separately, and validated."""
     examples, classes = problem(40)
     validation, _ = problem(30, seed=8)
     how: dict[str, Any] = {"learning_rate": 3e-2, "batch_size": 8}
@@ -193,7 +193,7 @@ def test_personalising_keeps_the_epoch_that_is_best_by_validation() -> None:
         states.append(copy.deepcopy(plain.state_dict()))
         losses.append(evaluate(plain, validation, classes).loss)
     expected = losses.index(min(losses))
-    assert 0 < expected < 6  # else this would not tell it from taking the first or the last
+    assert 0 < expected < 6  # not the first or the last, which would prove nothing
     own = make_adapter("scale", DIM)
     assert personalize(own, examples, validation, classes, RECIPES["default"], epochs=6, seed=9, **how) == expected
     assert torch.equal(own.state_dict()["log_scale"], states[expected]["log_scale"])
@@ -227,7 +227,7 @@ def test_what_does_as_well_is_not_better_and_what_a_few_sites_say_does_not_decid
 
 
 def test_zero_shot_must_not_be_better_where_that_can_be_told() -> None:
-    """The others lose ten points and one gains five, which is more than the best so far; or nobody can tell."""
+    """The others lose ten points and one gains five, more than the best so far; or no site can compare."""
     default, paper = RECIPES["default"], RECIPES["paper"]
     zero, best, later = scores(5, 5, 5, 5, 2), scores(3, 3, 3, 3, 9), scores(4, 4, 4, 4, 10)
     assert better(later, best, default)
@@ -247,7 +247,7 @@ def test_of_equal_accuracies_the_lower_loss_is_better_but_in_the_paper_the_first
     default, paper = RECIPES["default"], RECIPES["paper"]
     assert better(losses(0.8, 0.9), losses(0.9, 1.0), default)
     assert not better(losses(0.8, 0.9), losses(0.9, 1.0), paper)
-    for later in (losses(0.9, 1.0), losses(1.0, 1.1), losses(0.8, 1.1)):  # the second site would rather not
+    for later in (losses(0.9, 1.0), losses(1.0, 1.1), losses(0.8, 1.1)):  # worse at the second site
         assert not better(later, losses(0.9, 1.0), default)
     one, other = Score(10, 5, 9.0), Score(10, 6, 9.0)
     assert better({"a": one._replace(loss=8.0), "b": other}, {"a": other, "b": one}, default)  # the gains cancel out
@@ -274,7 +274,7 @@ def test_rounds_that_no_site_can_validate_are_taken_as_they_come() -> None:
     assert better(scores(None), scores(None), default)
     assert better(scores(3), scores(None), default)
     assert not better(scores(None), scores(3), default)
-    assert better(scores(None, 1), {"site 0": Score(10, 9, 1.0)}, default)  # nobody tried both
+    assert better(scores(None, 1), {"site 0": Score(10, 9, 1.0)}, default)  # no site evaluated both
 
 
 def test_a_wider_attention_takes_smaller_steps_but_the_paper_keeps_its_own() -> None:

@@ -71,7 +71,7 @@ MUTATIONS: Sequence[Mutation] = (
         "exchange/test_link.py",
         ("if old != task.base:", "if True:"),
         ("(held, mark) == (self._base, self._mark)", "held == self._base"),
-        ("wished, self.state, self.residual, seed_of", "wished, self.state, {}, seed_of"),
+        ("target, self.state, self.residual, seed_of", "target, self.state, {}, seed_of"),
         ('seed_of(seed, "up", site, number)', 'seed_of(seed, "up", number)'),
     ),
     *changes(
@@ -86,7 +86,7 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/flower/inbox.py",
         "flower/test_inbox.py",
         ("[key for key in self._waiting if key in wanted]", "list(self._waiting)"),
-        ("_check_size(map(len, parcel.contents.values()), most)", "pass"),
+        ("_check_size(map(len, reply.contents.values()), most)", "pass"),
     ),
     # rounds
     *changes(
@@ -149,7 +149,7 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/server/secure_sum.py",
         "server/test_screened.py",
-        ("(came := len(strategy.reports)) < self._least:", "(came := len(strategy.reports)) < 1:"),
+        ("(arrived := len(strategy.reports)) < self._least:", "(arrived := len(strategy.reports)) < 1:"),
         ("torch.from_numpy(total) / len(lists)", "torch.from_numpy(total) / len(self._letters)"),
         ("if len(by) > max(1.0,", "if len(by) >= max(1.0,"),
     ),
@@ -162,8 +162,8 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/runs/checkpoint.py",
         "server/test_resume.py",
-        ("if tensorfile.checksum_of_file(path, told) != claimed:", "if not claimed:"),
-        ('"epsilon": line.epsilon,', '"epsilon": None,'),
+        ("if tensorfile.checksum_of_file(path, header) != claimed:", "if not claimed:"),
+        ('"epsilon": result.epsilon,', '"epsilon": None,'),
     ),
     *changes(
         "fedclip_flwr/runs/saved.py",
@@ -175,7 +175,7 @@ MUTATIONS: Sequence[Mutation] = (
         "runs/test_folder.py",
         ('{"num-server-rounds", "early-stop",', '{"num-server-rounds",'),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-        ('begun.get("run", self.path.name)', "self.path.name"),
+        ('original.get("run", self.path.name)', "self.path.name"),
     ),
     # data and features
     *changes(
@@ -211,7 +211,7 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/base/growing.py",
         "base/test_growing.py",
-        ('if left or crc != batch["crc"]:', "if left:"),
+        ('if remaining or crc != batch["crc"]:', "if remaining:"),
         ("os.fsync(self._features.fileno())\n", "pass\n"),
     ),
     *changes(
@@ -223,7 +223,7 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/base/content.py",
         "base/test_content.py exchange/test_session.py",
-        ('whole.update(len(data).to_bytes(8, "little") + data)', "whole.update(data)"),
+        ('hasher.update(len(data).to_bytes(8, "little") + data)', "hasher.update(data)"),
         ("if mark != digest(text):", "if not mark:"),
         ("for part in (name, of_file(root / name))", "for part in (of_file(root / name),)"),
         ('return plain if plain == text else f"{plain}-{digest(text)[:8]}"', "return plain"),
@@ -232,7 +232,7 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/base/files.py",
         "base/test_content.py",
         ("len(data := file.read(most + 1)) <= most:", "len(data := file.read(most + 1)) < most:"),
-        ("_to_disk(part)\n            put(part, path)", "put(part, path)\n            _to_disk(path)"),
+        ("_sync(part)\n            put(part, path)", "put(part, path)\n            _sync(path)"),
     ),
     *changes(
         "fedclip_flwr/base/content.py", "base/test_store.py", ("{s.st_mtime_ns}/{s.st_ctime_ns}/", "{s.st_mtime_ns}/")
@@ -240,7 +240,7 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/base/tensorfile.py",
         "base/test_tensorfile.py",
-        ("(name, kind.dtype, *kind.shape, crc)", "(name, kind.dtype, crc)"),
+        ("(name, spec.dtype, *spec.shape, crc)", "(name, spec.dtype, crc)"),
     ),
     *changes(
         "fedclip_flwr/data/partition.py",
@@ -351,7 +351,7 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/learning/training.py",
         "learning/test_training.py",
         ("max(count * 3 // 5, min(count, 1)), count // 5", "count * 3 // 5, count // 5"),
-        ("if found < least:", "if found <= least:"),
+        ("if loss < lowest:", "if loss <= lowest:"),
     ),
     *changes(
         "fedclip_flwr/learning/selection.py",
@@ -393,7 +393,7 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/flower/supernode.py",
         "flower/test_supernode.py",
-        ("elif _whole(key, object_store):", "elif True:"),
+        ("elif _is_complete(key, object_store):", "elif True:"),
     ),
     *changes(
         "fedclip_flwr/flower/superlink.py",

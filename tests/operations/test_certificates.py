@@ -37,7 +37,7 @@ def test_what_fedclip_keys_makes_is_good(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dates", "told"),
-    [({"ends": -1}, r"server.crt has expired on 20"), ({"begins": 1}, r"server.crt is good only from 20.*this clock")],
+    [({"ends": -1}, r"server.crt has expired on 20"), ({"begins": 1}, r"server.crt is not valid before 20.*clock")],
 )
 def test_a_certificate_out_of_its_time_is_told(tmp_path: Path, dates: dict[str, int], told: str) -> None:
     files = certify(tmp_path / "own", **{"begins": -2, **dates})  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def test_a_certificate_of_another_authority_is_told(tmp_path: Path) -> None:
 
 def test_a_key_that_is_not_the_certificates_is_told(tmp_path: Path) -> None:
     own, other = (certify(tmp_path / name) for name in ("own", "other"))
-    with pytest.raises(FaultError, match=r"server.crt is of another key than .*other/server.key"):
+    with pytest.raises(FaultError, match=r"server.crt belongs to another key than .*other/server.key"):
         certificates.rehearse(own.ca, own.certificate, other.key)
 
 
@@ -79,11 +79,11 @@ def _locked(path: Path) -> None:
     ("prepare", "look", "told"),
     [
         (lambda path: None, certificates.node_key, "can't be read \\(No such file"),
-        (lambda path: path.write_bytes(b"nothing"), certificates.node_key, "no ECDSA key as OpenSSH writes it"),
+        (lambda path: path.write_bytes(b"nothing"), certificates.node_key, "no ECDSA key in OpenSSH's format"),
         (_locked, certificates.node_key, "has a passphrase"),
-        (lambda path: path.write_bytes(b"nothing"), certificates.read, "no certificate in PEM form"),
+        (lambda path: path.write_bytes(b"nothing"), certificates.read, "no certificate in PEM format"),
         (lambda path: path.write_bytes(b"nothing"), certificates.trusting, "no certificate that TLS can use"),
-        (lambda path: path.touch(0o644), certificates.check_secret, "open to everybody.*mode 644.*chmod 600"),
+        (lambda path: path.touch(0o644), certificates.check_secret, "open to all users.*mode 644.*chmod 600"),
         (lambda path: None, certificates.check_secret, "can't be read \\(No such file"),
     ],
 )
@@ -95,7 +95,7 @@ def test_files_that_can_not_be_used_are_told(
         look(tmp_path / "file")
 
 
-@pytest.mark.parametrize(("text", "told"), [(b"nothing", "no private key in PEM form"), (None, "has a passphrase")])
+@pytest.mark.parametrize(("text", "told"), [(b"nothing", "no private key in PEM format"), (None, "has a passphrase")])
 def test_a_servers_key_that_can_not_be_used_is_told(tmp_path: Path, text: bytes | None, told: str) -> None:
     files = certify(tmp_path / "own")
     if text is None:

@@ -39,7 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
     home = tmp_path / "home"
     for name in (f"{MODEL}/classes-1.safetensors", "partitions/1.safetensors"):
-        store.kept(home / name, lambda: ({"rows": torch.arange(3)}, {"model": "some/clip"}))
+        store.load_or_make(home / name, lambda: ({"rows": torch.arange(3)}, {"model": "some/clip"}))
     digest = content.digest("x")
     for memory, names in (("contents", (digest, "session-1", "conversion-1")), ("sweeps/results", (digest,))):
         for name in names:
@@ -99,7 +99,7 @@ def test_what_there_is_is_shown_and_without_a_terminal_nothing_is_removed(home: 
     ]
     assert rows[4][3:] == ["10 B", "2"]
     assert lines[-2].startswith("7 files, ")
-    assert "personal is not looked at unless personal is named" in lines[-2]
+    assert "personal is only cleaned if you name personal" in lines[-2]
     assert lines[-1].startswith("Nothing was removed")
     assert "--yes" in lines[-1]
 
@@ -148,7 +148,7 @@ def test_an_entry_that_another_process_makes_stays(home: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         said = asked(home, "features")
         assert said[-1].startswith("Removed 1 file, ")
-        assert said[-1].endswith(" are in use and stay.")
+        assert said[-1].endswith(" are in use and are kept.")
         assert {f".{path.name}.part", f".{path.name}.journal"} <= {file.name for file in path.parent.iterdir()}
         assert not (home / MODEL / "classes-1.safetensors").exists()
     assert asked(home, "features")[-1].startswith("Removed 2 files, ")
@@ -157,7 +157,7 @@ def test_an_entry_that_another_process_makes_stays(home: Path) -> None:
 
 def test_what_is_used_while_the_question_waits_stays(home: Path) -> None:
     def ask(_: str) -> bool:
-        store.kept(home / MODEL / "classes-1.safetensors", lambda: pytest.fail("made again"))
+        store.load_or_make(home / MODEL / "classes-1.safetensors", lambda: pytest.fail("made again"))
         return True
 
     said: list[str] = []
@@ -172,7 +172,7 @@ def test_what_a_run_may_be_using_stays(home: Path) -> None:
     half.write_text("half")
     lines = cleaned("--yes")
     assert "4 files, " in lines[-2]
-    assert " of it may be in use by a run and stay." in lines[-2]
+    assert " may be in use by a run and are kept." in lines[-2]
     assert {"contents/session-1", "exchange/1/a.safetensors"} <= below(home)
     assert half.exists()
     age(3, half)
@@ -189,7 +189,7 @@ def test_nothing_is_followed_out_of_the_folder(home: Path, tmp_path: Path) -> No
     link.symlink_to(outside / "abc-float32" / "classes-1.safetensors")
     before = below(outside)
     lines = cleaned("--yes")
-    assert lines[0] == f"{home / 'features'} is behind a link and is left alone: remove what is there by hand."
+    assert lines[0] == f"{home / 'features'} is behind a link and is left alone: remove its files by hand."
     assert below(outside) == before
     assert link.is_symlink()
     assert (home / "exchange" / "1" / "link").is_symlink()

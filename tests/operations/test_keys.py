@@ -150,7 +150,7 @@ def test_what_is_there_is_kept_and_a_call_that_adds_a_site_adds_only_that(tmp_pa
     before = files(tmp_path)
     told = made(tmp_path, *first)
     assert files(tmp_path) == before
-    assert "was there, kept" in told
+    assert "existed, kept" in told
     assert all("–" in line for line in told.splitlines() if line.startswith(str(tmp_path)))  # nothing made
     made(tmp_path, "--site", "south")
     after = files(tmp_path)
@@ -219,15 +219,15 @@ def test_a_call_that_was_cut_off_anywhere_goes_on_when_it_is_given_again(
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("ca/ca.key", "no ECDSA key"),
-        ("ca/ca.crt", "no certificate"),
-        ("server/server.key", "no ECDSA key"),
-        ("server/server.crt", "no certificate"),
-        ("server/ca.crt", "is another one than"),
-        ("server/north.pub", "is another one than"),
-        ("sites/north/node.key", "no ECDSA key"),
+        ("ca/ca.key", "not an ECDSA key"),
+        ("ca/ca.crt", "not a certificate"),
+        ("server/server.key", "not an ECDSA key"),
+        ("server/server.crt", "not a certificate"),
+        ("server/ca.crt", "differs from"),
+        ("server/north.pub", "differs from"),
+        ("sites/north/node.key", "not an ECDSA key"),
         ("sites/north/node.pub", "another key than node.key"),
-        ("sites/north/ca.crt", "is another one than"),
+        ("sites/north/ca.crt", "differs from"),
     ],
 )
 def test_a_file_that_does_not_belong_there_is_named_and_left_alone(name: str, told: str, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_what_has_ended_is_told_and_a_certificate_ends_with_its_ca(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made_ago(830, monkeypatch, tmp_path / "a", "--server", "fl.example.org")
-    assert re.search(r"server.crt ended on .*: move it away", refused(tmp_path / "a", "--server", "fl.example.org"))
+    assert re.search(r"server.crt expired on .*: move it away", refused(tmp_path / "a", "--server", "fl.example.org"))
     made_ago(3600, monkeypatch, tmp_path / "b", "--server", "fl.example.org")
     (tmp_path / "b/server/server.crt").unlink()
     made(tmp_path / "b", "--server", "fl.example.org")
@@ -280,7 +280,7 @@ def test_what_has_ended_is_told_and_a_certificate_ends_with_its_ca(
     assert timedelta(days=48) < left < timedelta(days=51)
     made_ago(3660, monkeypatch, tmp_path / "c", "--server", "fl.example.org")
     (tmp_path / "c/server/server.crt").unlink()
-    assert "the CA ended on" in refused(tmp_path / "c", "--server", "fl.example.org")
+    assert "the CA expired on" in refused(tmp_path / "c", "--server", "fl.example.org")
 
 
 def test_what_signs_is_asked_for_where_it_was_put_away(tmp_path: Path) -> None:
@@ -322,4 +322,4 @@ def test_what_cannot_be_done_is_told_in_one_line_and_nothing_is_made(
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "keys"):
-        assert "let DIR name another folder" in refused(place, "--site", "north")
+        assert "set DIR to another folder" in refused(place, "--site", "north")

@@ -187,7 +187,7 @@ def test_all_of_it_can_be_had_number_by_number(tree: Path, tmp_path: Path) -> No
     assert told["tensors"] == sorted(tensors) == sorted(trained.records["arrays"])
     for name, tensor in tensors.items():
         assert (tensor.numpy() == trained.records["arrays"][name].numpy()).all()
-    with pytest.raises(UserError, match=r"--out: .* holds something already"):
+    with pytest.raises(UserError, match=r"--out: .* is not empty"):
         shown(tree, out=str(folder))
 
 

@@ -60,7 +60,7 @@ def test_any_text_comes_back_as_it_was_given(value: str, tmp_path: Path) -> None
 def test_nothing_is_overwritten(name: str, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"mine has a {name}, and nothing is overwritten"):
+    with pytest.raises(UserError, match=rf"mine already has a {name}, and nothing is overwritten"):
         scaffold.init(tmp_path / "mine", [])
     assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]
 
@@ -76,7 +76,7 @@ def test_a_folder_may_have_other_files_and_is_made_with_those_above(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["1st", "my_study", "Süd", "a b", "a" * 33, "a-", ".a"])
 def test_a_folder_that_flower_would_not_run_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Flower runs no app from a folder called"):
+    with pytest.raises(UserError, match="Flower can't run an app from a folder called"):
         scaffold.init(tmp_path / name, [])
     assert not (tmp_path / name).exists()
 

@@ -34,7 +34,7 @@ def test_a_run_that_was_stopped_before_it_met_its_sites_asks_how_many_there_are(
     results = f"results-dir={tmp_path}"
     with RunFolder(Settings(results_dir=str(tmp_path)), "0123") as run:
         assert json.loads((run.path / "settings.json").read_text())["sites"] is None
-    with pytest.raises(UserError, match="it was stopped before it met its sites: say how many with --nodes"):
+    with pytest.raises(UserError, match="it was stopped before its sites connected: set --nodes"):
         simulation.prepared(None, ["resume=latest", results])
     assert simulation.prepared(3, ["resume=latest", results])[2] == 3
     with RunFolder(Settings(results_dir=str(tmp_path), resume=run.path.name), "0123") as run:
@@ -56,7 +56,7 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
     assert simulation.app_folder() == tmp_path
     older = (tmp_path / "pyproject.toml").read_text().replace('track = ""\n', "")
     (tmp_path / "pyproject.toml").write_text(older)
-    with pytest.raises(UserError, match="it lacks the settings track; add them as a new folder of `fedclip init`"):
+    with pytest.raises(UserError, match="it lacks the settings track; copy them from a new folder of `fedclip init`"):
         simulation.app_folder()
 
 
@@ -73,8 +73,8 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
         (["personalize=maybe"], ["true or false"]),
         (["--nodes", "3", "min-sites=5"], ["there are 3 sites"]),
         (["--nodes", "0"], ["expected at least 1"]),
-        (["results-dir=/proc/none"], ["let results-dir name another folder"]),
-        (["data=none"], ["class-names must tell the classes"]),
+        (["results-dir=/proc/none"], ["set results-dir to another folder"]),
+        (["data=none"], ["class-names must list the classes"]),
         (["--on", "hospitals", "data=folder:images", "alpha=0"], ["expected an absolute path", "more than 0"]),
     ],
 )

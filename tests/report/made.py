@@ -111,7 +111,7 @@ def a_run(
         if ends == "completed":
             folder.finish(summary)
     if ends != "completed":
-        facts = {"status": ends, "why": "answers that can be used: 0", "round": ROUNDS - 1, "failures": list(failures)}
+        facts = {"status": ends, "why": "usable answers: 0", "round": ROUNDS - 1, "failures": list(failures)}
         (folder.path / "summary.json").write_text(json.dumps(facts))
     return folder.path
 

@@ -87,11 +87,11 @@ def test_where_the_data_is_not_at_hand_what_was_found_at_the_end_is_told(
     code, _ = fedclip(away)
     text = words(away / "report.html")
     assert code == 0
-    assert "As it was analysed before; it can't be made again here" in text
+    assert "This is an earlier analysis; it can't be repeated here" in text
     assert "Confusion, adapted" in text
     (away / output.FILE).unlink()
     assert fedclip(away)[0] == 0
-    assert "Nothing is told of single classes: data = 'folder:" in words(away / "report.html")
+    assert "There are no results by class: data = 'folder:" in words(away / "report.html")
 
 
 def test_several_runs_are_put_side_by_side(

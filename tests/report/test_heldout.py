@@ -22,7 +22,7 @@ from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.metrics import quality_of
 from fedclip_flwr.learning.training import logits_of
 from fedclip_flwr.report import heldout, output, writing
-from fedclip_flwr.report.heldout import Seen
+from fedclip_flwr.report.heldout import Predictions
 from fedclip_flwr.report.heldout_plots import calibration_error, confused, recalls
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.runs import history
@@ -30,8 +30,8 @@ from fedclip_flwr.runs.saved import load_adapter
 from tests.report.made import a_run
 
 
-def seen(found: list[int], confidence: list[float], truth: list[float]) -> Seen:
-    return Seen(
+def seen(found: list[int], confidence: list[float], truth: list[float]) -> Predictions:
+    return Predictions(
         torch.tensor(found), torch.tensor(confidence, dtype=torch.double), torch.tensor(truth, dtype=torch.double)
     )
 
@@ -73,7 +73,7 @@ def test_several_held_out_domains_are_analysed_together(plain: Path, drawn: Feat
 
 def test_bins_and_confusion_of_a_few_images() -> None:
     labels = torch.tensor([0, 0, 1, 2])
-    told = heldout.told(seen([0, 1, 1, 2], [1.0, 0.5, 2 / 15, 0.51], [1.0, 0.3, 2 / 15, 0.51]), labels, 3)
+    told = heldout.counts_of(seen([0, 1, 1, 2], [1.0, 0.5, 2 / 15, 0.51], [1.0, 0.3, 2 / 15, 0.51]), labels, 3)
     assert told["correct"] == 3
     assert told["confusion"] == [[0, 0, 1], [0, 1, 1], [1, 1, 1], [2, 2, 1]]
     images = [0] * 15
@@ -142,7 +142,7 @@ def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_
     shutil.copytree(plain, tmp_path / "run")
     (tmp_path / "run" / output.FILE).unlink(missing_ok=True)
     page = writing.write(history.read(tmp_path / "run"), opened=(features, "photo"))
-    assert "Nothing is told of single classes: none of the images of photo can be read." in page.read_text()
+    assert "There are no results by class: none of the images of photo can be read." in page.read_text()
 
 
 def test_broken_images_do_not_shift_the_pictures_of_rows(tree: Path) -> None:
@@ -186,7 +186,7 @@ def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, dra
     (run / output.FILE).write_text(heldout.as_text(found))
     assert heldout.kept(run, "the disk is away") == (
         found,
-        "As it was analysed before; it can't be made again here: the disk is away",
+        "This is an earlier analysis; it can't be repeated here: the disk is away",
     )
     (run / "adapter.safetensors").write_bytes(b"another")
     nothing, why = heldout.kept(run, "the disk is away")
@@ -194,13 +194,13 @@ def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, dra
     assert why == "the disk is away; and held_out.json is of an earlier round"
     (run / output.FILE).write_text("{")
     assert "can't be read" in heldout.kept(run, "")[1]
-    (run / output.FILE).write_text(json.dumps({"learnt": heldout.mark(run)}))
+    (run / output.FILE).write_text(json.dumps({"learnt": heldout.result_hash(run)}))
     assert heldout.kept(run, "") == (None, "; and held_out.json can't be read (it lacks domain)")
 
 
 def test_data_that_are_no_longer_the_runs_are_told(plain: Path, tree: Path) -> None:
     other = open_features(Settings(data=f"folder:{tree}"), progress=False)
-    with pytest.raises(UserError, match="no longer those that the run had"):
+    with pytest.raises(UserError, match="has changed since the run"):
         heldout.analyse(plain, Settings(), other, "photo")
 
 

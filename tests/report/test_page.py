@@ -86,7 +86,7 @@ def test_the_first_lines_tell_what_was_run_and_what_came_of_it(pages: dict[str, 
 
 def test_privacy_personal_adapters_and_holdout_sites_have_their_places(pages: dict[str, Path]) -> None:
     text = words(pages["many"])
-    assert "privacy of a site: ε 3.20 at δ = 1e-05, before anyone but the server" in text
+    assert "privacy of a site: ε 3.20 at δ = 1e-05, against anyone but the server" in text
     assert "seen, own 80.0 79.0 78.0 10.0" in text
     assert "west, unseen 50.0 56.0 +6.0" in text
     assert "The 12 best and the 12 weakest of 201 sites" in text
@@ -94,7 +94,7 @@ def test_privacy_personal_adapters_and_holdout_sites_have_their_places(pages: di
 
 def test_a_run_that_failed_has_a_report_of_what_is_there_and_why(pages: dict[str, Path]) -> None:
     text = words(pages["failed"])
-    assert "This run failed: answers that can be used: 0." in text
+    assert "This run failed: usable answers: 0." in text
     assert "2 rounds of 3" in text
     assert "Accuracy over rounds" in text
     assert "Held-out images: sketch" in text
@@ -125,8 +125,8 @@ def test_a_run_that_came_to_nothing_has_a_page_that_says_so(plain: Path, tmp_pat
         json.dumps({"status": "stopped", "why": "it was ended", "round": 0, "failures": []})
     )
     text = words(writing.write(history.read(run)))
-    assert "This run was stopped: it was ended. It came to no round." in text
-    assert "Nothing is told of single classes: the run came to no round." in text
+    assert "This run was stopped: it was ended. It completed no round." in text
+    assert "There are no results by class: the run completed no round." in text
     assert "in 0 rounds" in text
 
 
@@ -134,20 +134,18 @@ def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path, undrawn: None)
     run = tmp_path / "run"
     shutil.copytree(plain, run)
     (run / "summary.json").write_text(json.dumps({"status": "running", "round": 2, "failures": []}))
-    assert "This run was killed: what ran it is gone, and could not write why." in words(
-        writing.write(history.read(run))
-    )
+    assert "This run was killed: its process is gone, and left no reason." in words(writing.write(history.read(run)))
 
 
 def test_rounds_that_metrics_jsonl_has_lost_are_told(plain: Path, tmp_path: Path, undrawn: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
-    assert "has lost" not in words(writing.write(history.read(run)))
+    assert "metrics.jsonl lacks" not in words(writing.write(history.read(run)))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     for left, lost in ((lines[:-1], "1 round"), ([], f"{len(lines)} rounds")):
         (run / "metrics.jsonl").write_text("".join(left))
         told = words(writing.write(history.read(run)))
-        assert f"metrics.jsonl has lost the lines of {lost}: they are not shown." in told
+        assert f"metrics.jsonl lacks the lines of {lost}: they are not shown." in told
 
 
 def test_a_server_without_images_says_in_a_line_why_parts_are_missing(
@@ -158,7 +156,7 @@ def test_a_server_without_images_says_in_a_line_why_parts_are_missing(
     facts = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps({**facts, "data": "none"}))
     path = writing.write(history.read(run))
-    assert "Nothing is told of single classes: the server of this run has no images of its own." in words(path)
+    assert "There are no results by class: the server of this run has no images of its own." in words(path)
     assert 'id="confusion' not in path.read_text()
 
 
@@ -176,7 +174,7 @@ def test_class_names_and_images_of_an_analysis_that_came_from_elsewhere_can_not_
     assert "&lt;i&gt;" in text
     found["mended"] = [{**card, "image": None}]
     text = "".join(heldout_sections.of(Story(history.read(plain)), {}, found, ""))
-    assert "adapted: 3. There are no images to show, for the data has only their features." in text
+    assert "adapted: 3. There are no images to show, because the data has only their features." in text
 
 
 def test_an_adapter_that_changes_nothing_is_said_to(plain: Path) -> None:
@@ -217,7 +215,7 @@ def test_the_head_tells_where_the_papers_recipe_lacked_the_length_of_features(pl
     run = history.read(plain)
     assert "not the paper’s result" not in page.head(Story(run))
     run.summary["unknown_norm"] = True
-    assert "This is not the paper’s result: its adapter sees features of the length" in page.head(Story(run))
+    assert "This is not the paper’s result: its adapter expects features of" in page.head(Story(run))
 
 
 def test_runs_of_other_numbers_of_sites_differ_in_that(plain: Path) -> None:
@@ -242,8 +240,8 @@ def test_a_blend_is_told_with_the_weights(plain: Path) -> None:
     row = [[0, 1.0]]
     found["weights"] = {"of": 4, "common": 0.5, "values": [[1.0]], "classes": [2], "rising": [row], "falling": [row]}
     run = history.read(plain)
-    assert "are taken" not in "".join(heldout_sections.of(Story(run), {}, found, ""))
+    assert "The blend takes" not in "".join(heldout_sections.of(Story(run), {}, found, ""))
     run.summary["adapted"]["blend"] = 0.25
     text = "".join(heldout_sections.of(Story(run), {}, found, ""))
-    assert "Of what comes of it 25 % are taken" in text
+    assert "The blend takes 25 % of the adapted feature" in text
     assert "<td>class 2</td><td>0</td><td>+1.00</td>" in text

@@ -45,7 +45,7 @@ def test_what_is_no_setting_is_told() -> None:
             "seed": "seed: expected key=value",
             "=3": "=3: expected key=value",
             "adapter": "adapter: given twice",
-            "nodes": "nodes=6: how many sites are simulated is told by --nodes",
+            "nodes": "nodes=6: set the number of simulated sites with --nodes",
         },
     )
 

@@ -93,7 +93,7 @@ def test_adapters_of_the_sites_own_have_a_column() -> None:
     assert ["mean", "of", "the", "seen", "50.0", "62.5", "+12.5", "80.0"] in told
     assert ["sketch,", "unseen", "40.0", "38.0", "-2.0", "–"] in told
     assert ["macro", "F1", "31.0", "61.0", "70.0", "21.0", "11.0"] in told
-    assert "Own: adapters that the sites have made" in text
+    assert "Own: adapters that the sites personalised" in text
 
 
 def test_sites_left_out_for_the_same_reason_share_a_line() -> None:
@@ -104,9 +104,9 @@ def test_sites_left_out_for_the_same_reason_share_a_line() -> None:
 
 def test_how_the_round_was_chosen_is_told() -> None:
     text = console.closing(SUMMARY, Settings(blend="auto"), None, False)
-    assert "Round 3 of 20 is taken, for no site has validation images" in text
+    assert "Round 3 of 20 is used, because no site has validation images" in text
     zero = {**SUMMARY, "adapted": {**SUMMARY["adapted"], "round": 0}}
-    assert "nothing was gained" in console.closing(zero, Settings(), None, True)
+    assert "no gain over zero-shot" in console.closing(zero, Settings(), None, True)
 
 
 def test_gains_are_those_of_the_figures_shown_and_sites_are_in_counting_order() -> None:
@@ -183,10 +183,10 @@ def test_the_plan_and_the_result_tell_where_the_papers_recipe_lacks_the_length_o
     assert "3,000 images here" in told(own, recipe="paper")
     for good in (told(own, recipe="paper"), told(lacking), told(own, lacking, recipe="paper", feature_norm=10.0)):
         assert "paper's result" not in good
-    assert "brought to the length 10" in told(own, lacking, recipe="paper", feature_norm=10.0)
+    assert "features scaled to length 10" in told(own, lacking, recipe="paper", feature_norm=10.0)
     assert "paper's result" not in told(lacking, recipe="paper", method="full-model")
     result = console.closing({**SUMMARY, "unknown_norm": True}, Settings(recipe="paper"), "sketch", True)
-    assert "This is not the paper's result: its adapter sees features of the length that CLIP gives them" in result
+    assert "This is not the paper's result: its adapter expects features of CLIP's own length" in result
     assert "paper's result" not in console.closing(SUMMARY, Settings(recipe="paper"), "sketch", True)
 
 

@@ -22,7 +22,7 @@ from fedclip_flwr.features.encoded import Pixels
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.runs.checkpoint import Checkpoint
-from fedclip_flwr.runs.folder import RunFolder, begun_with
+from fedclip_flwr.runs.folder import RunFolder, saved_settings
 from fedclip_flwr.runs.opening import open_run
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.server.nodes import Failure
@@ -180,15 +180,15 @@ def test_how_a_run_ended_is_written_down(tmp_path: Path) -> None:
 
 def test_results_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"\): let results-dir name another folder"):
+    with pytest.raises(UserError, match=r"\): set results-dir to another folder"):
         started(tmp_path / "file")
 
 
 NO_ROOM = """
 import resource, sys
-from fedclip_flwr.config import Settings
-from fedclip_flwr.errors import UserError
-from fedclip_flwr.runs import RunFolder
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.runs.folder import RunFolder
 from tests.runs.test_folder import complete
 with RunFolder(Settings(results_dir=sys.argv[1]), "0123") as run:
     run.checkpoint(complete(1))
@@ -206,7 +206,7 @@ def test_on_a_full_disk_the_last_checkpoint_is_kept_and_the_user_told(tmp_path: 
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
-    assert "let results-dir name another folder" in done.stdout, done.stderr
+    assert "set results-dir to another folder" in done.stdout, done.stderr
     folder = tmp_path / "latest"
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
     assert len(list((folder / "checkpoint").iterdir())) == 1
@@ -242,11 +242,11 @@ def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_roun
         assert "after round 2 with resume='" in run.how_to_resume
     with again(tmp_path / "latest", adapter="gate") as run:
         assert run.path == first.path
-    given, sites = begun_with(Settings(results_dir=str(tmp_path), resume="latest"))
+    given, sites = saved_settings(Settings(results_dir=str(tmp_path), resume="latest"))
     assert (given["adapter"], given["num-server-rounds"], given["early-stop"], sites) == ("gate", 7, 3, 2)
     facts = json.loads((first.path / "settings.json").read_text())
     (first.path / "settings.json").write_text(json.dumps(facts | {"sites": "3"}))
-    assert begun_with(Settings(results_dir=str(tmp_path), resume=first.path.name))[1] is None
+    assert saved_settings(Settings(results_dir=str(tmp_path), resume=first.path.name))[1] is None
     assert given.keys() == Settings.keys().keys() - {"name", "resume", "results-dir"}
 
 
@@ -263,7 +263,7 @@ def test_a_run_with_a_name_has_it_for_its_folder_and_keeps_it(tmp_path: Path) ->
         started(tmp_path, name="gate-b32")
     with pytest.raises(UserError, match="has a run of that name"):
         open_run({"name": "gate-b32", "results-dir": str(tmp_path)})
-    with pytest.raises(UserError, match="a run that goes on keeps its name; leave it out"):
+    with pytest.raises(UserError, match="a resumed run keeps its name; leave it out"):
         Settings.from_run_config({"name": "other", "resume": "gate-b32"})
     with again(first.path, adapter="gate") as run:
         run.begin([], 2)
@@ -278,11 +278,11 @@ def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: 
         with pytest.raises(UserError, match=f"resume = '{first.path.name}': that run is still under way"):
             again(first.path, adapter="gate", seed=7)
     before = {path: path.read_bytes() for path in first.path.rglob("*.*")}
-    with pytest.raises(UserError, match='that run has other settings; give them again: adapter="gate" seed=7'):
+    with pytest.raises(UserError, match='that run has different settings; give the same: adapter="gate" seed=7'):
         again(first.path)
     with pytest.raises(UserError, match=f"there is no such run in {tmp_path}; the latest are {first.path.name}"):
         again(tmp_path / "yesterday")
-    with pytest.raises(UserError, match=r"there is no such run in .*; nothing was run there yet"):
+    with pytest.raises(UserError, match=r"there is no such run in .*; it has no runs yet"):
         started(tmp_path / "empty", resume="latest")
     with pytest.raises(UserError, match="too few sites"), again(first.path, adapter="gate", seed=7):
         raise UserError("too few sites")
@@ -291,7 +291,7 @@ def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: 
     with pytest.raises(UserError, match="can't be read"):
         again(first.path, adapter="gate", seed=7)
     (first.path / "settings.json").write_text("{")
-    with pytest.raises(UserError, match=r"settings.json is damaged .*put back a copy"):
+    with pytest.raises(UserError, match=r"settings.json is damaged .*restore a copy"):
         again(first.path, adapter="gate", seed=7)
 
 
@@ -315,7 +315,7 @@ def test_once_stopped_nothing_more_is_written_by_whoever_does_not_know_yet(tmp_p
     assert {path: path.read_bytes() for path in run.path.rglob("*.*")} == before
     told = json.loads((run.path / "summary.json").read_text())
     assert (told["status"], told["round"]) == ("stopped", 1)
-    assert told["why"] == f"it was ended from outside. It goes on after round 1 with resume='{run.path.name}'."
+    assert told["why"] == f"it was stopped from outside. Resume it after round 1 with resume='{run.path.name}'."
 
 
 def test_who_looks_whether_a_folder_is_held_does_not_keep_a_run_from_going_on(

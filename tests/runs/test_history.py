@@ -63,7 +63,7 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
     told = history.names(tmp_path)
     assert told == [names[1], names[2], names[3], names[4], names[0], "by-name"]  # as they were made
     assert history.names(tmp_path / "nowhere") == []
-    with pytest.raises(UserError, match="can't be looked into"):
+    with pytest.raises(UserError, match="can't be listed"):
         history.names(tmp_path / "file")
 
 
@@ -77,12 +77,12 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
         ("settings.json", "[" * 100_000, "settings.json is damaged"),
         ("metrics.jsonl", '{"round": 0', "metrics.jsonl is damaged"),
         ("metrics.jsonl", "3\n", "metrics.jsonl is damaged .expected an object"),
-        ("metrics.jsonl", '{"round": 0}\n', "metrics.jsonl is damaged .a line is no round"),
-        ("metrics.jsonl", json.dumps(line(0, seconds=None)), "metrics.jsonl is damaged .a line is no round"),
-        ("metrics.jsonl", json.dumps(line(0, bytes=10**400)), "metrics.jsonl is damaged .a line is no round"),
-        ("metrics.jsonl", json.dumps(line(0, seen=float("nan"))), "metrics.jsonl is damaged .a line is no round"),
-        ("metrics.jsonl", json.dumps({**line(0), "round": 0.5}), "metrics.jsonl is damaged .a line is no round"),
-        ("metrics.jsonl", json.dumps({**line(0), "seen": "much"}), "metrics.jsonl is damaged .a line is no round"),
+        ("metrics.jsonl", '{"round": 0}\n', "metrics.jsonl is damaged .invalid round record"),
+        ("metrics.jsonl", json.dumps(line(0, seconds=None)), "metrics.jsonl is damaged .invalid round record"),
+        ("metrics.jsonl", json.dumps(line(0, bytes=10**400)), "metrics.jsonl is damaged .invalid round record"),
+        ("metrics.jsonl", json.dumps(line(0, seen=float("nan"))), "metrics.jsonl is damaged .invalid round record"),
+        ("metrics.jsonl", json.dumps({**line(0), "round": 0.5}), "metrics.jsonl is damaged .invalid round record"),
+        ("metrics.jsonl", json.dumps({**line(0), "seen": "much"}), "metrics.jsonl is damaged .invalid round record"),
         ("metrics.jsonl", "\ud800", "metrics.jsonl is damaged"),
         ("summary.json", '{"status": "comp', "summary.json is damaged"),
         ("summary.json", '{"failures": [3]}', "summary.json is damaged .failures"),
@@ -171,7 +171,7 @@ def test_a_run_is_running_until_it_says_how_it_ended(tmp_path: Path) -> None:
         assert (run.status, run.completed, run.why, run.changed) == ("running", False, "", {"seed": 5})
         raise KeyboardInterrupt
     run = history.read(folder.path)
-    assert (run.status, run.why) == ("stopped", "it was ended from outside.")
+    assert (run.status, run.why) == ("stopped", "it was stopped from outside.")
     with pytest.raises(UserError), RunFolder(Settings(results_dir=str(tmp_path)), "0123") as folder:
         raise UserError("no sites")
     run = history.read(folder.path)
@@ -182,9 +182,9 @@ def test_a_killed_run_tells_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.M
     told = {"status": "running", "round": 2, "failures": [FAILURE]}
     run = history.read(make(tmp_path / "run", [line(0), line(1, bytes=3000)], told))
     assert (run.status, run.done) == ("killed", 2)
-    assert run.why.endswith(f"It goes on after round 2 with resume=run results-dir={tmp_path}.")
+    assert run.why.endswith(f"Resume it after round 2 with resume=run results-dir={tmp_path}.")
     monkeypatch.setattr(history, "runs_folder", lambda: tmp_path)
-    assert history.find("run").why.endswith("It goes on after round 2 with resume=run.")
+    assert history.find("run").why.endswith("Resume it after round 2 with resume=run.")
     assert run.failures == [(2, "photo-0", "no answer")]
     assert run.bytes_per_site_round == 1500
 

@@ -83,17 +83,17 @@ def test_one_run_is_told_in_a_few_lines(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_not_completed_tells_why_and_how_far_it_came(tmp_path: Path) -> None:
-    stopped = {"status": "stopped", "why": "it was ended from outside.", "round": 1, "failures": []}
+    stopped = {"status": "stopped", "why": "it was stopped from outside.", "round": 1, "failures": []}
     make(tmp_path / "run", [line(0), line(1, 0.625)], stopped)
     lines = show([str(tmp_path / "run")], None, False).splitlines()
-    assert "  status    stopped: it was ended from outside." in lines
+    assert "  status    stopped: it was stopped from outside." in lines
     assert "  rounds    1 of 3" in lines
     assert "  seen      50.0 → 62.5" in lines
     assert not any("report" in line for line in lines)
 
 
 def test_of_a_run_that_was_not_completed_the_round_selected_so_far_is_told(tmp_path: Path) -> None:
-    stopped = {"status": "stopped", "why": "it was ended from outside.", "round": 3, "failures": []}
+    stopped = {"status": "stopped", "why": "it was stopped from outside.", "round": 3, "failures": []}
     path = make(tmp_path / "run", [line(0), line(1, 0.625), line(2, 0.75), line(3, 0.5)], stopped)
     saved.write_tensors(path / "adapter.safetensors", {}, 2)
     (path / "adapter.json").write_text('{"round": 1}')  # of a run that was killed before it was replaced
@@ -108,7 +108,7 @@ def test_of_a_run_that_was_not_completed_the_round_selected_so_far_is_told(tmp_p
 
 
 def test_a_trained_round_is_not_taken_for_the_start_whose_line_is_lost(tmp_path: Path) -> None:
-    stopped = {"status": "stopped", "why": "it was ended from outside.", "round": 2, "failures": []}
+    stopped = {"status": "stopped", "why": "it was stopped from outside.", "round": 2, "failures": []}
     make(tmp_path / "run", [line(1, 0.625), line(2, 0.75)], stopped)
     (told,) = json.loads(show(["run"], tmp_path, True))
     assert told["seen"] == {"zero_shot": None, "adapted": 0.75}

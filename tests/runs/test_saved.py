@@ -59,8 +59,8 @@ def test_an_adapter_of_before_there_was_a_choice_takes_features_of_unit_length(t
         ({"kind": ["gate"]}, "can't be read"),
         ({"kind": None}, "lacks 'kind'"),
         ({"class_names": None}, "lacks 'class_names'"),
-        ({"class_names": "cat"}, "its class_names are no list of texts"),
-        ({"templates": [1]}, "its templates are no list of texts"),
+        ({"class_names": "cat"}, "its class_names must be a list of texts"),
+        ({"templates": [1]}, "its templates must be a list of texts"),
         ({"templates": []}, "there are no prompts"),
         ({"class_names": ["cat", "cat"]}, "at least two names, each once"),
         ({"class_names": ["cat", "\x1b[2J"]}, "give it a name of plain characters"),
@@ -111,14 +111,14 @@ class KilledError(BaseException):
 
 def killed_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a process is killed when it writes the file of that name."""
-    write = files.write_whole
+    write = files.write_atomic
 
     def write_or_die(path: Path, *given: Any) -> None:
         if path.name == name:
             raise KilledError
         write(path, *given)
 
-    monkeypatch.setattr(files, "write_whole", write_or_die)
+    monkeypatch.setattr(files, "write_atomic", write_or_die)
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -130,7 +130,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def texts(folder: Path) -> dict[str, str]:
     events = events_of(folder)
-    return {tag: events.State(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    return {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
 
 
 def mlflow_of(results: Path) -> MlflowClient:
@@ -339,8 +339,8 @@ def in_a_process_of_its_own(name: str, folder: Path, limit: str = "", **env: str
     script = f"""
 import resource, signal
 from pathlib import Path
-from fedclip_flwr.config import Settings
-from fedclip_flwr.trackers import Trackers
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.runs.trackers import Trackers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 {limit}
 told = Trackers({name!r})
@@ -358,7 +358,7 @@ told.end("completed")
 def test_without_a_key_wandb_is_dropped_in_one_line(tmp_path: Path) -> None:
     env = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
     (told,) = in_a_process_of_its_own("wandb", tmp_path, **env)
-    assert told.startswith("tracking    wandb is no longer told of this run, which goes on: UsageError: No API key")
+    assert told.startswith("tracking    wandb failed, and is no longer used; the run continues: UsageError: No API key")
 
 
 class Noting:
@@ -417,8 +417,8 @@ def test_a_tracker_that_fails_is_dropped_once_and_the_others_go_on(
     monkeypatch.setattr(Failing, "ended", False)
     tell("wandb,tensorboard", tmp_path / "one", range(4))
     assert [said for said in capsys.readouterr().out.splitlines() if "no longer" in said] == [
-        "tracking    wandb is no longer told of this run, which goes on: SystemExit: no route to https://example.org "
-        "for now"
+        "tracking    wandb failed, and is no longer used; the run continues: SystemExit: no route to "
+        "https://example.org for now"
     ]
     assert not Failing.ended
     assert len(noted["one"].lines) == 4
@@ -443,7 +443,7 @@ def test_a_tracker_that_hangs_holds_up_neither_rounds_nor_a_stop(
     for thread in threading.enumerate():
         if thread.name == "wandb":
             thread.join()
-    told = "tracking    wandb is not done with it, and may lack the end of this run\n"
+    told = "tracking    wandb did not finish in time, and may lack the end of this run\n"
     assert capsys.readouterr().out.removeprefix("tracking    wandb: nowhere\n") == told  # and nothing later
 
 
@@ -451,7 +451,7 @@ def test_a_tracker_that_hangs_holds_up_neither_rounds_nor_a_stop(
 def test_on_a_full_disk_tensorboard_is_dropped_in_one_line(tmp_path: Path) -> None:
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))"
     assert in_a_process_of_its_own("tensorboard", tmp_path, limit)[1:] == [
-        "tracking    tensorboard is no longer told of this run, which goes on: OSError: [Errno 27] File too large"
+        "tracking    tensorboard failed, and is no longer used; the run continues: OSError: [Errno 27] File too large"
     ]
     assert len(scalars(tmp_path)["seen"]) > 10
 

@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_is_noticed_at_once_or_after_a_while_without_news(
     path = make(tmp_path / "run", [line(0)], RUNNING)
     (state,) = watch.follow(path, pytest.fail)
     assert state.status == "killed"
-    assert "It goes on after round 1 with resume=run" in watch.ending(state)
+    assert "Resume it after round 1 with resume=run" in watch.ending(state)
 
     looks = 0
 
@@ -217,7 +217,7 @@ def test_a_run_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_damaged_or_gone_while_it_is_watched_is_told(tmp_path: Path) -> None:
-    with going(tmp_path) as path, pytest.raises(UserError, match=r"settings.json is damaged .it is not there"):
+    with going(tmp_path) as path, pytest.raises(UserError, match=r"settings.json is damaged .the file is missing"):
         [*watch.follow(path, (path / "settings.json").unlink)]
 
 
@@ -232,7 +232,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         said, wrong = process.communicate(timeout=60)
         assert (process.returncode, wrong) == (watch.LEFT, "")
-        assert said.splitlines()[-1] == f"No longer watched; {path.name} goes on as before."
+        assert said.splitlines()[-1] == f"Stopped watching; {path.name} is not affected."
         assert history.read(path).status == "running"
 
 

@@ -166,7 +166,7 @@ def test_numbers_that_would_overflow_are_refused_and_change_nothing() -> None:
     for gathering in made:
         gathering.add("one", moved(1.0, 0.0, 0.0), 1.0)
         for bad in (Mean.LARGEST, -1e30, float("nan")):
-            with pytest.raises(UserError, match="a: numbers of 16,384 and more"):
+            with pytest.raises(UserError, match="a: expected numbers below 16,384"):
                 gathering.add("bad", moved(0.0, bad, 0.0), 1.0)
         assert flat(gathering.close()) == [1.0, 0.0, 0.0]
 

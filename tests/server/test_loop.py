@@ -183,8 +183,8 @@ def test_the_more_messages_are_under_way_the_seldomer_flower_is_asked(monkeypatc
     monkeypatch.setattr(time, "sleep", pauses.append)
     wait = waiting.Wait(timeout=60.0)
     for under_way in (1, 40, 1000, 100_000):
-        wait.something_came()
-        wait.a_moment(under_way)
+        wait.answered()
+        wait.pause(under_way)
     assert pauses == [0.01, 0.01, 0.25, 25.0]
 
 
@@ -377,7 +377,7 @@ def test_a_round_in_which_nobody_can_be_asked_to_train_is_repeated() -> None:
     running.run()
     assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert [line for line in running.said if "the round is repeated" in line] == [
-        "round 2: answers that can be used: 0, min-sites = 1 are needed; the round is repeated"
+        "round 2: usable answers: 0, min-sites = 1 are needed; the round is repeated"
     ]
 
 
@@ -388,7 +388,7 @@ def test_a_run_in_which_nobody_can_be_asked_to_train_any_more_ends_in_words() ->
 
 
 def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "AGAIN", 0.0)
+    monkeypatch.setattr(nodes, "RETRY_AFTER", 0.0)
     mended = Site("mended")
 
     def mending(message: Message) -> Message | None:
@@ -406,16 +406,16 @@ def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (Site("north"), "there is a site of that name already"),
-        (Site("south", classes=[0, 2]), "other classes"),
-        (Site("south", train=0, validation=0, test=0), "it holds no image that can be read"),
+        (Site("north"), "its name is taken by another site"),
+        (Site("south", classes=[0, 2]), "classes outside the 2"),
+        (Site("south", train=0, validation=0, test=0), "it has no readable image"),
         (lambda m: Message(Error(2, "no such\nfolder"), reply_to=m), "no such folder"),
-        (lambda m: Message(RecordDict(), reply_to=m), "hello can't be understood"),
-        (Site("south", role="chief"), "a role that can't be: chief"),
-        (Site("south", role="holdout"), "a role that can't be: holdout"),  # with images to train on
-        (lambda m: Message(records.write_progress(Progress("south", -1, 5)), reply_to=m), "counts that can't be"),
-        (lambda m: Message(records.write_progress(Progress("south", 6, 5)), reply_to=m), "can't be: 6 of 5 images"),
-        (lambda m: Message(RecordDict({"progress": ConfigRecord()}), reply_to=m), "progress can't be understood"),
+        (lambda m: Message(RecordDict(), reply_to=m), "malformed hello"),
+        (Site("south", role="chief"), "invalid role: chief"),
+        (Site("south", role="holdout"), "invalid role: holdout"),  # with images to train on
+        (lambda m: Message(records.write_progress(Progress("south", -1, 5)), reply_to=m), "invalid counts"),
+        (lambda m: Message(records.write_progress(Progress("south", 6, 5)), reply_to=m), "6 of 5 images"),
+        (lambda m: Message(RecordDict({"progress": ConfigRecord()}), reply_to=m), "malformed progress"),
     ],
 )
 def test_a_hello_that_will_not_do_is_named_and_the_others_go_on(other: Answer, told: str) -> None:
@@ -496,7 +496,7 @@ def test_a_round_with_too_few_answers_is_repeated_then_the_run_ends_in_words() -
     assert north.trained_in == [1, 1, 1]
     assert not running.told.completed
     assert [line for line in running.said if "the round is repeated" in line] == [
-        "round 1: answers that can be used: 1, min-sites = 2 are needed; the round is repeated"
+        "round 1: usable answers: 1, min-sites = 2 are needed; the round is repeated"
     ] * 2
 
 
@@ -721,7 +721,7 @@ def test_a_node_that_does_not_answer_its_hello_holds_up_the_start_no_longer_than
     running.nodes.wait_for(1)
     assert 120 <= clock.now < 125
     assert running.said[-1] == (
-        "going on without node 7, node 9: no answer to the hello so far; a site that answers takes part from the next "
+        "continuing without node 7, node 9: no answer to the hello so far; a site that answers joins from the next "
         "round on"
     )
     assert not running.nodes.failures
@@ -750,7 +750,7 @@ def test_a_node_that_does_not_answer_is_waited_for_where_it_may_be_a_site_of_bef
     running.grid.nodes[9] = answering_after(running, clock, 500.0, Site("south"))
     running.nodes.wait_for(1, expected=["north", "south"])
     assert set(running.nodes.hellos) == {"north", "south"}
-    assert not [line for line in running.said if "going on" in line]
+    assert not [line for line in running.said if "continuing without" in line]
 
 
 def test_a_site_that_tells_its_progress_after_each_slice_is_waited_for(clock: Clock) -> None:

@@ -142,10 +142,10 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_checkpoint_of_before_there_were_several_held_out_domains_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, of_line = full(), checkpoint._of_line
+    made, as_facts = full(), checkpoint._as_facts
     assert made.state.zero is not None
     monkeypatch.setattr(
-        checkpoint, "_of_line", lambda line: of_line(line) | {"unseen": of_line(line)["unseen"].get("sea")}
+        checkpoint, "_as_facts", lambda result: as_facts(result) | {"unseen": as_facts(result)["unseen"].get("sea")}
     )
     checkpoint.write(tmp_path / "c", made)
     back = checkpoint.read(tmp_path / "c")
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_told_wherever_the_damage_is(tmp_path: Path) -> 
         assert "\n" not in str(told.value)
     for length in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="bring it back from a backup, or begin a new run"):
+        with pytest.raises(UserError, match="restore it from a backup, or start a new run"):
             checkpoint.read(path)
 
 
@@ -193,9 +193,9 @@ def test_real_sites_that_are_gone_or_hold_something_else_are_told_and_the_run_go
 
     again, outcome = interrupted(federation, tmp_path / "c", 1, others)
     assert outcome.rounds == 3
-    assert [line for line in again.said if line.startswith("going on")] == [
-        "going on, but not with all as before: south: it holds other images than before",
-        "going on, but not with all as before: west: it is not there",
+    assert [line for line in again.said if line.startswith("resuming")] == [
+        "resuming with other sites than before: south: its images have changed",
+        "resuming with other sites than before: west: it is not connected",
     ]
 
 
@@ -236,7 +236,7 @@ def test_a_site_that_was_gone_before_is_not_waited_for(tmp_path: Path) -> None:
         return running
 
     again, _ = interrupted(federation, tmp_path / "c", 1)
-    assert not [line for line in again.said if line.startswith("going on")]
+    assert not [line for line in again.said if line.startswith("resuming")]
 
 
 def test_simulated_sites_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_simulated_sites_must_be_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(nodes, "simulated", lambda grid: True)
         running.grid.nodes = {1: Site("north")}
 
-    with pytest.raises(UserError, match="simulate 2 of them"):
+    with pytest.raises(UserError, match="simulate 2 sites"):
         interrupted(lambda: Running({1: Site("north"), 2: Site("south")}), tmp_path / "c", 1, fewer)
 
 

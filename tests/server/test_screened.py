@@ -37,7 +37,7 @@ def test_a_site_that_goes_too_far_is_bounded_and_told_once_and_in_the_summary() 
     assert [value for _, value in running.told.completed] == pytest.approx([step, 2 * step, 3 * step])
     assert running.nodes.scaled == {"far": 3}
     said = [line for line in running.said if "far" in line]
-    assert said == ["round 1: far's update is much longer than the others': it counts as one that is not"]
+    assert said == ["round 1: far's update is much longer than the others': it is scaled down"]
     assert not running.nodes.failures
 
 
@@ -123,7 +123,7 @@ def test_a_site_that_comes_back_under_a_name_that_another_has_taken_is_told() ->
     running.grid.nodes[5] = real
     running.nodes.meet(1)
     assert [f.site for f in running.nodes.failures] == ["north (node 5)"]
-    assert "there is a site of that name already" in running.nodes.failures[0].why
+    assert "its name is taken by another site" in running.nodes.failures[0].why
 
 
 def test_a_site_is_not_left_out_for_what_was_refused_in_its_name() -> None:
@@ -199,10 +199,10 @@ def test_who_drops_out_is_named_and_the_sum_is_that_of_the_others() -> None:
 def test_a_round_of_which_too_few_stay_is_repeated_with_new_keys_and_ends_in_words() -> None:
     gone = [Masked(f"gone-{n}", 1.0, {2: "query.unmask"}) for n in range(3)]
     running = masked(Masked("a"), Masked("b"), *gone)
-    with pytest.raises(UserError, match="round 2: answers that can be used: 0, min-sites = 3 are needed"):
+    with pytest.raises(UserError, match="round 2: usable answers: 0, min-sites = 3 are needed"):
         running.run()
     said = [line for line in running.said if "no sum can be made" in line]
-    assert said == ["round 2: no sum can be made: 2 members revealed their piece of 000000, 3 must"] * 3
+    assert said == ["round 2: no sum can be made: 2 members revealed their piece of 000000, expected 3"] * 3
     assert [value for _, value in running.told.completed] == [1.0]
 
 
@@ -375,10 +375,10 @@ def test_of_too_few_updates_nothing_is_unmasked() -> None:
     """A sum that is thrown away, less the next one, would be a single update."""
     gone = Masked("gone", 1.0, {2: "train"})
     running = masked(*(Masked(f"site-{n}") for n in range(3)), gone, min_sites=4, num_server_rounds=2)
-    with pytest.raises(UserError, match="round 2: answers that can be used: 0, min-sites = 4 are needed"):
+    with pytest.raises(UserError, match="round 2: usable answers: 0, min-sites = 4 are needed"):
         running.run()
     assert [kind for _, kind in running.grid.asked].count("query.unmask") == 4  # of round 1
-    assert "round 2: no sum can be made: 3 updates came, 4 must: nothing is unmasked" in running.said
+    assert "round 2: no sum can be made: 3 updates arrived, expected 4: nothing is unmasked" in running.said
 
 
 def test_noise_of_a_sites_own_has_room_below_the_bound() -> None:

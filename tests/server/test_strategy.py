@@ -143,7 +143,7 @@ def test_a_site_counts_once_and_a_node_that_nobody_knows_never() -> None:
     arrays, _ = one.aggregate_train(1, [reply(1, [1.0, 1.0]), reply(1, [9.0, 9.0]), reply(7, [5.0, 5.0])])
     assert arrays is not None
     assert arrays["w"].numpy().tolist() == [1.0, 1.0]
-    assert one.dropped == {"c": "it answered twice", "node 7": "nobody knows this node"}
+    assert one.dropped == {"c": "it answered twice", "node 7": "unknown node"}
 
 
 def test_a_site_that_was_not_asked_does_not_count() -> None:

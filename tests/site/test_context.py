@@ -83,8 +83,8 @@ def test_a_site_with_data_of_its_own_holds_all_of_it_but_the_held_out_domain(tre
 @pytest.mark.parametrize(
     ("node", "told"),
     [
-        ({"site": "north"}, "was not told where its data is"),
-        ({"partition-id": 0, "num-partitions": 2}, "was not told where its data is"),
+        ({"site": "north"}, "this site's data is not set"),
+        ({"partition-id": 0, "num-partitions": 2}, "this site's data is not set"),
         ({"data": "folder:TREE"}, "has no name"),
         ({"data": "folder:/nowhere", "site": "north"}, "no such folder"),
         ({"data": "folder:TREE", "partition-id": 2, "num-partitions": 2}, "expected a number from 0"),
@@ -126,7 +126,7 @@ def test_the_held_out_domain_is_known_in_other_spellings(tree: Path) -> None:
 
 
 def test_where_the_server_has_no_images_a_site_needs_its_own(tree: Path) -> None:
-    with pytest.raises(UserError, match="was not told where its data is"):
+    with pytest.raises(UserError, match="this site's data is not set"):
         desk(tree, {"site": "north"}, data="none")
     own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, data="none")
     assert own.site.class_numbers == [0, 1, 2]
@@ -134,7 +134,7 @@ def test_where_the_server_has_no_images_a_site_needs_its_own(tree: Path) -> None
 
 @pytest.mark.parametrize("place", PLACES)
 def test_no_server_names_a_place_of_a_real_sites_machine(place: str) -> None:
-    with pytest.raises(UserError, match="was not told where its data is"):
+    with pytest.raises(UserError, match="this site's data is not set"):
         settings_at({"data": f"{place}/etc"}, {"site": "north"})
     assert settings_at({"data": "drawn"}, {"site": "north", "data": f"{place}/own"}).data == f"{place}/own"
 
@@ -208,7 +208,7 @@ def test_another_model_than_the_servers_is_told(tree: Path, tmp_path: Path) -> N
     assert content
     own.require_same_model()
     replace(own, session=session(model=content)).require_same_model()
-    with pytest.raises(UserError, match="other content than the server's"):
+    with pytest.raises(UserError, match="differs from the server's"):
         replace(own, session=session(model="0123")).require_same_model()
 
 

@@ -1,1 +1,1 @@
-"""Secure aggregation: the protocol, its arithmetic, and a site's end. The server's end is in `server/`."""
+"""Secure aggregation: the protocol, its arithmetic, and the site's side. The server's side is in `server/`."""

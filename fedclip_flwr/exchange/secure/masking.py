@@ -1,24 +1,24 @@
-"""The sum of vectors without the vectors: secure aggregation, bytes and numbers in and out.
+"""Secure aggregation: the sum of vectors without the vectors, as functions of bytes and numbers.
 
-SecAgg (Bonawitz et al., eprint 2017/281) in the neighbourhoods of SecAgg+ (Bell et al., eprint 2020/704), on numbers
-modulo 2³². Four steps, each with one message to a site and one back:
+SecAgg (Bonawitz et al., eprint 2017/281) with the neighbourhoods of SecAgg+ (Bell et al., eprint 2020/704), on numbers
+modulo 2³². Four steps, each with one message to a site and one reply:
 
-    keys      two public keys of each member             →  to the members near it
-    shares    its seed and first private key, split      →  each piece encrypted for one of these, and its digest
+    keys      two public keys of each member             →  to its neighbours
+    shares    its seed and first private key, split      →  each piece encrypted for one neighbour, and its digest
     vectors   its numbers + its mask ± a mask with each  →  to the server, which adds them up
-    reveals   pieces of seeds of those whose vector came, and of private keys of those whose did not
+    reveals   pieces of the seeds of members whose vector arrived, and of the private keys of the others
 
-A site's side is in `member.py`, the server's in `server/collector.py`; here is what both need.
+The site's side is in `member.py`, the server's in `server/collector.py`; this module has what both need.
 
-This hides each vector from a server that follows the protocol, whatever it makes of what it sees, even together with
-members near that one, if they are fewer than the threshold. It does not from a server that invents members or tells
-each another story: who the members are is known from the server only. A member that spoils a step is found out by the
-digests, or by those whose letters from it can't be opened; but nobody can tell a bad vector from a good one.
+This hides each vector from an honest-but-curious server, even if it colludes with neighbours of that member, as long as
+these are fewer than the threshold. It does not protect against a server that invents members or lies about them: sites
+know the members only from the server. A member that disrupts a step is identified by the digests, or by the receivers
+that can't open its letters. A false vector can't be told from a true one.
 
-Deviations: no signatures and no round to compare what the server told (both are against one that lies), but a member
-refuses what no honest server asks for. Masks are keystream of AES-256-CTR under a key by HKDF-SHA256, for those of
-Flower have 2³² seeds at most. Who drops out before its pieces are there has no part in the rest, so that nobody needs
-pieces that never were.
+Deviations: no signatures and no consistency check of the server's lists (both are against a lying server), but a member
+refuses what no honest server asks for. Masks are a keystream of AES-256-CTR with a key from HKDF-SHA256: Flower's have
+only 2³² seeds. A member that drops out before its pieces arrive is excluded from the rest, so that missing pieces are
+never needed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fedclip_flwr.flower.crypto import generate_key_pairs
 Numbers = NDArray[np.uint32]
 
 FEWEST = 3
-"""Of two, each knows the other's vector from the sum."""
+"""Minimum number of members: with two, each learns the other's vector from the sum."""
 SEED, PRIVATE, PUBLIC = 32, 48, 49  # bytes: a mask's seed; a scalar and a compressed point of P-384
 SEED_PIECE, PRIVATE_PIECE = 4 + 48, 4 + 64  # an index, and the secret padded to whole blocks of 16
 DIGEST = 32
@@ -55,25 +55,25 @@ LONGEST_LETTER = 1000
 
 
 class Shares(NamedTuple):
-    """What a member gives away: a letter for each of the others; the digests of both pieces for each member, itself
-    included; that of its seed."""
+    """A member's output of the step `shares`: a letter for each of the others; the digests of both pieces for each
+    member, itself included; the digest of its seed."""
 
     letters: Mapping[str, bytes]
     digests: Mapping[str, bytes]
     seed: bytes
 
     def to(self, name: str) -> bytes:
-        """What the server sends on."""
+        """The letter and the digests that the server forwards to the member `name`."""
         return self.letters[name] + self.digests[name]
 
 
 def threshold(sharing: int) -> int:
-    """How many pieces give a secret that is split among so many: so many that no two such groups are disjoint."""
+    """How many of `sharing` pieces restore a secret: a majority, so that no two groups of this size are disjoint."""
     return sharing // 2 + 1
 
 
 def neighbours(names: Iterable[str], most: int, seed: bytes) -> dict[str, frozenset[str]]:
-    """Whom each shares with, itself included: all, if they are at most so many, else those next to it in a ring."""
+    """The members that each shares with, itself included: all, if at most `most`, else the nearest in a ring."""
     ring = sorted(names, key=lambda name: hashlib.sha256(seed + name.encode()).digest())
     reach = (most - 1) // 2
     if len(ring) <= most:
@@ -86,7 +86,7 @@ def neighbours(names: Iterable[str], most: int, seed: bytes) -> dict[str, frozen
 
 
 def finest_step(members: int, bound: float) -> float:
-    """The least power of two in multiples of which the sum of so many numbers within ±bound stays below 2³¹."""
+    """The finest power of two as a step with which the sum of `members` numbers within ±bound stays below 2³¹ steps."""
     step = 2.0 ** math.frexp(members * bound / 2**31)[1]
     while members * math.ceil(bound / step) >= 2**31:
         step *= 2
@@ -94,15 +94,15 @@ def finest_step(members: int, bound: float) -> float:
 
 
 def quantise(update: NDArray[np.floating[Any]], step: float, bound: float) -> Numbers:
-    """Whole multiples of the step, the nearest ones (of two, the even one), of the numbers cut off at ±bound."""
+    """The numbers, clipped to ±bound, as integer multiples of the step, rounded half to even."""
     if not np.isfinite(update).all():
         raise MaskingError("an update has numbers that are not finite")
-    cut = np.clip(update.astype(np.float64), -bound, bound)
-    return np.rint(cut / step).astype(np.int32).view(np.uint32)
+    clipped = np.clip(update.astype(np.float64), -bound, bound)
+    return np.rint(clipped / step).astype(np.int32).view(np.uint32)
 
 
 def dequantise(total: Numbers, step: float) -> NDArray[np.float64]:
-    """What a sum of such multiples comes to: exactly, if the step is a power of two."""
+    """The value of a sum of such multiples, exact if the step is a power of two."""
     return total.view(np.int32).astype(np.float64) * step
 
 
@@ -133,7 +133,7 @@ def own_mask(seed: bytes, context: str, name: str, size: int) -> Numbers:
 
 
 def pair_mask(secret: bytes, context: str, name: str, other: str, size: int) -> Numbers:
-    """What `name` adds for the two; the other's is the same, but for its sign."""
+    """The mask that `name` adds for the pair; the other member's has the opposite sign."""
     mask = _mask(secret, label("pair", context, *sorted((name, other))), size)
     return mask if name < other else np.negative(mask)
 
@@ -157,7 +157,7 @@ def point(key: bytes) -> ec.EllipticCurvePublicKey:
     try:
         return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), key)
     except ValueError:
-        raise MaskingError("a public key is no point of its curve") from None
+        raise MaskingError("a public key is not a point on its curve") from None
 
 
 def digest(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A site's side of a round of secure aggregation; what it is: `masking.py`."""
+"""A site's side of a round of secure aggregation. `masking.py` describes the protocol."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.flower.crypto import create_shares, decrypt, encrypt, generate_shared_key
 
 OWN = "name", "context", "step", "private", "seed"
-"""What a member holds besides what it knows of others."""
+"""The fields of a member that are not about other members."""
 
 
 @dataclass(repr=False)
 class Member:
-    """A site's side of a round: each step once, in order, and what is no longer needed is forgotten.
+    """A site's side of a round: each step once, in order. Secrets are deleted when they are no longer needed.
 
-    A step that is refused changes nothing.
+    A refused step changes nothing.
     """
 
     name: str
@@ -52,27 +52,27 @@ class Member:
     seed: bytes = b""
     publics: dict[str, bytes] = field(default_factory=dict)
     pieces: dict[str, bytes] = field(default_factory=dict)
-    """By the member that they came from: a piece of its seed, then one of its private key."""
+    """By sender: a piece of its seed, then a piece of its private key."""
 
     @classmethod
     def begin(cls, name: str, context: str) -> Member:
-        """A member with new keys; the context names the round, and must be the same for all."""
+        """A member with new keys. The context identifies the round, and must be the same for all members."""
         return cls(name, context, private=[new_private(), new_private()])
 
     @property
     def public(self) -> bytes:
-        """For the pairs' masks, then for encryption."""
+        """The public keys: for the pairwise masks, then for encryption."""
         return b"".join(map(public_of, self.private))
 
     def share(self, publics: Mapping[str, bytes]) -> Shares:
-        """Of its secrets a piece for each; `publics` are those of all that share, this one included."""
+        """A piece of its secrets for each; `publics` are the keys of all that share, this member included."""
         self._check_step("shares")
         if len(publics) < FEWEST:
             raise MaskingError(f"there are {len(publics)} members to share with, expected {FEWEST} or more")
         if publics.get(self.name) != self.public:
-            raise MaskingError("this member's own public keys came back as others")
+            raise MaskingError("this member's own public keys came back changed")
         if any(len(public) != 2 * PUBLIC for public in publics.values()):
-            raise MaskingError("public keys have another size than they should")
+            raise MaskingError("public keys have the wrong size")
         if len({key for public in publics.values() for key in (public[:PUBLIC], public[PUBLIC:])}) < 2 * len(publics):
             raise MaskingError("two public keys are the same")
         seed, order, needed = os.urandom(SEED), sorted(publics), threshold(len(publics))
@@ -85,12 +85,12 @@ class Member:
         return Shares(letters, {other: digests_of(piece) for other, piece in pieces.items()}, digest(seed))
 
     def mask(self, letters: Mapping[str, bytes], numbers: Numbers) -> Numbers:
-        """The numbers, masked; `letters` are the pieces from others, by sender: these have a part in the sum."""
+        """The masked numbers. `letters` are the pieces from the others that take part in the sum, by sender."""
         self._check_step("vectors")
         if unknown := letters.keys() - (self.publics.keys() - {self.name}):
             raise MaskingError(f"pieces came from members that nothing was shared with: {listed(unknown)}")
         if len(letters) + 1 < (needed := threshold(len(self.publics))):
-            raise MaskingError(f"pieces came of {len(letters) + 1} members, expected {needed} or more")
+            raise MaskingError(f"pieces came from {len(letters) + 1} members, expected {needed} or more")
         if numbers.dtype != np.uint32 or numbers.ndim != 1:
             raise MaskingError(f"numbers are {numbers.dtype} in {numbers.ndim} dimensions, expected uint32 in one")
         keys = self._encryption_keys({sender: self.publics[sender] for sender in letters})
@@ -104,24 +104,24 @@ class Member:
         return masked
 
     def reveal(self, survivors: Iterable[str], dropped: Iterable[str]) -> dict[str, bytes]:
-        """Pieces of the survivors' seeds and of the private keys of the dropped."""
+        """Pieces of the survivors' seeds and of the private keys of the dropped members."""
         self._check_step("reveals")
         survivors, dropped = set(survivors), set(dropped)
         if both := survivors & dropped:
-            raise MaskingError(f"both pieces are asked of {listed(both)}: that would unmask a single vector")
+            raise MaskingError(f"both pieces of {listed(both)} are requested: that would unmask a single vector")
         if unknown := (survivors | dropped) - self.pieces.keys():
-            raise MaskingError(f"pieces are asked that never came: of {listed(unknown)}")
+            raise MaskingError(f"requested pieces never arrived: those of {listed(unknown)}")
         if self.name not in survivors:
-            raise MaskingError("this member is not among those whose vector came, but its vector went")
+            raise MaskingError("this member is not among the survivors, but it sent its vector")
         if len(survivors) < (needed := max(threshold(len(self.publics)), FEWEST)):
             raise MaskingError(f"vectors of {len(survivors)} members came, expected {needed} or more")
-        told = {name: self.pieces[name][:SEED_PIECE] for name in survivors}
-        told |= {name: self.pieces[name][SEED_PIECE:] for name in dropped}
+        revealed = {name: self.pieces[name][:SEED_PIECE] for name in survivors}
+        revealed |= {name: self.pieces[name][SEED_PIECE:] for name in dropped}
         self.step, self.publics, self.pieces = "nothing", {}, {}
-        return told
+        return revealed
 
     def dump(self) -> dict[str, Any]:
-        """All of it, as a Flower ConfigRecord can hold it."""
+        """The member as values that a Flower ConfigRecord can hold."""
         own = {key: getattr(self, key) for key in OWN}
         publics = {"publics": list(self.publics), "publics-of": list(self.publics.values())}
         return own | publics | {"pieces": list(self.pieces), "pieces-of": list(self.pieces.values())}
@@ -143,15 +143,15 @@ class Member:
         return label("pieces", self.context, sender, receiver)
 
     def _open(self, sender: str, key: bytes, letter: bytes) -> bytes:
-        """What is in the letter, behind which the server has put the digests that its sender told."""
+        """The pieces in the letter, to which the server has appended the digests from its sender."""
         letter, digests = letter[: -2 * DIGEST], letter[-2 * DIGEST :]
         try:
             opened = decrypt(key, letter)
         except InvalidToken:
-            raise LetterError(sender, "are damaged or not meant for this one") from None
+            raise LetterError(sender, "are corrupt or for another member") from None
         pieces, address = opened[: SEED_PIECE + PRIVATE_PIECE], opened[SEED_PIECE + PRIVATE_PIECE :]
         if digests_of(pieces) != digests:
-            raise LetterError(sender, "have other digests than it told")
+            raise LetterError(sender, "do not match their digests")
         if address != self._address(sender, self.name):
             raise LetterError(sender, "are of another round, sender or receiver")
         return pieces

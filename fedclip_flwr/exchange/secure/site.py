@@ -1,4 +1,4 @@
-"""A site's end of secure aggregation: what it answers in each step."""
+"""A site's side of secure aggregation: its answer in each step."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fedclip_flwr.exchange.secure.member import Member
 from fedclip_flwr.exchange.secure.protocol import MASKED, Memory, paired
 
 MEMORY = "secure-aggregation"
-"""Where a site's secrets are in its context's state."""
+"""The record of a site's secrets in its context's state."""
 
 
-def _asked(content: RecordDict) -> Mapping[str, Any]:
+def _request(content: RecordDict) -> Mapping[str, Any]:
     record = content.config_records.get("masking")
     if record is None:
         raise ExchangeError(
-            "this site gives its update only with secure aggregation, which the server's message has not: are the "
-            "versions of this package the same?"
+            "this site gives its update only with secure aggregation, which the server's message lacks: do both sides "
+            "run the same version of this package?"
         )
     return record
 
 
-def _recall(asked: Mapping[str, Any], memory: Memory) -> Member:
+def _recall(request: Mapping[str, Any], memory: Memory) -> Member:
     kept = memory.get(MEMORY)
-    if kept is None or kept["context"] != asked["context"]:
-        raise ExchangeError("this site has no secrets for this attempt: was its SuperNode started anew?")
+    if kept is None or kept["context"] != request["context"]:
+        raise ExchangeError("this site has no secrets for this attempt: was its SuperNode restarted?")
     return Member.load(kept)
 
 
@@ -41,39 +41,39 @@ def _remember(member: Member, memory: Memory) -> None:
 
 
 def keys(content: RecordDict, memory: Memory) -> RecordDict:
-    asked = _asked(content)
-    member = Member.begin(asked["name"], asked["context"])
+    request = _request(content)
+    member = Member.begin(request["name"], request["context"])
     _remember(member, memory)
     return RecordDict({"keys": ConfigRecord({"public": member.public})})
 
 
 def shares(content: RecordDict, memory: Memory) -> RecordDict:
-    asked = _asked(content)
-    member = _recall(asked, memory)
-    letters, digests, seed = member.share(paired(asked, "of", "publics"))
+    request = _request(content)
+    member = _recall(request, memory)
+    letters, digests, seed = member.share(paired(request, "of", "publics"))
     _remember(member, memory)
-    told: dict[str, Any] = {"to": list(letters), "letters": list(letters.values()), "seed": seed}
-    return RecordDict({"shares": ConfigRecord({**told, "of": list(digests), "digests": list(digests.values())})})
+    sent: dict[str, Any] = {"to": list(letters), "letters": list(letters.values()), "seed": seed}
+    return RecordDict({"shares": ConfigRecord({**sent, "of": list(digests), "digests": list(digests.values())})})
 
 
 def masked(content: RecordDict, memory: Memory, trained: State, received: Mapping[str, Tensor]) -> State:
-    """What travels instead of the adapter that was trained."""
-    asked = _asked(content)
-    member = _recall(asked, memory)
+    """The masked update, which is sent instead of the trained adapter."""
+    request = _request(content)
+    member = _recall(request, memory)
     update = flat({name: trained[name].double() - received[name].double() for name in received})
-    numbers = quantise(update.numpy(), finest_step(asked["members"], asked["bound"]), asked["bound"])
-    vector = member.mask(paired(asked, "from", "letters"), numbers)
+    numbers = quantise(update.numpy(), finest_step(request["members"], request["bound"]), request["bound"])
+    vector = member.mask(paired(request, "from", "letters"), numbers)
     _remember(member, memory)
     return {MASKED: torch.from_numpy(vector.view("int32"))}
 
 
 def unmask(content: RecordDict, memory: Memory) -> RecordDict:
-    asked = _asked(content)
-    member = _recall(asked, memory)
-    pieces = member.reveal(asked["survivors"], asked["dropped"])
+    request = _request(content)
+    member = _recall(request, memory)
+    pieces = member.reveal(request["survivors"], request["dropped"])
     _remember(member, memory)
     return RecordDict({"unmask": ConfigRecord({"of": list(pieces), "pieces": list(pieces.values())})})
 
 
 STEPS: Mapping[str, Callable[[RecordDict, Memory], RecordDict]] = {"keys": keys, "shares": shares, "unmask": unmask}
-"""What a site does in the steps between."""
+"""The answers in the three steps besides `train`."""

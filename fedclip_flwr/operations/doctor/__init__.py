@@ -1,6 +1,6 @@
-"""The command `fedclip doctor`: whether a machine is fit for its part among real sites, and what to mend.
+"""The command `fedclip doctor`: checks that a machine is ready for a federation of real sites, and says what to fix.
 
-It looks and changes nothing: nothing is encoded or downloaded, and no run is disturbed.
+It changes nothing: nothing is encoded or downloaded, and no run is disturbed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedclip_flwr.runs import read_settings
 
 
 class Site(NamedTuple):
-    """What a SuperNode is started with, by the names of its flags."""
+    """The options of a SuperNode, under the names of its flags."""
 
     superlink: str = ""
     root_certificates: Path | None = None
@@ -32,7 +32,7 @@ class Site(NamedTuple):
 
 
 class Server(NamedTuple):
-    """What a SuperLink is started with; the `host` by which sites reach it, and Flower's name for it."""
+    """The options of a SuperLink; its name for sites (`host`), and in Flower's configuration (`on`)."""
 
     ssl_ca_certfile: Path | None = None
     ssl_certfile: Path | None = None
@@ -45,7 +45,7 @@ class Server(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is asked: for which part in a federation, and what is known of the run and of the site's data."""
+    """The parsed command: the part in a federation (None: any machine), the run's settings, the site's node config."""
 
     part: links.Site | links.Server | None
     given: Sequence[str]
@@ -54,22 +54,22 @@ class Task(NamedTuple):
 
 
 def read(words: Sequence[str], site: Site, server: Server, insecure: bool) -> Task:
-    """The task, from the side, if there is one, settings of the run, and options of both sides."""
+    """The task, from `words` (`site` or `server`, then the run's settings) and the options of both sides."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
     side, given = (words[0], words[1:]) if words and words[0] in ("site", "server") else ("", words)
     for other, options in {"site": site._asdict(), "server": server._asdict()}.items():
         if side != other and (wrong := [name for name, value in options.items() if value]):
             raise UserError(f"--{wrong[0].replace('_', '-')} is for one side: fedclip doctor {other}")
     if given and not side:
-        raise UserError(f"{given[0]}: say first which side this is: fedclip doctor server, or fedclip doctor site")
+        raise UserError(f"{given[0]}: name the side first: fedclip doctor server, or fedclip doctor site")
     node = read_node(site.node_config) if site.node_config else {}
     part = _site(site, insecure) if side == "site" else _server(server, insecure) if side == "server" else None
-    known = {"data": "none"} if side == "site" else {}  # a site's own, unless it is told of the server's
+    known = {"data": "none"} if side == "site" else {}  # the server's data, which a site need not know
     return Task(part, given, read_run(given, known), node)
 
 
 def examine(task: Task, tell: Callable[[str], None], as_json: bool = False) -> bool:
-    """Tells each finding, or all at the end as JSON; whether nothing has failed."""
+    """Reports each finding at once, or all at the end as JSON; returns False if a check has failed."""
     ex = Examination((lambda _: None) if as_json else tell)
     machine.examine(ex)
     needed = 0
@@ -78,13 +78,13 @@ def examine(task: Task, tell: Callable[[str], None], as_json: bool = False) -> b
         if task.given:
             needed = ex.look("data", holdings.examine_server, ex, task.run) or 0
         else:
-            ex.note("run", "model and data not looked for", "give the run's settings as well, as to fedclip run")
+            ex.note("run", "model and data not checked", "give the run's settings, too, as for fedclip run")
     elif task.part:
         ex.look("links", links.examine_site, ex, task.part)
         if task.node:
             needed = ex.look("data", holdings.examine_site, ex, task.run, task.node) or 0
         else:
-            ex.note("data", "not looked for", "give --node-config \"site='NAME' data='folder:/PATH'\"")
+            ex.note("data", "not checked", "give --node-config \"site='NAME' data='folder:/PATH'\"")
     ex.look("disk", machine.free, ex, needed)
     tell(json.dumps([finding._asdict() for finding in ex.findings], indent=2) if as_json else f"\n{ex.summary()}")
     return not ex.failed
@@ -110,7 +110,7 @@ def _server(server: Server, insecure: bool) -> links.Server:
 
 
 def read_run(given: Sequence[str], known: Mapping[str, Any]) -> Settings:
-    """A run's settings, from `key=value`, and what is `known` without."""
+    """A run's settings, from `key=value` and from `known` values."""
     values, problems = read_settings(given)
     settings, found = Settings.read({**known, **values})
     if problems := {**problems, **found}:
@@ -125,5 +125,5 @@ def read_node(text: str) -> Mapping[str, Any]:
     except (ClickException, OSError):
         node = {}
     if not node:
-        raise UserError(f"--node-config {text!r}: expected KEY=VALUE with texts in quotes, such as \"site='north'\"")
+        raise UserError(f"--node-config {text!r}: expected KEY=VALUE with strings in quotes, such as \"site='north'\"")
     return node

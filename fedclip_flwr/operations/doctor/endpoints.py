@@ -1,4 +1,4 @@
-"""What is at the other end: ports, TLS, and which nodes a SuperLink knows. Nothing is changed there."""
+"""Probes of other machines: ports, TLS, and the nodes that a SuperLink knows. Nothing is changed there."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from fedclip_flwr.flower.connections import (
 from fedclip_flwr.operations import certificates
 
 PATIENCE = 5.0
-"""Seconds."""
+"""Seconds until a probe gives up."""
 FIRST_WORDS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""With which a client of HTTP/2 begins; the last nine bytes are a frame of settings, as the answer must be."""
+"""How an HTTP/2 client begins; the last nine bytes are a SETTINGS frame, which the answer must be, too."""
 
 
 class Address(NamedTuple):
@@ -48,7 +48,7 @@ class Address(NamedTuple):
 
 
 class Greeting(NamedTuple):
-    """What a server shows in a handshake."""
+    """The server's side of a TLS handshake."""
 
     version: str
     certificate: x509.Certificate
@@ -62,18 +62,18 @@ def read_address(text: str, option: str) -> Address:
 
 
 def connect(address: Address) -> socket.socket:
-    """A connection, or why there is none."""
+    """A connection; raises with the reason if there is none."""
     try:
         return socket.create_connection(address, PATIENCE)
     except (socket.gaierror, UnicodeError):
         found = f"the name {address.host} can't be resolved"
-        remedy = "check its spelling; else ask who runs the network, or add it to /etc/hosts"
+        remedy = "check its spelling; else ask the network's administrator, or add it to /etc/hosts"
     except TimeoutError:
         found = f"{address} does not answer within {PATIENCE:g} s"
-        remedy = f"check the address, and have the firewalls between let TCP port {address.port} through"
+        remedy = f"check the address, and let the firewalls in between allow TCP port {address.port}"
     except ConnectionRefusedError:
-        found = f"{address} refuses connections: nothing listens there"
-        remedy = "start the SuperLink, or check host and port (a firewall may refuse, too)"
+        found = f"{address} refuses connections: nothing is listening there"
+        remedy = "start the SuperLink, or check host and port (a firewall can also refuse)"
     except OSError as error:
         found = f"{address} can't be reached ({error.strerror or error})"
         remedy = "check the address and this machine's network"
@@ -81,7 +81,7 @@ def connect(address: Address) -> socket.socket:
 
 
 def listens(address: Address) -> bool:
-    """Whether anything takes connections there."""
+    """True if anything accepts connections there."""
     try:
         connect(address).close()
     except FaultError:
@@ -90,7 +90,7 @@ def listens(address: Address) -> bool:
 
 
 def greet(address: Address, ca: Path | None, name: str | None) -> Greeting:
-    """What the server shows, if TLS works with it: signed by `ca`, and for `name` where there is one."""
+    """The server's greeting; raises unless TLS works, with a certificate signed by `ca`, and for `name` if given."""
     context = certificates.trusting(ca)
     context.check_hostname = name is not None
     try:
@@ -104,22 +104,22 @@ def greet(address: Address, ca: Path | None, name: str | None) -> Greeting:
     except OSError as error:
         if speaks_plainly(address):
             raise FaultError(
-                f"{address} speaks without TLS", "start the SuperLink with its certificates, not with --insecure"
+                f"{address} does not use TLS", "start the SuperLink with its certificates, not with --insecure"
             ) from None
         raise FaultError(
             f"TLS fails with {address} ({getattr(error, 'reason', None) or error.strerror or error})",
-            "check host and port: this seems to be no SuperLink",
+            "check host and port: this does not seem to be a SuperLink",
         ) from None
     if protocol != "h2":
         raise FaultError(
-            f"{address} speaks TLS but not HTTP/2 (ALPN)",
-            "check host and port; a proxy on the way must pass TLS through, or speak HTTP/2",
+            f"{address} supports TLS but not HTTP/2 (ALPN)",
+            "check host and port; a proxy in between must pass TLS through, or support HTTP/2",
         )
     return Greeting(version or "TLS", shown)
 
 
 def _look(address: Address) -> x509.Certificate:
-    """The certificate that is shown there, whoever has signed it."""
+    """The server's certificate, without checking who signed it."""
     context = certificates.trusting(None)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with connect(address) as plain, context.wrap_socket(plain) as secure:
@@ -132,13 +132,13 @@ def _shown(secure: ssl.SSLSocket) -> x509.Certificate:
 
 def _silent(address: Address) -> FaultError:
     return FaultError(
-        f"{address} takes connections, but says nothing within {PATIENCE:g} s",
+        f"{address} accepts connections, but sends nothing within {PATIENCE:g} s",
         "check host and port; is a proxy or a firewall in between?",
     )
 
 
 def speaks_plainly(address: Address) -> bool:
-    """Whether a server of HTTP/2 answers there without TLS."""
+    """True if an HTTP/2 server answers there without TLS."""
     with connect(address) as connection:
         try:
             connection.sendall(FIRST_WORDS)
@@ -149,10 +149,10 @@ def speaks_plainly(address: Address) -> bool:
 
 
 def knows(address: Address, key: ec.EllipticCurvePrivateKey, ca: Path | None, insecure: bool) -> bool:
-    """Whether the SuperLink has registered this key, be its SuperNode running or not.
+    """True if the SuperLink has registered this key, even if its SuperNode is not running.
 
-    It is asked to activate the node with a pause between heartbeats that can't be: Flower looks the key up before it
-    refuses that, and touches nothing.
+    It is asked to activate the node with an invalid heartbeat interval: Flower looks up the key before it refuses that,
+    and changes nothing.
     """
     public = key.public_key()
     request = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0.0)
@@ -169,12 +169,12 @@ def knows(address: Address, key: ec.EllipticCurvePrivateKey, ca: Path | None, in
             return False
         if "timestamp" in details:
             raise FaultError(
-                f"{address} refuses what this machine signs: {details}",
-                "set the clocks: a site's may be 5 s ahead of the server's at most, and 5 minutes behind",
+                f"{address} rejects this machine's signature: {details}",
+                "set the clocks: a site's may be at most 5 s ahead of the server's, or 5 minutes behind",
             ) from None
         if code == grpc.StatusCode.UNIMPLEMENTED:
             raise FaultError(
-                f"{address} is not where SuperNodes are served (Fleet API)", "check the port: it is 9092 unless changed"
+                f"{address} does not serve SuperNodes (Fleet API)", "check the port (default: 9092)"
             ) from None
         raise _unanswered(address, error) from None
     finally:
@@ -183,9 +183,9 @@ def knows(address: Address, key: ec.EllipticCurvePrivateKey, ca: Path | None, in
 
 
 def nodes(connection: str) -> Sequence[NodeInfo]:
-    """The nodes that the SuperLink knows which Flower's configuration calls so."""
+    """The nodes known to the SuperLink of that name in Flower's configuration."""
     config = get_flwr_home() / FLOWER_CONFIG_FILE
-    if not config.exists():  # Flower would write one
+    if not config.exists():  # Flower would create one
         raise FaultError(
             f"there is no {config}", f"write it, with the SuperLink's address below [superlink.{connection}]"
         )
@@ -196,7 +196,7 @@ def nodes(connection: str) -> Sequence[NodeInfo]:
             raise FaultError(f"{connection} is for simulations on this machine", f"name a SuperLink of {config}")
         channel = init_channel_from_connection(found)
     except ClickException as error:
-        raise FaultError(" ".join(error.message.split()), f"mend {config}") from None
+        raise FaultError(" ".join(error.message.split()), f"fix {config}") from None
     try:
         return list(ControlStub(channel).ListNodes(ListNodesRequest(), timeout=PATIENCE).nodes_info)
     except grpc.RpcError as error:
@@ -206,14 +206,14 @@ def nodes(connection: str) -> Sequence[NodeInfo]:
 
 
 def _of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
-    """A call's own words."""
-    assert isinstance(error, grpc.Call)  # all that a stub raises are
+    """The status and the message of a failed call."""
+    assert isinstance(error, grpc.Call)  # true of all errors that a stub raises
     return error.code(), " ".join(str(error.details()).split())
 
 
 def _unanswered(address: Address | str, error: grpc.RpcError) -> FaultError:
     code, details = _of(error)
     return FaultError(
-        f"{address} does not answer as Flower 1.31 does ({code.name}: {details})",
-        "look into the SuperLink's log; is its Flower the version that fedclip-flwr needs?",
+        f"{address} does not answer like Flower 1.31 ({code.name}: {details})",
+        "check the SuperLink's log, and that its Flower has the version that fedclip-flwr needs",
     )

@@ -1,4 +1,4 @@
-"""What the checks of a machine have found, told as they go."""
+"""The findings of the checks of a machine, reported as they come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OK, NOTE, FAIL = "ok", "note", "FAIL"
 
 
 class Finding(NamedTuple):
-    """What a check has found, and what to do about it."""
+    """The result of a check, and what to do about it."""
 
     state: str
     what: str
@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 
 class Examination:
-    """The findings so far; `tell` is told each at once."""
+    """The findings so far; `tell` gets each one at once."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.findings: list[Finding] = []
@@ -48,16 +48,16 @@ class Examination:
         self._tell(str(finding))
 
     def look(self, what: str, see: Callable[P, T], *args: P.args, **more: P.kwargs) -> T | None:
-        """What there is to see; or None, when it has been told why it can't be seen."""
+        """The result of `see`; None if it fails, which becomes a finding."""
         try:
             return see(*args, **more)
         except FaultError as fault:
             self.fail(what, fault.found, fault.remedy)
         except UserError as error:
             self.fail(what, " ".join(str(error).split()))
-        except Exception as error:  # one check is never the end of the others
+        except Exception as error:  # a failed check must not end the others
             why = one_line(f"{type(error).__name__}: {error}")
-            self.fail(what, f"this could not be looked at: {why}", "a fault of fedclip-flwr, or of what it stands on")
+            self.fail(what, f"this check failed itself: {why}", "a bug in fedclip-flwr, or in a package that it uses")
         return None
 
     @property
@@ -67,4 +67,4 @@ class Examination:
     def summary(self) -> str:
         """The last line."""
         fine, noted, failed = (sum(f.state == state for f in self.findings) for state in (OK, NOTE, FAIL))
-        return f"{counted(len(self.findings), 'check')}: {fine} fine, {noted} to note, {failed} to mend"
+        return f"{counted(len(self.findings), 'check')}: {fine} fine, {noted} to note, {failed} to fix"

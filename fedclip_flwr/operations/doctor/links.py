@@ -1,4 +1,4 @@
-"""Whether server and site can reach and trust each other: certificates, ports, node keys."""
+"""Checks that server and site can reach and trust each other: certificates, ports, node keys."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fedclip_flwr.operations.doctor.endpoints import Address
 from fedclip_flwr.operations.doctor.findings import Examination
 
 SOON = 30
-"""So many days before its end a certificate is worth a note."""
+"""Days before a certificate expires from which on it gets a note."""
 FLEET, CONTROL, APPS = "Fleet API", "Control API", "ServerAppIo API"
 OTHERS = {APPS: 9091, CONTROL: 9093}
-"""What else a SuperLink serves, and no site needs."""
+"""Other APIs of a SuperLink, which no site needs."""
 EVERYWHERE = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a SuperNode is started with."""
+    """The checked options of a SuperNode."""
 
     superlink: Address | None = None
     root_certificates: Path | None = None
@@ -39,7 +39,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Server:
-    """What a SuperLink is started with; the name by which sites reach it, and Flower's name for it."""
+    """The checked options of a SuperLink; its name for sites (`host`), and in Flower's configuration (`connection`)."""
 
     fleet: Address
     control: Address
@@ -61,17 +61,17 @@ def examine_site(ex: Examination, site: Site) -> None:
     else:
         ex.note(
             "node key",
-            "none is named: a SuperLink with --enable-supernode-auth takes no such site in",
+            "not given: a SuperLink with --enable-supernode-auth refuses such a site",
             "give --auth-supernode-private-key node.key (fedclip keys makes one)",
         )
     there = site.superlink
     if not there:
-        ex.note("SuperLink", "not looked for", "give --superlink HOST:9092 and --root-certificates ca.crt")
+        ex.note("SuperLink", "not checked", "give --superlink HOST:9092 and --root-certificates ca.crt")
     elif trusts and ex.look(FLEET, _served, ex, FLEET, there, ca, there.host, site.insecure):
         if key and site.private_key:
             public = site.private_key.with_suffix(".pub")
             ex.look("registration", _registered, ex, there, ca, site.insecure, key, public)
-        _others(ex, there.host, OTHERS, "if this is not the server itself, have its firewall close that port")
+        _others(ex, there.host, OTHERS, "unless this is the server itself, close that port in its firewall")
 
 
 def examine_server(ex: Examination, server: Server) -> None:
@@ -84,48 +84,48 @@ def examine_server(ex: Examination, server: Server) -> None:
         ex.look(APPS, _apps_served, ex, apps, ca)
         if host:
             ports = {CONTROL: control.port, APPS: apps.port}
-            _others(ex, host, ports, "let the SuperLink have that address on 127.0.0.1")
+            _others(ex, host, ports, "bind that API to 127.0.0.1")
     if server.connection:
         ex.look("nodes", _nodes, ex, server)
     else:
-        ex.note("nodes", "not asked for", "give --on NAME: what Flower's configuration calls the SuperLink")
+        ex.note("nodes", "not checked", "give --on NAME: the SuperLink's name in Flower's configuration")
 
 
 def _authority(ex: Examination, ca: Path) -> bool:
-    return _tell(ex, "CA", certificates.read(ca), str(ca), str(ca))
+    return _report(ex, "CA", certificates.read(ca), str(ca), str(ca))
 
 
-def _tell(ex: Examination, what: str, certificate: Certificate, whose: str, found: str) -> bool:
-    """That it is good, and until when."""
+def _report(ex: Examination, what: str, certificate: Certificate, whose: str, found: str) -> bool:
+    """Reports that the certificate is valid, and until when."""
     left = certificates.days_left(certificate, whose)
-    told = f"{found}, until {certificate.not_valid_after_utc:%Y-%m-%d}"
+    found = f"{found}, until {certificate.not_valid_after_utc:%Y-%m-%d}"
     if left < SOON:
-        ex.note(what, f"{told}: {left} days are left", certificates.AGAIN)
+        ex.note(what, f"{found}: {left} days are left", certificates.AGAIN)
     else:
-        ex.ok(what, told)
+        ex.ok(what, found)
     return True
 
 
 def _node_key(ex: Examination, path: Path) -> ec.EllipticCurvePrivateKey:
     key = certificates.node_key(path)
     if ex.look("node key", certificates.check_secret, path):
-        ex.ok("node key", f"{path}, {key.curve.name}, for its owner only")
+        ex.ok("node key", f"{path}, {key.curve.name}, not open to all users")
     return key
 
 
 def _served(
     ex: Examination, what: str, there: Address, ca: Path | None, name: str | None, insecure: bool = False
 ) -> bool:
-    """Whether that API is there, with TLS unless it is `insecure`."""
+    """True if that API answers, with TLS unless `insecure`; else raises."""
     if insecure:
         if not endpoints.speaks_plainly(there):
-            raise FaultError(f"{there} does not answer without TLS", "leave --insecure out, and name the certificates")
-        ex.note(what, f"{there} answers, without TLS: everybody on the way can read along and change what is sent")
+            raise FaultError(f"{there} does not answer without TLS", "leave out --insecure, and give the certificates")
+        ex.note(what, f"{there} answers, without TLS: anyone in between can read and change messages")
         return True
     greeting = endpoints.greet(there, ca, name)
     names = ", ".join(certificates.names_of(greeting.certificate))
     found = f"{there}, {greeting.version}, h2, certificate for {names}"
-    return _tell(ex, what, greeting.certificate, f"the certificate of {there}", found)
+    return _report(ex, what, greeting.certificate, f"the certificate of {there}", found)
 
 
 def _registered(
@@ -133,54 +133,54 @@ def _registered(
 ) -> None:
     if not endpoints.knows(there, key, ca, insecure):
         raise FaultError(
-            f"{there} does not know this node key",
+            f"{there} has not registered this node key",
             f"send {public} to the server's administrator: flwr supernode register {public.name} CONNECTION",
         )
-    ex.ok("registration", f"{there} knows this node key")
+    ex.ok("registration", f"{there} has registered this node key")
 
 
 def _files(ex: Examination, server: Server) -> bool:
-    """Whether the certificates are good, if there are to be any."""
+    """True if the certificates are valid or not needed; raises if they are not valid."""
     ca, certificate, key = server.ca, server.certificate, server.key
     if server.insecure:
-        ex.note("certificates", "none, as --insecure says", "use TLS wherever a network is in between")
+        ex.note("certificates", "none, because of --insecure", "use TLS for any connection over a network")
         return True
     if not (ca and certificate and key):
         if ca or certificate or key:
-            raise FaultError("only some are named", "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
-        ex.note("certificates", "not looked at", "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
+            raise FaultError("only some are given", "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
+        ex.note("certificates", "not checked", "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
         return True
     _authority(ex, ca)
     shown = certificates.read(certificate)
-    names = ", ".join(certificates.names_of(shown)) or "no name at all"
-    _tell(ex, "certificate", shown, str(certificate), f"{certificate}, for {names}")
+    names = ", ".join(certificates.names_of(shown)) or "no name"
+    _report(ex, "certificate", shown, str(certificate), f"{certificate}, for {names}")
     certificates.rehearse(ca, certificate, key)
     if ex.look("server's key", certificates.check_secret, key):
-        ex.ok("server's key", f"{key}, the certificate's, for its owner only")
+        ex.ok("server's key", f"{key}, the certificate's, not open to all users")
     return True
 
 
 def _own(bound: Address, host: str = "localhost") -> Address:
-    """Where an API is looked for that is bound there."""
+    """The address at which to test an API that is bound to `bound`."""
     return Address(host, bound.port) if bound.host in EVERYWHERE else bound
 
 
 def _others(ex: Examination, host: str, ports: Mapping[str, int], remedy: str) -> None:
-    """Which ports can be reached that are for nobody else."""
+    """Notes ports that can be reached from here, although no site needs them."""
     for what, port in ports.items():
         if endpoints.listens(Address(host, port)):
-            ex.note(what, f"port {port} of {host} can be reached from here, and no site needs it", remedy)
+            ex.note(what, f"port {port} of {host} can be reached from here, but no site needs it", remedy)
 
 
 def _apps_served(ex: Examination, there: Address, ca: Path | None) -> None:
     if endpoints.speaks_plainly(there):
-        ex.ok(APPS, f"{there} answers, without TLS (only --appio-ssl-certfile gives it that): for this machine alone")
+        ex.ok(APPS, f"{there} answers, without TLS (that needs --appio-ssl-certfile): for this machine only")
     else:
         _served(ex, APPS, there, ca, None)
 
 
 def _nodes(ex: Examination, server: Server) -> None:
-    """Which nodes are registered, and which of the keys beside the server's certificate are theirs."""
+    """Reports the registered nodes, and if the keys beside the server's certificate are among them."""
     known = {node.public_key: node for node in endpoints.nodes(server.connection)}
     counts = Counter(node.status for node in known.values() if node.status != NodeStatus.UNREGISTERED)
     found = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
@@ -193,13 +193,13 @@ def _nodes(ex: Examination, server: Server) -> None:
 
 
 def _public(path: Path) -> bytes:
-    """The key as Flower has it."""
+    """The public key in Flower's form."""
     try:
         key = load_ssh_public_key(path.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise FaultError(f"{path} holds no public ECDSA key", "get it from its site once more")
+        raise FaultError(f"{path} has no public ECDSA key", "get it from its site again")
     return public_key_to_bytes(key)
 
 
@@ -209,11 +209,11 @@ def _node(ex: Examination, path: Path, known: Mapping[bytes, NodeInfo], connecti
         raise FaultError(f"{path} is not registered", f"flwr supernode register {path} {connection}")
     if node.status == NodeStatus.UNREGISTERED:
         raise FaultError(
-            f"{path} was unregistered, and Flower takes no key a second time",
-            "delete it; if the site is to come back, it needs a new key: fedclip keys",
+            f"{path} was unregistered, and Flower never accepts a key again",
+            "delete it; if the site should return, it needs a new key: fedclip keys",
         )
-    found = f"node {node.node_id} is {node.status}"  # that number is all that Flower's own commands know it by
+    found = f"node {node.node_id} is {node.status}"  # Flower's own commands know the node only by this number
     if node.status == NodeStatus.ONLINE:
         ex.ok(path.stem, found)
     else:
-        ex.note(path.stem, found, "there, fedclip doctor site tells what is in the way")
+        ex.note(path.stem, found, "run fedclip doctor site there to find out why")

@@ -1,4 +1,4 @@
-"""What every tracker is told."""
+"""The data that every tracker gets, and the protocol of trackers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class About:
-    """The run that begins, or goes on after the lines `before`. Its `name` is nobody else's."""
+    """A new run, or one that is resumed after the rounds `before`. No other run has its `name`."""
 
     name: str
     folder: Path
@@ -21,15 +21,15 @@ class About:
 
 
 class Tracker(Protocol):
-    """Who is told how the run goes; made of `About` when it begins. `where` tells the user where to look."""
+    """Stores the course of a run; made from `About` at its start. `where` tells the user where to look."""
 
     where: str
 
     def line(self, line: Numbers) -> None:
-        """A round is known."""
+        """The figures of a round."""
 
     def finish(self, figures: Numbers) -> None:
-        """The run was completed, and came to this."""
+        """The final figures of a completed run."""
 
     def end(self, status: str) -> None:
-        """Nothing more comes: the run was completed, failed, or was stopped."""
+        """The last call: the run was completed, failed, or was stopped."""

@@ -11,7 +11,7 @@ from fedclip_flwr.runs.trackers.about import About, Numbers
 
 
 class MLflow:
-    """A run of the experiment `fedclip`, in a database beside the run folders; MLflow's variables may say otherwise."""
+    """A run of the experiment `fedclip`, in a database beside the run folders unless MLflow's variables are set."""
 
     def __init__(self, about: About) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -26,7 +26,7 @@ class MLflow:
         self._client = MlflowClient(tracking_uri=store)
         if experiment := self._client.get_experiment_by_name(name):
             number = experiment.experiment_id
-        else:  # else its place for files would be below the current folder
+        else:  # without a location, its files would go below the current folder
             number = self._client.create_experiment(name, None if own else (root / "mlartifacts").as_uri())
         if found := self._client.search_runs([number], f"tags.`fedclip.run` = '{about.name}'"):
             run = found[0]
@@ -35,9 +35,9 @@ class MLflow:
             run = self._client.create_run(number, tags={"fedclip.run": about.name}, run_name=about.folder.name)
         self._run = run.info.run_id
         steps = [int(metric.step) for metric in self._client.get_metric_history(self._run, "sites")]
-        self._known = max(steps, default=-1)  # a store takes no round back
+        self._known = max(steps, default=-1)  # logged rounds can't be removed
         for key, value in about.settings.items():
-            if key not in run.data.params:  # which can't be changed
+            if key not in run.data.params:  # a logged parameter can't be changed
                 self._client.log_param(self._run, key, str(value)[:500])
         for line in about.before:
             self.line(line)

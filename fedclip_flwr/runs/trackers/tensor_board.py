@@ -9,9 +9,9 @@ from fedclip_flwr.runs.trackers.about import About, Numbers
 
 
 class TensorBoard:
-    """An event file in the run's folder, written at once: TensorBoard's own writer fails in a thread, with a trace.
+    """An event file in the run's folder, written synchronously: TensorBoard's own writer fails in a thread of its own.
 
-    Where a run goes on, a new file tells of it from the first round, and that TensorBoard is to forget the old one.
+    A resumed run has a new file with all rounds so far, which also makes TensorBoard discard the old one.
     """
 
     def __init__(self, about: About) -> None:

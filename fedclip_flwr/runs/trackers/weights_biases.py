@@ -9,7 +9,7 @@ from fedclip_flwr.runs.trackers.about import About, Numbers
 
 
 class Wandb:
-    """A run of the project `fedclip` unless W&B's own variables say otherwise; its files are in the run's folder."""
+    """A run of the project `fedclip` unless W&B's own variables are set; its files are in the run's folder."""
 
     def __init__(self, about: About) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -26,7 +26,7 @@ class Wandb:
             config=dict(about.settings),
             settings=wandb.Settings(
                 silent=True,
-                console="off",  # what a run prints names the sites
+                console="off",  # the output names the sites
                 host="fedclip",
                 disable_git=True,
                 save_code=False,
@@ -38,7 +38,7 @@ class Wandb:
         )
         where: str | None = self._run.settings.sync_dir if self._run.offline else self._run.url
         self.where = str(where or root / "wandb")
-        known = len(about.before) if offline else 0  # W&B tells how far it is only where it is online
+        known = len(about.before) if offline else 0  # offline, W&B does not know its last step
         self._next = max(self._run.step, known)
         for line in about.before:
             self.line(line)

@@ -19,9 +19,9 @@ def test_what_comes_from_a_member_late_twice_or_wrong_is_refused() -> None:
     own = members["a"].public
     for public, why in (
         (b"short", "have 5 bytes, expected 98"),
-        (b"\5" * 2 * PUBLIC, "no point"),
-        (Member.begin("e", CONTEXT).public[:PUBLIC] * 2, "there already"),
-        (Member.begin("e", CONTEXT).public[:PUBLIC] + own[:PUBLIC], "there already"),
+        (b"\5" * 2 * PUBLIC, "not a point"),
+        (Member.begin("e", CONTEXT).public[:PUBLIC] * 2, "duplicate public key"),
+        (Member.begin("e", CONTEXT).public[:PUBLIC] + own[:PUBLIC], "duplicate public key"),
     ):
         with pytest.raises(MaskingError, match=why):
             collector.join("e", public)
@@ -31,20 +31,20 @@ def test_what_comes_from_a_member_late_twice_or_wrong_is_refused() -> None:
     sent = {name: members[name].share(publics) for name, publics in collector.neighbourhoods().items()}
     with pytest.raises(MaskingError, match="too late or twice"):
         collector.join("e", Member.begin("e", CONTEXT).public)
-    with pytest.raises(MaskingError, match="not for those"):
+    with pytest.raises(MaskingError, match="addressed to the wrong members"):
         collector.share("a", sent["a"]._replace(letters={"b": sent["a"].letters["b"]}))
-    with pytest.raises(MaskingError, match="not for those"):
+    with pytest.raises(MaskingError, match="addressed to the wrong members"):
         collector.share("a", sent["a"]._replace(digests={"a": b""}))
     with pytest.raises(MaskingError, match="longer than 1000"):
         collector.share("a", sent["a"]._replace(letters=dict.fromkeys("bcd", bytes(1001))))
     for wrong in ({"seed": b"x"}, {"digests": dict.fromkeys("abcd", b"x")}):
-        with pytest.raises(MaskingError, match="digests have another size"):
+        with pytest.raises(MaskingError, match="digests have the wrong size"):
             collector.share("a", sent["a"]._replace(**wrong))
-    with pytest.raises(MaskingError, match=r"vectors came .* from a member that was not asked"):
+    with pytest.raises(MaskingError, match=r"vectors arrived .* from a member that was not asked"):
         collector.add("a", np.zeros(50, np.uint32))
     for name in "abcd":
         collector.share(name, sent[name])
-    with pytest.raises(MaskingError, match="shares came too late, twice"):
+    with pytest.raises(MaskingError, match="shares arrived too late, twice"):
         collector.share("a", sent["a"])
 
     masked = {name: members[name].mask(letters, vector(name)) for name, letters in collector.letters().items()}
@@ -54,19 +54,19 @@ def test_what_comes_from_a_member_late_twice_or_wrong_is_refused() -> None:
     for name in "abc":
         collector.add(name, masked[name])
     for name in "az":
-        with pytest.raises(MaskingError, match="vectors came too late, twice"):
+        with pytest.raises(MaskingError, match="vectors arrived too late, twice"):
             collector.add(name, masked["a"])
 
     told = {name: members[name].reveal(*lists) for name, lists in collector.lists().items()}
-    with pytest.raises(MaskingError, match="vectors came too late"):
+    with pytest.raises(MaskingError, match="vectors arrived too late"):
         collector.add("d", masked["d"])
-    with pytest.raises(MaskingError, match=r"reveals came .* from a member that was not asked"):
+    with pytest.raises(MaskingError, match=r"reveals arrived .* from a member that was not asked"):
         collector.reveal("d", told["a"])
-    with pytest.raises(MaskingError, match="not those that were asked for"):
+    with pytest.raises(MaskingError, match="not those requested"):
         collector.reveal("a", {**told["a"], "d": told["a"]["a"]})
     for name in "ab":
         collector.reveal(name, told[name])
-    with pytest.raises(MaskingError, match="2 members revealed their piece of a, 3 must"):
+    with pytest.raises(MaskingError, match="2 members revealed their piece of a, expected 3"):
         collector.sum()
     collector.reveal("c", told["c"])
     assert collector.sum().tolist() == collector.sum().tolist() == total("abc")
@@ -80,7 +80,7 @@ def test_pieces_that_are_not_what_was_shared_are_found_out_and_whose_they_are(of
         told = members[name].reveal(*lists)
         if name == "b":
             told[of] = told[of][:4] + os.urandom(damaged - 4) + told[of][damaged:]
-            with pytest.raises(MaskingError, match="not the one that it was given"):
+            with pytest.raises(MaskingError, match="not the one that was shared"):
                 collector.reveal(name, told)
         else:
             collector.reveal(name, told)
@@ -106,7 +106,7 @@ def test_who_shares_what_is_no_secret_of_its_own_is_found_out(secret: str) -> No
             collector.add(name, members[name].mask(letters, vector(name)))
     for name, lists in collector.lists().items():
         collector.reveal(name, members[name].reveal(*lists))
-    with pytest.raises(LetterError, match="the pieces from b do not fit together") as found:
+    with pytest.raises(LetterError, match="the pieces from b are inconsistent") as found:
         collector.sum()
     assert found.value.sender == "b"
 
@@ -114,7 +114,7 @@ def test_who_shares_what_is_no_secret_of_its_own_is_found_out(secret: str) -> No
 def test_a_sum_of_two_is_not_made() -> None:
     """From it and the next one, in which the third takes part, that one's vector could be told."""
     collector, members = until_vectors("abc", {"c": "vectors"}, 20)
-    with pytest.raises(MaskingError, match=r"vectors came of 2 members near [ab], 3 must: nothing is unmasked"):
+    with pytest.raises(MaskingError, match=r"2 vectors arrived near [ab], expected 3: nothing is unmasked"):
         collector.lists()
     with pytest.raises(MaskingError, match="vectors of 2 members came, expected 3"):
         members["a"].reveal("ab", "c")
@@ -127,9 +127,9 @@ def test_a_round_with_too_few_members_ends() -> None:
         summed("ab", {})
     with pytest.raises(MaskingError, match="pieces came from 5 of 10 members: too few"):
         summed(TEN, dict.fromkeys(TEN[:5], "shares"))
-    with pytest.raises(MaskingError, match=r"vectors came of 5 members near site-.*, 6 must: nothing is unmasked"):
+    with pytest.raises(MaskingError, match=r"5 vectors arrived near site-.*, expected 6: nothing is unmasked"):
         summed(TEN, dict.fromkeys(TEN[:5], "vectors"))
-    with pytest.raises(MaskingError, match="5 members revealed their piece of site-0, 6 must"):
+    with pytest.raises(MaskingError, match="5 members revealed their piece of site-0, expected 6"):
         summed(TEN, dict.fromkeys(TEN[:5], "reveals"))
-    with pytest.raises(MaskingError, match="no vector came"):
+    with pytest.raises(MaskingError, match="no vector arrived"):
         summed(TEN, dict.fromkeys(TEN, "vectors"))

@@ -44,7 +44,7 @@ def test_without_reveals_the_total_tells_nothing_of_the_sum() -> None:
     wrong = sum(masked_vectors(10_000, names).values(), np.zeros(10_000, np.uint32))
     assert np.count_nonzero(wrong == 4) <= 1
     collector, _ = until_vectors(TEN, {}, 20)
-    with pytest.raises(MaskingError, match="0 members revealed their piece of site-0, 6 must"):
+    with pytest.raises(MaskingError, match="0 members revealed their piece of site-0, expected 6"):
         collector.sum()
 
 

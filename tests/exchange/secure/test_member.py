@@ -33,8 +33,8 @@ def five(step: str) -> tuple[dict[str, Member], dict[str, dict[str, bytes]]]:
         (lambda publics: publics.update(a=publics["b"]), "own public keys"),
         (lambda publics: publics.update(b=publics["c"]), "two public keys are the same"),
         (lambda publics: publics.update(b=publics["b"][:PUBLIC] * 2), "two public keys are the same"),
-        (lambda publics: publics.update(b=b"short"), "another size"),
-        (lambda publics: publics.update(b=b"\2" + b"\xff" * (2 * PUBLIC - 1)), "no point of its curve"),
+        (lambda publics: publics.update(b=b"short"), "the wrong size"),
+        (lambda publics: publics.update(b=b"\2" + b"\xff" * (2 * PUBLIC - 1)), "not a point on its curve"),
     ],
 )
 def test_sharing_is_refused(change: Callable[[dict[str, bytes]], object], why: str) -> None:
@@ -55,16 +55,16 @@ def tampered(letter: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda letters: letters.update(b=tampered(letters["b"])), "from b are damaged"),
-        (lambda letters: letters.update(b=letters["c"]), "from b are damaged"),
-        (lambda letters: letters.update(b=b""), "from b are damaged"),
+        (lambda letters: letters.update(b=tampered(letters["b"])), "from b are corrupt"),
+        (lambda letters: letters.update(b=letters["c"]), "from b are corrupt"),
+        (lambda letters: letters.update(b=b""), "from b are corrupt"),
         (
             lambda letters: letters.update(b=letters["b"][:-1] + bytes([letters["b"][-1] ^ 1])),
-            "from b have other digests than it told",
+            "from b do not match their digests",
         ),
         (lambda letters: letters.update(z=letters["b"]), "nothing was shared with: z"),
         (lambda letters: letters.update(a=letters["b"]), "nothing was shared with: a"),
-        (lambda letters: [letters.pop(name) for name in "bcd"], "came of 2 members, expected 3"),
+        (lambda letters: [letters.pop(name) for name in "bcd"], "came from 2 members, expected 3"),
     ],
 )
 def test_masking_is_refused(change: Callable[[dict[str, bytes]], object], why: str) -> None:
@@ -99,9 +99,9 @@ def test_other_numbers_are_refused(numbers: Numbers) -> None:
 @pytest.mark.parametrize(
     ("survivors", "dropped", "why"),
     [
-        ("abcd", "de", "both pieces are asked of d"),
-        ("abcz", "de", "never came: of z"),
-        ("abc", "dz", "never came: of z"),
+        ("abcd", "de", "both pieces of d are requested"),
+        ("abcz", "de", "never arrived: those of z"),
+        ("abc", "dz", "never arrived: those of z"),
         ("ab", "cde", "2 members came, expected 3"),
         ("bcde", "a", "this member is not among"),
         ("bcde", "", "this member is not among"),

@@ -28,7 +28,7 @@ def test_without_a_side_only_what_any_machine_needs_is_looked_at() -> None:
     assert status == 0
     assert [line.split()[1] for line in said.splitlines()[:2]] == ["Python", "packages"]
     assert "Fleet API" not in said
-    assert "0 to mend" in said.splitlines()[-1]
+    assert "0 to fix" in said.splitlines()[-1]
 
 
 def test_a_program_gets_the_findings_as_json() -> None:
@@ -61,7 +61,7 @@ def test_a_site_that_is_not_says_what_to_mend_and_ends_with_1(secured: processes
     assert status == 1
     assert [line.split()[1] for line in said.splitlines() if line.startswith("FAIL")] == ["registration", "classes"]
     assert "flwr supernode register" in said
-    assert "2 to mend" in said.splitlines()[-1]
+    assert "2 to fix" in said.splitlines()[-1]
 
 
 def test_a_server_tells_of_its_sites(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,21 +92,21 @@ def test_what_was_not_named_is_told(side: str, what: list[str]) -> None:
 def test_a_site_without_data_is_told() -> None:
     status, said = given("site", "--node-config", "site='north'")
     assert status == 1
-    assert "this site was not told where its data is" in said
+    assert "this site's data is not set" in said
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["site", "adaptor=gate"], "no such setting; did you mean adapter?"),
-        (["client"], "client: say first which side this is"),
-        (["data=pacs"], "data=pacs: say first which side this is"),
+        (["client"], "client: name the side first"),
+        (["data=pacs"], "data=pacs: name the side first"),
         (["site", "north"], "north: expected key=value"),
         (["--superlink", "localhost:9092"], "--superlink is for one side: fedclip doctor site"),
         (["site", "--on", "here"], "--on is for one side: fedclip doctor server"),
         (["site", "--superlink", "localhost"], "expected HOST:PORT"),
-        (["site", "--node-config", "site=north"], "expected KEY=VALUE with texts in quotes"),
-        (["site", "--node-config", "/nowhere.toml"], "expected KEY=VALUE with texts in quotes"),
+        (["site", "--node-config", "site=north"], "expected KEY=VALUE with strings in quotes"),
+        (["site", "--node-config", "/nowhere.toml"], "expected KEY=VALUE with strings in quotes"),
         (["server", "--fleet-api-address", "9092"], "--fleet-api-address '9092': expected HOST:PORT"),
     ],
 )

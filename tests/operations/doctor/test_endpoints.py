@@ -47,9 +47,9 @@ def test_a_server_with_tls_shows_its_certificate(tmp_path: Path) -> None:
     ("faults", "name", "told"),
     [
         ({"begins": -3, "ends": -2}, None, r"certificate of localhost:\d+ has expired on 20"),
-        ({"begins": 2}, None, "is good only from 20.*check this clock"),
-        ({"names": ["a.example", "b.example"]}, "localhost", "is for a.example, b.example, and not for localhost"),
-        ({"names": ()}, "localhost", "is for no name at all"),
+        ({"begins": 2}, None, "is not valid before 20.*check the clock"),
+        ({"names": ["a.example", "b.example"]}, "localhost", "is for a.example, b.example, not for localhost"),
+        ({"names": ()}, "localhost", "is for no name, not for localhost"),
     ],
 )
 def test_a_certificate_that_is_no_good_is_told(tmp_path: Path, faults: dict[str, int], name: str, told: str) -> None:
@@ -69,7 +69,7 @@ def test_another_authoritys_server_is_told(tmp_path: Path, known: bool) -> None:
 def test_a_server_without_tls_is_told(tmp_path: Path) -> None:
     with serving(None) as address:
         assert endpoints.speaks_plainly(address)
-        with pytest.raises(FaultError, match=r"speaks without TLS.*not with --insecure"):
+        with pytest.raises(FaultError, match=r"does not use TLS.*not with --insecure"):
             endpoints.greet(address, certify(tmp_path / "own").ca, "localhost")
 
 
@@ -100,7 +100,7 @@ def test_an_address_that_does_not_answer_is_told() -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_port_that_says_nothing_is_told(tmp_path: Path) -> None:
     with listening() as address:
-        with pytest.raises(FaultError, match="takes connections, but says nothing"):
+        with pytest.raises(FaultError, match="accepts connections, but sends nothing"):
             endpoints.greet(address, None, None)
         assert not endpoints.speaks_plainly(address)
 
@@ -160,7 +160,7 @@ def test_a_supernode_that_is_there_is_not_disturbed(
 
 
 def test_another_api_is_told(secured: processes.SuperLink) -> None:
-    with pytest.raises(FaultError, match="is not where SuperNodes are served"):
+    with pytest.raises(FaultError, match="does not serve SuperNodes"):
         knows(secured, "north", secured.control)
 
 
@@ -168,7 +168,7 @@ def test_a_clock_that_is_wrong_is_told(secured: processes.SuperLink, monkeypatch
     now = interceptor.now  # type: ignore[attr-defined]
     for wrong in (timedelta(minutes=10), timedelta(minutes=-10)):
         monkeypatch.setattr(interceptor, "now", lambda wrong=wrong: now() + wrong)
-        with pytest.raises(FaultError, match=r"refuses what this machine signs.*set the clocks"):
+        with pytest.raises(FaultError, match=r"rejects this machine's signature.*set the clocks"):
             knows(secured, "north")
 
 
@@ -177,7 +177,7 @@ def test_whoever_does_not_answer_as_flower_does_is_told(tmp_path: Path) -> None:
     key = certificates.node_key(tmp_path / "keys" / "sites" / "north" / "node.key")
     with listening() as address:
         pass
-    with pytest.raises(FaultError, match=r"does not answer as Flower 1.31 does .UNAVAILABLE"):
+    with pytest.raises(FaultError, match=r"does not answer like Flower 1.31 .UNAVAILABLE"):
         endpoints.knows(address, key, None, True)
 
 

@@ -19,7 +19,7 @@ def test_each_finding_is_a_line_and_says_below_what_to_do() -> None:
     ]
     assert ex.failed
     assert not Examination(said.append).failed
-    assert ex.summary() == "3 checks: 1 fine, 1 to note, 1 to mend"
+    assert ex.summary() == "3 checks: 1 fine, 1 to note, 1 to fix"
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_each_finding_is_a_line_and_says_below_what_to_do() -> None:
             (
                 "FAIL",
                 "it",
-                "this could not be looked at: ZeroDivisionError: too bad",
-                "a fault of fedclip-flwr, or of what it stands on",
+                "this check failed itself: ZeroDivisionError: too bad",
+                "a bug in fedclip-flwr, or in a package that it uses",
             ),
         ),
     ],

@@ -53,9 +53,9 @@ def test_a_site_tells_what_it_holds_and_that_nothing_of_it_is_encoded(tree: Path
         "features": "note",
     }
     assert found["data"][1] == f"folder:{tree}: cartoon 12, photo 12 images"
-    assert found["classes"][1] == "4: car, cat, fish, zebra; none here of zebra"
+    assert found["classes"][1] == "4: car, cat, fish, zebra; no images here of zebra"
     assert found["site"][1] == "north trains on cartoon, photo"
-    assert found["features"][1] == "stored are cartoon 0 of 12, photo 0 of 12"
+    assert found["features"][1] == "stored: cartoon 0 of 12, photo 0 of 12"
     assert needed == 24 * 128 * 4
     assert not list((tmp_path / "home").glob("features/**/*.*")), "something was encoded"
 
@@ -63,7 +63,7 @@ def test_a_site_tells_what_it_holds_and_that_nothing_of_it_is_encoded(tree: Path
 def test_the_command_that_is_told_encodes_what_is_missing(tree: Path) -> None:
     run = Settings(class_names="car,cat,fish,zebra", prompt="a {} here")
     told = at_site(tree, run)[0]["features"][2]
-    words = shlex.split(told.partition("to do it ahead: ")[2])
+    words = shlex.split(told.partition("to encode now: ")[2])
     assert words[:2] == ["fedclip", "encode"]
     encode.encode(words[2:])
     found, needed = at_site(tree, run)
@@ -83,7 +83,7 @@ def test_what_is_encoded_so_far_is_told_and_left_alone(tree: Path, tmp_path: Pat
     assert unfinished.value.done == 5
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home" / "features").rglob("*.*")}
     found, needed = at_site(tree, Settings())
-    assert found["features"][1] == "stored are cartoon 12 of 12, photo 5 of 12"
+    assert found["features"][1] == "stored: cartoon 12 of 12, photo 5 of 12"
     assert needed == 7 * 128 * 4
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -93,14 +93,14 @@ def test_images_that_can_not_be_read_are_told(tree: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holdings, "TRIED", 12)
         state, told, _ = at_site(tree)[0]["images"]
-    assert (state, told) == ("note", "photo: 1 of 12 that were opened can't be read: photo/cat/0.png")
+    assert (state, told) == ("note", "photo: 1 of 12 tested images can't be read: photo/cat/0.png")
     for path in tree.glob("cartoon/*/*.png"):
         path.write_bytes(b"no picture")
     ex = Examination(lambda _: None)
     holdings.examine_site(ex, Settings(), {"site": "north", "data": f"folder:{tree}"})
     failed = [finding for finding in ex.findings if finding.state == "FAIL"]
     assert [finding.what for finding in failed] == ["images"]
-    assert failed[0].found.startswith("cartoon: 6 of 6 that were opened can't be read: cartoon/")
+    assert failed[0].found.startswith("cartoon: 6 of 6 tested images can't be read: cartoon/")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_images_that_can_not_be_read_are_told(tree: Path) -> None:
         ({"data": "folder:/nowhere"}, "data", "there is no such folder"),
         ({"data": "folder:relative"}, "node config", "expected an absolute path"),
         ({"data": "features:/nowhere"}, "data", "can't be read"),
-        ({"model": "/nowhere"}, "model", "there is no such folder"),
+        ({"model": "/nowhere"}, "model", "folder not found"),
         ({"device": "cuda:77"}, "device", "no CUDA device|has \\d CUDA"),
         ({"site": ""}, "site", "has no name"),
         ({"role": "watch"}, "site", "expected one of train, holdout"),
@@ -131,13 +131,13 @@ def test_classes_that_the_run_does_not_know_are_told(tree: Path) -> None:
 
 def test_a_word_in_the_node_config_that_nothing_reads_is_noted(tree: Path) -> None:
     state, told, _ = at_site(tree, sight="north")[0]["node config"]
-    assert (state, told) == ("note", "nothing reads sight")
+    assert (state, told) == ("note", "unknown keys: sight")
 
 
 def test_only_the_domains_that_a_site_takes_are_looked_for(tree: Path) -> None:
     found, needed = at_site(tree, role="holdout", domains="photo")
     assert found["site"][1] == "north only evaluates, on photo"
-    assert found["features"][1] == "stored are photo 0 of 12"
+    assert found["features"][1] == "stored: photo 0 of 12"
     assert needed == 12 * 128 * 4
     found, _ = at_site(tree, Settings(holdout="photo"))
     assert found["site"][1] == "north trains on cartoon"

@@ -57,7 +57,7 @@ def test_a_site_that_is_not_registered_is_told_what_to_ask_for(secured: processe
     ex = of_site(**options_of(secured, "south"))
     (failed,) = (finding for finding in ex.findings if finding.state == "FAIL")
     assert failed.what == "registration"
-    assert "does not know this node key" in failed.found
+    assert "has not registered this node key" in failed.found
     assert "flwr supernode register" in failed.remedy
 
 
@@ -109,11 +109,11 @@ def test_a_link_without_tls_is_noted_and_one_with_it_is_not_taken_for_one(tmp_pa
     with serving(None) as address:
         ex = of_site(superlink=address, insecure=True)
         assert told(ex)[-1] == ("note", "Fleet API")
-        assert "everybody on the way can read" in ex.findings[-1].found
+        assert "anyone in between can read" in ex.findings[-1].found
     with serving(certify(tmp_path / "own")) as address:
         ex = of_site(superlink=address, insecure=True)
         assert told(ex)[-1] == ("FAIL", "Fleet API")
-        assert "leave --insecure out" in ex.findings[-1].remedy
+        assert "leave out --insecure" in ex.findings[-1].remedy
 
 
 def test_a_certificate_that_ends_soon_is_noted(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_key_that_was_unregistered_is_told_to_be_of_no_use(
     finally:
         public.unlink()
     (found,) = (finding for finding in ex.findings if finding.what == "east")
-    assert found.found == f"{public} was unregistered, and Flower takes no key a second time"
+    assert found.found == f"{public} was unregistered, and Flower never accepts a key again"
     assert "a new key: fedclip keys" in found.remedy
     with pytest.raises(UserError, match="already in use"):
         secured.ask("supernode", "register", str(secured.keys / "sites" / "east" / "node.pub"))
@@ -195,15 +195,15 @@ def test_a_servers_certificate_for_another_name_is_told(tmp_path: Path) -> None:
         own = files.ca, files.certificate, files.key
         links.examine_server(ex, links.Server(Address("0.0.0.0", there.port), there, there, *own, host="localhost"))
     assert told(ex)[3:6] == [("FAIL", "Fleet API"), ("ok", "Control API"), ("ok", "ServerAppIo API")]
-    assert "is for fl.example.org, and not for localhost" in ex.findings[3].found
+    assert "is for fl.example.org, not for localhost" in ex.findings[3].found
 
 
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"ca": Path("ca.crt")}, ("FAIL", "only some are named")),
-        ({}, ("note", "not looked at")),
-        ({"insecure": True}, ("note", "none, as --insecure says")),
+        ({"ca": Path("ca.crt")}, ("FAIL", "only some are given")),
+        ({}, ("note", "not checked")),
+        ({"insecure": True}, ("note", "none, because of --insecure")),
     ],
 )
 def test_certificates_that_are_not_there_are_told(options: dict[str, Any], found: tuple[str, str]) -> None:
@@ -219,4 +219,4 @@ def test_a_public_key_that_is_none_is_told(
     files.certificate.with_name("west.pub").write_text("nothing")
     ex = of_server(certificate=files.certificate, ca=files.ca, key=files.key, connection=simulation.CONNECTION)
     assert told(ex)[-1] == ("FAIL", "west")
-    assert "holds no public ECDSA key" in ex.findings[-1].found
+    assert "has no public ECDSA key" in ex.findings[-1].found

@@ -27,7 +27,7 @@ def test_the_machine_that_runs_these_tests_is_fit(fedclip_home: Path) -> None:
     assert "grpcio 1.74.0" in found["packages"][1]
     assert content.of_package(content.memory())[:12] in found["this package"][1]
     assert str(fedclip_home) in found["FEDCLIP_HOME"][1]
-    assert found["disk"][1].endswith("encoding takes 1 MB")
+    assert found["disk"][1].endswith("encoding needs 1 MB")
     assert list(found) == ["Python", "packages", "this package", "FEDCLIP_HOME", "GPU", "disk"]
 
 
@@ -45,7 +45,7 @@ def test_versions_that_do_not_fit_are_told_with_the_command_that_mends_them(
     monkeypatch.setattr(machine, "NAME", "other-one")
     found = examined()
     assert found["Python"][0] == "FAIL"
-    assert ">=3.99 is needed" in found["Python"][1]
+    assert ">=3.99 is required" in found["Python"][1]
     state, told, remedy = found["packages"]
     assert (state, told) == ("FAIL", "grpcio is 1.74.0, needed ==1.0, not-there is missing, needed >=2")
     assert remedy.endswith("-m pip install grpcio==1.0 'not-there[fast]>=2'")
@@ -63,7 +63,7 @@ def test_a_home_that_can_not_be_written_to_is_told(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "file" / "home"))
     found = examined()
     assert found["FEDCLIP_HOME"][0] == "FAIL"
-    assert "let FEDCLIP_HOME name another folder" in found["FEDCLIP_HOME"][1]
+    assert "set FEDCLIP_HOME to another folder" in found["FEDCLIP_HOME"][1]
     assert found["disk"][0] == "ok"
 
 
@@ -80,4 +80,4 @@ def test_a_gpu_that_torch_can_not_use_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(machine, "DRIVER", tmp_path)
-    assert "is one for CPUs" in examined()["GPU"][1]
+    assert "is for CPUs only" in examined()["GPU"][1]
