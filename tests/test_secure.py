@@ -166,7 +166,10 @@ def test_what_does_not_go_with_it_is_refused() -> None:
         Settings.from_run_config(given)
     said = str(refused.value)
     assert "codec = 'int8': with secure-aggregation = true tensors are masked and can't be compressed" in said
-    assert "strategy = 'krum': with secure-aggregation = true the server can't compare updates" in said
+    assert (
+        "strategy = 'krum': with secure-aggregation = true the server sees no single update, so it can't compare them"
+        in said
+    )
     assert "site-weights = 'examples': with secure-aggregation = true sites count the same" in said
     with pytest.raises(UserError, match="it is for adapters"):
         Settings.from_run_config({"secure-aggregation": True, "method": "full-model"})

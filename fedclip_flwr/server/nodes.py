@@ -181,8 +181,7 @@ class Nodes:
                 break  # in a simulation, all nodes exist before the first one answers
             if wait.report_due():
                 self.say(f"waiting: {self.readiness} (min-sites = {count})")
-            if self._hellos_under_way or not news:
-                wait.pause(len(self._hellos_under_way))
+            wait.pause(len(self._hellos_under_way))
         if (ready := len(self._present)) < count:
             hint = ": simulate more (--nodes)" if simulated(self._grid) else ": is a SuperNode running for each?"
             why = "; ".join(sorted({f"{f.site}: {f.why}" for f in self.failures})[:3])

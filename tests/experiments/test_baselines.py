@@ -24,7 +24,7 @@ from fedclip_flwr.learning.adapters import make_adapter
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.training import evaluate
 from fedclip_flwr.site.holdings import Site
-from tests.experiments.test_inprocess import CLASSES, SITES, some
+from tests.experiments.test_simulate import CLASSES, SITES, some
 
 HOW = Settings(recipe="paper", num_server_rounds=3, learning_rate=0.05, batch_size=4)
 CASE = Case(SITES, CLASSES, {"sea": some(50, 99)}, HOW)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Error, Message, MessageType
 
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.base import Features
+from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning.adapters import make_adapter
 from fedclip_flwr.learning.base import Classes, Examples
 from fedclip_flwr.learning.recipes import RECIPES
@@ -90,13 +92,45 @@ def test_sites_that_are_all_too_small_are_told() -> None:
         simulate([Site("c", none, none, none)], CLASSES)
 
 
-def test_without_all_lines_only_zero_shot_and_the_selected_round_are_tested() -> None:
+def test_without_every_round_only_zero_shot_and_the_selected_round_are_tested() -> None:
     how = Settings(num_server_rounds=4, learning_rate=0.05, batch_size=4)
     whole = simulate(SITES, CLASSES, {"sea": some(7, 99)}, how)
     short = simulate(SITES, CLASSES, {"sea": some(7, 99)}, how, every_round=False)
     assert short.rounds == whole.rounds[:1]
     assert short.selected == whole.selected
     assert all(torch.equal(short.state[k], whole.state[k]) for k in whole.state)
+
+
+def test_the_loop_is_the_servers_own_it_stops_early_and_sums_in_secret() -> None:
+    still = Settings(num_server_rounds=9, learning_rate=1e-12, early_stop=2)
+    assert [found.round for found in simulate(SITES, CLASSES, None, still).rounds] == [0, 1, 2, 3]
+    three, how = [*SITES, site("c", 12, 30)], Settings(num_server_rounds=2, batch_size=4)
+    plain = simulate(three, CLASSES, None, how)
+    secret = simulate(three, CLASSES, None, replace(how, secure_aggregation=True))
+    for name, tensor in plain.state.items():
+        torch.testing.assert_close(secret.state[name], tensor, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="min-sites = 3 are needed"):
+        simulate(SITES, CLASSES, None, replace(how, secure_aggregation=True))
+
+
+def test_a_wrapped_node_answers_in_its_sites_place() -> None:
+    """One that sends nothing but an error has no part in the average."""
+    names: list[str] = []
+
+    def wrap(name: str, node: Node) -> Node:
+        names.append(name)
+
+        def answer(message: Message) -> Message:
+            broken = name == "b" and message.metadata.message_type == MessageType.TRAIN
+            return Message(Error(0, "no"), reply_to=message) if broken else node(message)
+
+        return answer
+
+    how = Settings(num_server_rounds=1, batch_size=4, recipe="paper")  # so that the trained round is taken
+    found = simulate(SITES, CLASSES, None, how, wrap=wrap)
+    assert names == ["a", "b"]
+    alone = simulate([SITES[1]], CLASSES, None, how)
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in alone.state.items())
 
 
 def test_the_papers_recipe_never_selects_the_start_and_the_default_may() -> None:
