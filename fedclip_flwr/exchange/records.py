@@ -20,6 +20,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -217,6 +218,8 @@ def read_task(content: RecordDict) -> Task:
 
 
 MARK = 16
+NUMPY = "numpy.ndarray"
+"""What Flower's arrays say of numpy's own format."""
 
 
 def mark_of(state: Mapping[str, Tensor]) -> str:
@@ -248,18 +251,36 @@ def _tensor(name: str, array: Array, like: Tensor) -> Tensor:
         raise ExchangeError(f"{name} is {_kind(*declared)}, expected {_kind(*expected)}")
     if len(array.data) > like.nbytes + 1024:  # check before unpacking: numpy's header is small
         raise ExchangeError(f"{name} has {len(array.data):,} bytes, expected about {like.nbytes:,}")
-    try:
-        if _header_of(array.data) != expected:
-            raise ExchangeError(f"{name}: the data does not match the declared {_kind(*expected)}")
-        values = array.numpy()
-    except ExchangeError:
-        raise
-    except Exception as error:  # a corrupt header can raise anything
-        raise ExchangeError(f"{name} can't be unpacked ({one_line(error, 100)})") from None
+    header = _usual_header(*expected)
+    if array.stype == NUMPY and array.data.startswith(header) and len(array.data) == len(header) + like.nbytes:
+        values: Any = np.frombuffer(array.data, expected[0], offset=len(header)).reshape(expected[1]).copy()
+    else:
+        values = _unpacked(name, array, expected)
     tensor = torch.from_numpy(np.asarray(values, order="C"))  # ascontiguousarray would turn a scalar into a row
     if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum alone takes a tenth of the time
         raise ExchangeError(f"{name} has numbers that are not finite")
     return tensor
+
+
+@lru_cache(maxsize=64)
+def _usual_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The header that numpy itself writes: to compare it takes a tenth of the time that it takes to parse it."""
+    file = io.BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, facts)
+    return file.getvalue()
+
+
+def _unpacked(name: str, array: Array, expected: tuple[np.dtype[Any], tuple[int, ...]]) -> Any:
+    """The numbers of an array with another header."""
+    try:
+        if _header_of(array.data) != expected:
+            raise ExchangeError(f"{name}: the data does not match the declared {_kind(*expected)}")
+        return array.numpy()
+    except ExchangeError:
+        raise
+    except Exception as error:  # a corrupt header can raise anything
+        raise ExchangeError(f"{name} can't be unpacked ({one_line(error, 100)})") from None
 
 
 def _header_of(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:

@@ -117,6 +117,7 @@ def simulate(
         learner,
         each_round,
         wrap,
+        copy.deepcopy(learner),
     )
     outcome = federation.run()
     if every_round:
@@ -166,6 +167,7 @@ class _Federation:
     learner: Learner
     each_round: Callable[[], object]
     wrap: Wrap
+    scratch: Learner
     results: list[RoundResult] = field(default_factory=list)
 
     def run(self) -> Outcome:
@@ -182,7 +184,7 @@ class _Federation:
             return RoundLoop(nodes, strategy, self.settings, start, self._quality, self).run()
 
     def _context(self, site: Site) -> _LocalContext:
-        return _LocalContext(self.settings, site, self.classes, self.classes.text.device, self.learner)
+        return _LocalContext(self.settings, site, self.classes, self.classes.text.device, self.learner, self.scratch)
 
     def _quality(self, state: State, blend: float) -> dict[str, Quality]:
         """The quality of an adapter on the unseen domains."""
@@ -205,15 +207,21 @@ class _Federation:
 
 @dataclass(frozen=True)
 class _LocalContext(SiteContext):
-    """A site whose examples are in memory; it trains a copy of `template`."""
+    """A site whose examples are in memory; it learns a copy of the `template`.
+
+    Sites answer one after the other, and a received state replaces all that was learnt: they share the `scratch` copy.
+    """
 
     template: Learner
+    scratch: Learner
 
     def start(self) -> State:
         return self.template.on_cpu()
 
     def blank(self) -> Learner:
-        return copy.deepcopy(self.template)
+        if isinstance(self.scratch, Adapter) and isinstance(self.template, Adapter):
+            self.scratch.blend = self.template.blend
+        return self.scratch
 
 
 class _Answering:

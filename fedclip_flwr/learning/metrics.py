@@ -95,6 +95,12 @@ def quality_of(logits: Tensor, labels: Tensor) -> Quality:
     return Quality(score_of(logits, labels), balanced_accuracy(counts), macro_f1(counts), gaps.tolist(), counts)
 
 
+def no_quality(classes: int) -> Quality:
+    """The quality on no image."""
+    none = [0] * classes
+    return Quality(Score(0, 0, 0.0), 0.0, 0.0, [0.0] * BINS, ClassCounts(none, none, none))
+
+
 def bins_of(confidence: Tensor) -> Tensor:
     """The bin number of each confidence; as in Guo et al., a bin includes its upper end."""
     return (confidence * BINS).ceil().long().clamp(1, BINS) - 1

@@ -21,7 +21,7 @@ from torch.optim.adam import adam  # the function: torch.optim.Adam imports the 
 
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.learning.base import Classes, Examples, Learner
-from fedclip_flwr.learning.metrics import Quality, Score, quality_of, score_of
+from fedclip_flwr.learning.metrics import Quality, Score, no_quality, quality_of, score_of
 from fedclip_flwr.learning.recipes import Recipe
 
 
@@ -103,6 +103,8 @@ def evaluate(learner: Learner | None, examples: Examples, classes: Classes) -> S
 
 def examine(learner: Learner | None, examples: Examples, classes: Classes) -> Quality:
     """Like `evaluate`, with all metrics that are reported of tests."""
+    if not len(examples.labels):
+        return no_quality(len(classes.text))
     return quality_of(logits_of(learner, examples, classes), examples.labels)
 
 
