@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from fedclip_flwr.base import UserError
 from reliability.federation import BrokenError, Federation, Result, Run, difference, result, until
 
-REFUSED = "This run can't go on. "
+REFUSED = "This run can't continue. "
 SAME = "the same adapter and figures, to the bit"
 
 

@@ -157,7 +157,7 @@ def test_a_feature_folder(tmp_path: Path) -> None:
             "(cartoon-0: it has no readable image; cartoon-1: it has no readable image",
             marks=pytest.mark.soak,
         ),
-        ("photo", "This run can't go on. photo is held out, but none of its images can be read"),
+        ("photo", "This run can't continue. photo is held out, but none of its images can be read"),
     ],
 )
 def test_fedclip_run_ends_with_an_error_when_the_run_fails(broken: str, told: str, tree: Path, tmp_path: Path) -> None:
@@ -170,4 +170,4 @@ def test_fedclip_run_ends_with_an_error_when_the_run_fails(broken: str, told: st
     assert "Traceback" not in done.stdout + done.stderr
     summary = read(run_folder(tmp_path / "runs"), "summary.json")
     assert summary["status"] == "failed"
-    assert told.removeprefix("This run can't go on. ") in summary["why"]
+    assert told.removeprefix("This run can't continue. ") in summary["why"]

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,18 +76,22 @@ def grid(module: ModuleType) -> None:
 
 
 def inbox(module: ModuleType) -> None:
-    def pulled(replies: Iterable[Any], *_: Any) -> None:
-        if any(reply.metadata.message_type == "train" for reply, _ in replies):
-            reached("server has an answer")
+    take = module.Inbox.take
 
-    around(module.Inbox, "take", after=pulled)
+    def taken(*given: Any) -> Iterator[Any]:
+        for reply, size in take(*given):
+            if reply.metadata.message_type == "train":
+                reached("server has an answer")
+            yield reply, size
+
+    module.Inbox.take = taken
 
 
 def averaging(module: ModuleType) -> None:
     around(module.Sums, "close", before=lambda *_: reached("server averages"))
 
 
-def content(module: ModuleType) -> None:
+def files(module: ModuleType) -> None:
     """The files of a run."""
     write_atomic = module.write_atomic
 
@@ -122,7 +126,7 @@ def clientapp(module: ModuleType) -> None:
     around(module, "push_message", before=lambda *_: reached("answer goes out"))
 
 
-def sites(module: ModuleType) -> None:
+def site_work(module: ModuleType) -> None:
     around(module, "learn", before=lambda *_: reached("answer is being learnt"))
 
 
@@ -135,10 +139,10 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "flwr.superlink.grid.grpc_grid": grid,
     "flwr.supernode.start_client_internal": supernode,
     "flwr.supernode.runtime.run_clientapp": clientapp,
-    "fedclip_flwr.base.content": content,
+    "fedclip_flwr.base.files": files,
     "fedclip_flwr.server.averaging": averaging,
     "fedclip_flwr.flower.inbox": inbox,
-    "fedclip_flwr.site.context": sites,
+    "fedclip_flwr.site.work": site_work,
 }
 
 

@@ -8,7 +8,7 @@ write their updates and secrets to `true` there, and the server what it receives
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +68,15 @@ def at_the_server(inbox: Any) -> None:
 
     take = inbox.Inbox.take
 
-    def taken(*given: Any) -> Any:
-        replies = take(*given)
-        for reply, _ in replies:
+    def taken(*given: Any) -> Iterator[Any]:
+        for reply, size in take(*given):
             if reply.has_content():
                 kind = reply.metadata.message_type
                 write("seen", f"{kind}-whole", recorddict_to_proto(reply.content).SerializeToString())
                 for record in reply.content.array_records.values():
                     for name, array in record.items():
                         write("seen", f"{kind}-{name}", array.numpy().tobytes())
-        return replies
+            yield reply, size
 
     inbox.Inbox.take = taken
 
@@ -85,5 +84,7 @@ def at_the_server(inbox: Any) -> None:
 if "DROPOUTS" in os.environ:
     from onload import change  # type: ignore[import-not-found]  # of reliability/injected, which is on the path, too
 
-    site, server, inbox = (f"fedclip_flwr.{name}" for name in ("secure.site", "secure.server", "inbox"))
+    site, server, inbox = (
+        f"fedclip_flwr.{name}" for name in ("exchange.secure.site", "server.secure_sum", "flower.inbox")
+    )
     change({site: at_sites, server: the_sum, inbox: at_the_server})
