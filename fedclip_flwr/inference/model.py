@@ -128,7 +128,7 @@ class FedCLIP(
     def with_classes(self, names: Sequence[str] | None = None, prompt: str = "") -> FedCLIP:
         """This model for other classes, or its classes with another `prompt`: a template with {} for the name.
 
-        Separate several templates with |. Both models share the CLIP and the adapter: moving one moves the other.
+        Several templates have | between them. Both models share the CLIP and the adapter: moving one moves the other.
         """
         if isinstance(names, str):
             raise UserError(f"classes: expected a list of names, found the text {names!r}")
