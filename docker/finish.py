@@ -14,7 +14,6 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import fedclip_flwr
-from fedclip_flwr.features import Clip
 
 PLACE = Path(sysconfig.get_path("purelib"))
 UNUSED = (
@@ -60,7 +59,7 @@ def use() -> None:
     import datasets  # noqa: F401
     from PIL import Image
 
-    from fedclip_flwr.features import models
+    from fedclip_flwr.features import Clip, models
 
     model = Clip(models.find("bundled"))
     model.encode_prompts(["a picture"])
