@@ -166,12 +166,12 @@ class Watch:
     start: str
     checkpoint: Callable[[RunState], Checkpoint]
 
-    def result(self, result: RoundResult) -> None:
+    def on_result(self, result: RoundResult) -> None:
         self.folder.line(result)
         console.say(console.line(result, self.start))
 
-    def selected(self, number: int, state: State, blend: float) -> None:
+    def on_selected(self, number: int, state: State, blend: float) -> None:
         self.folder.adapter(number, state, self.features, blend)
 
-    def complete(self, state: RunState) -> None:
+    def on_complete(self, state: RunState) -> None:
         self.folder.checkpoint(self.checkpoint(state))

@@ -137,7 +137,7 @@ def accuracy(features: Features, sites: Sequence[Site], settings: Settings, atta
         features.classes,
         None,
         settings,
-        every_round=False,
+        test_every_round=False,
         wrap=hostile.wrap if hostile else lambda name, node: node,
     )
     adapter = new_adapter(settings, features.classes.dim)

@@ -29,7 +29,7 @@ def predictions(features: Features, settings: Settings, sites: int) -> torch.Ten
     classes = features.classes.ready()
     found, unseen = make_sites(features, settings.holdout, sites, settings.seed)
     adapter = make_adapter(settings.adapter, classes.dim)
-    adapter.load_state_dict(simulate(found, classes, unseen, settings, every_round=False).state)
+    adapter.load_state_dict(simulate(found, classes, unseen, settings, test_every_round=False).state)
     images = torch.cat([features.examples(domain).ready().features for domain in features.domains])
     with torch.no_grad():
         return classes.logits(adapter(images)).argmax(dim=1)

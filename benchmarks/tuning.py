@@ -44,7 +44,7 @@ def gains(features: Features, holdout: str, sites: int, settings: Settings) -> t
     parts = [replace(site, test=site.validation) for site in parts]
     _, validation, _ = split(len(unseen[holdout].labels), seed_of(settings.seed, "tuning", holdout))
     apart = {holdout: unseen[holdout].rows(validation)}
-    result = simulate(parts, features.classes, apart, settings, every_round=False)
+    result = simulate(parts, features.classes, apart, settings, test_every_round=False)
     zero, found = result.zero_shot, result.selected
     return tuple(100 * ((getattr(found, of) or 0.0) - (getattr(zero, of) or 0.0)) for of in ("seen", "unseen"))
 

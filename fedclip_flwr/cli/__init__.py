@@ -1,4 +1,7 @@
-"""The command `fedclip`. Options and help only: the work is in other wings, imported when a command runs."""
+"""The command `fedclip`. Options and help only: the work is in other wings, imported when a command runs.
+
+May import everything but the apps.
+"""
 
 from fedclip_flwr.cli import learning, looking, sites, using
 from fedclip_flwr.cli.common import app

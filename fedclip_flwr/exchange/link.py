@@ -50,7 +50,7 @@ class Downlink:
         if self._codec in CODECS:
             self._mark = mark_of(state)
 
-    def step(self, target: State, number: int) -> State:
+    def advance(self, target: State, number: int) -> State:
         """Move to the adapter of round `number` and return it: `target`, up to the rounding of the codec."""
         if self._codec not in CODECS:
             self.state = target

@@ -1,7 +1,7 @@
 """The messages between site and server as Flower records, and the checks on arrival.
 
-`may_leave` lists everything that may leave a site; `check_outgoing` checks every reply before it is sent. The messages
-of the server, and the replies of a site::
+`may_leave` lists everything that may leave a site, and `ANSWERS` in `secure/protocol.py` the same for masking;
+`guard` in `client_app.py` checks every reply against them. The server's messages, and a site's replies::
 
     QUERY     the session            →  the site's name, role and sizes; or its progress, while it is encoding
               (with secure aggregation three more, see `secure/`)
@@ -35,6 +35,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange.codecs import CODECS, packed_size
 from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.flower.metadata import set_metadata
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.metrics import BINS, ClassCounts, Quality, Score
 
@@ -107,7 +108,7 @@ BY_CLASS = frozenset({"test-classes"})
 
 
 def may_leave(adapter: Iterable[str], by_class: bool) -> dict[str, frozenset[str]]:
-    """Everything that may leave a site besides an error's one line: the records, and the keys that each may have.
+    """Everything that may leave a site in a hello, TRAIN or EVALUATE, besides an error's one line: records and keys.
 
     `adapter` has the names of the adapter's tensors, or of the codec that packed them. `by_class`: the site's owner
     shares the counts by class.
@@ -144,7 +145,7 @@ def round_size(state: State, codec: str, key: str, report: Report) -> int:
         config["state"] = config["base"] = "0" * MARK
     content = RecordDict({"arrays": write_adapter(arrays), "config": config})
     question = Message(content, dst_node_id=2**63, message_type=MessageType.TRAIN)
-    question.metadata.__dict__.update(_run_id=2**63, _src_node_id=1, _message_id="0" * 64)  # as a grid does
+    set_metadata(question, run_id=2**63, src_node_id=1, message_id="0" * 64)  # as a grid does
     return message_size(question) + message_size(Message(write_answer(report, arrays), reply_to=question))
 
 

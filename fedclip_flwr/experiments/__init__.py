@@ -1,4 +1,4 @@
-"""Methods compared in one process: baselines, the sweep, its tables.
+"""Federations within one process (`simulate`), and methods compared on them: baselines, the sweep, its tables.
 
 May import everything up to report.
 """

@@ -30,7 +30,7 @@ class Case:
     unseen: Mapping[str, Examples]
     settings: Settings
     start: Learner | None = None
-    each_round: Callable[[], object] = lambda: None
+    after_round: Callable[[], object] = lambda: None
 
 
 def zero_shot(case: Case) -> Accuracies:
@@ -39,7 +39,7 @@ def zero_shot(case: Case) -> Accuracies:
 
 def together(case: Case) -> Accuracies:
     """The accuracies of a federation of all sites."""
-    more: dict[str, Any] = {"start": case.start, "every_round": False, "each_round": case.each_round}
+    more: dict[str, Any] = {"start": case.start, "test_every_round": False, "after_round": case.after_round}
     return simulate(case.sites, case.classes, case.unseen, case.settings, **more).selected
 
 

@@ -93,14 +93,14 @@ def simulate(
     settings: Settings | None = None,
     *,
     start: Learner | None = None,
-    every_round: bool = True,
-    each_round: Callable[[], object] = lambda: None,
+    test_every_round: bool = True,
+    after_round: Callable[[], object] = lambda: None,
     wrap: Wrap = lambda name, node: node,
 ) -> Result:
     """Runs the federation that the settings describe, on these sites.
 
-    `start` is the learner; a new adapter by default. Test images are evaluated in each round if `every_round`, else
-    only at the start and in the selected round. `each_round` is called after each round.
+    `start` is the learner; a new adapter by default. Without `test_every_round`, test images are evaluated only at the
+    start and in the selected round. `after_round` is called after each round.
     """
     settings = settings or Settings()
     classes = classes.ready(classes.text.device)
@@ -110,17 +110,17 @@ def simulate(
         raise UserError("no site has an example to learn from: use more data or fewer sites")
     apart = dict(unseen or {})
     federation = _Federation(
-        sites if every_round else [_untested(site) for site in sites],
+        sites if test_every_round else [_without_test_images(site) for site in sites],
         classes,
-        apart if every_round else {},
+        apart if test_every_round else {},
         settings,
         learner,
-        each_round,
+        after_round,
         wrap,
         copy.deepcopy(learner),
     )
     outcome = federation.run()
-    if every_round:
+    if test_every_round:
         rounds = [_accuracies(result) for result in federation.results]
         return Result(rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state)
     zero = accuracies_of(learner, sites, classes, apart, federation.results[0])
@@ -152,7 +152,7 @@ def _accuracies(result: RoundResult) -> Accuracies:
     return Accuracies(result.round, result.seen, result.validation, mean_accuracy(result.held_out), tests | apart)
 
 
-def _untested(site: Site) -> Site:
+def _without_test_images(site: Site) -> Site:
     return replace(site, test=site.test.rows(slice(0)))
 
 
@@ -165,7 +165,7 @@ class _Federation:
     unseen: Mapping[str, Examples]
     settings: Settings
     learner: Learner
-    each_round: Callable[[], object]
+    after_round: Callable[[], object]
     wrap: Wrap
     scratch: Learner
     results: list[RoundResult] = field(default_factory=list)
@@ -174,7 +174,7 @@ class _Federation:
         start, session = self.learner.on_cpu(), Session("", Vocabulary((), ()), "", "simulate")
         states = StatesInMemory()
         ordered = sorted(self.sites, key=lambda site: site.name)
-        answering = {number: _Answering(self._context(site), states) for number, site in enumerate(ordered, 1)}
+        answering = {number: _SiteNode(self._context(site), states) for number, site in enumerate(ordered, 1)}
         grid = local_grid({number: self.wrap(one.context.site.name, one) for number, one in answering.items()})
         link = Downlink(start, self.settings.codec, self.settings.seed)
         nodes = Nodes(grid, link, session=session, package="", timeout=math.inf, say=lambda text: None)
@@ -196,13 +196,13 @@ class _Federation:
             learner.blend = blend
         return {domain: examine(learner, examples, self.classes) for domain, examples in self.unseen.items()}
 
-    def result(self, result: RoundResult) -> None:
+    def on_result(self, result: RoundResult) -> None:
         self.results.append(result)
 
-    def selected(self, number: int, state: State, blend: float) -> None: ...
+    def on_selected(self, number: int, state: State, blend: float) -> None: ...
 
-    def complete(self, state: RunState) -> None:
-        self.each_round()
+    def on_complete(self, state: RunState) -> None:
+        self.after_round()
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class _LocalContext(SiteContext):
         return self.scratch
 
 
-class _Answering:
+class _SiteNode:
     """A site's answers to messages."""
 
     def __init__(self, context: _LocalContext, states: States) -> None:

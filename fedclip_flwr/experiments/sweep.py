@@ -102,14 +102,14 @@ class Plan:
         return self.whole_rounds if METHODS[method].whole_model else self.settings.num_server_rounds
 
 
-def solve(cell: Cell, features: Features, each_round: Callable[[], object] = lambda: None) -> Found:
+def solve(cell: Cell, features: Features, after_round: Callable[[], object] = lambda: None) -> Found:
     """Runs the cell's method; returns its result."""
     settings, method = cell.settings, METHODS[cell.method]
     device = models.pick_device(settings.device)
     how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
     sites, unseen = make_sites(features, settings.holdout, cell.sites, settings.seed, **how)
     start = new_learner(settings, features).to(device)
-    case = Case(sites, features.classes.ready(device), unseen, settings, start, each_round)
+    case = Case(sites, features.classes.ready(device), unseen, settings, start, after_round)
     size = None
     if method.sends:
         score = Score(1000, 1000, 1.0)

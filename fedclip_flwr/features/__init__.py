@@ -1,6 +1,6 @@
 """A frozen CLIP and its image features, computed once: encoded, stored, or read from a feature folder.
 
-The only wing that imports transformers. May import: base, learning, data.
+The only wing that loads models with transformers. May import: base, learning, data.
 """
 
 from fedclip_flwr.features.base import Features

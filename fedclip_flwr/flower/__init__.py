@@ -1,4 +1,5 @@
-"""All uses of Flower's private names, each with its reason: the inbox, the pinned SuperNode, the SuperLink.
+"""Everything that depends on Flower's private names, each with its reason; no other wing imports one.
 
-No other wing imports a private name of Flower. May import: base.
+Patched: supernode, superlink, pinned. Replaced: inbox, a grid. Only names: clientapp, serverapp, connections, crypto,
+metadata, sizes. May import: base.
 """

@@ -7,7 +7,8 @@ model/               instead of these: the selected round's whole model, if that
 checkpoint/          the last complete round, with everything needed to resume
 summary.json         the status, and the results of a completed run
 
-Every file is replaced atomically. The folder is locked while its run is in progress.
+`saved.py` writes adapters and models, `checkpoint.py` the checkpoint, `summary.py` makes the summary; the report adds
+files of its own. Every file is replaced atomically. The folder is locked while its run is in progress.
 """
 
 from __future__ import annotations

@@ -43,13 +43,13 @@ ATTEMPTS = 3
 class Watcher(Protocol):
     """Called as a run proceeds."""
 
-    def result(self, result: RoundResult) -> None:
+    def on_result(self, result: RoundResult) -> None:
         """The result of a round is known."""
 
-    def selected(self, number: int, state: State, blend: float) -> None:
+    def on_selected(self, number: int, state: State, blend: float) -> None:
         """The adapter of this round, with this blend, is the best so far."""
 
-    def complete(self, state: RunState) -> None:
+    def on_complete(self, state: RunState) -> None:
         """A round is complete; the run can be resumed from here."""
 
 
@@ -57,7 +57,7 @@ class Attempt(NamedTuple):
     """One attempt at a round: the average (None if nothing was trained), and the reports of those that did and didn't
     train."""
 
-    averaged: ArrayRecord | None
+    aggregate: ArrayRecord | None
     trained: Reports
     evaluated: Reports
 
@@ -88,8 +88,8 @@ class RoundLoop:
             if self._stops_early():
                 break
             self._round(number)
-        zero, best = self._conclude(self._evaluate(self._at.round, self._at.state, self._nodes.good()))
-        return self._outcome(zero, best)
+        zero, best = self._record(self._evaluate(self._at.round, self._at.state, self._nodes.good()))
+        return self._finish(zero, best)
 
     def _begin(self) -> None:
         at, settings = self._at, self._settings
@@ -98,9 +98,9 @@ class RoundLoop:
             self._nodes.trained.update(dict.fromkeys(self._nodes.trained, ATTEMPTS))
         at.epsilon = privacy.spent(settings, self._nodes.trained.values())
         if recount:
-            self._watcher.complete(at)  # the run may be interrupted again
+            self._watcher.on_complete(at)  # the run may be interrupted again
         if at.best:  # the interrupted run may have selected a later round, which was not completed
-            self._watcher.selected(at.best.round, at.best_state, settings.trained_blend)
+            self._watcher.on_selected(at.best.round, at.best_state, settings.trained_blend)
 
     def _stops_early(self) -> bool:
         """True if `early-stop` rounds have brought no gain; the result of the last round is not known yet."""
@@ -113,15 +113,15 @@ class RoundLoop:
         nodes.meet(number)
         before, begun = nodes.traffic.both, time.monotonic()
         made = self._attempts(number)
-        if made.averaged is None:
+        if made.aggregate is None:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
         spent = nodes.traffic.both - before
         at.question_bytes += spent
-        self._conclude({**made.trained, **made.evaluated})
-        at.state = nodes.link.step(records.read_adapter(made.averaged, at.state), number)
+        self._record({**made.trained, **made.evaluated})  # of the adapter that they were sent, not of the next
+        at.state = nodes.link.advance(records.read_adapter(made.aggregate, at.state), number)
         at.round, at.bytes, at.seconds = number, spent, time.monotonic() - begun
         at.epsilon = privacy.spent(self._settings, nodes.trained.values())
-        self._watcher.complete(at)
+        self._watcher.on_complete(at)
 
     def _attempts(self, number: int) -> Attempt:
         """Repeats the round, as if it had not been tried, until enough sites have answered."""
@@ -154,15 +154,15 @@ class RoundLoop:
             asked = [masks.address(message) for message in asked] if masks else asked
             asked += self._messages(self._strategy.configure_evaluate, number, state, others, nodes.config())
             self._at.questions += len(asked)
-            averaged = self._average(number, _trained(nodes.ask(number, asked, state), evaluations), masks)
+            aggregate = self._aggregate(number, _setting_aside(nodes.ask(number, asked, state), evaluations), masks)
         except MaskingError as error:
             nodes.say(f"round {number}: no sum can be made: {error}")
             return Attempt(None, {}, {})
         reports = nodes.collect_reports(number, self._strategy)
         self._strategy.aggregate_evaluate(number, evaluations)
-        return Attempt(averaged, reports, nodes.collect_reports(number, self._strategy))
+        return Attempt(aggregate, reports, nodes.collect_reports(number, self._strategy))
 
-    def _average(self, number: int, replies: Iterable[Message], masks: SecureSum | None) -> ArrayRecord | None:
+    def _aggregate(self, number: int, replies: Iterable[Message], masks: SecureSum | None) -> ArrayRecord | None:
         strategy = self._strategy
         if not masks:
             return strategy.aggregate_train(number, replies)[0]
@@ -178,14 +178,14 @@ class RoundLoop:
         made = configure(number, records.write_adapter(state), config, self._nodes.view(asked))
         return sorted(made, key=lambda message: message.metadata.dst_node_id)  # Flower's strategies shuffle them
 
-    def _conclude(self, reports: Reports) -> tuple[RoundResult, RoundResult]:
+    def _record(self, reports: Reports) -> tuple[RoundResult, RoundResult]:
         """The latest adapter's result, compared with the best so far; returns that of round 0, and the best."""
         at, blend = self._at, self._settings.trained_blend
         unseen = self._unseen(at.state, blend)
         result = self._with_reports(
             RoundResult(at.round, {}, unseen, at.bytes, at.seconds, epsilon=at.epsilon), reports
         )
-        self._watcher.result(result)
+        self._watcher.on_result(result)
         at.zero = at.zero or result
         if (
             at.best is None
@@ -193,7 +193,7 @@ class RoundLoop:
             or chosen(result.validations, at.best.validations, at.zero.validations, self._recipe)
         ):
             at.best, at.best_state = result, at.state
-            self._watcher.selected(result.round, at.state, blend)
+            self._watcher.on_selected(result.round, at.state, blend)
         return at.zero, at.best
 
     def _evaluate(
@@ -210,7 +210,7 @@ class RoundLoop:
         sites, holdouts = ({name: reports[name] for name in sorted(reports.keys() & of)} for of in self._nodes.by_role)
         return replace(result, reports=sites, holdouts=holdouts)
 
-    def _completed(self, result: RoundResult, state: State) -> RoundResult:
+    def _with_absent_sites(self, result: RoundResult, state: State) -> RoundResult:
         """The result with the reports of sites that were absent in its round."""
         known = {**result.reports, **result.holdouts}
         asked = self._nodes.good(known)
@@ -221,15 +221,15 @@ class RoundLoop:
         reports = self._evaluate(result.round, state, self._nodes.good(), blend=blend)
         return self._with_reports(replace(result, unseen=self._unseen(state, blend)), reports)
 
-    def _outcome(self, zero: RoundResult, best: RoundResult) -> Outcome:
+    def _finish(self, zero: RoundResult, best: RoundResult) -> Outcome:
         """Completes the two results that are reported, chooses the blend, and lets the sites personalise."""
         at, settings, start = self._at, self._settings, self._start
         exact = settings.starts_as_zero_shot
-        zero_shot = self._completed(zero, start) if exact else self._blended(zero, start, 0.0)
-        adapted, blend = self._completed(best, at.best_state), settings.trained_blend
+        zero_shot = self._with_absent_sites(zero, start) if exact else self._blended(zero, start, 0.0)
+        adapted, blend = self._with_absent_sites(best, at.best_state), settings.trained_blend
         if settings.blend == "auto":
             adapted, blend = self._best_blend(adapted)
-            self._watcher.selected(adapted.round, at.best_state, blend)
+            self._watcher.on_selected(adapted.round, at.best_state, blend)
         personal: Reports = {}
         if settings.personalize:
             alone = self._nodes.good(without=self._nodes.by_role.holdouts)
@@ -248,7 +248,7 @@ class RoundLoop:
         return best, share
 
 
-def _trained(replies: Iterable[Message], others: list[Message]) -> Iterator[Message]:
+def _setting_aside(replies: Iterable[Message], others: list[Message]) -> Iterator[Message]:
     """The replies to TRAIN as they come; the `others` are collected."""
     for reply in replies:
         if reply.metadata.message_type == MessageType.TRAIN:

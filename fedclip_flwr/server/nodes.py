@@ -24,6 +24,7 @@ from fedclip_flwr.exchange import ExchangeError, Hello, Progress, Report, Sessio
 from fedclip_flwr.exchange.link import Downlink
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.inbox import Inbox
+from fedclip_flwr.flower.metadata import set_metadata
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.selection import sample_sites
 from fedclip_flwr.server.strategy import AdapterFedAvg
@@ -365,12 +366,12 @@ class Nodes:
                 self.fails(number, self.names[node], "it could not be reached")
             for node, reply in self._pull(under_way):
                 wait.answered()
-                reply.metadata.__dict__["_message_type"] = kinds[node]  # not what the site claims
+                set_metadata(reply, message_type=kinds[node])  # not what the site claims
                 if reply.has_error() and reply.error.code == records.LACKS and node in complete:
                     self.link.lacks(node)
                     waiting.append(Message(complete.pop(node), node, kinds[node]))
                 elif reply.has_error() and reply.error.code == records.BLAMES:
-                    reply.metadata.__dict__["_src_node_id"] = node
+                    set_metadata(reply, src_node_id=node)
                     yield reply
                 elif why := self._unusable(node, reply, state):
                     self.fails(number, self.names[node], why)

@@ -120,7 +120,7 @@ def test_a_federation_under_a_codec_predicts_as_in_float32(codec: str, kind: str
     classes = drawn.classes.ready()
     states, found = [], []
     for how in ("float32", codec):
-        state = simulate(sites, classes, unseen, Settings(adapter=kind, codec=how), every_round=False).state
+        state = simulate(sites, classes, unseen, Settings(adapter=kind, codec=how), test_every_round=False).state
         adapter = make_adapter(kind, classes.dim)
         adapter.load_state_dict(state)
         found.append(classes.logits(adapter(images)).argmax(dim=1))

@@ -66,7 +66,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_float32_sends_whole_adapters_and_keeps_nothing(own_home: Path) -> None:
     link = Downlink(START, "float32", 0)
     wished = moved(START, 0.1)
-    assert link.step(wished, 1) is wished
+    assert link.advance(wished, 1) is wished
     content = sent(link, 5)
     assert "state" not in content["config"]
     assert equal(taken(content, codec="float32"), wished)
@@ -84,7 +84,7 @@ def test_a_site_makes_the_first_adapter_itself_and_gets_parcels_from_then_on(cod
         assert equal(taken(content, codec=codec), link.state)
         answered(link, 5)
         wished = moved(wished, 0.1)
-        link.step(wished, number + 1)
+        link.advance(wished, number + 1)
     for name, tensor in wished.items():  # what rounding took away came later
         torch.testing.assert_close(link.state[name], tensor, rtol=0, atol=2e-3)
 
@@ -102,10 +102,10 @@ def test_what_a_site_has_is_not_sent_again() -> None:
 
 def test_a_site_that_missed_a_round_gets_the_whole() -> None:
     link = Downlink(START, "int8", 0)
-    link.step(moved(START, 0.1), 1)
+    link.advance(moved(START, 0.1), 1)
     answered(link, 5)
     for number in (2, 3):
-        link.step(moved(START, 0.1 * number), number)
+        link.advance(moved(START, 0.1 * number), number)
     content = sent(link, 5)
     assert set(content["arrays"]) == set(START)
     assert equal(taken(content), link.state)
@@ -114,9 +114,9 @@ def test_a_site_that_missed_a_round_gets_the_whole() -> None:
 def test_a_site_that_lacks_what_a_parcel_builds_on_says_so_and_gets_the_whole() -> None:
     link = Downlink(START, "int8", 0)
     for number in (1, 2):
-        link.step(moved(START, 0.1 * number), number)
+        link.advance(moved(START, 0.1 * number), number)
         answered(link, 5)
-    link.step(moved(START, 0.3), 3)
+    link.advance(moved(START, 0.3), 3)
     content = sent(link, 5)
     with pytest.raises(LacksError):
         taken(content)
@@ -128,7 +128,7 @@ def test_a_parcel_that_comes_again_is_taken_again_and_no_more_is_kept_than_that_
     """As in a round that is repeated, or to a second site on the same machine."""
     link, marks = Downlink(START, "int8", 0), list[str]()
     for number in (1, 2, 3):
-        link.step(moved(START, 0.1 * number), number)
+        link.advance(moved(START, 0.1 * number), number)
         marks.append(mark_of(link.state))
         content = sent(link, 5)
         for _ in range(2):
@@ -172,7 +172,7 @@ def test_a_message_that_will_not_do_is_refused(records: dict[str, Any], told: st
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_a_site_sends_builds_on_what_it_was_sent(codec: str) -> None:
     link = Downlink(START, codec, 0)
-    received = link.step(moved(START, 0.1), 1)
+    received = link.advance(moved(START, 0.1), 1)
     trained = moved(received, 0.05)
     parcel = packed("a", codec, trained, received, "north", 2)
     assert set(parcel) == {codec}
@@ -252,17 +252,17 @@ def test_what_rounding_takes_from_small_steps_adds_up_and_is_sent() -> None:
     """In bfloat16, steps of 1 + 2⁻⁹ arrive as 1; the third brings what is left of the first two along, 2⁻⁸."""
     link = Downlink({"w": torch.zeros(1)}, "bfloat16", 0)
     for number in (1, 2, 3):
-        link.step({"w": link.state["w"] + 1 + 2**-9}, number)
+        link.advance({"w": link.state["w"] + 1 + 2**-9}, number)
     assert link.state["w"].tolist() == [3 + 2**-7]
     assert link.residual["w"].tolist() == [-(2**-9)]
 
 
 def test_a_site_that_could_make_the_latest_adapter_is_sent_the_whole_of_an_earlier_one() -> None:
     link, best = Downlink(START, "int8", 0), moved(START, 0.3)
-    link.step(moved(START, 0.1), 1)
+    link.advance(moved(START, 0.1), 1)
     taken(sent(link, 5))
     answered(link, 5)
-    link.step(moved(START, 0.2), 2)
+    link.advance(moved(START, 0.2), 2)
     content = sent(link, 5, best)
     assert set(content["arrays"]) == set(START)
     assert equal(taken(content), best)

@@ -95,7 +95,7 @@ def test_sites_that_are_all_too_small_are_told() -> None:
 def test_without_every_round_only_zero_shot_and_the_selected_round_are_tested() -> None:
     how = Settings(num_server_rounds=4, learning_rate=0.05, batch_size=4)
     whole = simulate(SITES, CLASSES, {"sea": some(7, 99)}, how)
-    short = simulate(SITES, CLASSES, {"sea": some(7, 99)}, how, every_round=False)
+    short = simulate(SITES, CLASSES, {"sea": some(7, 99)}, how, test_every_round=False)
     assert short.rounds == whole.rounds[:1]
     assert short.selected == whole.selected
     assert all(torch.equal(short.state[k], whole.state[k]) for k in whole.state)

@@ -140,15 +140,15 @@ class Told:
         self.best: list[int] = []
         self.completed: list[tuple[int, float]] = []
 
-    def result(self, result: RoundResult) -> None:
+    def on_result(self, result: RoundResult) -> None:
         self.results.append(result)
 
-    def selected(self, number: int, state: State, blend: float) -> None:
+    def on_selected(self, number: int, state: State, blend: float) -> None:
         self.best.append(number)
         self.adapter = state
         self.blend = blend
 
-    def complete(self, state: RunState) -> None:
+    def on_complete(self, state: RunState) -> None:
         self.completed.append((state.round, float(state.state["w"])))
 
 

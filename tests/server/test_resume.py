@@ -47,7 +47,7 @@ def interrupted(
         if state.round == after:
             raise PowerCutError
 
-    first.told.complete = complete  # type: ignore[method-assign]
+    first.told.on_complete = complete  # type: ignore[method-assign]
     with pytest.raises(PowerCutError):
         first.run()
     again = make()
@@ -206,7 +206,7 @@ def test_what_was_selected_after_the_last_complete_round_gives_way_to_what_was_s
         return Running({1: Site("north", 1.0, {1.0: 6})})
 
     def selects_round_2(running: Running) -> None:
-        running.told.selected(2, {}, 1.0)
+        running.told.on_selected(2, {}, 1.0)
 
     again, outcome = interrupted(federation, tmp_path / "c", 2, selects_round_2)
     assert again.told.best == [2, 1]
