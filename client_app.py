@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.base.errors import ReadError, one_line
 from fedclip_flwr.exchange import ExchangeError, Hello, Progress, records
-from fedclip_flwr.exchange.codecs import CODECS
+from fedclip_flwr.exchange.codecs import packs
 from fedclip_flwr.exchange.link import SiteCache, StatesOnDisk, forget
 from fedclip_flwr.exchange.records import LACKS, LacksError
 from fedclip_flwr.exchange.secure import protocol
@@ -100,6 +100,7 @@ def hello(message: Message, context: Context) -> Message:
         classes=site.class_numbers,
         package=content.of_package(content.memory()),
         unit_length=opened.features.has_unit_length(),
+        plugins=opened.settings.shared_packages,
     )
     return Message(records.write_hello(answer), reply_to=message)
 
@@ -183,7 +184,7 @@ def tensors_to_send(message: Message, context: Context) -> Collection[str]:
     if masks(context):
         return [protocol.MASKED]
     codec, method, adapter = (str(context.run_config.get(key, "")) for key in ("codec", "method", "adapter"))
-    if codec in CODECS:
+    if packs(codec or "float32"):
         return [codec]
     if method == "adapter":
         return tensor_names(adapter)

@@ -23,6 +23,7 @@ from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.serverapp import add_exit_handler, refuse
 from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, examine
 from fedclip_flwr.learning.metrics import Quality
+from fedclip_flwr.learning.recipes import starts_as_zero_shot
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import console
 from fedclip_flwr.runs.checkpoint import Checkpoint
@@ -63,8 +64,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         start = learner.on_cpu()
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
         link = Downlink(start, settings.codec, settings.seed)
-        nodes = Nodes(grid, link, session=session, package=package, timeout=settings.round_timeout, say=console.say)
-        add_exit_handler(nodes.end)
+        nodes = nodes_of(grid, link, session, settings, package)
         strategy = AdapterFedAvg(start, nodes.names, settings, nodes.examples, len(session.vocabulary.class_names))
         before = folder.before
         if before:
@@ -86,7 +86,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             made = state, link.residual, strategy.memory, nodes.record, session.key, clock.seconds()
             return Checkpoint(*made, resumed, folder.metrics)
 
-        watch = Watch(folder, features, "zero-shot" if settings.starts_as_zero_shot else "start", checkpoint)
+        watch = Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start", checkpoint)
         quality = Unseen(learner.to(device), classes, unseen)
         loop = RoundLoop(nodes, strategy, settings, start, quality, watch, before.state if before else None)
         try:
@@ -101,6 +101,21 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         console.say(console.closing(summary, settings, holdout, outcome.adapted.validation is not None))
     console.say(writing.at_end(folder.path, features, holdout))  # after all else: the run is already complete
     console.say(f"Run folder: {folder.path}")
+
+
+def nodes_of(grid: Grid, link: Downlink, session: Session, settings: Settings, package: str) -> Nodes:
+    """The sites of the run; the process can end while it waits for them."""
+    nodes = Nodes(
+        grid,
+        link,
+        session=session,
+        package=package,
+        plugins=settings.shared_packages,
+        timeout=settings.round_timeout,
+        say=console.say,
+    )
+    add_exit_handler(nodes.end)
+    return nodes
 
 
 def encoded(grid: Grid, features: Features, holdout: str | None, device: torch.device) -> dict[str, Examples]:

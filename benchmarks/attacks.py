@@ -35,8 +35,9 @@ from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning import RECIPES, evaluate
-from fedclip_flwr.learning.adapters import ADAPTERS, new_adapter
+from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.learning.metrics import Score, mean_accuracy
+from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site import Site
 
 PLAIN = "plain FedAvg"

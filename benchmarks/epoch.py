@@ -34,6 +34,7 @@ from benchmarks.common import CLASSES, DIM, at_least, machine, table, workplace
 from benchmarks.pacs_size import IMAGES, timed
 from fedclip_flwr.learning import RECIPES, Examples, make_adapter, train
 from fedclip_flwr.learning import Classes as Prompts
+from fedclip_flwr.learning.adapters import Attention
 
 BATCH, ROWS, TOKENS, ROUNDS = 32, 1200, 77, 200
 SIZES = (8, 16, 32, 64)
@@ -91,7 +92,7 @@ def our_epoch(recipe: str) -> Callable[[], object]:
     examples = Examples(torch.randn(ROWS, DIM), labels).ready()
     classes = Prompts(torch.randn(len(CLASSES), DIM), 100.0).ready()
     adapter = make_adapter("attention", DIM, length=RECIPES[recipe].length, identity=recipe != "paper")
-    rate = RECIPES[recipe].learning_rate["attention"]
+    rate = RECIPES[recipe].adapter_rate or Attention.learning_rate
 
     def epoch() -> None:
         threads = torch.get_num_threads()

@@ -21,8 +21,8 @@ from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import open_features
 from fedclip_flwr.learning import evaluate
-from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.metrics import mean_accuracy
+from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site.work import learn_alone
 
 

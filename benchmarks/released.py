@@ -38,7 +38,7 @@ from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.experiments.simulate import simulate
 from fedclip_flwr.features import FeatureFolder
 from fedclip_flwr.learning import RECIPES, Classes, Examples, train
-from fedclip_flwr.learning.adapters import new_adapter
+from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site import Site
 from fedclip_flwr.site.holdings import divide
 

@@ -70,7 +70,7 @@ def main() -> None:
                 RECIPES["trial"] = replace(RECIPES["default"], length=float(length))
                 tried: dict[str, Any] = {"recipe": "trial", "strategy": given.strategy}
                 if given.strategy == "fedavg":
-                    RECIPES["trial"] = replace(RECIPES["trial"], learning_rate={kind: float(rate)})
+                    RECIPES["trial"] = replace(RECIPES["trial"], adapter_rate=float(rate))
                 else:
                     tried["server_learning_rate"] = float(rate)
                 found = []

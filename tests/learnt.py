@@ -10,8 +10,9 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.encoded import Pixels
 from fedclip_flwr.features.opening import open_features
-from fedclip_flwr.learning.adapters import Adapter, new_adapter
+from fedclip_flwr.learning.adapters import Adapter
 from fedclip_flwr.learning.base import Learner
+from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.runs.folder import RunFolder
 from fedclip_flwr.runs.saved import save_adapter
 

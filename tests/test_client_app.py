@@ -28,8 +28,7 @@ from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.features import clip
 from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.flower.sizes import message_size
-from fedclip_flwr.learning.adapters import new_adapter
-from fedclip_flwr.learning.recipes import RECIPES
+from fedclip_flwr.learning.recipes import RECIPES, new_adapter
 from fedclip_flwr.learning.training import evaluate, examine, train
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site import work

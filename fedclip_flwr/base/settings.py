@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedclip_flwr.base import plugins
 from fedclip_flwr.base.errors import UserError, shown
-from fedclip_flwr.base.kinds import KINDS
 
 
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
@@ -30,6 +30,7 @@ def _setting(default: Any, meaning: str, **limits: Any) -> Any:
 
 OPTIMIZED = ("fedadam", "fedyogi", "fedadagrad")
 """The strategies in which an optimizer at the server takes a step from the sites' mean."""
+ADAPTERS = ("attention", "gate", "scale")
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 """The strategies that compare the sites' updates with each other."""
 CODECS = ("float32", "bfloat16", "int8")
@@ -67,7 +68,7 @@ class Settings:
         "the domain no site trains on, or several with + between; `auto` is the last in sorted order, empty for none",
     )
     method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
-    adapter: str = _setting("attention", "the trainable part", choices=tuple(KINDS))
+    adapter: str = _setting("attention", "the trainable part", choices=ADAPTERS)
     adapter_rank: int = _setting(4, "rank of adapters that have one (`gate`)", least=1, most=2**14)
     blend: float | str = _setting(
         1.0,
@@ -187,9 +188,20 @@ class Settings:
         return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
 
     @property
-    def starts_as_zero_shot(self) -> bool:
-        """True if the learner predicts exactly as the frozen model before training, and not only nearly so."""
-        return self.method == "full-model" or self.recipe != "paper" or KINDS[self.adapter].exact
+    def compares_updates(self) -> bool:
+        """True if the strategy sees each site's update: one of `ROBUST`, or a plug-in."""
+        return self.strategy not in ("fedavg", "fedprox", *OPTIMIZED)
+
+    def packages(self, *of: str) -> list[str]:
+        """The packages of the plug-ins that these settings name, each with its version and content hash."""
+        named = {key: place_of(self.data)[0][:-1] if key == "data" else str(_value(self, key)) for key in of}
+        own = {key: {*self.keys()[key].metadata.get("choices", ()), *(head[:-1] for head in PLACES), ""} for key in of}
+        return plugins.packages({key: name for key, name in named.items() if name not in own[key]})
+
+    @property
+    def shared_packages(self) -> list[str]:
+        """Those that server and sites must have alike."""
+        return self.packages("codec", *(["adapter"] if self.method == "adapter" else []))
 
     @property
     def trained_blend(self) -> float:
@@ -215,9 +227,19 @@ class Settings:
 
 
 def place_of(data: str) -> tuple[str, str]:
-    """The one of `PLACES` that `data` starts with, and the path; for other data an empty text and `data` itself."""
-    head = next((head for head in PLACES if data.startswith(head)), "")
+    """The one of `PLACES` or plug-in that `data` starts with, and the path; else an empty text and `data` itself."""
+    head = next((head for head in PLACES if data.startswith(head)), "") or _plugin_head(data)
     return head, data.removeprefix(head)
+
+
+def _plugin_head(data: str) -> str:
+    name, _, rest = data.partition(":")
+    if not rest or name == "drawn":
+        return ""
+    reference = f"{name}:{rest.partition(':')[0]}"
+    if ":" in rest and plugins.REFERENCE.fullmatch(reference):
+        return f"{reference}:"
+    return f"{name}:" if plugins.reference_of("data", name) else ""
 
 
 def meaning_of(field: dataclasses.Field[Any]) -> str:
@@ -237,7 +259,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
         found["name"] = "'latest' always means the newest run; choose another name"
     if settings.name and settings.resume:
         found["name"] = "a resumed run keeps its name; leave it out"
-    robust, strategy = settings.strategy in ROBUST, f"strategy = {settings.strategy!r}"
+    robust, strategy = settings.compares_updates, f"strategy = {settings.strategy!r}"
     if robust and settings.site_weights != "equal":
         found["site-weights"] = f"with {strategy} sites count the same; leave it out"
     if robust and settings.dp == "central":
@@ -280,7 +302,10 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
         raise ValueError(f"expected {names[kind]}" + (f" or {word}" if (word := field.metadata.get("word")) else ""))
     limits = field.metadata
     if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"expected one of {', '.join(limits['choices'])}")
+        extensible = key in plugins.GROUPS
+        if not extensible or plugins.reference_of(key, str(value)) is None:
+            expected = [*limits["choices"], *([plugins.HOW] if extensible else [])]
+            raise ValueError(f"expected one of {', '.join(expected)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("expected a finite number")
     if value < limits.get("least", value):

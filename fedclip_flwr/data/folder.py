@@ -13,22 +13,17 @@ from typing import NoReturn
 from fedclip_flwr.base import UserError
 from fedclip_flwr.base.errors import shown
 from fedclip_flwr.base.text import counted
-from fedclip_flwr.data.base import Picture
-from fedclip_flwr.data.images import ImageFiles
+from fedclip_flwr.data.images import FileSource
 
 log = logging.getLogger(__name__)
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LAYOUTS = "domain/class/image, or class/image for one domain"
 
 
-class ImageFolder:
-    """A tree of images. Class names are those of the folders of all domains, in sorted order.
-
-    The one domain of a tree `class/image` gets the name of the tree's folder.
-    """
+class ImageFolder(FileSource):
+    """A tree of images. The one domain of a tree `class/image` gets the name of the tree's folder."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
         prefix = f"data = 'folder:{root}'"
         files = [path for path in _files(root, 3) if len(path.parts) > 1]
         found = list(filter(_is_image, files))
@@ -39,31 +34,13 @@ class ImageFolder:
         if len(depths) > 1:
             one, other = (next(path for path in found if len(path.parts) == depth) for depth in (2, 3))
             raise UserError(f"{prefix}: images at different depths, such as {one} and {other}; expected {LAYOUTS}")
-        files_of: dict[str, list[tuple[str, str]]] = {}
-        for path in found:
-            domain = path.parts[0] if depths == {3} else root.name or "images"
-            files_of.setdefault(domain, []).append((str(path), path.parts[-2]))
-        self.domains = tuple(sorted(files_of))
-        self.class_names = tuple(sorted({label for files in files_of.values() for _, label in files}))
-        numbers = {label: number for number, label in enumerate(self.class_names)}
-        self._files = {
-            domain: ImageFiles(root, [(name, numbers[label]) for name, label in files])
-            for domain, files in files_of.items()
-        }
+        alone = root.name or "images"
+        images = [(str(path), path.parts[-2], path.parts[0] if depths == {3} else alone) for path in found]
+        super().__init__(root, images)
         if len(self.class_names) < 2:
             raise UserError(
                 f"{prefix}: only one class ({self.class_names[0]}) there; expected at least two, as {LAYOUTS}"
             )
-
-    def content(self, domain: str) -> str:
-        """A hash of the images and of their class numbers in this tree."""
-        return self._files[domain].content
-
-    def count(self, domain: str) -> int:
-        return len(self._files[domain])
-
-    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
-        return self._files[domain].pictures(start, stop)
 
 
 def _files(root: Path, depth: int, links: bool = True) -> Iterator[PurePosixPath]:

@@ -182,3 +182,29 @@ class ImageFiles:
         if not self._rows:
             self._rows = sorted((number, mark(self._root / name), name) for name, number in self._files)
         return content_of((number, hashed) for number, hashed, _ in self._rows)
+
+
+class FileSource:
+    """A source of image files below `root`, each as its path, the name of its class, and its domain.
+
+    Class names are those of all domains, in sorted order.
+    """
+
+    def __init__(self, root: Path, images: Sequence[tuple[str, str, str]]) -> None:
+        self.domains = tuple(sorted({domain for _, _, domain in images}))
+        self.class_names = tuple(sorted({label for _, label, _ in images}))
+        numbers = {label: number for number, label in enumerate(self.class_names)}
+        listed: dict[str, list[tuple[str, int]]] = {}
+        for name, label, domain in images:
+            listed.setdefault(domain, []).append((name, numbers[label]))
+        self._files = {domain: ImageFiles(root, own) for domain, own in listed.items()}
+
+    def content(self, domain: str) -> str:
+        """A hash of the images and of their class numbers here."""
+        return self._files[domain].content
+
+    def count(self, domain: str) -> int:
+        return len(self._files[domain])
+
+    def pictures(self, domain: str, start: int = 0, stop: int | None = None) -> Iterator[Picture]:
+        return self._files[domain].pictures(start, stop)

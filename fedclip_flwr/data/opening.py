@@ -7,11 +7,16 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fedclip_flwr.base import UserError, files
-from fedclip_flwr.base.settings import place_of
+from fedclip_flwr.base import UserError, files, plugins
+from fedclip_flwr.base.settings import STORED, place_of
 from fedclip_flwr.data.base import FIND, Columns, Picture, Source
 from fedclip_flwr.data.presets import PRESETS, Canonical, Preset, fitting
 from fedclip_flwr.data.vocabulary import check_plain
+
+Open = Callable[[Path, str, Columns], Source]
+"""Opens the source at a path on this machine. It also gets the complete setting `data`, for errors, and the columns.
+
+The source must be picklable and quick to open: each process opens its own."""
 
 
 class NoImages:
@@ -42,7 +47,7 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
     if data == "none":
         return NoImages(), None
     head, path = place_of(data)
-    if head in LOCAL:
+    if head not in ("", STORED):
         source = _local(head, Path(path), data, columns)
     elif data in PRESETS:
         source = _preset(data, columns)
@@ -62,7 +67,7 @@ def open_source(data: str, columns: Columns = FIND) -> tuple[Source, Preset | No
 def _local(head: str, path: Path, data: str, columns: Columns) -> Source:
     """Opens a source on this machine; errors of the file system become a `UserError`."""
     try:
-        return LOCAL[head](path, data, columns)
+        return _opener(head)(path, data, columns)
     except PermissionError as error:
         raise UserError(
             f"data = {data!r}: this user may not read {path} and all below ({error.strerror}: {error.filename}): "
@@ -70,6 +75,12 @@ def _local(head: str, path: Path, data: str, columns: Columns) -> Source:
         ) from None
     except OSError as error:
         raise UserError(f"data = {data!r}: {path} can't be read ({error.strerror}: {error.filename})") from None
+
+
+def _opener(head: str) -> Open:
+    """The function, or the class, that opens what follows the head; a plug-in's if it is not one of ours."""
+    expected = "a class, called with path, data and columns"
+    return LOCAL.get(head) or plugins.load("data", head[:-1], {}, callable, expected, chosen=True)
 
 
 def _folder(root: Path, data: str, columns: Columns) -> Source:
@@ -86,12 +97,8 @@ def _folder(root: Path, data: str, columns: Columns) -> Source:
     return ImageFolder(root)
 
 
-LOCAL: dict[str, Callable[[Path, str, Columns], Source]] = {"folder:": _folder}
-"""For each of `settings.PLACES` except `features:`, the function that opens the path after it.
-
-It also gets the complete setting `data`, for errors, and the columns. The source must be picklable and quick to open:
-each process opens its own.
-"""
+LOCAL: dict[str, Open] = {"folder:": _folder}
+"""For each of `settings.PLACES` except `features:`."""
 
 
 def _of_hub(data: str, columns: Columns) -> Source:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedclip_flwr.base import plugins
 from fedclip_flwr.base.tensors import State
 
 
@@ -72,6 +73,16 @@ CODECS = {
 }
 
 
+def packs(codec: str) -> bool:
+    """True if differences are packed; with `float32` complete tensors are sent."""
+    return codec != "float32"
+
+
+def codec_of(name: str, chosen: bool = False) -> Codec:
+    """The codec of that name, or of a plug-in. `chosen`: see `plugins.load`."""
+    return plugins.load("codec", name, CODECS, lambda found: isinstance(found, Codec), "an exchange.Codec", chosen)
+
+
 class Payload(NamedTuple):
     """The bytes to send, the state that the receiver decodes from them, and the rounding error."""
 
@@ -84,7 +95,7 @@ def wrap(codec: str, new: Mapping[str, Tensor], base: State, residual: Mapping[s
     """A payload from which a receiver with `base` gets `new`; adds the `residual` of an earlier payload."""
     generator = torch.Generator().manual_seed(seed)
     target = {name: new[name] - base[name] + residual.get(name, 0.0) for name in sorted(base)}
-    parts = [part for tensor in target.values() for part in CODECS[codec].pack(tensor, generator)]
+    parts = [part for tensor in target.values() for part in codec_of(codec).pack(tensor, generator)]
     packed = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
     difference = _contents(codec, packed, base)
     decoded = {name: base[name] + difference[name] for name in base}
@@ -99,11 +110,11 @@ def unwrap(codec: str, packed: Tensor, base: State) -> State:
 
 def packed_size(codec: str, like: Mapping[str, Tensor]) -> int:
     """The size in bytes of a payload for tensors like these."""
-    return sum(CODECS[codec].size(tensor.shape) for tensor in like.values())
+    return sum(codec_of(codec).size(tensor.shape) for tensor in like.values())
 
 
 def _contents(codec: str, packed: Tensor, like: State) -> State:
     """The difference in the payload, as tensors with the shapes of `like`."""
-    names = sorted(like)
-    parts = torch.split(packed, [CODECS[codec].size(like[name].shape) for name in names])
-    return {name: CODECS[codec].unpack(part, like[name].shape) for name, part in zip(names, parts, strict=True)}
+    names, how = sorted(like), codec_of(codec)
+    parts = torch.split(packed, [how.size(like[name].shape) for name in names])
+    return {name: how.unpack(part, like[name].shape) for name, part in zip(names, parts, strict=True)}

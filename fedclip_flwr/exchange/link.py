@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from fedclip_flwr.base import content, files, store
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange.codecs import CODECS, packed_size, unwrap, wrap
+from fedclip_flwr.exchange.codecs import packed_size, packs, unwrap, wrap
 from fedclip_flwr.exchange.records import ExchangeError, LacksError, Task, mark_of, read_adapter, write_adapter
 
 MONTH = 30 * 24 * 3600.0
@@ -39,7 +39,7 @@ class Downlink:
 
     def __init__(self, start: State, codec: str, seed: int) -> None:
         self.state, self._codec, self._seed = start, codec, seed
-        self._start = self._mark = mark_of(start) if codec in CODECS else ""
+        self._start = self._mark = mark_of(start) if packs(codec) else ""
         self._base, self._payload = "", ArrayRecord()
         self.residual: State = {}
         self._held: dict[int, str] = {}
@@ -47,12 +47,12 @@ class Downlink:
     def resume(self, state: State, residual: State) -> None:
         """Continue after the step with this state and residual; sites first get the complete adapter."""
         self.state, self.residual = state, residual
-        if self._codec in CODECS:
+        if packs(self._codec):
             self._mark = mark_of(state)
 
     def advance(self, target: State, number: int) -> State:
         """Move to the adapter of round `number` and return it: `target`, up to the rounding of the codec."""
-        if self._codec not in CODECS:
+        if not packs(self._codec):
             self.state = target
             return target
         payload = wrap(self._codec, target, self.state, self.residual, seed_of(self._seed, "down", number))
@@ -63,7 +63,7 @@ class Downlink:
 
     def address(self, messages: list[Message], state: State) -> None:
         """Remove from each message, which carries `state`, what its receiver already has."""
-        if self._codec not in CODECS:
+        if not packs(self._codec):
             return
         mark = self._mark_of(state)
         made: dict[tuple[int, str], RecordDict] = {}  # nodes with the same state share one content
@@ -92,7 +92,7 @@ class Downlink:
 
     def receive(self, reply: Message, state: State) -> None:
         """Decode the adapter in the reply of a site that received `state`, so that any strategy can use it."""
-        if self._codec not in CODECS:
+        if not packs(self._codec):
             return
         self._held[reply.metadata.src_node_id] = self._mark_of(state)
         arrays = reply.content.array_records.get("arrays")
@@ -191,7 +191,7 @@ class SiteCache:
             state = read_adapter(task.arrays, like)
         else:
             raise ExchangeError("the server's message lacks the adapter")
-        if self._codec in CODECS:
+        if packs(self._codec):
             self._keep(state, task)
             self._received = state
         return state
@@ -200,7 +200,7 @@ class SiteCache:
         base = self._find(task.base or task.state, start)
         if not task.base:
             return base
-        if task.arrays is None or self._codec not in CODECS:
+        if task.arrays is None or not packs(self._codec):
             raise ExchangeError("the server's message lacks the difference to its base adapter")
         made = unwrap(self._codec, _read_payload(task.arrays, self._codec, like), base)
         if not all(tensor.isfinite().all() for tensor in made.values()):
@@ -227,7 +227,7 @@ class SiteCache:
 
     def pack(self, trained: State, site: str, number: int, seed: int) -> State:
         """The tensors to send for the adapter that the site trained in round `number` from the one it received."""
-        if self._codec not in CODECS:
+        if not packs(self._codec):
             return trained
         folder = content.file_name(site)
         earlier = sorted(int(name) for name in self._states.names(folder) if int(name) < number)

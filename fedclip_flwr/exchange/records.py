@@ -19,7 +19,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from fedclip_flwr.base.errors import one_line as one_line  # for any text from o
 from fedclip_flwr.base.roles import HOLDOUT, ROLES
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary
-from fedclip_flwr.exchange.codecs import CODECS, packed_size
+from fedclip_flwr.exchange.codecs import packed_size, packs
 from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.flower.metadata import set_metadata
 from fedclip_flwr.flower.sizes import message_size
@@ -67,6 +67,7 @@ class Hello:
     classes: list[int]
     package: str
     unit_length: bool = False  # whether its features were normalized
+    plugins: list[str] = field(default_factory=list)  # each one's package, version and content hash
 
 
 class Progress(NamedTuple):
@@ -140,7 +141,7 @@ def reason(message: Message) -> str:
 def round_size(state: State, codec: str, key: str, report: Report) -> int:
     """The bytes of a round with one site, in both directions."""
     config, arrays = ConfigRecord({**write_task(key), "server-round": 1}), state
-    if codec in CODECS:
+    if packs(codec):
         arrays = {codec: torch.zeros(packed_size(codec, state), dtype=torch.uint8)}
         config["state"] = config["base"] = "0" * MARK
     content = RecordDict({"arrays": write_adapter(arrays), "config": config})
@@ -329,6 +330,9 @@ def read_hello(content: RecordDict) -> Hello | Progress:
         raise ExchangeError("invalid hello: unit_length must be true or false")
     if any(not isinstance(facts[key], str) for key in ("role", "domain", "package")):
         raise ExchangeError("invalid hello: role, domain and package must be text")
+    plugins = facts["plugins"]
+    if not isinstance(plugins, list) or any(type(text) is not str or text != one_line(text, 200) for text in plugins):
+        raise ExchangeError("invalid hello: plugins must be short texts")
     if facts["role"] not in ROLES or (facts["role"] == HOLDOUT and facts["train"] + facts["validation"]):
         raise ExchangeError(f"invalid hello: invalid role: {one_line(facts['role'], 40)}")
     return Hello(**{**facts, "domain": one_line(facts["domain"], 64)})

@@ -107,6 +107,13 @@ METHODS = {
     "blend": Method("ours, attention, blend chosen", together, {"blend": "auto"}),
     "centralised": Method("attention, all in one place", centralised),
 }
+
+
+def method_of(name: str) -> Method:
+    """The method of that name; any other name is that of a plug-in adapter."""
+    return METHODS.get(name) or Method(f"plug-in, {name}", together, {"adapter": name})
+
+
 OWN = frozenset({"method", "adapter", "recipe", "strategy"})
 """Settings that differ between methods."""
 

@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedclip_flwr.base import Settings, UserError, content, files
+from fedclip_flwr.base import Settings, UserError, content, files, plugins
 from fedclip_flwr.base.settings import STORED, unusable
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.data.presets import PRESETS, fitting
 from fedclip_flwr.experiments import printed
-from fedclip_flwr.experiments.baselines import METHODS, OWN, PUBLISHED, Published
+from fedclip_flwr.experiments.baselines import METHODS, OWN, PUBLISHED, Published, method_of
 from fedclip_flwr.experiments.sweep import Plan, sweep
 from fedclip_flwr.experiments.tables import Row, as_csv, markdown, rows
 from fedclip_flwr.features import Features, models
+from fedclip_flwr.learning.adapters import adapter_class
 from fedclip_flwr.runs import read_settings
 from fedclip_flwr.runs.console import NOT_THE_PAPERS
 from fedclip_flwr.runs.opening import open_run
@@ -158,7 +159,7 @@ def _plots(made: Sequence[Row], folder: Path) -> list[str]:
 
     points = [
         sweep_plots.Point(
-            METHODS[row.method].label,
+            method_of(row.method).label,
             row.gain_seen.mean,
             row.gain_unseen.mean if row.gain_unseen else None,
             row.gain_seen.deviation,
@@ -203,13 +204,9 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
             problems[key] = f"{key}: the methods differ in it; choose methods with --methods"
         elif key in MEANINGLESS:
             problems[key] = f"{key}: it has no effect in a sweep; leave it out"
-    unfit = {name: why for name in METHODS if (why := _unfit(name, options.data, more))}
-    methods = _listed(options.methods) or [name for name in METHODS if name not in unfit]
-    if unknown := sorted({*methods} - {*METHODS}):
-        problems["methods"] = f"--methods {', '.join(unknown)}: expected some of {', '.join(METHODS)}"
-    for name in sorted({*methods} & {*unfit}):
-        problems[name] = f"--methods {name}: {unfit[name]}"
-    if options.against and options.against not in methods:
+    methods, unfit = _methods(options, more)
+    problems |= unfit
+    if methods and options.against and options.against not in methods:
         problems["against"] = f"--against {options.against}: expected one of the compared methods"
     if not re.fullmatch(Settings.keys()["name"].metadata["pattern"], options.name) or options.name == "results":
         problems["name"] = f"--name {options.name}: expected letters, digits, dots and dashes, and not results"
@@ -223,7 +220,7 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
         holdouts = list(features.domains) if len(features.domains) > 1 else [""]
     plan = Plan(
         settings,
-        ["zero-shot", *(name for name in METHODS if name in methods and name != "zero-shot")],
+        ["zero-shot", *(name for name in methods if name != "zero-shot")],
         list(dict.fromkeys(holdouts)),
         range(options.first_seed, options.first_seed + options.seeds),
         options.nodes or max(1, len(features.domains) - (holdouts != [""])),
@@ -233,11 +230,29 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
     return plan, features
 
 
+def _methods(options: SweepOptions, given: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
+    """The methods to compare, in the order of the table, plug-in adapters last; and the problems."""
+    unfit = {name: why for name in METHODS if (why := _unfit(name, options.data, given))}
+    wanted = _listed(options.methods) or [name for name in METHODS if name not in unfit]
+    problems = {name: f"--methods {name}: {unfit[name]}" for name in sorted({*wanted} & {*unfit})}
+    plugin_names = [name for name in dict.fromkeys(wanted) if name not in METHODS]
+    if unknown := sorted(name for name in plugin_names if plugins.reference_of("adapter", name) is None):
+        expected = f"some of {', '.join(METHODS)}, or a plug-in adapter"
+        problems["methods"] = f"--methods {', '.join(unknown)}: expected {expected}"
+        return [], problems
+    for name in plugin_names:
+        try:
+            adapter_class(name, chosen=True)
+        except UserError as error:
+            problems[name] = f"--methods {name}: {error}"
+    return [*(name for name in METHODS if name in wanted), *plugin_names], problems
+
+
 def _unfit(name: str, data: str, given: Mapping[str, object]) -> str:
     """Why the method can't run on the data or with these settings; empty if it can."""
-    if METHODS[name].whole_model and data.startswith(STORED):
+    if method_of(name).whole_model and data.startswith(STORED):
         return f"needs images, and {data} has only their features"
-    if "blend" in given and (METHODS[name].whole_model or "blend" in METHODS[name].settings):
+    if "blend" in given and (method_of(name).whole_model or "blend" in method_of(name).settings):
         return "excludes the setting blend; leave one of them out"
     return ""
 

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from fedclip_flwr.data import held_out
-from fedclip_flwr.experiments.baselines import METHODS, Published
+from fedclip_flwr.experiments.baselines import Published, method_of
 from fedclip_flwr.experiments.paired import Difference, difference
 from fedclip_flwr.experiments.sweep import Found, Plan, Results
 from fedclip_flwr.experiments.tables import MEAN, Row, Spread, by_key, columns_of
@@ -36,7 +36,7 @@ def accuracies(made: Sequence[Row], published: Sequence[Published]) -> Cells:
     for method in dict.fromkeys(row.method for row in made):
         of = {row.held_out: row for row in made if row.method == method}
         own = {name: {"seen": row.seen, "unseen": row.unseen, "all": row.every} for name, row in of.items()}
-        rows.append((METHODS[method].label, [_spread(own[name][measure]) for name, measure in columns]))
+        rows.append((method_of(method).label, [_spread(own[name][measure]) for name, measure in columns]))
     for source in published:
         figures, place = {**source.by_domain, MEAN: source.mean}, "all" if source.every else "unseen"
         values = [figures.get(name) if measure == place else None for name, measure in columns]
@@ -171,7 +171,7 @@ def differences_table(made: Sequence[Compared], against: Sequence[str]) -> str:
         pairs = sorted({of.pairs for of in own if of})
         if pairs:
             count = " or ".join(map(str, pairs))
-            lines.append([METHODS[method].label, *("–" if of is None else of.text() for of in own), count])
+            lines.append([method_of(method).label, *("–" if of is None else of.text() for of in own), count])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if made else ""
 
 

@@ -25,8 +25,8 @@ from fedclip_flwr.exchange.records import write_hello
 from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node, local_grid
 from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, evaluate, examine
-from fedclip_flwr.learning.adapters import new_adapter
 from fedclip_flwr.learning.metrics import Quality, Score, mean_accuracy
+from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.server import Outcome, RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes

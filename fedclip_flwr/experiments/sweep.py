@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from fedclip_flwr.base import Settings, UserError, content, files
 from fedclip_flwr.exchange import Report, records
-from fedclip_flwr.experiments.baselines import METHODS, Case
+from fedclip_flwr.experiments.baselines import Case, method_of
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, models, open_features
 from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
+from fedclip_flwr.runs.opening import load_plugins
 
 
 class Cell(NamedTuple):
@@ -50,7 +51,8 @@ class Cell(NamedTuple):
         """A digest of all that the result depends on. Data and model count by their content, wherever they are."""
         how = {k: v for k, v in self.settings.as_run_config().items() if k not in ("data", "model", "results-dir")}
         code = content.of_package(content.memory())
-        return content.digest(self.method, str(self.sites), json.dumps(how), features.content, code, torch.__version__)
+        parts = self.method, str(self.sites), json.dumps(how), features.content, code, torch.__version__
+        return content.digest(*parts, *self.settings.packages("adapter", "codec"))
 
 
 class Found(NamedTuple):
@@ -83,28 +85,29 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """All cells, the slowest first."""
-        order = sorted(self.methods, key=lambda method: not METHODS[method].whole_model)
+        order = sorted(self.methods, key=lambda method: not method_of(method).whole_model)
         return [
             Cell(method, self._settings(method, holdout, seed), self.sites)
             for method in order
-            for seed in (self.seeds[: self.whole_seeds] if METHODS[method].whole_model else self.seeds)
+            for seed in (self.seeds[: self.whole_seeds] if method_of(method).whole_model else self.seeds)
             for holdout in self.holdouts
         ]
 
     def _settings(self, method: str, holdout: str, seed: int) -> Settings:
         rounds = self.rounds_of(method) or self.settings.num_server_rounds
-        own = {"holdout": holdout, "seed": seed, "num_server_rounds": rounds, **METHODS[method].settings}
+        own = {"holdout": holdout, "seed": seed, "num_server_rounds": rounds, **method_of(method).settings}
         return replace(self.settings, **own)
 
     def rounds_of(self, method: str) -> int:
         if method == "zero-shot":
             return 0
-        return self.whole_rounds if METHODS[method].whole_model else self.settings.num_server_rounds
+        return self.whole_rounds if method_of(method).whole_model else self.settings.num_server_rounds
 
 
 def solve(cell: Cell, features: Features, after_round: Callable[[], object] = lambda: None) -> Found:
     """Runs the cell's method; returns its result."""
-    settings, method = cell.settings, METHODS[cell.method]
+    settings, method = cell.settings, method_of(cell.method)
+    load_plugins(settings)
     device = models.pick_device(settings.device)
     how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
     sites, unseen = make_sites(features, settings.holdout, cell.sites, settings.seed, **how)

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from fedclip_flwr.base.text import bytes_of
-from fedclip_flwr.experiments.baselines import METHODS, Published
+from fedclip_flwr.experiments.baselines import Published, method_of
 from fedclip_flwr.experiments.sweep import Found, Plan, Results
 
 MEAN = "mean"
@@ -117,7 +117,7 @@ def markdown(made: Sequence[Row], published: Sequence[Published], full_model_byt
         sent = bytes_of(last.bytes) if last.bytes else "–"
         less = f"{full_model_bytes / last.bytes:,.0f}" if full_model_bytes and last.bytes else "–"
         numbers = (str(last.rounds or "–"), str(last.seeds))
-        table.append([METHODS[method].label, *map(_cell, parts), gains, sent, less, *numbers])
+        table.append([method_of(method).label, *map(_cell, parts), gains, sent, less, *numbers])
     for source in published:
         figures, kind = {**source.by_domain, MEAN: source.mean}, "all" if source.every else "unseen"
         cells = ["" if (value := figures.get(column)) is None else f"{kind} {value:.2f}" for column in columns]

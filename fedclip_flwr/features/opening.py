@@ -14,7 +14,7 @@ from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.encoded import Encoded, Pixels
 from fedclip_flwr.features.folder import FeatureFolder
 from fedclip_flwr.learning import RECIPES, Learner
-from fedclip_flwr.learning.adapters import new_adapter
+from fedclip_flwr.learning.recipes import new_adapter
 
 
 def open_features(

@@ -9,10 +9,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedclip_flwr.base import files
-from fedclip_flwr.base.kinds import of_rank
 from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.base.text import gain, percent, some
 from fedclip_flwr.data.presets import PRESETS
+from fedclip_flwr.learning.adapters import ADAPTERS, adapter_class, of_rank
 from fedclip_flwr.runs import console, history, saved
 
 LIBRARY, TASK = "fedclip-flwr", "zero-shot-image-classification"
@@ -72,7 +72,8 @@ def _made_for(origin: Path) -> list[Any]:
 
 
 def _title(facts: Mapping[str, Any]) -> str:
-    what = "A fully trained CLIP" if facts.get("kind") == "full-model" else f"An adapter ({facts.get('kind')}) for CLIP"
+    kind = str(facts.get("kind"))
+    what = "A fully trained CLIP" if kind == "full-model" else f"An adapter ({adapter_class(kind).name}) for CLIP"
     return f"{what}, trained by several sites"
 
 
@@ -83,11 +84,12 @@ def _what(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if facts.get("kind") == "full-model":
         return f"All of {base}{revision}, trained by federated averaging; no image left its site."
     kind = str(facts.get("kind"))
-    adapter = f"{kind} adapter{of_rank(kind, facts['rank'])}"
+    adapter = f"{adapter_class(kind).name} adapter{of_rank(kind, facts['rank'])}"
+    code = f" Its code is `{kind}`, in a package that must be installed too." if kind not in ADAPTERS else ""
     return (
         f"A small {adapter} on the image features of {base}{revision}, which stays frozen. "
         "Sites trained it together: only its numbers travelled, no image left its site "
-        "([FedCLIP](https://arxiv.org/abs/2302.13485), with [Flower](https://flower.ai))."
+        f"([FedCLIP](https://arxiv.org/abs/2302.13485), with [Flower](https://flower.ai)).{code}"
     )
 
 

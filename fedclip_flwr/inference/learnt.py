@@ -14,7 +14,6 @@ from fedclip_flwr.base.text import some
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.features import FeatureFolder, models
 from fedclip_flwr.learning import Adapter
-from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.runs import history, saved
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,8 @@ def _whole_in(folder: Path) -> Path | None:
     """The folder of the whole model in it; None if its first readable facts are those of an adapter, or it has none."""
     for path in (folder / saved.FACTS, folder / saved.CONFIG):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if files.read_json(path).get("kind") in ADAPTERS:
+            kind = files.read_json(path).get("kind")
+            if isinstance(kind, str) and kind != "full-model":
                 return None
     return next((path for path in (folder / "model", folder) if (path / saved.WHOLE).exists()), None)
 

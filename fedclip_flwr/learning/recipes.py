@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.base import Settings
-from fedclip_flwr.base.kinds import KINDS
+from fedclip_flwr.learning.adapters import Adapter, adapter_class, make_adapter
 from fedclip_flwr.learning.base import Classes
 
 
@@ -31,12 +31,13 @@ class Recipe:
     """How a site trains, and how a round is selected."""
 
     loss: Callable[[Tensor, Tensor, Classes], Tensor]
-    learning_rate: Mapping[str, float]  # for each kind of adapter, and for the whole model
+    whole_rate: float  # the learning rate for the whole model
     weight_decay: float
     prompt: str
     first_choice: int = 0  # the first round that may be selected
     most_gain: float = 0.05  # the most accuracy gained at a site that counts when rounds are compared
     loss_breaks_ties: bool = True  # if False, the first of equally accurate rounds is selected
+    adapter_rate: float | None = None  # the learning rate for adapters; None for each adapter's own
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -45,22 +46,21 @@ class Recipe:
     length: float = 1.0  # of features as the adapter's network sees them; 0: as CLIP gives them
 
     def rate(self, kind: str, dim: int, steps: int) -> float:
-        """The learning rate for this many steps per epoch.
+        """An adapter's learning rate for this many steps per epoch.
 
         Adam moves each number by about the rate in each step. So wider layers take proportionally smaller steps, and
         sites with few steps take larger ones, so that their adapters make progress in a round, too.
         """
-        rate = self.learning_rate[kind]
-        if kind == "full-model":
-            return rate
+        adapter = adapter_class(kind)
+        rate = self.adapter_rate or adapter.learning_rate
         rate *= max(1.0, self.steps / max(steps, 1))
-        return rate * self.width / dim if self.width and KINDS[kind].wide else rate
+        return rate * self.width / dim if self.width and adapter.wide else rate
 
 
 RECIPES = {
     "default": Recipe(
         loss=class_loss,
-        learning_rate={**{name: kind.learning_rate for name, kind in KINDS.items()}, "full-model": 1e-5},
+        whole_rate=1e-5,
         width=512,
         steps=10,
         weight_decay=0.0,
@@ -68,7 +68,8 @@ RECIPES = {
     ),
     "paper": Recipe(
         loss=contrastive_loss,
-        learning_rate=dict.fromkeys((*KINDS, "full-model"), 5e-5),
+        whole_rate=5e-5,
+        adapter_rate=5e-5,
         weight_decay=0.2,
         prompt="a picture of a {}",
         first_choice=1,
@@ -87,6 +88,24 @@ def length_of(settings: Settings) -> float:
 
 def learning_rate(settings: Settings, dim: int, examples: int) -> float:
     """The learning rate from the settings, or by default the recipe's for a site with this many examples."""
-    kind = settings.adapter if settings.method == "adapter" else settings.method
-    steps = -(-examples // settings.batch_size)
-    return settings.learning_rate or RECIPES[settings.recipe].rate(kind, dim, steps)
+    recipe = RECIPES[settings.recipe]
+    if settings.method == "full-model":
+        return settings.learning_rate or recipe.whole_rate
+    return settings.learning_rate or recipe.rate(settings.adapter, dim, -(-examples // settings.batch_size))
+
+
+def starts_as_zero_shot(settings: Settings) -> bool:
+    """True if the learner predicts exactly as the frozen model before training, and not only nearly so."""
+    return settings.method == "full-model" or settings.recipe != "paper" or adapter_class(settings.adapter).exact
+
+
+def new_adapter(settings: Settings, dim: int) -> Adapter:
+    return make_adapter(
+        settings.adapter,
+        dim,
+        rank=settings.adapter_rank,
+        blend=settings.trained_blend,
+        length=length_of(settings),
+        identity=starts_as_zero_shot(settings),
+        seed=settings.seed,
+    )

@@ -9,7 +9,6 @@ from typing import Any
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.errors import shown
-from fedclip_flwr.base.kinds import of_rank
 from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.base.text import bytes_of, counted
 from fedclip_flwr.data import held_out
@@ -123,8 +122,8 @@ class Story:
         """The trained part in words."""
         if self.settings.method == "full-model":
             return "the whole model"
-        kind, rank = self.settings.adapter, self.settings.adapter_rank
-        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} adapter{of_rank(kind, rank)}"
+        name, rank = self.run.adapter
+        return f"{'an' if name[0] in 'aeiou' else 'a'} {name} adapter" + (f" of rank {rank}" if rank else "")
 
     @property
     def data(self) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr.base import Settings, files
-from fedclip_flwr.base.kinds import of_rank
 from fedclip_flwr.base.roles import HOLDOUT
 from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 from fedclip_flwr.data import Vocabulary, held_out
@@ -116,19 +115,18 @@ def _trained(settings: Settings, features: Features, numbers: int, tensors: int)
     total, holds = features.parameters, f"{numbers:,} numbers in {counted(tensors, 'tensor')}"
     if settings.method == "full-model":
         return f"the whole model: {holds}"
-    rank = of_rank(settings.adapter, settings.adapter_rank)
+    from fedclip_flwr.learning.adapters import adapter_class, of_rank  # see above
+
+    name = adapter_class(settings.adapter).name + of_rank(settings.adapter, settings.adapter_rank)
     blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
     share = f", {100 * numbers / total:.2f} % of the model's {total:,}" if total else ""
-    return f"{settings.adapter}{rank}: {holds}{share}{blend}"
+    return f"{name}: {holds}{share}{blend}"
 
 
 def _traffic(settings: Settings, tensors: State) -> str:
-    from fedclip_flwr.exchange.codecs import (
-        CODECS,
-        packed_size,  # see above
-    )
+    from fedclip_flwr.exchange.codecs import packed_size, packs  # see above
 
-    packed = settings.codec in CODECS
+    packed = packs(settings.codec)
     size = packed_size(settings.codec, tensors) if packed else sum(tensor.nbytes for tensor in tensors.values())
     how = f", differences in {settings.codec}" if packed else ""
     return f"{bytes_of(size)} to a site and as much back in each round{how}"

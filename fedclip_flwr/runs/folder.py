@@ -31,8 +31,11 @@ from typing import Any
 
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.base.plugins import GROUPS as PLUGINS
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.features import Features, Pixels
+from fedclip_flwr.learning.adapters import adapter_class
+from fedclip_flwr.learning.recipes import starts_as_zero_shot
 from fedclip_flwr.runs import checkpoint, history
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.runs.saved import TENSORS, save_adapter, save_model, write_json
@@ -58,7 +61,19 @@ class RunFolder:
     def __init__(self, settings: Settings, package: str) -> None:
         root, self._setting = history.results(settings)
         self._settings, self._lines = settings, list[str]()
-        self._facts = {**settings.as_run_config(), "resume": "", "versions": _versions(), "package": package}
+        adapter = adapter_class(settings.adapter)
+        self._facts = {
+            **settings.as_run_config(),
+            "resume": "",
+            "versions": _versions(),
+            "package": package,
+            "plugins": settings.packages(*PLUGINS),
+            "adapter-facts": {
+                "name": adapter.name,
+                "ranked": adapter.ranked,
+                "zero-shot": starts_as_zero_shot(settings),
+            },
+        }
         self.with_other_package = False
         self._round, self._failures = 0, list[Failure]()
         self._writing = threading.RLock()
@@ -75,7 +90,8 @@ class RunFolder:
             if settings.resume:
                 original = _check_settings(self.path, self._facts)
                 self._facts |= {"run": original.get("run", self.path.name), "name": original["name"]}
-                self.with_other_package = original.get("package", package) != package
+                now = [package, self._facts["plugins"]]
+                self.with_other_package = [original.get("package", package), original.get("plugins", [])] != now
                 self.before = checkpoint.read(self._checkpoint)
             else:
                 self._facts["run"] = f"{self.path.name}-{secrets.token_hex(4)}"

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.errors import one_line
-from fedclip_flwr.base.kinds import KINDS
 
 MOST_BYTES = 2**28
 """The largest of a run's files that is read."""
@@ -70,8 +69,14 @@ class Run:
         """The adapter, with its rank if it has one, or `full-model`."""
         if self.settings["method"] == "full-model":
             return "full-model"
-        kind = str(self.settings["adapter"])
-        return f"{kind}-{self.settings['adapter-rank']}" if kind in KINDS and KINDS[kind].ranked else kind
+        name, rank = self.adapter
+        return f"{name}-{rank}" if rank else name
+
+    @property
+    def adapter(self) -> tuple[str, int | None]:
+        """The adapter's name, and its rank if it has one."""
+        facts = self.settings["adapter-facts"]
+        return facts["name"], self.settings["adapter-rank"] if facts["ranked"] else None
 
     @cached_property
     def known(self) -> Settings:
@@ -125,7 +130,7 @@ class Run:
     @property
     def start(self) -> str:
         """The name of round 0: `zero-shot`, or `start` if the untrained adapter differs from zero-shot."""
-        return "zero-shot" if self.known.starts_as_zero_shot else "start"
+        return "zero-shot" if self.settings["adapter-facts"]["zero-shot"] else "start"
 
     @property
     def why(self) -> str:
@@ -183,7 +188,7 @@ class Reader:
 
     def settings(self) -> dict[str, Any]:
         """The run's original settings; those that its file lacks have their defaults."""
-        found: dict[str, Any] = self._latest(SETTINGS, _settings)
+        found: dict[str, Any] = self._latest(SETTINGS, parse_settings)
         return found
 
     def _latest(self, name: str, parse: Callable[[bytes | None], Any]) -> Any:
@@ -284,7 +289,7 @@ def read(path: Path) -> Run:
     return reader.read() if run.status == "killed" else run  # it may have ended just after it was read
 
 
-def _settings(data: bytes | None) -> dict[str, Any]:
+def parse_settings(data: bytes | None) -> dict[str, Any]:
     if data is None:
         raise ValueError("the file is missing")
     found = _object(data)
@@ -294,6 +299,12 @@ def _settings(data: bytes | None) -> dict[str, Any]:
     for key, field in Settings.keys().items():
         if type(own := settings[key]) is not type(field.default) and own != field.metadata.get("word", field.default):
             raise ValueError(f"{key} is {own!r}")
+    kind, exact = settings["adapter"], settings["method"] == "full-model" or settings["recipe"] != "paper"
+    earlier = {"name": kind, "ranked": kind == "gate", "zero-shot": exact or kind == "scale"}  # with three adapters
+    facts = settings.setdefault("adapter-facts", earlier)
+    types = {key: type(value) for key, value in facts.items()} if isinstance(facts, dict) else {}
+    if types != {"name": str, "ranked": bool, "zero-shot": bool} or not facts["name"]:
+        raise ValueError(f"adapter-facts is {facts!r}")
     return settings
 
 

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.settings import STORED, unusable
 from fedclip_flwr.data import pick_holdout
+from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, models, open_features
 from fedclip_flwr.features.encoded import T
+from fedclip_flwr.learning.adapters import adapter_class
 from fedclip_flwr.runs.history import check_name, results
+from fedclip_flwr.server.robust import rule_of
+
+LOADS: dict[str, Callable[[Settings], object]] = {
+    "adapter": lambda settings: adapter_class(settings.adapter, chosen=True),
+    "codec": lambda settings: packs(settings.codec) and codec_of(settings.codec, chosen=True),
+    "strategy": lambda settings: settings.compares_updates and rule_of(settings.strategy, 0.0, chosen=True),
+}
+"""What settings that this machine's user chose may import. Of data, the source is opened."""
+
+
+def load_plugins(settings: Settings) -> None:
+    """Imports the plug-ins of settings that were checked in another process."""
+    for load in LOADS.values():
+        load(settings)
 
 
 def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -> tuple[Settings, Features, str | None]:
@@ -33,6 +50,8 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
             problems[key] = str(error)
             return None
 
+    for key, load in LOADS.items():
+        check(key, look=partial(load, settings))
     check("device", look=lambda: models.pick_device(settings.device))
     if not settings.data.startswith(STORED):
         check("model", "model-revision", look=lambda: models.find(settings.model, settings.model_revision))

@@ -45,7 +45,7 @@ def _facts_or_error(path: Path) -> dict[str, Any]:
     try:
         return facts(history.read(path))
     except UserError as error:
-        blank = dict.fromkeys(_facts(Run(path, Settings().as_run_config(), [], {})))
+        blank = dict.fromkeys(_facts(Run(path, history.parse_settings(b"{}"), [], {})))
         return blank | {"name": path.name, "path": str(path), "status": DAMAGED, "why": str(error)}
 
 

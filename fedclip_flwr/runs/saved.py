@@ -26,7 +26,7 @@ from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.data.vocabulary import check_classes
 from fedclip_flwr.features import Features, Pixels, models
 from fedclip_flwr.learning import Adapter
-from fedclip_flwr.learning.adapters import ADAPTERS, blank_adapter
+from fedclip_flwr.learning.adapters import adapter_class, blank_adapter
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.runs.history import FACTS as FACTS
 from fedclip_flwr.runs.history import TENSORS as TENSORS
@@ -161,8 +161,10 @@ def load_whole(folder: Path) -> dict[str, Any]:
 def _blank(facts: dict[str, Any]) -> Adapter:
     """An empty adapter as `adapter.json` describes it. It takes no memory yet: the file may claim any size."""
     kind, dim, rank, blend = (facts[key] for key in ("kind", "dim", "rank", "blend"))
-    if kind not in ADAPTERS:
-        raise ValueError(f"its kind is {kind!r}, expected one of {', '.join(ADAPTERS)}")
+    try:
+        adapter_class(kind)
+    except UserError as error:
+        raise ValueError(str(error)) from None
     if any(type(size) is not int or not 0 < size <= LARGEST for size in (dim, rank)):
         raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
     if type(blend) not in (int, float) or not 0 <= blend <= 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from fedclip_flwr.base import Settings
-from fedclip_flwr.base.settings import ROBUST
 from fedclip_flwr.server.averaging import Gather, Held, Sums
 from fedclip_flwr.server.noised import Noised
 from fedclip_flwr.server.robust import rule_of
@@ -16,6 +15,6 @@ def gather_of(settings: Settings) -> Gather:
     if settings.dp == "central":
         return partial(Noised, norm=settings.clipping_norm, noise_multiplier=settings.noise_multiplier)
     limit = settings.update_limit
-    if settings.strategy in ROBUST:
+    if settings.compares_updates:
         return partial(Held, limit=limit, rule=rule_of(settings.strategy, settings.hostile_share))
     return partial(Sums, limit=limit)

@@ -25,6 +25,7 @@ from fedclip_flwr.exchange import Report, privacy, records
 from fedclip_flwr.exchange.secure.protocol import MaskingError
 from fedclip_flwr.learning import RECIPES
 from fedclip_flwr.learning.metrics import Quality
+from fedclip_flwr.learning.recipes import starts_as_zero_shot
 from fedclip_flwr.learning.selection import BLENDS, better, chosen
 from fedclip_flwr.server import noised
 from fedclip_flwr.server.nodes import Nodes
@@ -224,7 +225,7 @@ class RoundLoop:
     def _finish(self, zero: RoundResult, best: RoundResult) -> Outcome:
         """Completes the two results that are reported, chooses the blend, and lets the sites personalise."""
         at, settings, start = self._at, self._settings, self._start
-        exact = settings.starts_as_zero_shot
+        exact = starts_as_zero_shot(settings)
         zero_shot = self._with_absent_sites(zero, start) if exact else self._blended(zero, start, 0.0)
         adapted, blend = self._with_absent_sites(best, at.best_state), settings.trained_blend
         if settings.blend == "auto":

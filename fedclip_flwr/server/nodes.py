@@ -87,6 +87,7 @@ class Nodes:
         *,
         session: Session,
         package: str,
+        plugins: Sequence[str] = (),
         timeout: float,
         say: Callable[[str], None],
     ) -> None:
@@ -103,7 +104,8 @@ class Nodes:
         self.blames: dict[str, set[str]] = {}
         """For each site, the sites that report an unreadable letter from it."""
         self.traffic = Traffic()
-        self._grid, self._package, self._inbox = grid, package, Inbox(grid)
+        self._grid, self._inbox = grid, Inbox(grid)
+        self._package, self._plugins = package, plugins
         self._largest_reply = 2**20 + 2 * sum(tensor.nbytes for tensor in link.state.values())
         self.link = link
         self._at_once = SIMULATED_AT_ONCE if simulated(grid) else sys.maxsize
@@ -292,6 +294,9 @@ class Nodes:
                 f"its code differs from the server's (package {theirs}, here {self._package[:12]}): "
                 "install the same version of fedclip-flwr there"
             )
+        if {*hello.plugins} != {*self._plugins}:
+            theirs, ours = (", ".join(sorted(names)) or "none" for names in (hello.plugins, self._plugins))
+            return f"its plug-ins differ ({one_line(theirs)}, here {ours}): install the same versions there"
         if hello.site in self._connected():  # a site that left may come back as another node
             return "its name is taken by another site: give each SuperNode a unique one"
         if any(not 0 <= number < self._classes for number in hello.classes):

@@ -15,6 +15,7 @@ import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum
 
+from fedclip_flwr.base import plugins
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.records import write_adapter
 from fedclip_flwr.server.averaging import Rule
@@ -35,8 +36,10 @@ STRATEGIES: dict[str, tuple[int, int, Make]] = {
 """Each as (a, b, make): against f hostile updates it needs a·f + b in all."""
 
 
-def rule_of(name: str, hostile_share: float) -> Rule:
-    return partial(_one_of, STRATEGIES[name], hostile_share)
+def rule_of(name: str, hostile_share: float, chosen: bool = False) -> Rule:
+    """The rule of that name, or of a plug-in. `chosen`: see `plugins.load`."""
+    own: dict[str, Rule] = {n: partial(_one_of, strategy, hostile_share) for n, strategy in STRATEGIES.items()}
+    return plugins.load("strategy", name, own, callable, "a function that makes one update of several", chosen)
 
 
 def _one_of(strategy: tuple[int, int, Make], hostile_share: float, updates: Sequence[State]) -> State:

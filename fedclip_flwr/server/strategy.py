@@ -20,11 +20,11 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError
-from fedclip_flwr.base.kinds import KINDS
 from fedclip_flwr.base.settings import OPTIMIZED
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import ExchangeError, Report
 from fedclip_flwr.exchange.records import read_adapter, read_answer, reason, write_adapter
+from fedclip_flwr.learning.adapters import adapter_class
 from fedclip_flwr.server.averaging import Gather, bounded
 from fedclip_flwr.server.gathering import gather_of
 
@@ -171,5 +171,5 @@ def optimizer_of(settings: Settings) -> Optimizer | None:
     """The server's optimizer, if the settings ask for one."""
     if settings.strategy not in OPTIMIZERS:
         return None
-    default = KINDS[settings.adapter].server_rate if settings.method == "adapter" else WHOLE_MODEL_RATE
+    default = adapter_class(settings.adapter).server_rate if settings.method == "adapter" else WHOLE_MODEL_RATE
     return Optimizer(settings.strategy, settings.server_learning_rate or default)

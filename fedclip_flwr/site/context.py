@@ -15,10 +15,11 @@ from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.settings import place_of
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Session
+from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, Pixels, models, open_features
 from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Classes, Learner
-from fedclip_flwr.learning.adapters import blank_adapter
+from fedclip_flwr.learning.adapters import adapter_class, blank_adapter
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.site.holdings import Site, own_site, owners_config, simulated_site
 
@@ -119,6 +120,9 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
             f"noise-multiplier = {settings.noise_multiplier:g} in the node config: expected at least "
             f"{given['noise-multiplier']}, the value of the run, which its epsilon is computed from"
         )
+    adapter_class(settings.adapter, chosen=simulated)  # a plug-in that its owner has not installed is refused
+    if packs(settings.codec):
+        codec_of(settings.codec, chosen=simulated)
     local_data = settings.data == "none" or place_of(settings.data)[0]
     if not simulated and "data" not in node and local_data:
         raise UserError("this site's data is not set: start its SuperNode with --node-config \"data='folder:/PATH'\"")

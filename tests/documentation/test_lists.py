@@ -8,8 +8,7 @@ from typing import get_type_hints
 import pytest
 
 from fedclip_flwr.base.files import own_app
-from fedclip_flwr.base.kinds import KINDS
-from fedclip_flwr.base.settings import PLACES, TRACKERS, Settings
+from fedclip_flwr.base.settings import ADAPTERS, PLACES, TRACKERS, Settings
 from fedclip_flwr.cli.learning import sweep
 from fedclip_flwr.data.presets import PRESETS
 
@@ -33,7 +32,7 @@ def methods() -> list[str]:
 
 
 def test_tables_list_every_adapter_method_tracker_and_source() -> None:
-    assert listed(page("methods.md"), "adapter") == [*KINDS]
+    assert listed(page("methods.md"), "adapter") == [*ADAPTERS]
     assert listed(page("methods.md"), "method") == methods()
     assert sorted(listed(page("tracking.md"), "tracker")) == sorted(TRACKERS)
     sources = listed(page("data.md"), "`data=`")

@@ -116,6 +116,10 @@ def test_a_hello_comes_back() -> None:
         {"classes": 3},
         {"package": 7},
         {"unit_length": 1},
+        {"plugins": "one"},
+        {"plugins": [1]},
+        {"plugins": ["two\nlines"]},
+        {"plugins": ["x" * 201]},
         {"role": "watch"},
         {"role": "holdout"},  # and trains
         {"more": 1},
@@ -269,7 +273,18 @@ def test_the_list_of_what_may_leave_a_site() -> None:
     """Written out by hand, so that an addition has to be made twice."""
     assert records.may_leave(tensor_names("attention"), by_class=False) == {
         "arrays": {"inner.weight", "inner.bias", "outer.weight", "outer.bias"},
-        "hello": {"site", "role", "domain", "train", "validation", "test", "classes", "package", "unit_length"},
+        "hello": {
+            "site",
+            "role",
+            "domain",
+            "train",
+            "validation",
+            "test",
+            "classes",
+            "package",
+            "unit_length",
+            "plugins",
+        },
         "progress": {"site", "encoded", "images"},
         "metrics": FIGURES,
     }

@@ -20,7 +20,7 @@ from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.clip import Clip
 from fedclip_flwr.features.encoded import Pixels
 from fedclip_flwr.features.opening import open_features
-from fedclip_flwr.learning.adapters import new_adapter
+from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.runs.folder import RunFolder, saved_settings
 from fedclip_flwr.runs.opening import open_run

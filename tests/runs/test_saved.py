@@ -55,7 +55,7 @@ def test_an_adapter_of_before_there_was_a_choice_takes_features_of_unit_length(t
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"kind": "other"}, "its kind is 'other', expected one of attention, gate, scale"),
+        ({"kind": "other"}, "can't be read .adapter = 'other': expected one of attention, gate, scale"),
         ({"kind": ["gate"]}, "can't be read"),
         ({"kind": None}, "lacks 'kind'"),
         ({"class_names": None}, "lacks 'class_names'"),

@@ -129,6 +129,7 @@ HELLO: dict[str, Any] = {
     "test": 10,
     "classes": [0, 1],
     "package": "same",
+    "plugins": ["mine 1 ab"],
 }
 
 
@@ -163,6 +164,7 @@ class Running:
             Downlink(START, self.settings.codec, 0),
             session=SESSION,
             package="same",
+            plugins=["mine 1 ab"],
             timeout=self.settings.round_timeout,
             say=self.said.append,
         )
@@ -407,6 +409,12 @@ def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> 
     ("other", "told"),
     [
         (Site("north"), "its name is taken by another site"),
+        (Site("b", package="other"), "its code differs from the server's (package other, here same)"),
+        (
+            Site("b", plugins=["mine 2 ff"]),
+            "its plug-ins differ (mine 2 ff, here mine 1 ab): install the same versions",
+        ),
+        (Site("b", plugins=[]), "its plug-ins differ (none, here mine 1 ab)"),
         (Site("south", classes=[0, 2]), "classes outside the 2"),
         (Site("south", train=0, validation=0, test=0), "it has no readable image"),
         (lambda m: Message(Error(2, "no such\nfolder"), reply_to=m), "no such folder"),

@@ -251,3 +251,26 @@ def test_the_learning_rate_is_that_for_the_steps_of_an_epoch_unless_one_is_given
     """33 images are two steps, which are as large as ten together."""
     assert learning_rate(Settings(), 512, 33) == pytest.approx(5 * learning_rate(Settings(), 512, 320))
     assert learning_rate(Settings(learning_rate=0.5), 512, 33) == 0.5
+
+
+def test_a_site_imports_no_plug_in_that_its_owner_has_not_installed_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nasty.py").write_text(f"open({str(tmp_path / 'here')!r}, 'w')\nthing = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    node = {"site": "north", "data": "drawn"}
+    for key in ("adapter", "codec"):
+        with pytest.raises(UserError, match="nasty is not imported on another's word"):
+            settings_at({key: "nasty:thing"}, node)
+        assert not (tmp_path / "here").exists()
+        with pytest.raises(UserError, match=f"{key} = 'nasty:thing': expected a"):
+            settings_at({key: "nasty:thing"}, node, simulated=True)  # its user started this machine's simulation
+        (tmp_path / "here").unlink()
+        del sys.modules["nasty"]
+    assert settings_at({"strategy": "nasty:thing"}, node).strategy == "nasty:thing"  # which is the server's
+    assert not (tmp_path / "here").exists()
+
+
+def test_no_server_names_a_source_for_a_real_site() -> None:
+    with pytest.raises(UserError, match="this site's data is not set"):
+        settings_at({"data": "nasty:thing:/etc"}, {"site": "north"})

@@ -1,0 +1,114 @@
+"""Adapters, sources of images, codecs and strategies from other installed packages.
+
+A setting names one as `package.module:Name`, or by a short name that an installed package declares as an entry point of
+one of the `GROUPS`. A site runs only what its owner installed for this: whatever a server or a downloaded file names is
+imported only if its package declares such an entry point, if the variable `FEDCLIP_PLUGINS` lists it, or if it is
+imported already.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from fedclip_flwr.base import content
+from fedclip_flwr.base.errors import UserError, one_line
+
+T = TypeVar("T")
+GROUPS = {
+    "adapter": "fedclip_flwr.adapters",
+    "codec": "fedclip_flwr.codecs",
+    "data": "fedclip_flwr.sources",
+    "strategy": "fedclip_flwr.strategies",
+}
+"""The group of entry points for each setting that can name a plug-in."""
+ALLOWED = "FEDCLIP_PLUGINS"
+"""The environment variable with the packages that may be imported although they declare no entry point."""
+HOW = "an installed plug-in, or package.module:Name"
+REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+@lru_cache
+def declared(group: str) -> Mapping[str, str]:
+    """The references by the short names that installed packages declare."""
+    return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=group)}
+
+
+def reference_of(setting: str, name: str) -> str | None:
+    """What the name stands for, as `package.module:Name`; None if it names no plug-in."""
+    reference = declared(GROUPS[setting]).get(name, name)
+    return reference if REFERENCE.fullmatch(reference) else None
+
+
+def load(
+    setting: str, name: str, own: Mapping[str, T], fits: Callable[[object], bool], expected: str, chosen: bool = False
+) -> T:
+    """The one of that name, of our `own` or of another package.
+
+    `chosen`: this machine's user named it, so its package may be imported.
+    """
+    if name in own:
+        return own[name]
+    problem = f"{setting} = {name!r}"
+    reference = reference_of(setting, name)
+    if reference is None:
+        raise UserError(f"{problem}: expected one of {', '.join([*own, HOW])}")
+    module, _, attribute = reference.partition(":")
+    if not (chosen or module in sys.modules or _is_allowed(_package(reference))):
+        raise UserError(
+            f"{problem}: {_package(reference)} is not imported on another's word: if it is yours, declare an entry "
+            f"point in it, or set {ALLOWED}={_package(reference)}"
+        )
+    try:
+        found: T = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{problem}: no module named {error.name!r}: install its package here") from None
+    except AttributeError:
+        raise UserError(f"{problem}: {module} has no {attribute}") from None
+    except Exception as error:  # another's code can raise anything
+        raise UserError(f"{problem}: {module} can't be imported ({one_line(error)})") from error
+    if not fits(found):
+        raise UserError(f"{problem}: expected {expected}")
+    return found
+
+
+def packages(named: Mapping[str, str]) -> list[str]:
+    """The packages of the plug-ins, `named` by setting: each as its name, version and content hash."""
+    references = {reference for setting, name in named.items() if (reference := reference_of(setting, name))}
+    return sorted({_described(_package(reference)) for reference in references})
+
+
+def _package(reference: str) -> str:
+    return re.split(r"[.:]", reference, maxsplit=1)[0]
+
+
+def _is_allowed(package: str) -> bool:
+    listed = os.environ.get(ALLOWED, "").split(",")
+    ours = (reference for group in GROUPS.values() for reference in declared(group).values())
+    return package in {*map(str.strip, listed), *map(_package, ours)}
+
+
+def _described(package: str) -> str:
+    found = importlib.util.find_spec(package)
+    if not found:
+        raise UserError(f"no module named {package!r}: install its package here")
+    names = importlib.metadata.packages_distributions().get(package, [])
+    version = importlib.metadata.version(names[0]) if names else "without a version"
+    hashes = [_content(Path(place)) for place in found.submodule_search_locations or [str(found.origin)]]
+    return f"{package} {version} {content.digest(*hashes)[:16]}"
+
+
+def _content(place: Path) -> str:
+    """The hash of a package's folder, or of a module's file."""
+    if place.is_file():
+        return content.of_file(place)
+    found = (path for path in place.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return content.of_files(place, sorted(path.relative_to(place).as_posix() for path in found), content.memory())

@@ -1,0 +1,183 @@
+"""Adapters, sources, codecs and strategies of other packages: found by name, and imported only if that is allowed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedclip_flwr.base import Settings, UserError, plugins
+from fedclip_flwr.base.plugins import ALLOWED, GROUPS, load
+from fedclip_flwr.base.settings import place_of
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('imported').touch()\ndef thing(): return 1\nfigure = 7\n"
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on Python's path with the package `shelf`: its module `shelf.parts` notes that it was imported."""
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "shelf/__init__.py").write_text("")
+    (tmp_path / "shelf/parts.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(ALLOWED, raising=False)
+    plugins.declared.cache_clear()
+    yield tmp_path
+    plugins.declared.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shelf"]:
+        del sys.modules[name]
+
+
+def declare(folder: Path, kind: str, name: str = "short", what: str = "shelf.parts:thing") -> None:
+    about = folder / "shelf-1.5.dist-info"
+    about.mkdir(exist_ok=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: shelf\nVersion: 1.5\n")
+    (about / "top_level.txt").write_text("shelf\n")
+    (about / "entry_points.txt").write_text(f"[{GROUPS[kind]}]\n{name} = {what}\n")
+    plugins.declared.cache_clear()
+
+
+def loaded(name: str, *, chosen: bool = False) -> object:
+    return load("codec", name, {"own": 0}, lambda found: found != 7, "anything but 7", chosen)
+
+
+def test_a_name_of_ours_needs_no_plug_in(installed: Path) -> None:
+    declare(installed, "codec", "own")
+    assert loaded("own") == 0
+
+
+def test_what_this_machines_user_names_is_imported(installed: Path) -> None:
+    assert callable(loaded("shelf.parts:thing", chosen=True))
+
+
+def test_what_another_names_is_not_imported(installed: Path) -> None:
+    with pytest.raises(UserError, match=rf"codec = 'shelf.parts:thing': shelf is not imported.*{ALLOWED}=shelf"):
+        loaded("shelf.parts:thing")
+    assert not (installed / "shelf/imported").exists()
+
+
+def test_but_it_is_if_the_owner_lists_its_package(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOWED, "other, shelf")
+    assert callable(loaded("shelf.parts:thing"))
+
+
+def test_or_if_its_package_declares_an_entry_point_of_any_kind(installed: Path) -> None:
+    declare(installed, "strategy", what="shelf.other:thing")
+    assert callable(loaded("shelf.parts:thing"))
+
+
+def test_or_if_it_is_imported_already(installed: Path) -> None:
+    import shelf.parts as parts  # type: ignore[import-not-found]
+
+    assert loaded("shelf.parts:thing") is parts.thing
+
+
+def test_an_entry_point_is_a_short_name(installed: Path) -> None:
+    declare(installed, "codec")
+    assert callable(loaded("short"))
+    with pytest.raises(UserError, match="strategy = 'short': expected one of mine, an installed plug-in, or package"):
+        load("strategy", "short", {"mine": 1}, callable, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shelf.parts:gone", "shelf.parts has no gone"),
+        ("shelf.none:thing", "no module named 'shelf.none': install its package here"),
+        ("nowhere:thing", "no module named 'nowhere': install its package here"),
+        ("shelf.parts:figure", "expected anything but 7"),
+        ("shelf.broken:thing", r"shelf.broken can't be imported \(no\)"),
+        ("shelf.parts", "expected one of own, an installed plug-in, or package.module:Name"),
+        ("os;x:thing", "expected one of own"),
+    ],
+)
+def test_what_can_not_be_used_is_one_line(installed: Path, name: str, expected: str) -> None:
+    (installed / "shelf/broken.py").write_text("raise OSError('no')")
+    with pytest.raises(UserError, match=f"^codec = '{name}': {expected}") as raised:
+        loaded(name, chosen=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_package_is_known_by_name_version_and_content(installed: Path) -> None:
+    def described() -> str:
+        (found,) = plugins.packages({"codec": "shelf.parts:thing", "adapter": "shelf.parts:figure"})
+        return found
+
+    name, *version, _ = without = described().split()
+    assert (name, version) == ("shelf", ["without", "a", "version"])
+    declare(installed, "codec")
+    with_version = described()
+    assert with_version.split() == ["shelf", "1.5", without[-1]]
+    assert plugins.packages({"codec": "short"}) == [with_version]
+    (installed / "shelf/__pycache__").mkdir(exist_ok=True)
+    (installed / "shelf/__pycache__/more.pyc").write_bytes(b"compiled")
+    assert described() == with_version
+    (installed / "shelf/table.csv").write_text("1")
+    assert described() != with_version
+
+
+def test_a_module_alone_is_a_package_too(installed: Path) -> None:
+    (installed / "alone.py").write_text("thing = 1")
+    (first,) = plugins.packages({"codec": "alone:thing"})
+    (installed / "alone.py").write_text("thing = 22")
+    (second,) = plugins.packages({"codec": "alone:thing"})
+    assert first.startswith("alone without a version ")
+    assert first != second
+
+
+def test_a_package_that_is_missing_is_named(installed: Path) -> None:
+    with pytest.raises(UserError, match="no module named 'nowhere'"):
+        plugins.packages({"codec": "nowhere:thing"})
+
+
+@pytest.mark.parametrize("key", ["adapter", "codec", "strategy"])
+def test_settings_take_a_plug_in_by_either_name(installed: Path, key: str) -> None:
+    declare(installed, key)
+    for name in ("shelf.parts:thing", "short"):
+        assert Settings.from_run_config({key: name}).as_run_config()[key] == name
+    with pytest.raises(UserError, match=f"{key} = 'shorter': expected one of .*, an installed plug-in, or package.mod"):
+        Settings.from_run_config({key: "shorter"})
+    with pytest.raises(UserError, match=r"recipe = 'shelf.parts:thing': expected one of default, paper$"):
+        Settings.from_run_config({"recipe": "shelf.parts:thing"})
+
+
+def test_settings_know_the_packages_that_server_and_sites_share(installed: Path) -> None:
+    declare(installed, "codec")
+    settings = Settings(codec="short", adapter="shelf.parts:thing", strategy="shelf.parts:thing", data="drawn:5")
+    (package,) = settings.shared_packages
+    assert package.startswith("shelf 1.5 ")
+    assert settings.packages("data") == []
+    assert Settings(strategy="shelf.parts:thing").shared_packages == []
+    assert Settings(method="full-model", adapter="shelf.parts:thing").shared_packages == []
+    assert Settings(data="shelf.parts:thing:/a/b").packages("data", "codec", "strategy") == [package]
+
+
+def test_a_strategy_that_compares_updates_needs_to_see_them(installed: Path) -> None:
+    given = {"strategy": "shelf.parts:thing", "secure-aggregation": True, "site-weights": "examples", "dp": "central"}
+    _, problems = Settings.read(given)
+    assert problems.keys() == {"strategy", "site-weights", "dp"}
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ("shelf.parts:thing:/a/b:c", ("shelf.parts:thing:", "/a/b:c")),
+        ("short:/a/b", ("short:", "/a/b")),
+        ("long:/a/b", ("", "long:/a/b")),
+        ("drawn:5", ("", "drawn:5")),
+        ("drawn:a:/b", ("", "drawn:a:/b")),
+        ("folder:a:/b", ("folder:", "a:/b")),
+        ("org/name", ("", "org/name")),
+    ],
+)
+def test_a_source_has_its_path_behind_its_name(installed: Path, data: str, place: tuple[str, str]) -> None:
+    declare(installed, "data")
+    assert place_of(data) == place
+
+
+def test_a_source_needs_an_absolute_path(installed: Path) -> None:
+    with pytest.raises(UserError, match=r"expected an absolute path, such as shelf.parts:thing:/"):
+        Settings.from_run_config({"data": "shelf.parts:thing:images"})
