@@ -107,8 +107,8 @@ def test_the_pages_commands_run_with_its_file(package: Path, table: Path) -> Non
     assert "mlp-4" in fedclip(package, "runs")
     assert "mlp adapter of rank 4" in (package / "home/runs/latest/report.html").read_text()
     photo = str(table.parent / "photo-0.png")
-    assert "sheets is not imported on another's word" in fedclip(package, "predict", "latest", photo, status=1)
-    assert "photo-0" in fedclip(package, "predict", "latest", photo, FEDCLIP_PLUGINS="sheets")
+    assert "sheets is not imported on another's word" in fedclip(package, "predict", photo, status=2)
+    assert "photo-0" in fedclip(package, "predict", photo, FEDCLIP_PLUGINS="sheets")
     assert "| plug-in, sheets:Mlp |" in fedclip(package, *sweep, "--rounds", "1", "--seeds", "1", "--holdouts", "photo")
 
 
