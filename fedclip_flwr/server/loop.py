@@ -96,7 +96,8 @@ class RoundLoop:
         at, settings = self._at, self._settings
         recount = self._resumed and settings.dp == "local"
         if recount:  # the interrupted round may have used all its attempts
-            self._nodes.trained.update(dict.fromkeys(self._nodes.trained, ATTEMPTS))
+            spoiled = len(self._nodes.trained) if settings.secure_aggregation else 0  # attempts that expose a site
+            self._nodes.trained.update(dict.fromkeys(self._nodes.trained, ATTEMPTS + spoiled))
         at.epsilon = privacy.spent(settings, self._nodes.trained.values())
         if recount:
             self._watcher.on_complete(at)  # the run may be interrupted again

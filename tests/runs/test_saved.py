@@ -52,6 +52,27 @@ def test_an_adapter_of_before_there_was_a_choice_takes_features_of_unit_length(t
     assert load_adapter(written(tmp_path, feature_norm=9.5))[0].length == 9.5
 
 
+PLUGIN = """
+from pathlib import Path
+from fedclip_flwr.learning.adapters import Attention as Own
+Path(__file__).with_suffix(".imported").touch()
+"""
+
+
+def test_an_adapter_of_a_plug_in_is_loaded_only_if_its_owner_allows_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ours.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = written(tmp_path, kind="ours:Own")
+    with pytest.raises(UserError, match="ours is not imported on another's word"):
+        load_adapter(folder)
+    assert not (tmp_path / "ours.imported").exists()
+    monkeypatch.setenv("FEDCLIP_PLUGINS", "ours")
+    assert load_adapter(folder)[0].name == "attention"
+    assert (tmp_path / "ours.imported").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [

@@ -18,10 +18,12 @@ from fedclip_flwr.exchange.secure import site as site_end
 from fedclip_flwr.exchange.secure.protocol import LetterError
 from fedclip_flwr.learning.metrics import Score
 from fedclip_flwr.runs import checkpoint
+from fedclip_flwr.server import RunState
+from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.secure_sum import BOUND, bound_of
 from tests.exchange.test_privacy import exact
 from tests.extras import needs
-from tests.server.test_loop import Answer, Running, Site, quality
+from tests.server.test_loop import START, Answer, Running, Site, quality
 from tests.server.test_resume import interrupted
 
 
@@ -458,6 +460,19 @@ def test_what_was_under_way_when_a_run_was_stopped_counts_where_it_has_been_seen
     again, _ = interrupted(lambda: Running(honest(3), dp="local", noise_multiplier=8.0), tmp_path / "checkpoint", 2)
     assert again.nodes.trained == {"site-1": 6, "site-2": 6, "site-3": 6}  # two, up to three attempts more, and one
     assert [number for number, _ in again.told.completed] == [2, 3]  # the three are on disk before the next is asked
+
+
+@needs("privacy")
+def test_under_secure_aggregation_each_site_may_have_spoiled_one_more_attempt(tmp_path: Path) -> None:
+    kept: dict[str, Any] = {"dp": "local", "noise_multiplier": 8.0}
+    first = Running(honest(3), **kept)
+    first.run()
+    state = RunState(1, START, START)
+    again = Running(honest(3), **kept, secure_aggregation=True)
+    again.nodes.trained.update(first.nodes.trained)
+    loop = RoundLoop(again.nodes, again.strategy, again.settings, START, lambda *_: {}, again.told, state)
+    loop._begin()
+    assert again.nodes.trained == dict.fromkeys(first.nodes.trained, 3 + 3 + 3)
 
 
 @needs("privacy")
