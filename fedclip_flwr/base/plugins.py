@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,7 +63,7 @@ def load(
     if reference is None:
         raise UserError(f"{problem}: expected one of {', '.join([*own, HOW])}")
     module, _, attribute = reference.partition(":")
-    if not (chosen or module in sys.modules or _is_allowed(_package(reference))):
+    if not (chosen or module in sys.modules or _package(reference) in _allowed()):
         raise UserError(
             f"{problem}: {_package(reference)} is not imported on another's word: if it is yours, declare an entry "
             f"point in it, or set {ALLOWED}={_package(reference)}"
@@ -86,18 +87,30 @@ def packages(named: Mapping[str, str]) -> list[str]:
     return sorted({_described(_package(reference)) for reference in references})
 
 
+def allowed_packages() -> dict[str, str]:
+    """The packages that may be imported on another's word, as `packages` describes them; empty if not installed."""
+    return {name: _described(name) if _found(name) else "" for name in sorted(_allowed())}
+
+
 def _package(reference: str) -> str:
     return re.split(r"[.:]", reference, maxsplit=1)[0]
 
 
-def _is_allowed(package: str) -> bool:
-    listed = os.environ.get(ALLOWED, "").split(",")
-    ours = (reference for group in GROUPS.values() for reference in declared(group).values())
-    return package in {*map(str.strip, listed), *map(_package, ours)}
+def _allowed() -> set[str]:
+    listed = (name.strip() for name in os.environ.get(ALLOWED, "").split(","))
+    references = (reference for group in GROUPS.values() for reference in declared(group).values())
+    return {*filter(None, listed), *map(_package, references)}
+
+
+def _found(package: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(package)
+    except (ValueError, ModuleNotFoundError):  # a module without a spec, such as the program itself; a dotted name
+        return None
 
 
 def _described(package: str) -> str:
-    found = importlib.util.find_spec(package)
+    found = _found(package)
     if not found:
         raise UserError(f"no module named {package!r}: install its package here")
     names = importlib.metadata.packages_distributions().get(package, [])

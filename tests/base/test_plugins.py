@@ -181,3 +181,12 @@ def test_a_source_has_its_path_behind_its_name(installed: Path, data: str, place
 def test_a_source_needs_an_absolute_path(installed: Path) -> None:
     with pytest.raises(UserError, match=r"expected an absolute path, such as shelf.parts:thing:/"):
         Settings.from_run_config({"data": "shelf.parts:thing:images"})
+
+
+def test_what_is_allowed_can_be_listed(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plugins.allowed_packages() == {}
+    declare(installed, "codec")
+    monkeypatch.setenv(ALLOWED, "nowhere, ,a.b")
+    listed = plugins.allowed_packages()
+    assert listed.pop("shelf").startswith("shelf 1.5 ")
+    assert listed == {"nowhere": "", "a.b": ""}

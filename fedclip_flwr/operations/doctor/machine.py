@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fedclip_flwr.base import content, files
+from fedclip_flwr.base import content, files, plugins
 from fedclip_flwr.base.errors import FaultError
 from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.operations.doctor.findings import Examination
@@ -31,6 +31,7 @@ def examine(ex: Examination) -> None:
     ex.look("Python", _python, ex)
     ex.look("packages", _packages, ex)
     ex.look("this package", _package, ex)
+    ex.look("plug-in", _plugins, ex)
     ex.look("FEDCLIP_HOME", _home, ex)
     ex.look("GPU", _gpus, ex)
 
@@ -76,6 +77,15 @@ def _package(ex: Examination) -> None:
     """Reports the package's content hash, which must be the same at server and sites."""
     own = content.of_package(content.memory())[:12]
     ex.ok("this package", f"{NAME} {_version(NAME)}, content {own}: must be the same at the server and all sites")
+
+
+def _plugins(ex: Examination) -> None:
+    """Reports the packages of plug-ins."""
+    for name, described in plugins.allowed_packages().items():
+        if described:
+            ex.ok("plug-in", f"{described}: must be the same at the server and all sites that use it")
+        else:
+            ex.note("plug-in", f"{name} is not installed here", f"install it, or take it out of {plugins.ALLOWED}")
 
 
 def _home(ex: Examination) -> None:

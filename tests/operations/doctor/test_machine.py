@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_flwr.base import content
+from fedclip_flwr.base import content, plugins
 from fedclip_flwr.operations.doctor import machine
 from fedclip_flwr.operations.doctor.findings import Examination
 
@@ -81,3 +81,14 @@ def test_a_gpu_that_torch_can_not_use_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(machine, "DRIVER", tmp_path)
     assert "is for CPUs only" in examined()["GPU"][1]
+
+
+def test_plug_ins_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "allowed_packages", lambda: {"here": "here 1.0 abcd", "gone": ""})
+    ex = Examination(lambda _: None)
+    machine.examine(ex)
+    found = [(state, text, remedy) for state, what, text, remedy in ex.findings if what == "plug-in"]
+    assert found == [
+        ("ok", "here 1.0 abcd: must be the same at the server and all sites that use it", ""),
+        ("note", "gone is not installed here", "install it, or take it out of FEDCLIP_PLUGINS"),
+    ]
