@@ -64,9 +64,10 @@ def load(
         raise UserError(f"{problem}: expected one of {', '.join([*own, HOW])}")
     module, _, attribute = reference.partition(":")
     if not (chosen or module in sys.modules or _package(reference) in _allowed()):
+        package = _package(reference)
         raise UserError(
-            f"{problem}: {_package(reference)} is not imported on another's word: if it is yours, declare an entry "
-            f"point in it, or set {ALLOWED}={_package(reference)}"
+            f"{problem}: {package} is not allowed as a plug-in on this machine: its owner can set {ALLOWED}={package}, "
+            "or declare an entry point in the package"
         )
     try:
         found: T = getattr(importlib.import_module(module), attribute)
@@ -88,7 +89,7 @@ def packages(named: Mapping[str, str]) -> list[str]:
 
 
 def allowed_packages() -> dict[str, str]:
-    """The packages that may be imported on another's word, as `packages` describes them; empty if not installed."""
+    """The packages that a server or a file may name, as `packages` describes them; empty if not installed."""
     return {name: _described(name) if _found(name) else "" for name in sorted(_allowed())}
 
 

@@ -54,7 +54,9 @@ def test_what_this_machines_user_names_is_imported(installed: Path) -> None:
 
 
 def test_what_another_names_is_not_imported(installed: Path) -> None:
-    with pytest.raises(UserError, match=rf"codec = 'shelf.parts:thing': shelf is not imported.*{ALLOWED}=shelf"):
+    with pytest.raises(
+        UserError, match=rf"codec = 'shelf.parts:thing': shelf is not allowed as a plug-in on this.*{ALLOWED}=shelf"
+    ):
         loaded("shelf.parts:thing")
     assert not (installed / "shelf/imported").exists()
 

@@ -65,7 +65,7 @@ def test_an_adapter_of_a_plug_in_is_loaded_only_if_its_owner_allows_that(
     (tmp_path / "ours.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = written(tmp_path, kind="ours:Own")
-    with pytest.raises(UserError, match="ours is not imported on another's word"):
+    with pytest.raises(UserError, match="ours is not allowed as a plug-in on this machine"):
         load_adapter(folder)
     assert not (tmp_path / "ours.imported").exists()
     monkeypatch.setenv("FEDCLIP_PLUGINS", "ours")

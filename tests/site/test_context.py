@@ -260,7 +260,7 @@ def test_a_site_imports_no_plug_in_that_its_owner_has_not_installed_as_one(
     monkeypatch.syspath_prepend(str(tmp_path))
     node = {"site": "north", "data": "drawn"}
     for key in ("adapter", "codec"):
-        with pytest.raises(UserError, match="nasty is not imported on another's word"):
+        with pytest.raises(UserError, match="nasty is not allowed as a plug-in on this machine"):
             settings_at({key: "nasty:thing"}, node)
         assert not (tmp_path / "here").exists()
         with pytest.raises(UserError, match=f"{key} = 'nasty:thing': expected a"):
