@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import OURS, machine
 from fedclip_flwr.operations import simulation
+from harness.machine import OURS, machine
 
 PAGE = OURS / "docs" / "benchmarks.md"
 

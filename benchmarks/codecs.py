@@ -13,13 +13,14 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.common import at_least, machine, table
+from benchmarks.common import at_least
 from fedclip_flwr.base import Settings
 from fedclip_flwr.exchange.codecs import CODECS
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
+from harness.machine import machine, table
 
 GOAL = 0.995
 

@@ -30,11 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import CLASSES, DIM, at_least, machine, table, workplace
+from benchmarks.common import at_least, workplace
 from benchmarks.pacs_size import IMAGES, timed
 from fedclip_flwr.learning import RECIPES, Examples, make_adapter, train
 from fedclip_flwr.learning import Classes as Prompts
 from fedclip_flwr.learning.adapters import Attention
+from harness.features import CLASSES, DIM
+from harness.machine import machine, table
 
 BATCH, ROWS, TOKENS, ROUNDS = 32, 1200, 77, 200
 SIZES = (8, 16, 32, 64)

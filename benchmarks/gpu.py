@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import OURS, at_least, machine, middle, nothing, run_app, table, workplace
+from benchmarks.common import at_least, middle, nothing, run_app, workplace
 from benchmarks.encoding import write_images, write_model
 from benchmarks.predicting import TEMPLATES, Bare, made
 from deploy.processes import superlink, supernode
@@ -42,6 +42,7 @@ from fedclip_flwr.features import Clip, ahead, clip, encoding, models, open_feat
 from fedclip_flwr.features.whole import WholeModel
 from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, make_adapter, train
 from fedclip_flwr.operations import simulation
+from harness.machine import OURS, machine, table
 
 SITES = 3
 LARGE: dict[str, Any] = {

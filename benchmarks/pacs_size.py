@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import at_least, machine, workplace, write_features
+from benchmarks.common import at_least, workplace
 from fedclip_flwr.operations import simulation
+from harness.features import write_features
+from harness.machine import machine
 
 IMAGES = {"art_painting": 2048, "cartoon": 2344, "photo": 1670, "sketch": 3929}
 

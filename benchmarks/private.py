@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import at_least, machine, table
+from benchmarks.common import at_least
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
+from harness.machine import machine, table
 
 MULTIPLIERS = {"central": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "local": (0.5, 1.0, 2.0, 4.0, 8.0)}
 Found = dict[tuple[str, float, str], tuple[float, float]]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import DIM, at_least, machine, table, workplace, write_features
+from benchmarks.common import at_least, workplace
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.experiments.simulate import simulate
@@ -41,6 +41,8 @@ from fedclip_flwr.learning import RECIPES, Classes, Examples, train
 from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site import Site
 from fedclip_flwr.site.holdings import divide
+from harness.features import DIM, write_features
+from harness.machine import machine, table
 
 SEED, HELD_OUT = 7, "held out"
 FUNCTIONS = ("train", "communication", "test")

@@ -25,9 +25,9 @@ from xml.etree import ElementTree
 
 from filelock import FileLock
 
-from benchmarks.common import OURS, machine, table
 from fedclip_flwr.base import UserError, content
 from fedclip_flwr.operations import simulation
+from harness.machine import OURS, machine, table
 from reliability import faults, kills, trials
 from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, federation
 from reliability.soak import GROWTH, HANDLES, LAST, Soak, flat, grown, named, soak

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from benchmarks.common import write_features
 from deploy.processes import SuperLink, SuperNode, superlink, supernode
 from deploy.relay import Relay, relayed
 from fedclip_flwr.operations import keys, simulation
+from harness.features import write_features
 
 SITES = ("art-0", "cartoon-0", "photo-0")
 """As three simulated nodes are called."""

@@ -1,7 +1,7 @@
 """A long run with many sites at which something goes wrong at random, all the time: does the server stay as it was?
 
 SuperLink and ServerApp are the real ones, in processes of their own. The sites answer with the real ClientApp, but in
-one process that speaks for all of them (benchmarks/fleet.py): with a new process for each message, as a SuperNode has
+one process that speaks for all of them (harness/fleet.py): with a new process for each message, as a SuperNode has
 it, 300 rounds of 20 sites would take hours. At random a site answers with an error, with numbers that are none, or with
 tensors of another shape; sends its answer twice, too late, or not at all; goes without a word and comes back as another
 node. The ServerApp is killed and the run resumed, and the SuperLink is started again. Afterwards, whoever spoilt an
@@ -44,11 +44,12 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
 
-from benchmarks import fleet
-from benchmarks.common import OURS, memory, processes, write_features
 from deploy.processes import SuperLink, superlink
 from fedclip_flwr.exchange import records
 from fedclip_flwr.operations import simulation
+from harness import fleet
+from harness.features import write_features
+from harness.machine import OURS, memory, processes
 from reliability.federation import BrokenError, Run, handed_over, kill, until
 
 SITES, ROUNDS, ROWS = 20, 300, 40

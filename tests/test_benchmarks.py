@@ -16,11 +16,11 @@ from PIL import Image
 
 from benchmarks import real_features
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
-from benchmarks.common import OURS, memory, processes, table
 from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.features.folder import FeatureFolder
+from harness.machine import OURS, memory, processes, table
 from tests import forked
 
 

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from benchmarks.common import write_features
 from deploy.processes import superlink, supernode
 from fedclip_flwr.base import content
 from fedclip_flwr.base.settings import Settings
@@ -33,6 +32,7 @@ from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.learning.adapters import tensor_names
 from fedclip_flwr.operations import simulation
 from fedclip_flwr.runs.saved import load_adapter
+from harness.features import write_features
 from tests.processes import alive, kill, until_gone
 
 pytestmark = pytest.mark.federation
