@@ -283,7 +283,7 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/learning/recipes.py",
         "site/test_context.py",
-        ("steps = -(-examples // settings.batch_size)", "steps = examples // settings.batch_size"),
+        ("-(-examples // settings.batch_size)", "examples // settings.batch_size"),
     ),
     *changes(
         "fedclip_flwr/learning/selection.py",
