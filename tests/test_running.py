@@ -279,7 +279,7 @@ def test_simulated_sites_need_data_to_share(flower: dict[str, str], tmp_path: Pa
     assert "simulated sites have no images of their own" in printed
 
 
-@pytest.mark.soak  # on a grid in memory: tests/server/test_loop.py
+@pytest.mark.soak  # on a grid in memory: tests/server/test_waiting.py
 def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str, str], tmp_path: Path) -> None:
     printed, status = flwr_run(flower, "--run-config", f"min-sites=11 results-dir='{tmp_path}'")
     assert status == "finished:failed"
@@ -383,7 +383,7 @@ def spoiled(tmp_path: Path, spoil: str) -> tuple[Path, list[dict[str, Any]]]:
     return folder, [json.loads(file.read_text()) for file in sent.iterdir()]
 
 
-@pytest.mark.soak  # on a grid in memory: tests/server/test_loop.py, tests/server/test_strategy.py
+@pytest.mark.soak  # on a grid in memory: tests/server/test_rounds.py, tests/server/test_strategy.py
 def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
     without, _ = spoiled(tmp_path, "away")
     folder, sent = spoiled(tmp_path, "spoil")

@@ -20,7 +20,7 @@ from fedclip_flwr.runs import checkpoint
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.server import nodes
 from fedclip_flwr.server.results import Outcome, RoundResult, RunState
-from tests.server.test_loop import Packing, Running, Site
+from tests.server.running import Packing, Running, Site
 
 
 class PowerCutError(BaseException):
@@ -47,7 +47,7 @@ def interrupted(
         if state.round == after:
             raise PowerCutError
 
-    first.told.on_complete = complete  # type: ignore[method-assign]
+    first.recorder.on_complete = complete  # type: ignore[method-assign]
     with pytest.raises(PowerCutError):
         first.run()
     again = make()
@@ -94,8 +94,8 @@ def test_a_run_that_was_cut_off_comes_to_what_it_would_have_come_to(settings: di
         assert torch.equal(outcome.state["w"], truth.state["w"])
         assert torch.equal(again.nodes.link.state["w"], whole.nodes.link.state["w"])
         assert outcome.rounds == truth.rounds
-        assert again.told.completed == whole.told.completed[after:]
-        assert list(map(timeless, again.told.results)) == list(map(timeless, whole.told.results))[after:]
+        assert again.recorder.completed == whole.recorder.completed[after:]
+        assert list(map(timeless, again.recorder.results)) == list(map(timeless, whole.recorder.results))[after:]
         assert timeless(outcome.zero_shot) == timeless(truth.zero_shot)
         assert timeless(outcome.adapted) == timeless(truth.adapted)
 
@@ -206,11 +206,11 @@ def test_what_was_selected_after_the_last_complete_round_gives_way_to_what_was_s
         return Running({1: Site("north", 1.0, {1.0: 6})})
 
     def selects_round_2(running: Running) -> None:
-        running.told.on_selected(2, {}, 1.0)
+        running.recorder.on_selected(2, {}, 1.0)
 
     again, outcome = interrupted(federation, tmp_path / "c", 2, selects_round_2)
-    assert again.told.best == [2, 1]
-    assert again.told.adapter["w"] == outcome.state["w"] == 1.0
+    assert again.recorder.best == [2, 1]
+    assert again.recorder.adapter["w"] == outcome.state["w"] == 1.0
 
 
 def test_rounds_after_a_stop_are_held_against_the_loss_of_the_best_before(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_rounds_after_a_stop_are_held_against_the_loss_of_the_best_before(tmp_pa
         return Running({1: Site("north", loss={1.0: 3.0, 2.0: 4.0, 3.0: 3.5})})
 
     again, outcome = interrupted(federation, tmp_path / "c", 2)
-    assert (again.told.best, outcome.adapted.round) == ([1], 1)
+    assert (again.recorder.best, outcome.adapted.round) == ([1], 1)
 
 
 def test_a_site_that_was_gone_before_is_not_waited_for(tmp_path: Path) -> None:
