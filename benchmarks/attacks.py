@@ -197,8 +197,8 @@ def main() -> None:
     begun = time.perf_counter()
     features = open_features(Settings.from_run_config({"data": given.data}))
     print(compare(features, given.sites, given.seeds, given.rounds, given.adapter))
-    told = f"{given.sites} sites, {given.adapter}, {given.rounds} rounds, {given.seeds} seeds from 0"
-    print(f"\n{told}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    described = f"{given.sites} sites, {given.adapter}, {given.rounds} rounds, {given.seeds} seeds from 0"
+    print(f"\n{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
 
 
 if __name__ == "__main__":

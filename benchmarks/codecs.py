@@ -60,9 +60,9 @@ def main() -> None:
             mean = sum(shares) / len(shares)
             rows.append([kind, codec, f"{100 * mean:.2f} %", f"{100 * min(shares):.2f} %"])
     print(table(["adapter", "codec", "same class as in float32", "least of all runs"], rows))
-    told = f"{given.data.partition(':')[0]}, {images:,} images, each of {len(features.domains)} domains held out"
+    described = f"{given.data.partition(':')[0]}, {images:,} images, each of {len(features.domains)} domains held out"
     print(f"\nTo reach: {100 * GOAL} %. Found: at least {100 * least:.2f} %.")
-    print(f"\n{told}, {given.sites} sites, {given.seeds} seeds, 20 rounds; {machine()}")
+    print(f"\n{described}, {given.sites} sites, {given.seeds} seeds, 20 rounds; {machine()}")
 
 
 if __name__ == "__main__":

@@ -88,12 +88,12 @@ def run_app(
                     times.append(time.perf_counter())
                     notes.append(note())
             time.sleep(0.01)
-    told = log.read_text(errors="replace")
-    number = re.search(r"Successfully started run (\d+)", told)
+    output = log.read_text(errors="replace")
+    number = re.search(r"Successfully started run (\d+)", output)
     status = simulation.status_of(number[1], env) if number else "not started"
     rounds = int(settings["num-server-rounds"])
     if number is None or status != "finished:completed" or len(times) < rounds:
-        raise SystemExit(f"{app.name}: the run did not complete ({status}).\n{told[-2000:]}")
+        raise SystemExit(f"{app.name}: the run did not complete ({status}).\n{output[-2000:]}")
     return Run(times[:rounds], notes[:rounds], number[1], lines.parent)
 
 

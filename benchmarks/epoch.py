@@ -107,8 +107,8 @@ def our_epoch(recipe: str) -> Callable[[], object]:
 
 def knows_bfloat16() -> bool:
     """Whether this CPU computes in it (as Linux tells)."""
-    told = Path("/proc/cpuinfo")
-    return told.exists() and not {"amx_bf16", "avx512_bf16"}.isdisjoint(told.read_text().split())
+    info = Path("/proc/cpuinfo")
+    return info.exists() and not {"amx_bf16", "avx512_bf16"}.isdisjoint(info.read_text().split())
 
 
 def encoding(theirs: TheirWay, dtype: torch.dtype) -> tuple[float, int]:

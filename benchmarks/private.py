@@ -69,8 +69,8 @@ def compare(features: Features, sites: int, rounds: int, seeds: int) -> tuple[st
                 cells.append(f"{middle:.1f} ± {off:.1f}")
             rows.append([dp, f"{multiplier:g}", f"{epsilon:.1f}", *cells])
             print(" ".join(f"{cell:>14}" for cell in rows[-1]), flush=True)
-    told = table(["dp", "noise-multiplier", "ε", *(f"{kind}, {size[kind]:,}" for kind in ADAPTERS)], rows)
-    return f"{told}\n\nZero-shot: {plain['zero-shot']:.1f}.", found, plain
+    gains = table(["dp", "noise-multiplier", "ε", *(f"{kind}, {size[kind]:,}" for kind in ADAPTERS)], rows)
+    return f"{gains}\n\nZero-shot: {plain['zero-shot']:.1f}.", found, plain
 
 
 def plot(found: Found, plain: Mapping[str, float], rounds: int, path: Path) -> None:
@@ -106,10 +106,10 @@ def main() -> None:
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     begun = time.perf_counter()
     features = open_features(Settings.from_run_config({"data": given.data}))
-    told, found, plain = compare(features, given.sites, given.rounds, given.seeds)
+    tables, found, plain = compare(features, given.sites, given.rounds, given.seeds)
     if given.plot:
         plot(found, plain, given.rounds, given.plot)
-    print(f"\n{told}\n")
+    print(f"\n{tables}\n")
     settings = f"{given.sites} sites, {given.rounds} rounds, {given.seeds} seeds from 0, clipping-norm 0.5"
     print(f"{settings}; {time.perf_counter() - begun:.0f} s; {machine()}")
 

@@ -174,8 +174,8 @@ def cases(features: FeatureFolder, lengths: Sequence[str]) -> dict[tuple[str, st
         count = len(whole.labels)
         for sizes in ([count // 2, count - count // 2], [60, 60, count - 120]):
             sites = divided(whole, sizes)
-            told = ", ".join(f"{len(site.train.labels):,}" for site in sites)
-            made[length, told] = Case(sites, unseen.ready(), features.classes.ready())
+            counts = ", ".join(f"{len(site.train.labels):,}" for site in sites)
+            made[length, counts] = Case(sites, unseen.ready(), features.classes.ready())
     return made
 
 
@@ -252,8 +252,8 @@ def main() -> None:
                 [["", f"{1e3 * theirs_s:.2f} ms", f"{1e3 * ours_s:.2f} ms", f"{theirs_s / ours_s:.1f}"]],
             )
         )
-        told = given.features.name if given.features else f"random features of {DIM} numbers"
-        print(f"\n{told}, one thread; {machine()}")
+        described = given.features.name if given.features else f"random features of {DIM} numbers"
+        print(f"\n{described}, one thread; {machine()}")
 
 
 if __name__ == "__main__":

@@ -435,8 +435,8 @@ def limits(bases: Sequence[Measured], known: Mapping[bool, Parts], a_site: PerSi
     def in_time(one: Measured) -> Callable[[int], bool]:
         return lambda sites: calculate(one, known[one.setting.database], a_site, sites).longest <= ROUND
 
-    told = [f"{most(in_time(one)):,} ({one.setting.sent}, state in {one.setting.kept})" for one in bases]
-    return f"A round takes at most {ROUND:.0f} s with so many sites: {', '.join(told)}."
+    bounds = [f"{most(in_time(one)):,} ({one.setting.sent}, state in {one.setting.kept})" for one in bases]
+    return f"A round takes at most {ROUND:.0f} s with so many sites: {', '.join(bounds)}."
 
 
 def main() -> None:

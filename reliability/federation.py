@@ -163,15 +163,15 @@ def result(folder: Path) -> Result:
 
 def difference(found: Result, expected: Result) -> list[str]:
     """In what a result is not that of the undisturbed run."""
-    told = [name for name in Result._fields if name != "lines" and getattr(found, name) != getattr(expected, name)]
+    unlike = [name for name in Result._fields if name != "lines" and getattr(found, name) != getattr(expected, name)]
     rounds = {row["round"] for row in (*found.lines, *expected.lines)}
     by_round = [{row["round"]: row for row in result.lines} for result in (found, expected)]
-    told += [
+    unlike += [
         f"line of round {number}" for number in sorted(rounds) if by_round[0].get(number) != by_round[1].get(number)
     ]
     if len(found.lines) != len(by_round[0]):
-        told.append("a round has two lines")
-    return told
+        unlike.append("a round has two lines")
+    return unlike
 
 
 class Run:
@@ -182,8 +182,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        told = re.search(r"^run folder +(.+)$", self.said, re.MULTILINE)
-        return Path(told[1].strip()) if told else (self.results / "latest").resolve()
+        match = re.search(r"^run folder +(.+)$", self.said, re.MULTILINE)
+        return Path(match[1].strip()) if match else (self.results / "latest").resolve()
 
     @property
     def said(self) -> str:

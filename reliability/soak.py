@@ -357,13 +357,13 @@ class Named(NamedTuple):
 def named(of: Soak, failures: Sequence[Mapping[str, Any]]) -> Named:
     """Whether just those were named that had to be, in the rounds that no start of a process has disturbed."""
     disturbed = {number for begun in of.begun for number in (begun, begun + 1, begun + 2)}
-    told = {(f["round"], f["site"]) for f in failures}
+    reported = {(f["round"], f["site"]) for f in failures}
     spoilt = [one for one in of.spoilt if one.round not in disturbed]
-    forgotten = [one for one in spoilt if one.what != HARMLESS and (one.round, one.site) not in told]
+    forgotten = [one for one in spoilt if one.what != HARMLESS and (one.round, one.site) not in reported]
     known = {(one.round, one.site) for one in of.spoilt}
     wrongly = sorted(
         (number, site)
-        for number, site in told
+        for number, site in reported
         if number not in disturbed and (number, site) not in known and (number - 1, site) not in known
     )
     return Named(forgotten, wrongly)
