@@ -9,7 +9,7 @@ from fedclip_flwr.exchange.records import LACKS
 from tests.server.running import Packing, Running, Site
 
 
-def test_a_run_with_a_codec_sends_parcels_there_and_back_and_comes_to_the_same() -> None:
+def test_a_run_with_a_codec_sends_parcels_both_ways_with_the_same_result() -> None:
     one = Packing("one")
     plain = Running({5: Site("one"), 9: Site("two", 3.0)})
     packed = Running({5: one, 9: Packing("two", 3.0)}, codec="int8")
@@ -21,7 +21,7 @@ def test_a_run_with_a_codec_sends_parcels_there_and_back_and_comes_to_the_same()
     assert not packed.nodes.failures
 
 
-def test_a_site_that_lost_what_it_had_is_sent_the_whole_in_the_same_round() -> None:
+def test_a_site_that_lost_its_state_is_sent_the_complete_adapter_in_the_same_round() -> None:
     forgetful = Packing("three")
     forgetful.forgets_in = (3,)
     running = Running({5: forgetful, 9: Packing("four")}, codec="int8")

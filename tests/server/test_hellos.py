@@ -60,7 +60,7 @@ def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "expected"),
     [
         (Site("north"), "its name is taken by another site"),
         (Site("b", package="other"), "its code differs from the server's (package other, here same)"),
@@ -80,23 +80,23 @@ def test_a_site_that_was_mended_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda m: Message(RecordDict({"progress": ConfigRecord()}), reply_to=m), "malformed progress"),
     ],
 )
-def test_a_hello_that_will_not_do_is_named_and_the_others_go_on(other: Answer, told: str) -> None:
+def test_a_refused_hello_is_named_and_the_others_continue(other: Answer, expected: str) -> None:
     running = Running({5: Site("north"), 9: other})
     running.run()
-    assert [told in failure.why for failure in running.nodes.failures] == [True]
+    assert [expected in failure.why for failure in running.nodes.failures] == [True]
     assert running.recorder.results[-1].round == 3
 
 
-def test_a_hello_tells_what_the_run_is_about_and_later_messages_only_the_key() -> None:
-    told: list[records.Task] = []
+def test_a_hello_has_the_session_and_later_messages_only_its_key() -> None:
+    tasks: list[records.Task] = []
 
     def listening(message: Message) -> Message | None:
-        told.append(records.read_task(message.content))
+        tasks.append(records.read_task(message.content))
         return Site("north")(message)
 
     Running({5: listening}).run()
-    assert told[0].session == SESSION
-    assert {(task.session, task.key) for task in told[1:]} == {(None, SESSION.key)}
+    assert tasks[0].session == SESSION
+    assert {(task.session, task.key) for task in tasks[1:]} == {(None, SESSION.key)}
 
 
 def test_if_no_site_has_anything_to_train_on_the_run_does_not_begin() -> None:

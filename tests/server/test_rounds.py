@@ -41,7 +41,7 @@ def test_three_rounds_by_hand() -> None:
     assert not running.nodes.failures
 
 
-def test_bytes_are_counted_there_and_back_and_a_line_tells_those_of_its_round() -> None:
+def test_bytes_are_counted_both_ways_and_a_result_has_those_of_its_round() -> None:
     running = Running({5: Site("north"), 9: Site("south")})
     running.run()
     traffic = running.nodes.traffic
@@ -169,7 +169,7 @@ def test_a_round_with_too_few_answers_is_repeated_then_the_run_ends_in_words() -
 
 
 @pytest.mark.parametrize("settings", [{}, {"strategy": "fedadam"}, {"codec": "int8"}], ids=str)
-def test_a_repeated_round_comes_to_what_it_would_have_come_to(settings: dict[str, Any]) -> None:
+def test_a_repeated_round_has_the_result_of_an_undisturbed_one(settings: dict[str, Any]) -> None:
     """South does not answer round 2 the first time: nothing of that attempt is left."""
     kind = Packing if settings.get("codec") else Site
 

@@ -29,7 +29,7 @@ def honest(many: int, **correct: Any) -> dict[int, Answer]:
     return {node: Site(f"site-{node}", 1.0, **correct) for node in range(1, many + 1)}
 
 
-def test_a_site_that_goes_too_far_is_bounded_and_told_once_and_in_the_summary() -> None:
+def test_a_site_that_goes_too_far_is_bounded_and_named_once_and_in_the_summary() -> None:
     """Of steps 1, 1, 1, 1, 20 the limit is 3: it lies in step 7 (3.36), 20 in step 18: 20 · 2^(-11/4) = 2.97."""
     running = Running({**honest(4), 9: Site("far", 20.0)})
     running.run()
@@ -102,19 +102,19 @@ def test_counts_of_other_classes_than_the_runs_are_not_taken() -> None:
 
 def test_a_site_that_says_it_encodes_is_not_waited_for_without_end() -> None:
     """It always has one more; a hundredth of what it has would take it longer than anyone waits."""
-    told = [0]
+    answers = [0]
 
     def endless(message: Message) -> Message | None:
-        told[0] += 1
-        return Message(records.write_progress(Progress("endless", told[0], 10**9)), reply_to=message)
+        answers[0] += 1
+        return Message(records.write_progress(Progress("endless", answers[0], 10**9)), reply_to=message)
 
     running = Running({5: Site("north"), 9: endless}, round_timeout=0.3)
     outcome = running.run()
     assert set(outcome.adapted.reports) == {"north"}
-    assert told[0] > 2
+    assert answers[0] > 2
 
 
-def test_a_site_that_comes_back_under_a_name_that_another_has_taken_is_told() -> None:
+def test_a_site_that_comes_back_under_a_name_that_another_has_taken_is_refused_by_name() -> None:
     running = Running({5: Site("north"), 9: Site("south")})
     running.nodes.wait_for(2)
     real = running.grid.nodes.pop(5)
@@ -171,7 +171,7 @@ def masked(*sites: Masked, **settings: Any) -> Running:
     return Running(dict(enumerate(sites, 3)), secure_aggregation=True, **settings)
 
 
-def test_a_masked_run_comes_to_what_an_open_one_comes_to() -> None:
+def test_a_masked_run_has_the_result_of_an_open_one() -> None:
     steps = (1.0, 2.0, 0.5, -0.25, 1.5)
     running = masked(*(Masked(f"site-{n}", step) for n, step in enumerate(steps)))
     running.run()
@@ -329,7 +329,7 @@ def test_a_single_one_that_blames_others_is_left_out_alone(sender: str) -> None:
     assert not running.nodes.distrusted
 
 
-def test_whoever_blames_what_it_never_got_is_not_believed() -> None:
+def test_a_site_that_blames_what_it_never_got_is_not_believed() -> None:
     """One that only evaluates."""
     west = Site("west", role="holdout", train=0, validation=0)
 
@@ -408,13 +408,13 @@ def test_members_are_numbered_anew_in_each_attempt() -> None:
 
 
 @needs("privacy")
-def test_what_is_spent_is_told_with_each_round_and_grows_with_it() -> None:
+def test_the_privacy_spent_is_reported_with_each_round_and_grows() -> None:
     running = Running(honest(3), dp="central", noise_multiplier=2.0)
     outcome = running.run()
-    told = [line.epsilon for line in running.recorder.results]
-    assert told[0] == 0.0
-    assert told[1:] == pytest.approx([exact(2.0, rounds, 1e-5) for rounds in (1, 2, 3)])
-    assert outcome.epsilon == told[-1]
+    spent = [line.epsilon for line in running.recorder.results]
+    assert spent[0] == 0.0
+    assert spent[1:] == pytest.approx([exact(2.0, rounds, 1e-5) for rounds in (1, 2, 3)])
+    assert outcome.epsilon == spent[-1]
     assert Running(honest(3)).run().epsilon is None
 
 
@@ -436,12 +436,12 @@ def test_a_round_in_which_a_site_does_not_train_costs_it_nothing() -> None:
     most = max(running.nodes.trained.values())
     assert sum(running.nodes.trained.values()) == 2 * 6
     assert most < 6
-    told = {line.epsilon for line in running.recorder.results}
-    assert len(told) == most + 1
+    spent = {line.epsilon for line in running.recorder.results}
+    assert len(spent) == most + 1
 
 
 @needs("privacy")
-def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_counting(tmp_path: Path) -> None:
     def federation() -> Running:
         return Running(honest(3), dp="central", noise_multiplier=2.0)
 

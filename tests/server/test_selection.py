@@ -44,8 +44,8 @@ def test_where_the_start_is_only_next_to_zero_shot_that_is_asked_for() -> None:
     assert running.recorder.results[0].seen == 0.2
     assert outcome.zero_shot.seen == 0.0
     assert outcome.zero_shot.unseen["sea"].accuracy == 0.0
-    whole = Running({5: Site("north")}, recipe="paper", method="full-model").run({"w": torch.full((1,), 2.0)})
-    assert whole.zero_shot.seen == 0.2
+    full = Running({5: Site("north")}, recipe="paper", method="full-model").run({"w": torch.full((1,), 2.0)})
+    assert full.zero_shot.seen == 0.2
 
 
 def test_rounds_are_compared_at_the_sites_that_tried_both() -> None:

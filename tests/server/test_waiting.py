@@ -35,7 +35,7 @@ class Clock:
 
 
 def answering_after(running: Running, clock: Clock, seconds: float, answer: Answer) -> Answer:
-    """A node that takes so many seconds to answer."""
+    """A node that takes this many seconds to answer."""
 
     def slow(message: Message) -> Message | None:
         if reply := answer(message):
@@ -156,14 +156,14 @@ def test_a_node_that_does_not_answer_is_waited_for_where_it_may_be_a_site_of_bef
     assert not [line for line in running.said if "continuing without" in line]
 
 
-def test_a_site_that_tells_its_progress_after_each_slice_is_waited_for(clock: Clock) -> None:
-    """Six slices of a minute, each told some seconds late."""
-    site, told = Site("slow"), list[int]()
+def test_a_site_that_reports_progress_after_each_slice_is_waited_for(clock: Clock) -> None:
+    """Six slices of a minute, each reported some seconds late."""
+    site, slices = Site("slow"), list[int]()
 
     def encoding(message: Message) -> Message | None:
-        if message.metadata.message_type == MessageType.QUERY and len(told) < 6:
-            told.append(len(told))
-            return Message(records.write_progress(Progress("slow", 10 * len(told), 100)), reply_to=message)
+        if message.metadata.message_type == MessageType.QUERY and len(slices) < 6:
+            slices.append(len(slices))
+            return Message(records.write_progress(Progress("slow", 10 * len(slices), 100)), reply_to=message)
         return site(message)
 
     running = Running({5: Site("north")}, round_timeout=600.0)
