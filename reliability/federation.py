@@ -1,7 +1,7 @@
 """A federation of real processes on this machine that can be hit at any point: a SuperLink and three SuperNodes.
 
 All are as real sites have them, with TLS, keys, and each site's store for itself; between a site and the SuperLink is
-a relay, which can be cut. Processes stand still where they are told to (`injected/sitecustomize.py`): what happens then
+a relay, which can be cut. Processes stop where they are asked to (`injected/sitecustomize.py`): what happens then
 is done from outside. Features are random numbers, for what is computed does not matter here.
 """
 

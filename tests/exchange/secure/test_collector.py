@@ -96,7 +96,7 @@ def test_who_shares_what_is_no_secret_of_its_own_is_found_out(secret: str) -> No
         shares = members[name].share(publics)
         if name == "b" and secret == "seed":
             shares = shares._replace(seed=bytes(32))
-        if name == "b" and secret == "private":  # its pieces are those of another key than it told
+        if name == "b" and secret == "private":  # its pieces are those of another key than it sent
             honest, members["b"] = members["b"], Member.begin("b", CONTEXT)
             members["b"].private[1] = honest.private[1]
             shares = members["b"].share({**publics, "b": members["b"].public})
@@ -112,7 +112,7 @@ def test_who_shares_what_is_no_secret_of_its_own_is_found_out(secret: str) -> No
 
 
 def test_a_sum_of_two_is_not_made() -> None:
-    """From it and the next one, in which the third takes part, that one's vector could be told."""
+    """From it and the next one, in which the third takes part, that one's vector could be computed."""
     collector, members = until_vectors("abc", {"c": "vectors"}, 20)
     with pytest.raises(MaskingError, match=r"2 vectors arrived near [ab], expected 3: nothing is unmasked"):
         collector.lists()
