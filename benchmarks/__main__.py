@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import OURS, machine
 from fedclip_flwr.operations import simulation
+from harness.machine import OURS, machine
 
 PAGE = OURS / "docs" / "benchmarks.md"
 
@@ -113,11 +113,11 @@ def printed(benchmark: Benchmark) -> str | None:
     command = [sys.executable, "-m", f"benchmarks.{benchmark.name}", *benchmark.options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        told, _ = process.communicate()
+        output, _ = process.communicate()
     finally:
         process.terminate()  # where this is stopped: it ends what it started
         process.wait()
-    return None if process.returncode else told.strip()
+    return None if process.returncode else output.strip()
 
 
 def page(found: Sequence[tuple[Benchmark, str]], seconds: float) -> str:
@@ -128,8 +128,8 @@ def page(found: Sequence[tuple[Benchmark, str]], seconds: float) -> str:
         "accurate adapters are, and figures of longer runs: [results.md](results.md).",
         f"```text\n{machine()}\nall of it: {seconds:.0f} s\n```",
     ]
-    for benchmark, told in found:
-        parts += [f"## {benchmark.title}", benchmark.text, f"`{benchmark.command}`", told]
+    for benchmark, tables in found:
+        parts += [f"## {benchmark.title}", benchmark.text, f"`{benchmark.command}`", tables]
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,12 +138,12 @@ def run(benchmarks: Sequence[Benchmark], to: Path | None) -> list[str]:
     begun, found, failed = time.monotonic(), [], []
     for number, benchmark in enumerate(benchmarks, 1):
         print(f"{number} of {len(benchmarks)}: {benchmark.command}", flush=True)
-        told = printed(benchmark)
-        if told is None:
+        tables = printed(benchmark)
+        if tables is None:
             failed.append(benchmark.name)
             continue
-        found.append((benchmark, told))
-        print(f"\n{told}\n\n{time.monotonic() - begun:.0f} s so far\n", flush=True)
+        found.append((benchmark, tables))
+        print(f"\n{tables}\n\n{time.monotonic() - begun:.0f} s so far\n", flush=True)
     if to and not failed:
         to.write_text(page(found, time.monotonic() - begun))
     return failed

@@ -26,7 +26,7 @@ from statistics import mean
 import torch
 from flwr.app import Message, MessageType
 
-from benchmarks.common import at_least, machine, table
+from benchmarks.common import at_least
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.settings import ROBUST
 from fedclip_flwr.base.tensors import State, length_of
@@ -39,6 +39,7 @@ from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.learning.metrics import Score, mean_accuracy
 from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site import Site
+from harness.machine import machine, table
 
 PLAIN = "plain FedAvg"
 DEFAULT = "default"
@@ -196,8 +197,8 @@ def main() -> None:
     begun = time.perf_counter()
     features = open_features(Settings.from_run_config({"data": given.data}))
     print(compare(features, given.sites, given.seeds, given.rounds, given.adapter))
-    told = f"{given.sites} sites, {given.adapter}, {given.rounds} rounds, {given.seeds} seeds from 0"
-    print(f"\n{told}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    described = f"{given.sites} sites, {given.adapter}, {given.rounds} rounds, {given.seeds} seeds from 0"
+    print(f"\n{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.common import at_least, machine, table
+from benchmarks.common import at_least
 from fedclip_flwr.base import Settings
 from fedclip_flwr.exchange.codecs import CODECS
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
+from harness.machine import machine, table
 
 GOAL = 0.995
 
@@ -59,9 +60,9 @@ def main() -> None:
             mean = sum(shares) / len(shares)
             rows.append([kind, codec, f"{100 * mean:.2f} %", f"{100 * min(shares):.2f} %"])
     print(table(["adapter", "codec", "same class as in float32", "least of all runs"], rows))
-    told = f"{given.data.partition(':')[0]}, {images:,} images, each of {len(features.domains)} domains held out"
+    described = f"{given.data.partition(':')[0]}, {images:,} images, each of {len(features.domains)} domains held out"
     print(f"\nTo reach: {100 * GOAL} %. Found: at least {100 * least:.2f} %.")
-    print(f"\n{told}, {given.sites} sites, {given.seeds} seeds, 20 rounds; {machine()}")
+    print(f"\n{described}, {given.sites} sites, {given.seeds} seeds, 20 rounds; {machine()}")
 
 
 if __name__ == "__main__":

@@ -1,49 +1,29 @@
-"""What several benchmarks need: the machine in words, tables, features of any size, Flower apps run and watched."""
+"""Shared by the benchmarks: their options, their folder, Flower apps run and watched."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Generic, NamedTuple, TypeVar
 
-import torch
-from safetensors.torch import save_file
-from torch.nn import functional as F
-
 from fedclip_flwr.operations import simulation
 
 T = TypeVar("T")
-CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
-DIM = 512
 APPS = Path(__file__).parent / "apps"
-OURS, STOCK, ECHO = APPS.parent.parent, APPS / "stock", APPS / "echo"
-"""The apps that are run: this project's, Flower's FedAvg with the same work, and one that only exchanges messages.
+STOCK, ECHO = APPS / "stock", APPS / "echo"
+"""The apps that are run beside this project's: Flower's FedAvg with the same work, and one that only sends messages.
 
 Their modules have names of their own: Python would find this project's `client_app` first.
 """
-
-
-def machine() -> str:
-    """The machine and the versions, in one line."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers"))
-    return f"{os.cpu_count()} cores, {platform.machine()}; Python {platform.python_version()}, {versions}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -64,25 +44,6 @@ def workplace() -> Iterator[Path]:
     with simulation.temporary() as name:
         os.environ["FEDCLIP_HOME"] = str(Path(name) / "home")
         yield Path(name)
-
-
-def write_features(folder: Path, images: Mapping[str, int], dtype: torch.dtype = torch.float32) -> Path:
-    """A feature folder with so many images in each domain, and classes a little easier than chance.
-
-    Times do not depend on what the features are.
-    """
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    text = F.normalize(torch.randn(len(CLASSES), DIM, generator=generator), dim=1)
-    save_file({"text_features": text}, folder / "classes.safetensors")
-    for domain, count in images.items():
-        labels = torch.randint(0, len(CLASSES), (count,), generator=generator)
-        features = 0.1 * text[labels] + torch.randn(count, DIM, generator=generator) / DIM**0.5
-        save_file({"image_features": features.to(dtype), "labels": labels}, folder / f"{domain}.safetensors")
-    described = {"model": "random", "embedding_dim": DIM, "logit_scale": 100.0, "prompt": "a picture of a {}"}
-    facts = {**described, "class_names": CLASSES, "domains": list(images), "parameters": 151_277_313}
-    (folder / "features.json").write_text(json.dumps(facts))
-    return folder
 
 
 class Run(NamedTuple, Generic[T]):
@@ -127,12 +88,12 @@ def run_app(
                     times.append(time.perf_counter())
                     notes.append(note())
             time.sleep(0.01)
-    told = log.read_text(errors="replace")
-    number = re.search(r"Successfully started run (\d+)", told)
+    output = log.read_text(errors="replace")
+    number = re.search(r"Successfully started run (\d+)", output)
     status = simulation.status_of(number[1], env) if number else "not started"
     rounds = int(settings["num-server-rounds"])
     if number is None or status != "finished:completed" or len(times) < rounds:
-        raise SystemExit(f"{app.name}: the run did not complete ({status}).\n{told[-2000:]}")
+        raise SystemExit(f"{app.name}: the run did not complete ({status}).\n{output[-2000:]}")
     return Run(times[:rounds], notes[:rounds], number[1], lines.parent)
 
 
@@ -151,37 +112,3 @@ def middle(runs: Iterable[Run[T]]) -> float:
 
 def nothing() -> None:
     """What is noted where only times matter."""
-
-
-def processes(command: str, mark: str) -> list[int]:
-    """The processes that run this command with the mark in their environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if any(Path(word).name == command for word in words[:2]):
-                environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-                found += [int(process.name)] * (mark in environment)
-    return found
-
-
-def cpu(process: int) -> float:
-    """The seconds for which a process has computed so far; 0 where that is not to be known."""
-    after_name = stat(process)
-    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK") if after_name else 0.0
-
-
-def stat(process: int) -> list[str]:
-    """What the kernel says of a process, from its state on; nothing where it is gone."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return []
-
-
-def memory(process: int, what: str) -> int:
-    """A process's memory in bytes: VmRSS now, VmHWM at most so far; 0 where that is not to be known."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith(f"{what}:"):
-                return 1024 * int(line.split()[1])
-    return 0

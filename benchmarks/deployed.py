@@ -30,27 +30,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import (
-    DIM,
-    ECHO,
-    OURS,
-    STOCK,
-    Run,
-    at_least,
-    machine,
-    memory,
-    middle,
-    processes,
-    run_app,
-    stat,
-    table,
-    workplace,
-    write_features,
-)
+from benchmarks.common import ECHO, STOCK, Run, at_least, middle, run_app, workplace
 from deploy.processes import superlink, supernode
 from deploy.relay import Relay, relayed
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.operations import simulation
+from harness.features import DIM, write_features
+from harness.machine import OURS, machine, memory, processes, stat, table
 
 SITES = 3
 RATIO, ABOVE, MEGABYTES, SECONDS = 0.45, 2.5, 350, 2.2

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.common import at_least, machine, table, workplace
+from benchmarks.common import at_least, workplace
 from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.features import Clip, ahead, clip, encoding, models
+from harness.machine import machine, table
 
 BATCHES, IMAGES = 1, 128
 SIZE = (500, 375)

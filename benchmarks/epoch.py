@@ -30,11 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import CLASSES, DIM, at_least, machine, table, workplace
+from benchmarks.common import at_least, workplace
 from benchmarks.pacs_size import IMAGES, timed
 from fedclip_flwr.learning import RECIPES, Examples, make_adapter, train
 from fedclip_flwr.learning import Classes as Prompts
 from fedclip_flwr.learning.adapters import Attention
+from harness.features import CLASSES, DIM
+from harness.machine import machine, table
 
 BATCH, ROWS, TOKENS, ROUNDS = 32, 1200, 77, 200
 SIZES = (8, 16, 32, 64)
@@ -105,8 +107,8 @@ def our_epoch(recipe: str) -> Callable[[], object]:
 
 def knows_bfloat16() -> bool:
     """Whether this CPU computes in it (as Linux tells)."""
-    told = Path("/proc/cpuinfo")
-    return told.exists() and not {"amx_bf16", "avx512_bf16"}.isdisjoint(told.read_text().split())
+    info = Path("/proc/cpuinfo")
+    return info.exists() and not {"amx_bf16", "avx512_bf16"}.isdisjoint(info.read_text().split())
 
 
 def encoding(theirs: TheirWay, dtype: torch.dtype) -> tuple[float, int]:

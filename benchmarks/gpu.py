@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import OURS, at_least, machine, middle, nothing, run_app, table, workplace
+from benchmarks.common import at_least, middle, nothing, run_app, workplace
 from benchmarks.encoding import write_images, write_model
 from benchmarks.predicting import TEMPLATES, Bare, made
 from deploy.processes import superlink, supernode
@@ -42,6 +42,7 @@ from fedclip_flwr.features import Clip, ahead, clip, encoding, models, open_feat
 from fedclip_flwr.features.whole import WholeModel
 from fedclip_flwr.learning import RECIPES, Classes, Examples, evaluate, make_adapter, train
 from fedclip_flwr.operations import simulation
+from harness.machine import OURS, machine, table
 
 SITES = 3
 LARGE: dict[str, Any] = {
@@ -176,7 +177,7 @@ def from_files(bench: Bench, loaded: clip.Clip, count: int, workers: int | None)
 def files_table(bench: Bench) -> Told:
     """From files: the first time, when a GPU has yet to start, then with no and with many processes beside."""
     count, cores = bench.many(6144, 96), bench.many(min(ahead.MAX_WORKERS, os.cpu_count() or 1), 1)
-    rows, told = [], []
+    rows, figures = [], []
     loaded = Clip(bench.base, bench.device, "auto")
     for name, images, workers in (
         ("as many processes as are thought to pay, the first time", count, None),
@@ -186,14 +187,14 @@ def files_table(bench: Bench) -> Told:
     ):
         speed, used = from_files(bench, loaded, images, workers)
         rows.append([name, f"{images:,}", str(used), f"{speed:,.0f}"])
-        told.append((f"B/32 from files, {name}: processes, images/s", f"{used}, {speed:,.0f}"))
+        figures.append((f"B/32 from files, {name}: processes, images/s", f"{used}, {speed:,.0f}"))
     show(["ViT-B/32 from files", "images", "processes beside", "images/s"], rows)
-    return told
+    return figures
 
 
 def prepared_table(bench: Bench, name: str, model: models.Model, few: int) -> Told:
     """Prepared images on the device: our `encode` beside transformers alone, whose weights have the precision."""
-    rows, told = [], []
+    rows, figures = [], []
     for device, precision in dict.fromkeys([(bench.device, "float32"), (bench.device, "bfloat16"), ("cpu", "float32")]):
         if device == "cpu" and precision == "bfloat16" and not models.has_bfloat16():
             continue
@@ -222,11 +223,13 @@ def prepared_table(bench: Bench, name: str, model: models.Model, few: int) -> To
         bare_speed = count / bench.seconds(bare, 3)
         share = ours_speed / bare_speed
         rows.append([f"{device}, {precision}", str(batch), f"{bare_speed:,.0f}", f"{ours_speed:,.0f}", f"{share:.2f}"])
-        told.append((f"{name} prepared, {device}, {precision}: images/s", f"{ours_speed:,.0f} ({share:.2f} of bare)"))
+        figures.append(
+            (f"{name} prepared, {device}, {precision}: images/s", f"{ours_speed:,.0f} ({share:.2f} of bare)")
+        )
         del loaded, net, pixels, ours, bare
         bench.free()
     show([f"{name}, prepared images", "batch", "transformers alone, images/s", "ours", "share"], rows)
-    return told
+    return figures
 
 
 def agreement_table(bench: Bench, name: str, model: models.Model, count: int) -> Told:
@@ -241,14 +244,14 @@ def agreement_table(bench: Bench, name: str, model: models.Model, count: int) ->
             found[f"{device}, {precision}"] = F.normalize(torch.cat([*loaded.encode_images(images, 32)]), dim=1)
             del loaded
             bench.free()
-    known, rows, told = found["cpu, float32"], [], []
+    known, rows, figures = found["cpu, float32"], [], []
     for way, features in found.items():
         cosine = F.cosine_similarity(features.double(), known.double()).min().item()
         apart = (features - known).abs().max().item()
         rows.append([way, f"{1 - cosine:.1e}", f"{apart:.1e}"])
-        told.append((f"{name}, {way}: 1 - least cosine", f"{1 - cosine:.1e}"))
+        figures.append((f"{name}, {way}: 1 - least cosine", f"{1 - cosine:.1e}"))
     show([f"{name}, {count} images", "1 - least cosine to the CPU's float32", "greatest difference"], rows)
-    return told[1:]
+    return figures[1:]
 
 
 def encode_base(bench: Bench) -> Told:
@@ -259,14 +262,14 @@ def encode_base(bench: Bench) -> Told:
 
 
 def encode_large(bench: Bench) -> Told:
-    told = [
+    figures = [
         *prepared_table(bench, "L/14", bench.large, bench.many(16, 4)),
         *agreement_table(bench, "L/14", bench.large, bench.many(8, 4)),
     ]
     loaded = Clip(bench.large, bench.device, "auto")
     speed, used = from_files(bench, loaded, bench.many(2048, 16), bench.many(ahead.MAX_WORKERS, 1))
-    told.append(("L/14 from files: processes, images/s", f"{used}, {speed:,.0f}"))
-    return told
+    figures.append(("L/14 from files: processes, images/s", f"{used}, {speed:,.0f}"))
+    return figures
 
 
 # Learning
@@ -274,7 +277,7 @@ def encode_large(bench: Bench) -> Told:
 
 def epochs_table(bench: Bench) -> Told:
     """An epoch on stored features."""
-    rows, told, cores = [], [], torch.get_num_threads()
+    rows, figures, cores = [], [], torch.get_num_threads()
     ways = [("cpu", 1), ("cpu", cores), *([(bench.device, 1)] if bench.device != "cpu" else [])]
     for kind, dim, count in (
         ("attention", 512, 1_200),
@@ -298,9 +301,9 @@ def epochs_table(bench: Bench) -> Told:
             times.append(bench.seconds(epoch, 3 if count < 2_000 else 1))
         torch.set_num_threads(cores)
         rows.append([kind, str(dim), f"{count:,}", *(f"{took:.3f} s" for took in times)])
-        told.append((f"epoch, {kind} {dim}, {count:,} rows", " / ".join(f"{took:.3f}" for took in times) + " s"))
+        figures.append((f"epoch, {kind} {dim}, {count:,} rows", " / ".join(f"{took:.3f}" for took in times) + " s"))
     show(["an epoch", "dim", "rows", *(f"{device}, threads: {threads}" for device, threads in ways)], rows)
-    return told
+    return figures
 
 
 def federation_table(bench: Bench) -> Told:
@@ -346,7 +349,7 @@ def arriving(bench: Bench) -> Told:
     """Every way in which a federation in one process sends and averages, on the GPU: that it works."""
     features = open_features(Settings(device="cpu"), root=bench.root / "features-cpu", progress=False)
     sites, unseen = make_sites(features, "sketch", 3, 0, device=bench.device)
-    classes, told = features.classes.ready(bench.device), []
+    classes, figures = features.classes.ready(bench.device), []
     for given in (
         {"codec": "int8"},
         {"codec": "bfloat16"},
@@ -365,13 +368,13 @@ def arriving(bench: Bench) -> Told:
         except Exception as error:
             traceback.print_exc()
             answer = f"FAILED: {type(error).__name__}: {error}"[:150]
-        told.append((", ".join(f"{key}={value}" for key, value in given.items()), answer))
-    return told
+        figures.append((", ".join(f"{key}={value}" for key, value in given.items()), answer))
+    return figures
 
 
 def whole_table(bench: Bench) -> Told:
     """Steps of a whole model, from pixels."""
-    rows, told, batch = [], [], bench.many(32, 4)
+    rows, figures, batch = [], [], bench.many(32, 4)
     prompts = [TEMPLATES[0].format(name) for name in drawn.CLASSES]
     loaded = Clip(bench.base, bench.device, "float32")
     generator = torch.Generator().manual_seed(0)
@@ -394,12 +397,12 @@ def whole_table(bench: Bench) -> Told:
         most = torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else 0.0
         way = f"{device}, {str(dtype).removeprefix('torch.')}"
         rows.append([way, f"{took:.3f} s", f"{batch / took:,.0f}", f"{most:.1f} GB" if most else "", f"{loss:.3f}"])
-        told.append((f"B/32, whole, {way}: a step of {batch}", f"{took:.3f} s"))
+        figures.append((f"B/32, whole, {way}: a step of {batch}", f"{took:.3f} s"))
         assert all(tensor.is_contiguous() for tensor in learner.state_dict().values())
         del learner, examples
         bench.free()
     show(["ViT-B/32, method=full-model", f"a step of {batch}", "images/s", "GPU memory at most", "loss after"], rows)
-    return told
+    return figures
 
 
 # Using
@@ -516,30 +519,30 @@ def main() -> None:
     if not (torch.cuda.is_available() or given.quick):
         raise SystemExit("no GPU that CUDA finds; --quick goes without")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    begun, told, failed = time.monotonic(), list[tuple[str, str]](), list[str]()
+    begun, figures, failed = time.monotonic(), list[tuple[str, str]](), list[str]()
     with workplace() as root, given.log.open("w") as log:
         bench = Bench(root, device, given.quick, given.images)
         for name in given.only:
             before = time.monotonic()
             if before - begun > given.seconds:
-                told.append((name, "left out: there was no time"))
+                figures.append((name, "left out: there was no time"))
                 continue
             print(f"## {name}\n", flush=True)
             try:
                 found = STEPS[name](bench)
                 show([name, ""], found)
-                told += found
+                figures += found
             except (Exception, SystemExit) as error:
                 traceback.print_exc(file=log)
                 log.flush()
-                told.append((name, f"FAILED: {type(error).__name__}: {error}".splitlines()[0][:200]))
+                figures.append((name, f"FAILED: {type(error).__name__}: {error}".splitlines()[0][:200]))
                 failed.append(name)
                 if isinstance(error, SystemExit) and isinstance(error.code, int):  # this process is told to stop
                     break
             bench.free()
             print(f"{name}: {time.monotonic() - before:.0f} s\n", flush=True)
     print("## Summary\n")
-    show(["what", "found"], told)
+    show(["what", "found"], figures)
     print(machine())
     if failed:
         raise SystemExit(f"Failed: {', '.join(failed)}. {given.log} says why.")

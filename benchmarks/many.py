@@ -14,20 +14,10 @@ import argparse
 
 import torch
 
-from benchmarks.common import (
-    ECHO,
-    OURS,
-    at_least,
-    machine,
-    memory,
-    middle,
-    processes,
-    simulate,
-    table,
-    workplace,
-    write_features,
-)
+from benchmarks.common import ECHO, at_least, middle, simulate, workplace
 from fedclip_flwr.operations import simulation
+from harness.features import write_features
+from harness.machine import OURS, machine, memory, processes, table
 
 MILLISECONDS, GROWTH = 25, 10
 DOMAINS = ("art", "cartoon", "photo", "sketch")

@@ -14,13 +14,14 @@ import argparse
 
 from flwr.app import Message, RecordDict
 
-from benchmarks.common import DIM, machine, table
 from fedclip_flwr.exchange import Report, records
 from fedclip_flwr.exchange.codecs import CODECS, packed_size
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
+from harness.features import DIM
+from harness.machine import machine, table
 
 WHOLE = 2 * 4 * 151_277_313
 GOALS = {

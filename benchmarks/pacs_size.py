@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import at_least, machine, workplace, write_features
+from benchmarks.common import at_least, workplace
 from fedclip_flwr.operations import simulation
+from harness.features import write_features
+from harness.machine import machine
 
 IMAGES = {"art_painting": 2048, "cartoon": 2344, "photo": 1670, "sketch": 3929}
 
@@ -35,10 +37,10 @@ def timed(methods: str, rounds: int, jobs: int) -> tuple[float, str]:
         begun = time.perf_counter()
         with simulation.started(command, {**os.environ, "FEDCLIP_HOME": str(place / "home")}, place / "log") as process:
             failed = process.wait()
-        told = (place / "log").read_text()
+        output = (place / "log").read_text()
         if failed:
-            raise SystemExit(told)
-        return time.perf_counter() - begun, told
+            raise SystemExit(output)
+        return time.perf_counter() - begun, output
 
 
 def main() -> None:
@@ -47,8 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least(1), default=200)
     parser.add_argument("--jobs", type=at_least(0), default=0)
     given = parser.parse_args()
-    seconds, told = timed(given.methods, given.rounds, given.jobs)
-    print(told)
+    seconds, output = timed(given.methods, given.rounds, given.jobs)
+    print(output)
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
     print(f"{sum(IMAGES.values()):,} images, {seconds:.0f} s from start to end, {most:,.0f} MB at most; {machine()}")
 

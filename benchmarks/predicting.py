@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from benchmarks.common import CLASSES, at_least, machine, table, workplace
+from benchmarks.common import at_least, workplace
 from benchmarks.encoding import seconds, write_model
 from fedclip_flwr.data import Vocabulary, drawn
 from fedclip_flwr.features import Clip, models
@@ -35,6 +35,8 @@ from fedclip_flwr.inference.predict import likeliest
 from fedclip_flwr.learning import Classes, Examples, make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.runs import saved
+from harness.features import CLASSES
+from harness.machine import machine, table
 
 SIZE = (500, 375)
 TEMPLATES = ("a picture of a {}",)

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import at_least, machine, table
+from benchmarks.common import at_least
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
+from harness.machine import machine, table
 
 MULTIPLIERS = {"central": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "local": (0.5, 1.0, 2.0, 4.0, 8.0)}
 Found = dict[tuple[str, float, str], tuple[float, float]]
@@ -68,8 +69,8 @@ def compare(features: Features, sites: int, rounds: int, seeds: int) -> tuple[st
                 cells.append(f"{middle:.1f} ± {off:.1f}")
             rows.append([dp, f"{multiplier:g}", f"{epsilon:.1f}", *cells])
             print(" ".join(f"{cell:>14}" for cell in rows[-1]), flush=True)
-    told = table(["dp", "noise-multiplier", "ε", *(f"{kind}, {size[kind]:,}" for kind in ADAPTERS)], rows)
-    return f"{told}\n\nZero-shot: {plain['zero-shot']:.1f}.", found, plain
+    gains = table(["dp", "noise-multiplier", "ε", *(f"{kind}, {size[kind]:,}" for kind in ADAPTERS)], rows)
+    return f"{gains}\n\nZero-shot: {plain['zero-shot']:.1f}.", found, plain
 
 
 def plot(found: Found, plain: Mapping[str, float], rounds: int, path: Path) -> None:
@@ -105,10 +106,10 @@ def main() -> None:
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     begun = time.perf_counter()
     features = open_features(Settings.from_run_config({"data": given.data}))
-    told, found, plain = compare(features, given.sites, given.rounds, given.seeds)
+    tables, found, plain = compare(features, given.sites, given.rounds, given.seeds)
     if given.plot:
         plot(found, plain, given.rounds, given.plot)
-    print(f"\n{told}\n")
+    print(f"\n{tables}\n")
     settings = f"{given.sites} sites, {given.rounds} rounds, {given.seeds} seeds from 0, clipping-norm 0.5"
     print(f"{settings}; {time.perf_counter() - begun:.0f} s; {machine()}")
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import DIM, at_least, machine, table, workplace, write_features
+from benchmarks.common import at_least, workplace
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.experiments.simulate import simulate
@@ -41,6 +41,8 @@ from fedclip_flwr.learning import RECIPES, Classes, Examples, train
 from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site import Site
 from fedclip_flwr.site.holdings import divide
+from harness.features import DIM, write_features
+from harness.machine import machine, table
 
 SEED, HELD_OUT = 7, "held out"
 FUNCTIONS = ("train", "communication", "test")
@@ -172,8 +174,8 @@ def cases(features: FeatureFolder, lengths: Sequence[str]) -> dict[tuple[str, st
         count = len(whole.labels)
         for sizes in ([count // 2, count - count // 2], [60, 60, count - 120]):
             sites = divided(whole, sizes)
-            told = ", ".join(f"{len(site.train.labels):,}" for site in sites)
-            made[length, told] = Case(sites, unseen.ready(), features.classes.ready())
+            counts = ", ".join(f"{len(site.train.labels):,}" for site in sites)
+            made[length, counts] = Case(sites, unseen.ready(), features.classes.ready())
     return made
 
 
@@ -250,8 +252,8 @@ def main() -> None:
                 [["", f"{1e3 * theirs_s:.2f} ms", f"{1e3 * ours_s:.2f} ms", f"{theirs_s / ours_s:.1f}"]],
             )
         )
-        told = given.features.name if given.features else f"random features of {DIM} numbers"
-        print(f"\n{told}, one thread; {machine()}")
+        described = given.features.name if given.features else f"random features of {DIM} numbers"
+        print(f"\n{described}, one thread; {machine()}")
 
 
 if __name__ == "__main__":

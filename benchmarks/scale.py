@@ -2,11 +2,12 @@
 
     python -m benchmarks.scale [--sites 10 100 1000] [--others 50] [--rounds 2]
 
-SuperLink and ServerApp are the real ones, in processes of their own; the sites are only what they say (fleet.py), so
-that the machine is the server's. Where the SuperLink keeps its state: in memory, or in a file (`--database`), which a
-second SuperLink can share. Seconds are those for which the processes computed, not those that went by; of a warm round,
-with the questions that came in it. Memory is the most that a process had (VmHWM). What a question costs where many
-messages are under way is measured on Flower's own state in this process. Random features; no TLS. On Linux.
+SuperLink and ServerApp are the real ones, in processes of their own; the sites are only what they say
+(harness/fleet.py), so that the machine is the server's. Where the SuperLink keeps its state: in memory, or in a file
+(`--database`), which a second SuperLink can share. Seconds are those for which the processes computed, not those that
+went by; of a warm round, with the questions that came in it. Memory is the most that a process had (VmHWM). What a
+question costs where many messages are under way is measured on Flower's own state in this process. Random features; no
+TLS. On Linux.
 """
 
 from __future__ import annotations
@@ -33,20 +34,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 
-from benchmarks.common import (
-    DIM,
-    OURS,
-    at_least,
-    cpu,
-    machine,
-    memory,
-    processes,
-    run_app,
-    table,
-    workplace,
-    write_features,
-)
-from benchmarks.fleet import PAUSE, Answer, Site, fleet, living
+from benchmarks.common import at_least, run_app, workplace
 from deploy.processes import superlink
 from deploy.relay import relayed
 from fedclip_flwr.base import content
@@ -56,6 +44,9 @@ from fedclip_flwr.exchange.codecs import CODECS, wrap
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
+from harness.features import DIM, write_features
+from harness.fleet import PAUSE, Answer, Site, fleet, living
+from harness.machine import OURS, cpu, machine, memory, processes, table
 
 CALCULATED = (10, 1000, 100_000)
 UNDER_WAY = {False: (1000, 100_000), True: (1000, 4000)}
@@ -444,8 +435,8 @@ def limits(bases: Sequence[Measured], known: Mapping[bool, Parts], a_site: PerSi
     def in_time(one: Measured) -> Callable[[int], bool]:
         return lambda sites: calculate(one, known[one.setting.database], a_site, sites).longest <= ROUND
 
-    told = [f"{most(in_time(one)):,} ({one.setting.sent}, state in {one.setting.kept})" for one in bases]
-    return f"A round takes at most {ROUND:.0f} s with so many sites: {', '.join(told)}."
+    bounds = [f"{most(in_time(one)):,} ({one.setting.sent}, state in {one.setting.kept})" for one in bases]
+    return f"A round takes at most {ROUND:.0f} s with so many sites: {', '.join(bounds)}."
 
 
 def main() -> None:

@@ -11,21 +11,11 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.common import (
-    OURS,
-    STOCK,
-    Run,
-    at_least,
-    machine,
-    middle,
-    nothing,
-    simulate,
-    table,
-    workplace,
-    write_features,
-)
+from benchmarks.common import STOCK, Run, at_least, middle, nothing, simulate, workplace
 from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.operations import simulation
+from harness.features import write_features
+from harness.machine import OURS, machine, table
 
 GOAL = 0.6
 

@@ -14,7 +14,9 @@ import subprocess
 import sys
 from statistics import median
 
-from benchmarks.common import machine, table, workplace, write_features
+from benchmarks.common import workplace
+from harness.features import write_features
+from harness.machine import machine, table
 
 RUNS = 5
 SITE = """

@@ -25,9 +25,9 @@ from xml.etree import ElementTree
 
 from filelock import FileLock
 
-from benchmarks.common import OURS, machine, table
 from fedclip_flwr.base import UserError, content
 from fedclip_flwr.operations import simulation
+from harness.machine import OURS, machine, table
 from reliability import faults, kills, trials
 from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, federation
 from reliability.soak import GROWTH, HANDLES, LAST, Soak, flat, grown, named, soak
@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 
 def of_outcomes(outcomes: Sequence[trials.Outcome]) -> Part:
-    rows = [[one.fault, one.told if one.good else f"**FAILED**: {one.told}"] for one in outcomes]
+    rows = [[one.fault, one.text if one.good else f"**FAILED**: {one.text}"] for one in outcomes]
     return Part(rows, "", sum(not one.good for one in outcomes))
 
 
@@ -75,16 +75,16 @@ def journeys(names: Sequence[str], seed: int, say: Callable[[str], None]) -> Ite
         with TemporaryDirectory() as place, federation(Path(place)) as one:
             one.results = known
             for journey in common:
-                yield journey.name, of_outcomes(told(trials.go(one, journey, say), say))
+                yield journey.name, of_outcomes(reported(trials.go(one, journey, say), say))
             if "kills" in names:
-                found = of_outcomes(told(kills.go(one, kills.drawn(seed), say), say))
+                found = of_outcomes(reported(kills.go(one, kills.drawn(seed), say), say))
                 yield "kills", found._replace(text=f"Seed {seed}: `python -m reliability kills --seed {seed}`.")
     if alone := [journey for name, journey in ALONE.items() if name in names]:
         try:
             with TemporaryDirectory() as place, federation(Path(place), clocks(Path(place))) as one:
                 one.results = known
                 for journey in alone:
-                    yield journey.name, of_outcomes(told(trials.go(one, journey, say), say))
+                    yield journey.name, of_outcomes(reported(trials.go(one, journey, say), say))
         except (BrokenError, UserError) as error:
             for journey in alone:
                 yield (
@@ -93,9 +93,9 @@ def journeys(names: Sequence[str], seed: int, say: Callable[[str], None]) -> Ite
                 )
 
 
-def told(outcomes: list[trials.Outcome], say: Callable[[str], None]) -> list[trials.Outcome]:
+def reported(outcomes: list[trials.Outcome], say: Callable[[str], None]) -> list[trials.Outcome]:
     for one in outcomes:
-        say(f"  {'' if one.good else 'FAILED '}{one.fault}: {one.told}")
+        say(f"  {'' if one.good else 'FAILED '}{one.fault}: {one.text}")
     return outcomes
 
 
@@ -191,7 +191,7 @@ which the largest that is read has 89 million pixels)."""
 
 
 def page(found: Mapping[str, Part]) -> str:
-    """The whole of it; of what has not been done that is told."""
+    """The complete page; it names what has not been done."""
     parts = {name: found.get(name, Part([], f"**Not done: {name}.**", 1)) for name in NAMES}
     packages = sorted({part.package[:12] for part in found.values() if part.package})
     head = f"{machine()}\nall of it: {sum(part.seconds for part in found.values()):.0f} s"
@@ -222,7 +222,9 @@ def keep(name: str, part: Part) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reliability", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of what is random; told, to be repeated")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of what is random; printed, so that a run can be repeated"
+    )
     given = parser.parse_args()
     if strange := [name for name in given.names if name not in NAMES]:
         parser.error(f"{', '.join(strange)}: expected {', '.join(NAMES)}")

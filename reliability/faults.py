@@ -293,7 +293,7 @@ def results_fail(
                 trial.points.let_go()
                 said = trial.ended()
             if word not in said:
-                raise BrokenError(f"what is wrong with the disk is not told: {last_line(said)}")
+                raise BrokenError(f"the error of the disk is not reported: {last_line(said)}")
             trial.notes.append(last_line(said).replace(str(trial.results), "DIR"))
             trial.begin()
             if trial.run.wait():
@@ -392,7 +392,7 @@ def second_run_on_the_same_folder(trial: Trial) -> None:
         if not second.wait():
             raise BrokenError("a second run on the same folder was completed")
         if "still under way" not in second.said:
-            raise BrokenError(f"the second run is not told why it is refused: {last_line(second.said)}")
+            raise BrokenError(f"the second run does not say why it is refused: {last_line(second.said)}")
         trial.notes.append(f"the second one: {last_line(second.said)}")
 
 

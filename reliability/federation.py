@@ -1,7 +1,7 @@
 """A federation of real processes on this machine that can be hit at any point: a SuperLink and three SuperNodes.
 
 All are as real sites have them, with TLS, keys, and each site's store for itself; between a site and the SuperLink is
-a relay, which can be cut. Processes stand still where they are told to (`injected/sitecustomize.py`): what happens then
+a relay, which can be cut. Processes stop where they are asked to (`injected/sitecustomize.py`): what happens then
 is done from outside. Features are random numbers, for what is computed does not matter here.
 """
 
@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from benchmarks.common import write_features
 from deploy.processes import SuperLink, SuperNode, superlink, supernode
 from deploy.relay import Relay, relayed
 from fedclip_flwr.operations import keys, simulation
+from harness.features import write_features
 
 SITES = ("art-0", "cartoon-0", "photo-0")
 """As three simulated nodes are called."""
@@ -163,15 +163,15 @@ def result(folder: Path) -> Result:
 
 def difference(found: Result, expected: Result) -> list[str]:
     """In what a result is not that of the undisturbed run."""
-    told = [name for name in Result._fields if name != "lines" and getattr(found, name) != getattr(expected, name)]
+    unlike = [name for name in Result._fields if name != "lines" and getattr(found, name) != getattr(expected, name)]
     rounds = {row["round"] for row in (*found.lines, *expected.lines)}
     by_round = [{row["round"]: row for row in result.lines} for result in (found, expected)]
-    told += [
+    unlike += [
         f"line of round {number}" for number in sorted(rounds) if by_round[0].get(number) != by_round[1].get(number)
     ]
     if len(found.lines) != len(by_round[0]):
-        told.append("a round has two lines")
-    return told
+        unlike.append("a round has two lines")
+    return unlike
 
 
 class Run:
@@ -182,8 +182,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        told = re.search(r"^run folder +(.+)$", self.said, re.MULTILINE)
-        return Path(told[1].strip()) if told else (self.results / "latest").resolve()
+        match = re.search(r"^run folder +(.+)$", self.said, re.MULTILINE)
+        return Path(match[1].strip()) if match else (self.results / "latest").resolve()
 
     @property
     def said(self) -> str:

@@ -78,8 +78,8 @@ def _one(federation: Federation, number: int, drawn: Kill, say: Callable[[str], 
         trial.break_off()
         trial.finish()
         unlike = difference(result(trial.run.folder), expected)
-        told = f"not the undisturbed result: {', '.join(unlike)}" if unlike else f"in round {after + 1}: {SAME}"
-        return Outcome(drawn.name, told, not unlike)
+        text = f"not the undisturbed result: {', '.join(unlike)}" if unlike else f"in round {after + 1}: {SAME}"
+        return Outcome(drawn.name, text, not unlike)
     except (BrokenError, UserError, OSError) as error:
         return Outcome(drawn.name, str(error), False)
     finally:

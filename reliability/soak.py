@@ -1,7 +1,7 @@
 """A long run with many sites at which something goes wrong at random, all the time: does the server stay as it was?
 
 SuperLink and ServerApp are the real ones, in processes of their own. The sites answer with the real ClientApp, but in
-one process that speaks for all of them (benchmarks/fleet.py): with a new process for each message, as a SuperNode has
+one process that speaks for all of them (harness/fleet.py): with a new process for each message, as a SuperNode has
 it, 300 rounds of 20 sites would take hours. At random a site answers with an error, with numbers that are none, or with
 tensors of another shape; sends its answer twice, too late, or not at all; goes without a word and comes back as another
 node. The ServerApp is killed and the run resumed, and the SuperLink is started again. Afterwards, whoever spoilt an
@@ -44,11 +44,12 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
 
-from benchmarks import fleet
-from benchmarks.common import OURS, memory, processes, write_features
 from deploy.processes import SuperLink, superlink
 from fedclip_flwr.exchange import records
 from fedclip_flwr.operations import simulation
+from harness import fleet
+from harness.features import write_features
+from harness.machine import OURS, memory, processes
 from reliability.federation import BrokenError, Run, handed_over, kill, until
 
 SITES, ROUNDS, ROWS = 20, 300, 40
@@ -356,13 +357,13 @@ class Named(NamedTuple):
 def named(of: Soak, failures: Sequence[Mapping[str, Any]]) -> Named:
     """Whether just those were named that had to be, in the rounds that no start of a process has disturbed."""
     disturbed = {number for begun in of.begun for number in (begun, begun + 1, begun + 2)}
-    told = {(f["round"], f["site"]) for f in failures}
+    reported = {(f["round"], f["site"]) for f in failures}
     spoilt = [one for one in of.spoilt if one.round not in disturbed]
-    forgotten = [one for one in spoilt if one.what != HARMLESS and (one.round, one.site) not in told]
+    forgotten = [one for one in spoilt if one.what != HARMLESS and (one.round, one.site) not in reported]
     known = {(one.round, one.site) for one in of.spoilt}
     wrongly = sorted(
         (number, site)
-        for number, site in told
+        for number, site in reported
         if number not in disturbed and (number, site) not in known and (number - 1, site) not in known
     )
     return Named(forgotten, wrongly)

@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     """A fault and what became of it."""
 
     fault: str
-    told: str
+    text: str
     good: bool
 
 
@@ -162,7 +162,7 @@ class Fault:
 class Journey:
     """A run on which these faults fall. Where sites may be `left_out`, they must be named, each with such a reason.
 
-    Where it may end by itself (`ends`), it is resumed, and its last words are told.
+    Where it may end by itself (`ends`), it is resumed, and its last words are reported.
     """
 
     name: str
@@ -184,7 +184,7 @@ def go(federation: Federation, journey: Journey, say: Callable[[str], None]) -> 
             fault.cause(trial)
         trial.finish()
         failures = {(failure["site"], failure["why"]): None for failure in trial.run.summary()["failures"]}
-        told, good = judged(journey, trial, expected, list(failures))
+        text, good = judged(journey, trial, expected, list(failures))
     except (BrokenError, UserError, OSError, subprocess.SubprocessError) as error:
         happened = [fault.name for fault in journey.faults[: len(notes)]]
         return [
@@ -201,7 +201,7 @@ def go(federation: Federation, journey: Journey, say: Callable[[str], None]) -> 
         return f" ({'; '.join(words)})" if words else ""
 
     return [
-        Outcome(fault.name, told + noted(fault, own), good) for fault, own in zip(journey.faults, notes, strict=True)
+        Outcome(fault.name, text + noted(fault, own), good) for fault, own in zip(journey.faults, notes, strict=True)
     ]
 
 

@@ -41,10 +41,10 @@ def work(folder: Path, before_batch: Callable[[Growing, int], None] = lambda *_:
             growing.append(FEATURES[labels], labels, [f"image {row + BATCH - 1}"])
 
     kept = store.load_or_make(folder / KEPT, lambda: ({"features": FEATURES.clone()}, {}))
-    return told(kept, store.load_or_grow(folder / GROWN, COUNT, grow))
+    return checksum(kept, store.load_or_grow(folder / GROWN, COUNT, grow))
 
 
-def told(*entries: tuple[State, store.Facts]) -> str:
+def checksum(*entries: tuple[State, store.Facts]) -> str:
     whole = hashlib.sha256()
     for tensors, facts in entries:
         for name in sorted(tensors):
@@ -101,7 +101,7 @@ def reader(folder: Path, expected: str) -> None:
             if entry := store.read(folder / name):
                 found[name] = entry
         os.sched_yield()
-    assert told(found[KEPT], found[GROWN]) == expected
+    assert checksum(found[KEPT], found[GROWN]) == expected
 
 
 def forked(do: Callable[[], object]) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common import write_features
 from deploy.processes import superlink, supernode
 from fedclip_flwr.operations import simulation
+from harness.features import write_features
 
 PROJECT = Path(__file__).parent.parent
 

@@ -54,9 +54,9 @@ class Python:
 
     def communicate(self) -> tuple[str, str]:
         self.stdin.close()
-        told = self.stdout.read(), self.stderr.read()  # nothing here says so much on the latter that it would stop
+        output = self.stdout.read(), self.stderr.read()  # nothing here says so much on the latter that it would stop
         self.wait()
-        return told
+        return output
 
     def __enter__(self) -> Python:
         return self

@@ -96,14 +96,14 @@ class Answer(BaseHTTPRequestHandler):
         if self.headers["Authorization"] != "Bearer a-token":
             return self.send(401)
         if path == "/api/repos/create":
-            told = json.loads(body)
-            made = f"{told['organization']}/{told['name']}"
+            asked = json.loads(body)
+            made = f"{asked['organization']}/{asked['name']}"
             if made in self.server.gated:
                 return self.send(403)
             url = json.dumps({"url": f"https://huggingface.co/{made}"}).encode()
             if made in self.server.private:
                 return self.send(409, url)
-            self.server.private[made] = told.get("visibility") == "private" or bool(told.get("private"))
+            self.server.private[made] = asked.get("visibility") == "private" or bool(asked.get("private"))
             return self.send(200, url)
         if path == "/api/validate-yaml":
             return self.send(200, json.dumps({"errors": [], "warnings": []}).encode())

@@ -14,8 +14,8 @@ FAILURE = {"round": 2, "site": "photo-0", "why": "no answer"}
 
 def line(number: int, seen: float | None = 0.5, unseen: float | None = 0.25, **more: Any) -> dict[str, Any]:
     """What metrics.jsonl has of a round: two sites, 1000 bytes each, two seconds."""
-    told = {"round": number, "seen": seen, "unseen": unseen, "val": 0.5, "loss": 0.75, "sites": 2}
-    return {**told, "bytes": 2000, "seconds": 2.0, **more}
+    figures = {"round": number, "seen": seen, "unseen": unseen, "val": 0.5, "loss": 0.75, "sites": 2}
+    return {**figures, "bytes": 2000, "seconds": 2.0, **more}
 
 
 def summary(seen: float = 0.75, unseen: float | None = 0.5, **more: Any) -> dict[str, Any]:

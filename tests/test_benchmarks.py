@@ -16,11 +16,11 @@ from PIL import Image
 
 from benchmarks import real_features
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
-from benchmarks.common import OURS, memory, processes, table
 from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.features.folder import FeatureFolder
+from harness.machine import OURS, memory, processes, table
 from tests import forked
 
 
@@ -45,9 +45,9 @@ GOOD = Benchmark("good", ("7",), "A title", "A text.")
 
 def test_the_page_has_each_table_under_its_heading_and_command(scripts: None, tmp_path: Path) -> None:
     assert run([GOOD], tmp_path / "page.md") == []
-    told = (tmp_path / "page.md").read_text()
-    assert told.endswith("## A title\n\nA text.\n\n`python -m benchmarks.good 7`\n\n| a |\n| --- |\n| 7 |\n")
-    assert "cores, " in told.split("## A title")[0]
+    page = (tmp_path / "page.md").read_text()
+    assert page.endswith("## A title\n\nA text.\n\n`python -m benchmarks.good 7`\n\n| a |\n| --- |\n| 7 |\n")
+    assert "cores, " in page.split("## A title")[0]
 
 
 def test_a_page_with_a_failing_benchmark_is_left_as_it_was(

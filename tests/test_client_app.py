@@ -85,7 +85,7 @@ def test_a_client_app_that_is_loaded_late_brings_no_traces_of_flower_back(before
         flowers.setLevel(level)
 
 
-def test_a_hello_tells_who_is_there(tree: Path) -> None:
+def test_a_hello_says_who_is_there(tree: Path) -> None:
     hello = records.read_hello(asked("query", tree).content)
     assert isinstance(hello, records.Hello)
     assert (hello.site, hello.role, hello.domain) == ("north", "train", "cartoon+photo")
@@ -94,7 +94,7 @@ def test_a_hello_tells_who_is_there(tree: Path) -> None:
     assert len(hello.package) == 32
 
 
-def test_a_site_that_is_still_encoding_tells_how_far_it_is(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_that_is_still_encoding_reports_its_progress(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip, "PART", 8)
     monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
     settings = replace(SETTINGS, round_timeout=1e-6)
@@ -110,38 +110,38 @@ def test_training_answers_with_the_received_adapters_scores_and_the_trained_adap
     answer = records.read_answer(asked("train", tree, state).content, state)
 
     node = {"site": "north", "data": f"folder:{tree}"}
-    desk = open_context(settings.as_run_config(), node, session_of(), False)
+    context = open_context(settings.as_run_config(), node, session_of(), False)
     adapter.load_state_dict(state)
-    assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
-    assert answer.report.test == replace(examine(adapter, desk.site.test, desk.classes), classes=None)
+    assert answer.report.validation == evaluate(adapter, context.site.validation, context.classes)
+    assert answer.report.test == replace(examine(adapter, context.site.test, context.classes), classes=None)
     assert answer.report.examples == 14
     rate = RECIPES["default"].rate("attention", 128, steps=1)
     seed = seed_of(7, "train", "north", 4)
-    train(adapter, desk.site.train, desk.classes, RECIPES["default"], learning_rate=rate, epochs=2, seed=seed)
+    train(adapter, context.site.train, context.classes, RECIPES["default"], learning_rate=rate, epochs=2, seed=seed)
     for name, tensor in adapter.state_dict().items():
         torch.testing.assert_close(answer.state[name], tensor)
         assert not torch.equal(answer.state[name], state[name])
 
 
-def test_a_whole_model_learns_from_images_and_comes_back(tree: Path) -> None:
+def test_a_full_model_learns_from_images_and_comes_back(tree: Path) -> None:
     settings = Settings(method="full-model", recipe="paper", strategy="fedprox", proximal_mu=0.5, seed=7, batch_size=8)
     node = {"site": "north", "data": f"folder:{tree}"}
-    desk = open_context(settings.as_run_config(), node, session_of(), False)
-    model = new_learner(settings, desk.features)
+    context = open_context(settings.as_run_config(), node, session_of(), False)
+    model = new_learner(settings, context.features)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     answer = records.read_answer(asked("train", tree, state, settings=settings).content, state)
-    assert answer.report.validation == evaluate(model, desk.site.validation, desk.classes)
+    assert answer.report.validation == evaluate(model, context.site.validation, context.classes)
     how: dict[str, Any] = {"learning_rate": 5e-5, "batch_size": 8, "proximal": 0.5}
-    train(model, desk.site.train, desk.classes, RECIPES["paper"], seed=seed_of(7, "train", "north", 4), **how)
+    train(model, context.site.train, context.classes, RECIPES["paper"], seed=seed_of(7, "train", "north", 4), **how)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(answer.state[name], tensor)
     assert sum(not torch.equal(answer.state[name], state[name]) for name in state) == len(state)
 
 
-def test_of_a_whole_model_only_what_came_goes_back(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_full_model_only_what_came_goes_back(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(method="full-model")
-    desk = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
-    state = new_learner(settings, desk.features).state_dict()
+    context = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
+    state = new_learner(settings, context.features).state_dict()
     write = records.write_adapter
     monkeypatch.setattr(work, "write_answer", lambda *_: RecordDict({"arrays": write({"pixels": torch.ones(2)})}))
     assert "pixels in it must not leave" in str(asked("train", tree, state, settings=settings).error.reason)
@@ -154,12 +154,12 @@ def test_an_adapter_is_evaluated_and_made_the_sites_own_with_the_blend_that_is_a
     adapter = new_adapter(settings, 128)
     state = {"log_scale": torch.linspace(-2, 2, 128)}
     adapter.load_state_dict(state)
-    desk = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
+    context = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
     reports = []
     for blend in (None, 0.25):
         adapter.blend = 1.0 if blend is None else blend
         report = records.read_answer(asked("evaluate", tree, state, blend=blend, settings=settings).content).report
-        assert report.validation == evaluate(adapter, desk.site.validation, desk.classes)
+        assert report.validation == evaluate(adapter, context.site.validation, context.classes)
         reports.append(report)
     assert reports[0] != reports[1]
     asked("evaluate", tree, state, blend=0.25, personal="blended", settings=settings)
@@ -184,7 +184,7 @@ def test_with_a_codec_a_site_makes_the_first_adapter_itself_and_answers_with_a_p
     assert reply.content["metrics"] == asked("train", tree, start, **node).content["metrics"]
 
 
-def test_a_site_asks_for_the_whole_if_it_has_nothing_to_build_on(tree: Path) -> None:
+def test_a_site_asks_for_the_complete_adapter_if_it_has_no_base(tree: Path) -> None:
     reply = asked("train", tree, settings=replace(SETTINGS, codec="int8"), mark="0123456789abcdef")
     assert reply.error.code == records.LACKS
 
@@ -212,16 +212,16 @@ def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: 
     (folder,) = (fedclip_home / "personal").glob("*20260101*/north_1-*")
     adapter, facts = load_adapter(folder)
     assert facts["site"] == "north/1"
-    desk = open_context(
+    context = open_context(
         Settings(seed=7).as_run_config(), {"site": "north/1", "data": f"folder:{tree}"}, session_of(), False
     )
-    assert answer.report.validation == evaluate(adapter, desk.site.validation, desk.classes)
-    before = evaluate(new_adapter(Settings(), 128), desk.site.validation, desk.classes)
+    assert answer.report.validation == evaluate(adapter, context.site.validation, context.classes)
+    before = evaluate(new_adapter(Settings(), 128), context.site.validation, context.classes)
     assert answer.report.validation.loss <= before.loss
     assert (facts["personal_epoch"] > 0) == any(not torch.equal(adapter.state_dict()[k], state[k]) for k in state)
 
 
-def test_a_site_that_was_not_told_the_classes_says_so(tree: Path) -> None:
+def test_a_site_without_the_classes_says_so(tree: Path) -> None:
     state = new_adapter(Settings(), 128).state_dict()
     task = RecordDict({"config": records.write_task("unknown"), "arrays": records.write_adapter(state)})
     context = Context(1, 2, {"site": "north", "data": f"folder:{tree}"}, RecordDict(), Settings().as_run_config())
@@ -229,7 +229,7 @@ def test_a_site_that_was_not_told_the_classes_says_so(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "told"),
+    ("kind", "options", "expected"),
     [
         ("query", {"names": ("car", "cat", "dog")}, "classes that the run does not know: fish"),
         ("query", {"model_content": "0123"}, "differs from the server's"),
@@ -240,11 +240,11 @@ def test_a_site_that_was_not_told_the_classes_says_so(tree: Path) -> None:
     ],
 )
 def test_what_goes_wrong_is_answered_as_an_error_of_one_line(
-    kind: str, options: dict[str, Any], told: str, tree: Path
+    kind: str, options: dict[str, Any], expected: str, tree: Path
 ) -> None:
     reply = asked(kind, tree, **options)
     assert reply.has_error()
-    assert told in str(reply.error.reason)
+    assert expected in str(reply.error.reason)
     assert str(reply.error.reason).startswith("north: ") == (kind == "query")
     assert "\n" not in str(reply.error.reason)
 

@@ -54,7 +54,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Seen:
 
 
 @needs("simulation")
-def test_sites_over_tls_come_to_what_their_simulation_comes_to(seen: Seen) -> None:
+def test_sites_over_tls_have_the_result_of_their_simulation(seen: Seen) -> None:
     assert demo.difference(seen.deployed, seen.simulated) == pytest.approx(0, abs=1e-6)
     assert "The same adapter" in demo.check(seen.deployed, seen.simulated)
     for run in (seen.deployed, seen.simulated):
@@ -94,8 +94,8 @@ def test_a_site_runs_no_other_code_than_its_owners(link: SuperLink, tmp_path: Pa
         file.write("\nprint('what else is on this disk')\n")
     settings = f"min-sites=3 round-timeout=20 results-dir='{tmp_path}/results'"
     command = ["flwr", "run", str(app), simulation.CONNECTION, "--stream", "--run-config", settings]
-    told = subprocess.run(command, env=link.env, capture_output=True, text=True, check=True).stdout
-    number = told.split("Successfully started run ")[1].split()[0]
+    output = subprocess.run(command, env=link.env, capture_output=True, text=True, check=True).stdout
+    number = output.split("Successfully started run ")[1].split()[0]
     assert simulation.status_of(number, link.env) == "finished:failed"
     why = json.loads((tmp_path / "results" / "latest" / "summary.json").read_text())["why"]
     assert why.count("differs from this site's in 'client_app.py'") == len(SITES)
@@ -142,7 +142,7 @@ def at_work(node: SuperNode) -> bool:
 
 
 @needs("simulation")
-def test_adapters_that_are_not_the_same_are_told(seen: Seen, tmp_path: Path) -> None:
+def test_adapters_that_differ_are_reported(seen: Seen, tmp_path: Path) -> None:
     shutil.copytree(seen.deployed.folder, tmp_path / "other")
     path = tmp_path / "other" / "adapter.safetensors"
     state = load_file(path)
@@ -157,7 +157,7 @@ def test_adapters_that_are_not_the_same_are_told(seen: Seen, tmp_path: Path) -> 
 
 
 @needs("simulation")
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["demo", "min-sites=4"])
@@ -170,8 +170,8 @@ def test_wrong_settings_are_told_before_anything_starts(
 def test_make_passes_settings_on() -> None:
     command = ["make", "--dry-run", "--old-file=.venv/ready", "deploy-demo", "ARGS=num-server-rounds=1 seed=3"]
     env = {"PATH": os.environ["PATH"]}  # without that of a make that runs these tests
-    told = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=True).stdout
-    assert told.split() == [".venv/bin/python", "-m", "deploy.demo", "num-server-rounds=1", "seed=3"]
+    output = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=True).stdout
+    assert output.split() == [".venv/bin/python", "-m", "deploy.demo", "num-server-rounds=1", "seed=3"]
 
 
 @pytest.mark.soak

@@ -41,7 +41,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 
 class Run:
-    """A run that goes on, and what it has told so far."""
+    """A run under way, and what it has said so far."""
 
     def __init__(self, federation: Federation, said: Path, process: subprocess.Popen[bytes]) -> None:
         self._federation, self._said, self._process = federation, said, process
@@ -70,13 +70,13 @@ class Run:
         """The lines of its metrics."""
         if not (folder := re.search(rf"run folder +({RUNS}/\S+)", self.said)):
             return []
-        told = self._federation.execute("superlink", "cat", f"{folder[1]}/metrics.jsonl").stdout
-        return [json.loads(line) for line in told.splitlines(keepends=True) if line.endswith("\n")]
+        text = self._federation.execute("superlink", "cat", f"{folder[1]}/metrics.jsonl").stdout
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def lost(self, site: str) -> int | None:
         """The round in which the site did not answer."""
-        told = re.search(rf"^round (\d+): {site} is left out", self.said, re.MULTILINE)
-        return int(told[1]) if told else None
+        match = re.search(rf"^round (\d+): {site} is left out", self.said, re.MULTILINE)
+        return int(match[1]) if match else None
 
     def most_sites_since(self, number: int) -> int:
         """As many as took part in a round after that one."""
@@ -127,7 +127,7 @@ def reaches(federation: Federation, service: str, host: str, port: int) -> bool:
     return not federation.execute(service, "python", "-c", CONNECT, host, str(port)).returncode
 
 
-def test_the_image_is_small_and_whole_and_its_user_has_no_rights(federation: Federation) -> None:
+def test_the_image_is_small_and_complete_and_its_user_has_no_rights(federation: Federation) -> None:
     size, user = (
         demo.quietly(["docker", "image", "inspect", "--format", path, federation.image]).stdout.strip()
         for path in ("{{.Size}}", "{{.Config.User}}")
@@ -155,11 +155,11 @@ def first(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_a_run_begins_with_its_plan(first: Run) -> None:
-    first.until("the plan is told", lambda: "run folder" in first.said)
+    first.until("the plan is printed", lambda: "run folder" in first.said)
 
 
 def test_sites_encode_what_they_hold_and_try_zero_shot_on_it(first: Run) -> None:
-    first.until("round 0 is told", lambda: bool(first.lines()))
+    first.until("round 0 is written", lambda: bool(first.lines()))
     assert first.lines()[0]["sites"] == len(SITES)
 
 
@@ -241,7 +241,7 @@ class TestSitesThatAreLost:
 
     KILLED, CUT_OFF = "photo", "art"
 
-    def test_the_run_goes_on_without_them(self, run: Run, federation: Federation) -> None:
+    def test_the_run_continues_without_them(self, run: Run, federation: Federation) -> None:
         killed, cut_off = federation.container(self.KILLED), federation.container(self.CUT_OFF)
         received = said_by(cut_off, "Received successfully")
         run.until("it works on a message", lambda: said_by(cut_off, "Received successfully") > received)
@@ -268,8 +268,8 @@ class TestSitesThatAreLost:
 
 def said_by(container: str, text: str) -> int:
     """How often the container has said so."""
-    told = demo.quietly(["docker", "logs", container])
-    return (told.stdout + told.stderr).count(text)
+    logs = demo.quietly(["docker", "logs", container])
+    return (logs.stdout + logs.stderr).count(text)
 
 
 def test_a_server_that_was_started_again_knows_its_state(federation: Federation, tmp_path: Path) -> None:

@@ -16,18 +16,18 @@ WAYS = ("garbage", "endless", "nameless", "partless")
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of one round came to, with an honest site and a hostile one of each kind."""
     sites = {"honest": {}, **{way: {"HOSTILE": way, "PYTHONPATH": str(HOSTILE)} for way in WAYS}}
     settings = {"adapter": "scale", "num-server-rounds": 1, "round-timeout": 60.0}
     return completed(tmp_path_factory.mktemp("hostile"), sites, 60, {}, **settings)
 
 
-def test_a_run_with_hostile_sites_is_completed_by_the_others(told: dict[str, Any]) -> None:
-    assert told["status"] == "completed"
-    assert told["rounds"] == 1
-    assert "honest" in told["adapted"]["sites"]
-    assert "Traceback" not in told["log"]
+def test_a_run_with_hostile_sites_is_completed_by_the_others(summary: dict[str, Any]) -> None:
+    assert summary["status"] == "completed"
+    assert summary["rounds"] == 1
+    assert "honest" in summary["adapted"]["sites"]
+    assert "Traceback" not in summary["log"]
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_a_run_with_hostile_sites_is_completed_by_the_others(told: dict[str, Any
         ("partless", "no answer within 60 s"),
     ],
 )
-def test_each_is_named_with_what_it_did(told: dict[str, Any], way: str, why: str) -> None:
-    assert any(failure["site"] == way and why in failure["why"] for failure in told["failures"]), told["failures"]
+def test_each_is_named_with_what_it_did(summary: dict[str, Any], way: str, why: str) -> None:
+    assert any(failure["site"] == way and why in failure["why"] for failure in summary["failures"]), summary["failures"]
 
 
-def test_who_sent_an_answer_is_not_for_the_site_to_say(told: dict[str, Any]) -> None:
+def test_who_sent_an_answer_is_not_for_the_site_to_say(summary: dict[str, Any]) -> None:
     """Its answers are good but for that, and count as its own."""
-    assert not [failure for failure in told["failures"] if failure["site"] == "nameless"]
-    assert "nameless" in told["adapted"]["sites"]
+    assert not [failure for failure in summary["failures"] if failure["site"] == "nameless"]
+    assert "nameless" in summary["adapted"]["sites"]

@@ -65,7 +65,7 @@ def test_a_planted_mutation_is_noticed_or_lives(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_a_word_that_no_mutation_has_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_that_no_mutation_has_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["codecs", "coddecs"])
     assert ended.value.code == 2

@@ -33,7 +33,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 
 
 @pytest.mark.federation
-def test_a_server_app_killed_while_it_writes_the_checkpoint_goes_on_to_the_same_result(real: Federation) -> None:
+def test_a_server_app_killed_while_it_writes_the_checkpoint_resumes_to_the_same_result(real: Federation) -> None:
     said: list[str] = []
     killed = faults.server_app_killed("while it writes", WHILE_WRITING, 2)
     (outcome,) = trials.go(real, Journey("one", [killed], SETTINGS), said.append)
@@ -45,7 +45,7 @@ def test_a_server_app_killed_while_it_writes_the_checkpoint_goes_on_to_the_same_
     assert json.loads((folder.parent / "summary.json").read_text())["rounds"] == 2
 
 
-def test_what_comes_to_no_end_is_told_of_each_fault() -> None:
+def test_what_never_ends_is_reported_for_each_fault() -> None:
     """Without a federation: nothing is begun."""
 
     def fails(trial: Trial) -> None:
@@ -81,7 +81,7 @@ RESULT = Result(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({}, []),
         ({"adapter": "another hash"}, ["adapter"]),
@@ -93,8 +93,8 @@ RESULT = Result(
     ],
     ids=lambda given: ", ".join(given) or "nothing",
 )
-def test_whatever_is_not_as_in_the_undisturbed_run_is_told(change: dict[str, Any], told: list[str]) -> None:
-    assert difference(RESULT._replace(**change), RESULT) == told
+def test_each_difference_from_the_undisturbed_run_is_named(change: dict[str, Any], expected: list[str]) -> None:
+    assert difference(RESULT._replace(**change), RESULT) == expected
 
 
 def test_kills_are_drawn_again_from_their_seed() -> None:
@@ -119,7 +119,7 @@ def test_a_process_that_stays_as_it_was_is_flat() -> None:
     assert flat([*samples(*[5.0] * 50, process=1), *samples(*steady, process=2)])  # that of before is not compared
 
 
-def test_a_leak_is_told() -> None:
+def test_a_leak_is_reported() -> None:
     leaking = samples(*(1 + 0.001 * number for number in range(200)))
     share, handles = grown(leaking)
     assert share == pytest.approx(0.001 * 130 / (1 + 0.001 * 44.5), rel=1e-3)
@@ -130,7 +130,7 @@ def test_a_leak_is_told() -> None:
     assert not flat(open_files)
 
 
-def test_too_few_rounds_tell_nothing() -> None:
+def test_too_few_rounds_show_nothing() -> None:
     with pytest.raises(BrokenError, match="99 rounds"):
         grown(samples(*[1.0] * 119))
 
@@ -160,7 +160,7 @@ REPORT = """
 <testsuites><testsuite>
 <testcase classname="tests.fuzz.test_images" name="test_files">
 <properties><property name="inputs" value="10000"/><property name="refused" value="7993"/></properties></testcase>
-<testcase classname="tests.fuzz.test_images" name="test_whole_ones_are_read[PNG]"/>
+<testcase classname="tests.fuzz.test_images" name="test_complete_ones_are_read[PNG]"/>
 <testcase classname="tests.fuzz.test_settings" name="test_what_settings_open"><failure message="a crash"/>
 <properties><property name="inputs" value="3609"/><property name="refused" value="3377"/></properties></testcase>
 <testcase classname="tests.fuzz.test_settings" name="test_a_default"><error message="no fixture"/></testcase>
@@ -168,7 +168,7 @@ REPORT = """
 """
 
 
-def test_of_the_fuzz_tests_those_are_told_that_count_or_fail(tmp_path: Path) -> None:
+def test_of_the_fuzz_tests_those_that_count_or_fail_are_reported(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     assert page.of_report(report).broken == 1  # pytest itself crashed
     report.write_text(REPORT)
@@ -188,8 +188,8 @@ def test_what_is_done_again_takes_the_place_of_what_was_found_before(
 ) -> None:
     monkeypatch.setattr(page, "FOUND", tmp_path / "found.json")
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
-    for told in ("it did not", "held at last"):
-        page.keep("soak", page.Part([], told, 0, "p", 1.5))
+    for text in ("it did not", "held at last"):
+        page.keep("soak", page.Part([], text, 0, "p", 1.5))
         page.keep("disk", page.of_outcomes([Outcome("a", "held", True)]))
     written = (tmp_path / "page.md").read_text()
     assert "held at last" in written

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from benchmarks.common import write_features
 from deploy.processes import superlink, supernode
 from fedclip_flwr.base import content
 from fedclip_flwr.base.settings import Settings
@@ -33,6 +32,7 @@ from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.learning.adapters import tensor_names
 from fedclip_flwr.operations import simulation
 from fedclip_flwr.runs.saved import load_adapter
+from harness.features import write_features
 from tests.processes import alive, kill, until_gone
 
 pytestmark = pytest.mark.federation
@@ -101,7 +101,7 @@ def assert_same_result(folder: Path, truth: Result) -> None:
 
 @pytest.mark.soak  # ten of them: the bare `flwr run` below
 @pytest.mark.parametrize("nodes", [1, 2, 60])
-def test_any_number_of_nodes_comes_to_what_one_process_comes_to(nodes: int, tmp_path: Path, drawn: Features) -> None:
+def test_any_number_of_nodes_has_the_result_of_one_process(nodes: int, tmp_path: Path, drawn: Features) -> None:
     folder = completed(nodes, tmp_path)
     assert_same_result(folder, in_one_process(drawn, nodes))
     assert len(read(folder, "summary.json")["adapted"]["sites"]) == nodes
@@ -139,12 +139,12 @@ def test_what_can_be_set_does_the_same_in_a_run_as_in_one_process(
     assert truth.rounds[1:] != plain.rounds[1:]
     if "fraction_train" not in given:  # then all messages of a round are alike, as a sweep takes them to be
         settings = Settings(**given, holdout="sketch", num_server_rounds=1)
-        told = solve(Cell("attention", settings, 5), drawn).bytes
+        predicted = solve(Cell("attention", settings, 5), drawn).bytes
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        assert told == pytest.approx(last["bytes"] / 5, rel=0.02)
+        assert predicted == pytest.approx(last["bytes"] / 5, rel=0.02)
 
 
-def test_fedprox_of_the_whole_model_runs_as_in_one_process(tmp_path: Path, tree: Path) -> None:
+def test_fedprox_of_the_full_model_runs_as_in_one_process(tmp_path: Path, tree: Path) -> None:
     given = ["method=full-model", "recipe=paper", "strategy=fedprox", "proximal-mu=5", f"data=folder:{tree}"]
     folder = completed(2, tmp_path, *given, "batch-size=4")
     settings = Settings(
@@ -253,8 +253,8 @@ def test_a_bare_flwr_run_simulates_ten_sites(flower: dict[str, str], tmp_path: P
     printed, status = flwr_run(flower, "--run-config", f"num-server-rounds={ROUNDS} results-dir='{tmp_path}'")
     assert status == "finished:completed"
     assert_same_result(run_folder(tmp_path), in_one_process(drawn, 10))
-    for told in ("10 sites", "33,024 numbers in 4 tensors, 2.43 % of the model's 1,357,697", "zero-shot", "gain"):
-        assert told in printed
+    for expected in ("10 sites", "33,024 numbers in 4 tensors, 2.43 % of the model's 1,357,697", "zero-shot", "gain"):
+        assert expected in printed
     assert printed.rstrip().endswith(f"Run folder: {run_folder(tmp_path)}")
     for chatter in ("aggregate_train", "ClientAppActor", "FutureWarning", "Traceback"):
         assert chatter not in printed
@@ -265,8 +265,8 @@ def test_wrong_settings_end_a_flwr_run_as_failed_with_one_message(flower: dict[s
     printed, status = flwr_run(flower, "--run-config", wrong)
     assert status == "finished:failed"
     assert "4 of the settings can't be used" in printed
-    for told in ("attention, gate, scale", "at least 0", "no such folder", f"{os.sep}somewhere"):
-        assert told in printed
+    for expected in ("attention, gate, scale", "at least 0", "no such folder", f"{os.sep}somewhere"):
+        assert expected in printed
     assert "Traceback" not in printed
     assert "zero-shot" not in printed
 
@@ -279,7 +279,7 @@ def test_simulated_sites_need_data_to_share(flower: dict[str, str], tmp_path: Pa
     assert "simulated sites have no images of their own" in printed
 
 
-@pytest.mark.soak  # on a grid in memory: tests/server/test_loop.py
+@pytest.mark.soak  # on a grid in memory: tests/server/test_waiting.py
 def test_a_simulation_with_too_few_sites_does_not_wait_for_more(flower: dict[str, str], tmp_path: Path) -> None:
     printed, status = flwr_run(flower, "--run-config", f"min-sites=11 results-dir='{tmp_path}'")
     assert status == "finished:failed"
@@ -306,13 +306,13 @@ def test_fedclip_run_stopped_in_the_middle_leaves_nothing_behind(how: signal.Sig
     assert not any(folder.exists() for folder in folders)
     folder = run_folder(tmp_path / "runs")
     assert load_adapter(folder)[1]["round"] >= 0
-    told = read(folder, "summary.json")
-    assert told["status"] == "stopped"
+    summary = read(folder, "summary.json")
+    assert summary["status"] == "stopped"
     if how is signal.SIGINT:
-        rounds = max(1, told["round"])
+        rounds = max(1, summary["round"])
         done = fedclip("run", f"results-dir={tmp_path}/runs", "resume=latest", f"num-server-rounds={rounds}")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert read(folder, "summary.json")["resumed"] == [told["round"]] * bool(told["round"])
+        assert read(folder, "summary.json")["resumed"] == [summary["round"]] * bool(summary["round"])
         lines = [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert lines == list(range(rounds + 1))
 
@@ -334,18 +334,18 @@ def cut_off(after: int, results: Path, *settings: str) -> Path:
 
 
 @pytest.mark.soak  # real sites: tests/test_reliability.py
-def test_a_simulation_that_was_killed_goes_on_to_the_very_adapter_that_it_would_have_come_to(tmp_path: Path) -> None:
+def test_a_killed_simulation_resumes_to_an_identical_adapter(tmp_path: Path) -> None:
     given = ["num-server-rounds=40", "codec=int8", "strategy=fedadam", "fraction-train=0.5", "adapter=gate"]
     done = fedclip("run", "--nodes", "2", f"results-dir={tmp_path / 'whole'}", *given)
     assert done.returncode == 0, done.stdout + done.stderr
     whole = run_folder(tmp_path / "whole")
     folder = cut_off(3, tmp_path / "cut", *given)
-    told = read(folder, "summary.json")
-    assert told["status"] == "running"
-    assert 3 <= told["round"] <= 40
+    summary = read(folder, "summary.json")
+    assert summary["status"] == "running"
+    assert 3 <= summary["round"] <= 40
     done = fedclip("run", f"results-dir={tmp_path / 'cut'}", "resume=latest")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"resuming after round {told['round']}" in done.stdout
+    assert f"resuming after round {summary['round']}" in done.stdout
     for name in ("adapter.safetensors", "checkpoint/adapter.safetensors"):
         one, other = load_file(whole / name), load_file(folder / name)
         assert one.keys() == other.keys()
@@ -354,7 +354,7 @@ def test_a_simulation_that_was_killed_goes_on_to_the_very_adapter_that_it_would_
     for one, other in zip(*lines, strict=True):
         assert {**one, "seconds": 0, "bytes": 0} == {**other, "seconds": 0, "bytes": 0}
     first, second = read(whole, "summary.json"), read(folder, "summary.json")
-    assert second["resumed"] == [told["round"]]
+    assert second["resumed"] == [summary["round"]]
     assert {**first, **SPENT} == {**second, **SPENT}
 
 
@@ -383,7 +383,7 @@ def spoiled(tmp_path: Path, spoil: str) -> tuple[Path, list[dict[str, Any]]]:
     return folder, [json.loads(file.read_text()) for file in sent.iterdir()]
 
 
-@pytest.mark.soak  # on a grid in memory: tests/server/test_loop.py, tests/server/test_strategy.py
+@pytest.mark.soak  # on a grid in memory: tests/server/test_rounds.py, tests/server/test_strategy.py
 def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
     without, _ = spoiled(tmp_path, "away")
     folder, sent = spoiled(tmp_path, "spoil")

@@ -70,22 +70,22 @@ def test_five_sites_of_which_one_lacks_classes_one_has_one_image_and_one_only_br
         *["learning-rate=1e-12", "prompt=a {}"],
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [line.split() for line in done.stdout.splitlines()]
-    assert ["a-0", "a", "30", "10", "10", "10"] in told
-    assert ["c-0", "c", "42", "14", "14", "7"] in told
-    assert ["d-0", "d", "1", "0", "0", "1"] in told
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["a-0", "a", "30", "10", "10", "10"] in rows
+    assert ["c-0", "c", "42", "14", "14", "7"] in rows
+    assert ["d-0", "d", "1", "0", "0", "1"] in rows
     assert "round 0: e-0 is left out: it has no readable image" in done.stdout
     assert "e: none of the 30 images can be read: " in done.stdout + done.stderr
 
-    assert ["a-0", "100.0", "100.0", "+0.0"] in told
-    assert ["b-0", "0.0", "0.0", "+0.0"] in told
-    assert ["c-0", "100.0", "100.0", "+0.0"] in told
-    assert ["d-0", "–", "–", "–"] in told
-    assert ["mean", "of", "the", "seen", "66.7", "66.7", "+0.0"] in told
-    assert ["z,", "unseen", "33.3", "33.3", "+0.0"] in told
+    assert ["a-0", "100.0", "100.0", "+0.0"] in rows
+    assert ["b-0", "0.0", "0.0", "+0.0"] in rows
+    assert ["c-0", "100.0", "100.0", "+0.0"] in rows
+    assert ["d-0", "–", "–", "–"] in rows
+    assert ["mean", "of", "the", "seen", "66.7", "66.7", "+0.0"] in rows
+    assert ["z,", "unseen", "33.3", "33.3", "+0.0"] in rows
     # recall: 8 classes 1, cat 1/11, car 1/11; F1: 6 classes 1, cat and car 2/12, fish and tree 2/12
-    assert ["balanced", "accuracy", "66.7", "66.7", "81.8", "81.8"] in told
-    assert ["macro", "F1", "66.7", "66.7", "66.7", "66.7"] in told
+    assert ["balanced", "accuracy", "66.7", "66.7", "81.8", "81.8"] in rows
+    assert ["macro", "F1", "66.7", "66.7", "66.7", "66.7"] in rows
     assert "Weakest in z: car 9.1 %, cat 9.1 %, " in done.stdout
     assert "Left out: e-0: it has no readable image (round 0)" in done.stdout
 
@@ -150,7 +150,7 @@ def test_a_feature_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "expected"),
     [
         pytest.param(
             "cartoon",
@@ -160,14 +160,16 @@ def test_a_feature_folder(tmp_path: Path) -> None:
         ("photo", "This run can't continue. photo is held out, but none of its images can be read"),
     ],
 )
-def test_fedclip_run_ends_with_an_error_when_the_run_fails(broken: str, told: str, tree: Path, tmp_path: Path) -> None:
+def test_fedclip_run_ends_with_an_error_when_the_run_fails(
+    broken: str, expected: str, tree: Path, tmp_path: Path
+) -> None:
     for image in (tree / broken).rglob("*.png"):
         image.write_bytes(b"no picture")
     done = fedclip("run", "--nodes", "2", f"data=folder:{tree}", f"results-dir={tmp_path / 'runs'}")
     assert done.returncode == 1
-    assert told in done.stdout
+    assert expected in done.stdout
     assert "finished:failed" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     summary = read(run_folder(tmp_path / "runs"), "summary.json")
     assert summary["status"] == "failed"
-    assert told.removeprefix("This run can't continue. ") in summary["why"]
+    assert expected.removeprefix("This run can't continue. ") in summary["why"]

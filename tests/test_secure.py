@@ -36,7 +36,7 @@ SITES = 10
 
 
 def over_ray(place: Path) -> dict[str, Any]:
-    env = {**os.environ, "DROPOUTS": str(place / "told"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
+    env = {**os.environ, "DROPOUTS": str(place / "recorded"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
     given = [f"num-server-rounds={ROUNDS}", "secure-aggregation=true", f"results-dir={place}/results"]
     command = [str(Path(sys.executable).parent / "fedclip"), "run", "--nodes", str(SITES), *given]
     done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
@@ -46,7 +46,7 @@ def over_ray(place: Path) -> dict[str, Any]:
 
 
 def over_grpc(place: Path) -> dict[str, Any]:
-    env = {"DROPOUTS": str(place / "told"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
+    env = {"DROPOUTS": str(place / "recorded"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
     settings = {"num-server-rounds": ROUNDS, "secure-aggregation": True, "min-sites": SITES - 2}
     return deployed.completed(place, {f"site-{n}": {} for n in range(SITES)}, 200, env, **settings)
 
@@ -58,23 +58,23 @@ def over_grpc(place: Path) -> dict[str, Any]:
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What was written down of a run in which two of ten sites drop out in each step once."""
     place = tmp_path_factory.mktemp("secure")
-    (place / "told").mkdir()
+    (place / "recorded").mkdir()
     (place / "summary.json").write_text(json.dumps(request.param(place)))
     return place
 
 
-def told(place: Path, folder: str, name: str) -> list[tuple[str, bytes]]:
+def recorded(place: Path, folder: str, name: str) -> list[tuple[str, bytes]]:
     """What was written down under names that begin so, by name."""
-    paths = sorted((place / "told" / folder).glob(f"{name}*"))
+    paths = sorted((place / "recorded" / folder).glob(f"{name}*"))
     return [(path.name.partition(".")[0], path.read_bytes()) for path in paths]
 
 
 def updates(place: Path, number: int) -> dict[str, np.ndarray[Any, np.dtype[np.uint32]]]:
     """The members' updates in a round, as they are before they are masked."""
-    return {name[-6:]: np.frombuffer(data, np.uint32) for name, data in told(place, "true", f"update-{number}-")}
+    return {name[-6:]: np.frombuffer(data, np.uint32) for name, data in recorded(place, "true", f"update-{number}-")}
 
 
-def test_a_run_is_completed_whoever_drops_out(place: Path) -> None:
+def test_a_run_is_completed_when_any_site_drops_out(place: Path) -> None:
     summary = json.loads((place / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["rounds"] == ROUNDS
@@ -90,7 +90,7 @@ def test_the_sum_is_that_of_the_updates_that_came(place: Path, number: int) -> N
     assert len(own) == (SITES - 2 if STEPS[number - 1] in ("keys", "shares") else SITES)
     came = [update for name, update in own.items() if STEPS[number - 1] == "unmask" or name not in GONE]
     assert len(came) == (SITES if STEPS[number - 1] == "unmask" else SITES - 2)
-    ((_, made),) = told(place, "made", str(number))
+    ((_, made),) = recorded(place, "made", str(number))
     total = np.frombuffer(made, np.uint32)
     assert np.array_equal(total, sum(came[1:], came[0]))
     assert np.abs(total.view(np.int32)).max() > 1000  # that there is something to be seen
@@ -98,13 +98,13 @@ def test_the_sum_is_that_of_the_updates_that_came(place: Path, number: int) -> N
 
 def test_no_single_update_and_no_secret_is_to_be_seen_at_the_server(place: Path) -> None:
     """In none of the bytes that came, and in none of the masked numbers."""
-    kinds = {name.partition("-")[0] for name, _ in told(place, "seen", "")}
+    kinds = {name.partition("-")[0] for name, _ in recorded(place, "seen", "")}
     assert kinds == {"query", "train", "evaluate"}
-    vectors = [np.frombuffer(data, np.uint32) for name, data in told(place, "seen", "train-masked")]
+    vectors = [np.frombuffer(data, np.uint32) for name, data in recorded(place, "seen", "train-masked")]
     assert len(vectors) == 2 * (SITES - 2) + SITES + SITES - 2
-    assert {name for name, _ in told(place, "seen", "train-")} == {"train-masked", "train-whole"}
-    everything = b"".join(data for name, data in told(place, "seen", "") if name.endswith("whole"))
-    secrets = [data for _, data in told(place, "true", "secret-")]
+    assert {name for name, _ in recorded(place, "seen", "train-")} == {"train-masked", "train-whole"}
+    everything = b"".join(data for name, data in recorded(place, "seen", "") if name.endswith("whole"))
+    secrets = [data for _, data in recorded(place, "true", "secret-")]
     assert len(secrets) > 3 * SITES
     assert not [secret for secret in secrets if secret in everything]
     for number in range(1, ROUNDS + 1):

@@ -43,9 +43,9 @@ def test_a_unit_starts_again_however_often_and_leaves_gpus_alone(name: str) -> N
 
 def started_by(name: str, more: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """A unit's command and environment; `more` stands in for the example file's variables."""
-    told = units.variables((DEPLOY / f"{name}.env").read_text())
-    assert more.keys() <= told.keys()
-    return units.started_by(unit(name), {**told, **more})
+    given = units.variables((DEPLOY / f"{name}.env").read_text())
+    assert more.keys() <= given.keys()
+    return units.started_by(unit(name), {**given, **more})
 
 
 @pytest.mark.federation

@@ -18,14 +18,14 @@ def settings(unit: str) -> dict[str, list[str]]:
 
 def variables(file: str) -> dict[str, str]:
     """Those of an environment file."""
-    told = re.findall(r"^(\w+)=(.*)$", file, re.MULTILINE)
-    return {key: "".join(shlex.split(value)) for key, value in told}
+    pairs = re.findall(r"^(\w+)=(.*)$", file, re.MULTILINE)
+    return {key: "".join(shlex.split(value)) for key, value in pairs}
 
 
-def started_by(unit: str, told: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """A unit's command and its environment, `told` being the variables of its environment file."""
+def started_by(unit: str, given: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """A unit's command and its environment, `given` being the variables of its environment file."""
     said = settings(unit)
-    env = dict(pair.split("=", 1) for line in said["Environment"] for pair in line.split()) | dict(told)
+    env = dict(pair.split("=", 1) for line in said["Environment"] for pair in line.split()) | dict(given)
     (command,) = said["ExecStart"]
     words: list[str] = []
     for word in shlex.split(command):

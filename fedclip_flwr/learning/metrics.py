@@ -64,8 +64,7 @@ class Quality:
 
     @property
     def calibration_error(self) -> float:
-        """The mean distance between confidence and accuracy over the bins, weighted by their examples."""
-        return sum(map(abs, self.gaps)) / max(self.score.examples, 1)
+        return calibration_error(self.gaps, self.score.examples)
 
     def figures(self) -> dict[str, float]:
         """The metrics by name, as fractions; empty without examples."""
@@ -90,8 +89,7 @@ def quality_of(logits: Tensor, labels: Tensor) -> Quality:
     many = logits.shape[1]
     counts = ClassCounts(*(torch.bincount(of, minlength=many).tolist() for of in (labels, labels[correct], predicted)))
     confidence = logits.softmax(dim=1).amax(dim=1).double()
-    gaps = torch.zeros(BINS, dtype=torch.double, device=logits.device)
-    gaps.index_add_(0, bins_of(confidence), confidence - correct.double())
+    gaps = sums_by_bin(confidence, confidence - correct.double())
     return Quality(score_of(logits, labels), balanced_accuracy(counts), macro_f1(counts), gaps.tolist(), counts)
 
 
@@ -101,9 +99,15 @@ def no_quality(classes: int) -> Quality:
     return Quality(Score(0, 0, 0.0), 0.0, 0.0, [0.0] * BINS, ClassCounts(none, none, none))
 
 
-def bins_of(confidence: Tensor) -> Tensor:
-    """The bin number of each confidence; as in Guo et al., a bin includes its upper end."""
-    return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+def sums_by_bin(confidence: Tensor, values: Tensor) -> Tensor:
+    """The sum of the values in each bin of confidence; as in Guo et al., a bin includes its upper end."""
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    return torch.zeros(BINS, dtype=torch.double, device=confidence.device).index_add_(0, bins, values.double())
+
+
+def calibration_error(gaps: Iterable[float], examples: int) -> float:
+    """The mean distance between confidence and accuracy over the bins, weighted by their examples."""
+    return sum(map(abs, gaps)) / max(examples, 1)
 
 
 def balanced_accuracy(counts: ClassCounts) -> float:

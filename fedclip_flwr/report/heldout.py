@@ -21,7 +21,7 @@ from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.data import held_out, pick_holdout
 from fedclip_flwr.features import Encoded, Features, Pixels, models, open_features
 from fedclip_flwr.learning import Adapter, Classes, Examples, Learner
-from fedclip_flwr.learning.metrics import BINS, bins_of
+from fedclip_flwr.learning.metrics import sums_by_bin
 from fedclip_flwr.learning.training import logits_of
 from fedclip_flwr.report.output import FILE
 from fedclip_flwr.runs.saved import TENSORS, load_adapter
@@ -170,21 +170,21 @@ def _parts(examples: Examples, device: str | torch.device) -> Iterator[Examples]
 
 def counts_of(made: Predictions, labels: Tensor, classes: int) -> dict[str, Any]:
     """The counts of true and predicted classes (without zeros), and for each bin its images and sums."""
-    right, numbers = made.found == labels, bins_of(made.confidence)
+    right = made.found == labels
     counts = torch.bincount(labels * classes + made.found)
     pairs = counts.nonzero()[:, 0]
-    sums = [
-        torch.zeros(BINS, dtype=torch.double).index_add_(0, numbers, of.double()) for of in (made.confidence, right)
-    ]
+    images, confidence, correct = (
+        sums_by_bin(made.confidence, values) for values in (torch.ones_like(labels), made.confidence, right)
+    )
     return {
         "correct": int(right.sum()),
         "confusion": [
             [pair // classes, pair % classes, n] for pair, n in zip(pairs.tolist(), counts[pairs].tolist(), strict=True)
         ],
         "bins": {
-            "images": torch.bincount(numbers, minlength=BINS).tolist(),
-            "confidence": [_rounded(value) for value in sums[0]],
-            "correct": [int(value) for value in sums[1]],
+            "images": [int(value) for value in images],
+            "confidence": [_rounded(value) for value in confidence],
+            "correct": [int(value) for value in correct],
         },
     }
 

@@ -10,6 +10,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
+from fedclip_flwr.learning import metrics
 from fedclip_flwr.learning.metrics import BINS
 from fedclip_flwr.report.drawing import Plot, canvas, room_for, short, write
 from fedclip_flwr.report.plots import MOST_ROWS, ROW, dumbbells, percent
@@ -141,10 +142,10 @@ def pairs(found: dict[str, Any]) -> Plot | None:
 
 
 def calibration_error(found: dict[str, Any], who: str) -> float:
-    """The mean distance of confidence from accuracy over the bins, weighted by their images."""
+    """The expected calibration error, from the analysis's bins."""
     bins = found[who]["bins"]
-    gaps = [abs(confidence - right) for confidence, right in zip(bins["confidence"], bins["correct"], strict=True)]
-    return float(sum(gaps) / max(found["images"], 1))
+    gaps = (confidence - right for confidence, right in zip(bins["confidence"], bins["correct"], strict=True))
+    return metrics.calibration_error(gaps, found["images"])
 
 
 def calibration(found: dict[str, Any]) -> Plot:

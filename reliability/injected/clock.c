@@ -1,7 +1,10 @@
-/* The wall clock of a process, off by as many seconds as the file that CLOCK names tells at that moment.
+/* The wall clock of a process, off by as many seconds as the file that CLOCK names says at that moment.
 
 The harness compiles this and has it loaded first. Only the time of day jumps, as when somebody sets it: what counts from
-the machine's start stays. */
+the machine's start stays.
+
+Why not libfaketime: with FAKETIME_DONT_FAKE_MONOTONIC its 0.9.10 (Debian 12) breaks Python's time.sleep (EINVAL), and
+without it the monotonic clock jumps too, which no machine's does. */
 
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -29,7 +29,7 @@ _count: Counter[str] = Counter()
 
 
 def reached(point: str, **more: object) -> None:
-    """This process has come to the point, of which more may be told."""
+    """This process has come to the point, of which more may be noted."""
     _count[point] += 1
     line = {"point": point, "count": _count[point], "process": os.getpid(), "site": SITE, **more}
     with (PLACE / "passed").open("a") as file:

@@ -45,9 +45,9 @@ def spoil(message: Message, context: Context, answer: ClientAppCallable) -> Mess
             arrays["images"] = Array(np.zeros(3, np.float32))
     if number == 5 and kind != MessageType.QUERY:
         metrics = reply.content.metric_records["metrics"]
-        told = metrics["validation"]
-        assert isinstance(told, list)
-        examples, _, loss = map(float, told)
+        score = metrics["validation"]
+        assert isinstance(score, list)
+        examples, _, loss = map(float, score)
         metrics["validation"] = [examples, 5 * examples, loss]
     return reply
 

@@ -18,7 +18,7 @@ PASSING: list[Exception] = [
 PASSING += [OSError("no number"), MemoryError()]
 
 
-def test_parts_are_told_apart() -> None:
+def test_parts_are_kept_apart() -> None:
     assert content.digest("ab", "c") != content.digest("a", "bc")
     assert content.digest("ab") == content.digest(b"ab")
 
@@ -68,7 +68,7 @@ def test_what_fails_for_a_moment_is_tried_again(
 
 
 @pytest.mark.parametrize("error", PASSING, ids=str)
-def test_what_goes_on_failing_is_an_error_of_one_line_and_nothing_is_remembered_of_it(
+def test_what_keeps_failing_is_an_error_of_one_line_and_is_not_remembered(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").write_text("x")

@@ -27,7 +27,7 @@ def test_several_problems_have_a_line_each_also_after_a_journey_between_processe
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_an_error_of_a_file_comes_whole_from_another_process() -> None:
+def test_an_error_of_a_file_comes_complete_from_another_process() -> None:
     error = ReadError(Path("cat/0.png"), "can't be read now", "try again")
     there = pickle.loads(pickle.dumps(error))
     assert str(there) == str(error) == "cat/0.png can't be read now: try again"

@@ -38,7 +38,7 @@ def test_an_entry_that_grew_is_one_like_any_other(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir() if file.suffix != ".lock"] == [path.name]
 
 
-def test_how_far_an_entry_has_come_is_told_while_it_is_made(path: Path) -> None:
+def test_an_entrys_progress_is_reported_while_it_is_made(path: Path) -> None:
     assert encoded_count(path) == 0
     with Growing(path, 9) as growing:
         assert encoded_count(path) == 0
@@ -59,7 +59,7 @@ def test_an_entry_without_images_keeps_its_shape(path: Path) -> None:
 
 
 @pytest.mark.parametrize("done", [0, 3, 6, 9])
-def test_it_goes_on_where_it_was_left_and_becomes_the_same(path: Path, done: int, tmp_path: Path) -> None:
+def test_it_resumes_where_it_stopped_and_becomes_the_same(path: Path, done: int, tmp_path: Path) -> None:
     with Growing(path, 9) as growing:
         some(growing, 0, done)
     seen = []

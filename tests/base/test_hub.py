@@ -128,7 +128,7 @@ def test_a_model_is_downloaded_once_and_without_pickles(hub: Hub, tmp_path: Path
     assert len(hub.asked) == asked
 
 
-def test_a_model_that_is_half_downloaded_is_completed_or_told(
+def test_a_model_that_is_half_downloaded_is_completed_or_reported(
     hub: Hub, tmp_path: Path, cache: Path, online: Ask, cut_off: Ask
 ) -> None:
     hub.folders["some/half", SHA] = bundled(tmp_path)
@@ -172,7 +172,7 @@ def test_a_revision_is_the_one_that_is_taken(hub: Hub, tmp_path: Path, cache: Pa
     assert cut_off(found, "revised/clip", "v9") == line
 
 
-def test_what_the_hub_refuses_is_told_with_the_remedy(hub: Hub, tmp_path: Path, online: Ask) -> None:
+def test_what_the_hub_refuses_is_reported_with_the_remedy(hub: Hub, tmp_path: Path, online: Ask) -> None:
     assert "the hub has no such model, or it is private: check the name" in online(found, "some/none")
     hub.folders["some/gated", SHA] = bundled(tmp_path)
     hub.gated.add("some/gated")
@@ -211,7 +211,9 @@ def test_what_an_older_upload_has_left_is_removed(hub: Hub, export: str, online:
     assert {path for _, path in hub.uploaded} == {"README.md", "model/config.json", "own.txt"}
 
 
-def test_an_upload_that_is_refused_is_told_with_the_remedy(hub: Hub, export: str, online: Ask, cut_off: Ask) -> None:
+def test_an_upload_that_is_refused_is_reported_with_the_remedy(
+    hub: Hub, export: str, online: Ask, cut_off: Ask
+) -> None:
     hub.gated.add("other/adapter")
     for name, token, line in (
         ("some/adapter", "", "not logged in: run `hf auth login`, or set HF_TOKEN"),

@@ -17,25 +17,25 @@ CODE = "from pathlib import Path\nPath(__file__).with_name('imported').touch()\n
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on Python's path with the package `shelf`: its module `shelf.parts` notes that it was imported."""
-    (tmp_path / "shelf").mkdir()
-    (tmp_path / "shelf/__init__.py").write_text("")
-    (tmp_path / "shelf/parts.py").write_text(CODE)
+    """A folder on Python's path with the package `addon`: its module `addon.parts` notes that it was imported."""
+    (tmp_path / "addon").mkdir()
+    (tmp_path / "addon/__init__.py").write_text("")
+    (tmp_path / "addon/parts.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
     monkeypatch.delenv(ALLOWED, raising=False)
     plugins.declared.cache_clear()
     yield tmp_path
     plugins.declared.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "shelf"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "addon"]:
         del sys.modules[name]
 
 
-def declare(folder: Path, kind: str, name: str = "short", what: str = "shelf.parts:thing") -> None:
-    about = folder / "shelf-1.5.dist-info"
+def declare(folder: Path, kind: str, name: str = "short", what: str = "addon.parts:thing") -> None:
+    about = folder / "addon-1.5.dist-info"
     about.mkdir(exist_ok=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: shelf\nVersion: 1.5\n")
-    (about / "top_level.txt").write_text("shelf\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: addon\nVersion: 1.5\n")
+    (about / "top_level.txt").write_text("addon\n")
     (about / "entry_points.txt").write_text(f"[{GROUPS[kind]}]\n{name} = {what}\n")
     plugins.declared.cache_clear()
 
@@ -50,31 +50,31 @@ def test_a_name_of_ours_needs_no_plug_in(installed: Path) -> None:
 
 
 def test_what_this_machines_user_names_is_imported(installed: Path) -> None:
-    assert callable(loaded("shelf.parts:thing", chosen=True))
+    assert callable(loaded("addon.parts:thing", chosen=True))
 
 
 def test_what_another_names_is_not_imported(installed: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"codec = 'shelf.parts:thing': shelf is not allowed as a plug-in on this.*{ALLOWED}=shelf"
+        UserError, match=rf"codec = 'addon.parts:thing': addon is not allowed as a plug-in on this.*{ALLOWED}=addon"
     ):
-        loaded("shelf.parts:thing")
-    assert not (installed / "shelf/imported").exists()
+        loaded("addon.parts:thing")
+    assert not (installed / "addon/imported").exists()
 
 
 def test_but_it_is_if_the_owner_lists_its_package(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ALLOWED, "other, shelf")
-    assert callable(loaded("shelf.parts:thing"))
+    monkeypatch.setenv(ALLOWED, "other, addon")
+    assert callable(loaded("addon.parts:thing"))
 
 
 def test_or_if_its_package_declares_an_entry_point_of_any_kind(installed: Path) -> None:
-    declare(installed, "strategy", what="shelf.other:thing")
-    assert callable(loaded("shelf.parts:thing"))
+    declare(installed, "strategy", what="addon.other:thing")
+    assert callable(loaded("addon.parts:thing"))
 
 
 def test_or_if_it_is_imported_already(installed: Path) -> None:
-    import shelf.parts as parts  # type: ignore[import-not-found]
+    import addon.parts as parts  # type: ignore[import-not-found]
 
-    assert loaded("shelf.parts:thing") is parts.thing
+    assert loaded("addon.parts:thing") is parts.thing
 
 
 def test_an_entry_point_is_a_short_name(installed: Path) -> None:
@@ -87,17 +87,17 @@ def test_an_entry_point_is_a_short_name(installed: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("shelf.parts:gone", "shelf.parts has no gone"),
-        ("shelf.none:thing", "no module named 'shelf.none': install its package here"),
+        ("addon.parts:gone", "addon.parts has no gone"),
+        ("addon.none:thing", "no module named 'addon.none': install its package here"),
         ("nowhere:thing", "no module named 'nowhere': install its package here"),
-        ("shelf.parts:figure", "expected anything but 7"),
-        ("shelf.broken:thing", r"shelf.broken can't be imported \(no\)"),
-        ("shelf.parts", "expected one of own, an installed plug-in, or package.module:Name"),
+        ("addon.parts:figure", "expected anything but 7"),
+        ("addon.broken:thing", r"addon.broken can't be imported \(no\)"),
+        ("addon.parts", "expected one of own, an installed plug-in, or package.module:Name"),
         ("os;x:thing", "expected one of own"),
     ],
 )
 def test_what_can_not_be_used_is_one_line(installed: Path, name: str, expected: str) -> None:
-    (installed / "shelf/broken.py").write_text("raise OSError('no')")
+    (installed / "addon/broken.py").write_text("raise OSError('no')")
     with pytest.raises(UserError, match=f"^codec = '{name}': {expected}") as raised:
         loaded(name, chosen=True)
     assert "\n" not in str(raised.value)
@@ -105,19 +105,19 @@ def test_what_can_not_be_used_is_one_line(installed: Path, name: str, expected: 
 
 def test_a_package_is_known_by_name_version_and_content(installed: Path) -> None:
     def described() -> str:
-        (found,) = plugins.packages({"codec": "shelf.parts:thing", "adapter": "shelf.parts:figure"})
+        (found,) = plugins.packages({"codec": "addon.parts:thing", "adapter": "addon.parts:figure"})
         return found
 
     name, *version, _ = without = described().split()
-    assert (name, version) == ("shelf", ["without", "a", "version"])
+    assert (name, version) == ("addon", ["without", "a", "version"])
     declare(installed, "codec")
     with_version = described()
-    assert with_version.split() == ["shelf", "1.5", without[-1]]
+    assert with_version.split() == ["addon", "1.5", without[-1]]
     assert plugins.packages({"codec": "short"}) == [with_version]
-    (installed / "shelf/__pycache__").mkdir(exist_ok=True)
-    (installed / "shelf/__pycache__/more.pyc").write_bytes(b"compiled")
+    (installed / "addon/__pycache__").mkdir(exist_ok=True)
+    (installed / "addon/__pycache__/more.pyc").write_bytes(b"compiled")
     assert described() == with_version
-    (installed / "shelf/table.csv").write_text("1")
+    (installed / "addon/table.csv").write_text("1")
     assert described() != with_version
 
 
@@ -138,27 +138,27 @@ def test_a_package_that_is_missing_is_named(installed: Path) -> None:
 @pytest.mark.parametrize("key", ["adapter", "codec", "strategy"])
 def test_settings_take_a_plug_in_by_either_name(installed: Path, key: str) -> None:
     declare(installed, key)
-    for name in ("shelf.parts:thing", "short"):
+    for name in ("addon.parts:thing", "short"):
         assert Settings.from_run_config({key: name}).as_run_config()[key] == name
     with pytest.raises(UserError, match=f"{key} = 'shorter': expected one of .*, an installed plug-in, or package.mod"):
         Settings.from_run_config({key: "shorter"})
-    with pytest.raises(UserError, match=r"recipe = 'shelf.parts:thing': expected one of default, paper$"):
-        Settings.from_run_config({"recipe": "shelf.parts:thing"})
+    with pytest.raises(UserError, match=r"recipe = 'addon.parts:thing': expected one of default, paper$"):
+        Settings.from_run_config({"recipe": "addon.parts:thing"})
 
 
 def test_settings_know_the_packages_that_server_and_sites_share(installed: Path) -> None:
     declare(installed, "codec")
-    settings = Settings(codec="short", adapter="shelf.parts:thing", strategy="shelf.parts:thing", data="drawn:5")
+    settings = Settings(codec="short", adapter="addon.parts:thing", strategy="addon.parts:thing", data="drawn:5")
     (package,) = settings.shared_packages
-    assert package.startswith("shelf 1.5 ")
+    assert package.startswith("addon 1.5 ")
     assert settings.packages("data") == []
-    assert Settings(strategy="shelf.parts:thing").shared_packages == []
-    assert Settings(method="full-model", adapter="shelf.parts:thing").shared_packages == []
-    assert Settings(data="shelf.parts:thing:/a/b").packages("data", "codec", "strategy") == [package]
+    assert Settings(strategy="addon.parts:thing").shared_packages == []
+    assert Settings(method="full-model", adapter="addon.parts:thing").shared_packages == []
+    assert Settings(data="addon.parts:thing:/a/b").packages("data", "codec", "strategy") == [package]
 
 
 def test_a_strategy_that_compares_updates_needs_to_see_them(installed: Path) -> None:
-    given = {"strategy": "shelf.parts:thing", "secure-aggregation": True, "site-weights": "examples", "dp": "central"}
+    given = {"strategy": "addon.parts:thing", "secure-aggregation": True, "site-weights": "examples", "dp": "central"}
     _, problems = Settings.read(given)
     assert problems.keys() == {"strategy", "site-weights", "dp"}
 
@@ -166,7 +166,7 @@ def test_a_strategy_that_compares_updates_needs_to_see_them(installed: Path) -> 
 @pytest.mark.parametrize(
     ("data", "place"),
     [
-        ("shelf.parts:thing:/a/b:c", ("shelf.parts:thing:", "/a/b:c")),
+        ("addon.parts:thing:/a/b:c", ("addon.parts:thing:", "/a/b:c")),
         ("short:/a/b", ("short:", "/a/b")),
         ("long:/a/b", ("", "long:/a/b")),
         ("drawn:5", ("", "drawn:5")),
@@ -181,8 +181,8 @@ def test_a_source_has_its_path_behind_its_name(installed: Path, data: str, place
 
 
 def test_a_source_needs_an_absolute_path(installed: Path) -> None:
-    with pytest.raises(UserError, match=r"expected an absolute path, such as shelf.parts:thing:/"):
-        Settings.from_run_config({"data": "shelf.parts:thing:images"})
+    with pytest.raises(UserError, match=r"expected an absolute path, such as addon.parts:thing:/"):
+        Settings.from_run_config({"data": "addon.parts:thing:images"})
 
 
 def test_what_is_allowed_can_be_listed(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,5 +190,5 @@ def test_what_is_allowed_can_be_listed(installed: Path, monkeypatch: pytest.Monk
     declare(installed, "codec")
     monkeypatch.setenv(ALLOWED, "nowhere, ,a.b")
     listed = plugins.allowed_packages()
-    assert listed.pop("shelf").startswith("shelf 1.5 ")
+    assert listed.pop("addon").startswith("addon 1.5 ")
     assert listed == {"nowhere": "", "a.b": ""}

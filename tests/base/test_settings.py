@@ -139,21 +139,21 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("bach-size", 3, "did you mean batch-size?"),
     ],
 )
-def test_a_bad_setting_is_told_with_what_was_expected(key: str, value: Any, expected: str) -> None:
+def test_a_bad_setting_is_reported_with_what_was_expected(key: str, value: Any, expected: str) -> None:
     with pytest.raises(UserError) as error:
         Settings.from_run_config({key: value})
     assert key in str(error.value)
     assert expected in str(error.value)
 
 
-def test_a_blend_may_be_chosen_later_and_is_whole_until_then() -> None:
+def test_a_blend_may_be_chosen_later_and_is_one_until_then() -> None:
     settings = Settings.from_run_config({"blend": "auto"})
     assert (settings.blend, settings.trained_blend) == ("auto", 1.0)
     assert Settings.from_run_config({"blend": 0.5}).trained_blend == 0.5
 
 
 @pytest.mark.parametrize("what", [{"blend": 0.5}, {"blend": "auto"}, {"personalize": True}, {"feature-norm": 10}])
-def test_what_is_for_adapters_is_refused_for_the_whole_model(what: dict[str, Any]) -> None:
+def test_what_is_for_adapters_is_refused_for_the_full_model(what: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="it is for adapters"):
         Settings.from_run_config({"method": "full-model", **what})
     assert Settings.from_run_config({"method": "full-model", "blend": 1, "personalize": False})
@@ -185,7 +185,7 @@ def test_a_bare_path_is_a_folder() -> None:
     assert Settings.from_run_config({"data": "/images"}).data == "folder:/images"
 
 
-def test_all_bad_settings_are_told_at_once() -> None:
+def test_all_bad_settings_are_reported_at_once() -> None:
     with pytest.raises(UserError) as error:
         Settings.from_run_config({"adapter": "attn", "learning-rate": -1, "seed": 3, "colour": "red"})
     first, *lines = str(error.value).splitlines()
@@ -205,6 +205,6 @@ def test_all_bad_settings_are_told_at_once() -> None:
         ("data", "~nobody-of-that-name/x", "an absolute path"),
     ],
 )
-def test_values_that_nothing_could_be_done_with_are_told(key: str, value: object, expected: str) -> None:
+def test_unusable_values_are_reported(key: str, value: object, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         Settings.from_run_config({key: value})

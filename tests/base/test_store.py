@@ -30,12 +30,12 @@ def never() -> tuple[State, dict[str, str]]:
     pytest.fail("made again")
 
 
-def test_a_file_that_was_found_whole_is_not_read_again(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_found_intact_is_not_read_again(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorfile, "checksum_of_file", lambda *_: pytest.fail("read again"))
     assert store.load_or_make(entry, never)[0]["a"].tolist() == [0, 1, 2]
 
 
-def test_the_lock_of_an_entry_tells_when_it_was_used(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_an_entry_says_when_it_was_used(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new time of the entry itself would cause a new check."""
     lock, before = Path(f"{entry}.lock"), entry.stat()
     monkeypatch.setattr(tensorfile, "checksum_of_file", lambda *_: pytest.fail("read again"))

@@ -40,9 +40,7 @@ def test_a_header_may_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
     assert load_file(tmp_path / "a")["a"].tolist() == [1.0]
 
 
-def test_the_checksum_of_a_file_is_that_of_its_tensors_whoever_wrote_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_checksum_of_a_file_is_that_of_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in TENSORS.items()}
     expected = tensorfile.checksum({"x": "1"}, own)
     monkeypatch.setattr(tensorfile, "PIECE", 8)
@@ -62,7 +60,7 @@ def test_all_numbers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not tensorfile.all_finite(tensor)
 
 
-def test_a_checksum_follows_all_that_a_header_tells() -> None:
+def test_a_checksum_follows_all_that_a_header_says() -> None:
     kind = TensorSpec("F32", (2, 3))
     variants: list[tuple[dict[str, str], dict[str, tuple[TensorSpec, int]]]] = [
         ({"x": "1"}, {"a": (kind, 7)}),

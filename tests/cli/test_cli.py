@@ -18,13 +18,13 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_an_error_is_a_line_and_with_debug_a_trace() -> None:
-    code, told = run("predict", "nowhere.png")
-    assert (code, told) == (2, "nowhere.png: there is no such file or folder\n")
+    code, output = run("predict", "nowhere.png")
+    assert (code, output) == (2, "nowhere.png: there is no such file or folder\n")
     for words in (("--debug", "predict", "nowhere.png"), ("predict", "nowhere.png", "--debug")):
-        code, told = run(*words)
+        code, output = run(*words)
         assert code == 2
-        assert "Traceback" in told
-        assert told.endswith("nowhere.png: there is no such file or folder\n")
+        assert "Traceback" in output
+        assert output.endswith("nowhere.png: there is no such file or folder\n")
 
 
 def test_a_defect_is_a_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,11 +32,11 @@ def test_a_defect_is_a_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ZeroDivisionError("of\nall things")
 
     monkeypatch.setattr(keys, "make", fails)
-    code, told = run("keys", "folder")
-    assert (code, told) == (1, "fedclip failed: ZeroDivisionError: of all things (--debug shows where)\n")
-    code, told = run("keys", "folder", "--debug")
+    code, output = run("keys", "folder")
+    assert (code, output) == (1, "fedclip failed: ZeroDivisionError: of all things (--debug shows where)\n")
+    code, output = run("keys", "folder", "--debug")
     assert code == 1
-    assert "in fails" in told
+    assert "in fails" in output
 
 
 def test_ctrl_c_ends_a_command_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +57,8 @@ def test_help_has_an_example_for_each_command_and_needs_no_torch() -> None:
         assert f"fedclip {name}" in " ".join(result.stdout.partition("Example")[2].split()), name
         assert "\\[" not in result.stdout, name
     code = "import sys; from fedclip_flwr.cli import app; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert told.stdout == "False\n"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert output.stdout == "False\n"
 
 
 def test_shells_complete_commands() -> None:

@@ -167,7 +167,7 @@ def test_columns_that_are_named_are_taken(tree: Path, tmp_path: Path) -> None:
         ({"label": [-1] * 24}, Columns(), "no row has an image and a label"),
     ],
 )
-def test_columns_that_will_not_do_are_told(
+def test_unusable_columns_are_reported(
     changes: dict[str, Any], columns: Columns, expected: str, tree: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -177,7 +177,7 @@ def test_columns_that_will_not_do_are_told(
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_data_set_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_damaged_data_set_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match="can't be read as a data set") as error:
         open_source(f"folder:{tmp_path}")
@@ -226,14 +226,14 @@ def test_a_data_set_of_the_hub_is_found_offline_in_its_cache(tree: Path) -> None
     assert source.content("photo") == ImageFolder(tree).content("photo")
 
 
-def test_one_that_is_half_downloaded_is_told(tree: Path) -> None:
+def test_one_that_is_half_downloaded_is_reported(tree: Path) -> None:
     data = in_cache("some/half", table(tree), parts=2)
     (data / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(UserError, match=r"lacks train-00001-of-00002.parquet; .*--repo-type dataset some/half"):
         open_source("some/half")
 
 
-def test_one_that_cannot_be_had_is_told_in_one_line() -> None:
+def test_one_that_cannot_be_had_is_reported_in_one_line() -> None:
     with pytest.raises(UserError, match="run `hf download --repo-type dataset some/none`, or do so where") as error:
         open_source("some/none")
     assert str(error.value).startswith(

@@ -46,7 +46,7 @@ def test_rows_are_in_an_order_that_does_not_depend_on_names(tree: Path) -> None:
     assert images() == before
 
 
-def test_files_that_are_not_taken_for_images_are_told(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_not_taken_for_images_are_reported(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in (tree / "photo" / "cat").iterdir():
         path.rename(path.with_suffix(".heic"))
     (tree / "photo" / "fish" / "0.png").rename(tree / "photo" / "fish" / "0")
@@ -76,7 +76,7 @@ def test_broken_images_are_left_out_and_counted(tree: Path, caplog: pytest.LogCa
     assert "photo: 3 of 13 images can't be read and are left out: photo/cat/0.png, photo/fish/1.png, " in caplog.text
 
 
-def test_what_only_has_the_name_of_an_image_is_left_out_and_told_in_one_line(
+def test_what_only_has_the_name_of_an_image_is_left_out_and_reported_in_one_line(
     tree: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = tree / "photo" / "cat"
@@ -156,7 +156,7 @@ def test_the_content_is_that_of_the_images_wherever_they_are(tree: Path, tmp_pat
     assert len({first, padded, ImageFolder(copy).content("photo")}) == 3
 
 
-def test_the_content_tells_class_numbers_apart(tree: Path, tmp_path: Path) -> None:
+def test_the_content_hash_depends_on_class_numbers(tree: Path, tmp_path: Path) -> None:
     before = ImageFolder(tree).content("photo")
     (tree / "cartoon" / "bird").mkdir()
     shutil.copy(tree / "cartoon" / "cat" / "0.png", tree / "cartoon" / "bird")

@@ -85,7 +85,7 @@ def test_more_sites_than_images_are_refused() -> None:
         shards(501, partition="iid")
 
 
-def test_what_cannot_be_divided_by_classes_is_told_in_one_line() -> None:
+def test_what_cannot_be_divided_by_classes_is_reported_in_one_line() -> None:
     with pytest.raises(UserError, match="partition = 'classes': Label") as error:
         shard(0, {"a": torch.tensor([0, 1, 1, 1, 1, 1])}, 5, 0, "classes")
     assert "\n" not in str(error.value)

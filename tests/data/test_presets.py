@@ -63,7 +63,7 @@ def test_pacs_from_the_hub_and_from_a_folder_are_divided_in_the_same_way(tmp_pat
     shutil.rmtree(in_cache("flwrlabs/pacs", made).parent.parent.parent)
 
 
-def test_a_preset_that_cannot_be_had_tells_what_to_do(fedclip_home: Path) -> None:
+def test_a_preset_that_cannot_be_had_says_what_to_do(fedclip_home: Path) -> None:
     with pytest.raises(UserError) as error:
         open_source("pacs")
     answer = str(error.value)

@@ -29,7 +29,7 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
         ("/no/names", "can't be read"),
     ],
 )
-def test_names_that_will_not_do_are_told(setting: str, expected: str) -> None:
+def test_unusable_names_are_reported(setting: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         read_names(setting)
 

@@ -40,7 +40,7 @@ class Shell:
     def run(self, text: str, name: str = "") -> str:
         """What the commands print; an assertion tells which failed, and pytest what was said until then."""
         process, name = self.process, name or self.name
-        told: list[str] = []
+        output: list[str] = []
         assert process.stdin
         assert process.stdout
         print(f"--- {name}\n{text}\n---")
@@ -51,13 +51,13 @@ class Shell:
             process.stdin.flush()
             for line in process.stdout:
                 line, mark, _ = line.partition(_MARK)  # before it a line may stand that had no end yet
-                told.append(line)
+                output.append(line)
                 print(line, end="", flush=True)
                 if mark:
-                    return "".join(told)
+                    return "".join(output)
         finally:
             late.cancel()
-        raise AssertionError(f"{name}: {text}\nended with {process.wait()}:\n{''.join(told)[-3000:]}")
+        raise AssertionError(f"{name}: {text}\nended with {process.wait()}:\n{''.join(output)[-3000:]}")
 
     def close(self) -> None:
         assert self.process.stdin

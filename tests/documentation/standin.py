@@ -125,13 +125,13 @@ def end(mark: str, patience: float) -> None:
 
 def tell(mark: str, number: int) -> int:
     """Sends a signal to those that have the mark; how many there are."""
-    told = 0
+    written = 0
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if mark in (process / "environ").read_text(errors="replace").split("\0"):
                 os.kill(int(process.name), number)
-                told += 1
-    return told
+                written += 1
+    return written
 
 
 def journalctl(*words: str) -> None:

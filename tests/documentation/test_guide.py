@@ -89,18 +89,18 @@ class Federation:
 
     def number(self, status: str) -> str:
         """That of the latest run, which has this status."""
-        told = self.at["server"].run(self.guide("flwr list"))
-        latest = re.search(r"^│ (\d+) +│ \S+ +│ \S+ +│ (\S+) +│", told, re.MULTILINE)
+        output = self.at["server"].run(self.guide("flwr list"))
+        latest = re.search(r"^│ (\d+) +│ \S+ +│ \S+ +│ (\S+) +│", output, re.MULTILINE)
         assert latest
         assert latest[2] == status
         return latest[1]
 
     def result(self) -> dict[str, Any]:
         """The summary of the latest run, which both sites have completed."""
-        told: dict[str, Any] = json.loads(self.at["server"].run("cat /var/lib/fedclip/runs/latest/summary.json"))
-        assert told["status"] == "completed"
-        assert told["adapted"]["sites"].keys() == {*SITES}
-        return told
+        summary: dict[str, Any] = json.loads(self.at["server"].run("cat /var/lib/fedclip/runs/latest/summary.json"))
+        assert summary["status"] == "completed"
+        assert summary["adapted"]["sites"].keys() == {*SITES}
+        return summary
 
     def connected(self, *sites: str) -> None:
         """Waits until these have a connection, and as many are online (which a new SuperLink believes at first)."""
@@ -112,16 +112,16 @@ class Federation:
         """What `doctor` tells at the server as soon as these sites are there, and none that is not."""
         self.connected(*sites)
         for _ in range(30):  # one whose time ran out with the old SuperLink is offline until its next heartbeat
-            told = self.at["server"].run(self.guide("fedclip doctor server"))
-            assert told.endswith(" 0 to fix\n"), told
-            if re.findall(r"^ok +(\w+) +node \d+ is online$", told, re.MULTILINE) == [*sites]:
-                return told
-        raise AssertionError(told)
+            output = self.at["server"].run(self.guide("fedclip doctor server"))
+            assert output.endswith(" 0 to fix\n"), output
+            if re.findall(r"^ok +(\w+) +node \d+ is online$", output, re.MULTILINE) == [*sites]:
+                return output
+        raise AssertionError(output)
 
 
-def package(told: str) -> str:
+def package(output: str) -> str:
     """The hash of the package, as `doctor` tells it."""
-    (found,) = re.findall(r"^ok +this package .* content (\w+):", told, re.MULTILINE)
+    (found,) = re.findall(r"^ok +this package .* content (\w+):", output, re.MULTILINE)
     return str(found)
 
 
@@ -157,8 +157,8 @@ def install(federation: Federation) -> None:
     """Once: the other machines have a copy of that disk."""
     new = federation.machine("new", 9)
     new.run("git clone --quiet /mnt/origin fedclip-flwr; cd fedclip-flwr")
-    told = new.run(federation.guide("python3 -m venv"))
-    assert "Successfully installed fedclip-flwr" in told
+    output = new.run(federation.guide("python3 -m venv"))
+    assert "Successfully installed fedclip-flwr" in output
     federation.package = package(new.run(federation.guide("export PATH")))
     federation.at.pop("new").close()
 
@@ -170,8 +170,8 @@ def server(federation: Federation) -> None:
     at.run(guide("deploy/superlink.env"))
     federation.until("server", "ss -tln | grep -q :9092")
     at.run(guide("[superlink.hospitals]"))
-    told = at.run(guide("fedclip doctor server"))
-    assert told.endswith(" 0 to fix\n"), told
+    output = at.run(guide("fedclip doctor server"))
+    assert output.endswith(" 0 to fix\n"), output
 
 
 def join(federation: Federation, site: str) -> None:
@@ -187,9 +187,9 @@ def join(federation: Federation, site: str) -> None:
     at.run(guide("node.* ~/ca.crt", site))
     at.run(f"cp -r /mnt/images/{site} /data/")
     at.run(guide("editor", site))
-    told = at.run(guide("as=", site))
-    assert told.endswith(" 0 to fix\n"), told
-    assert re.search("^ok +registration ", told, re.MULTILINE)
+    output = at.run(guide("as=", site))
+    assert output.endswith(" 0 to fix\n"), output
+    assert re.search("^ok +registration ", output, re.MULTILINE)
     at.run(guide("fedclip encode", site))
     at.run(guide("journalctl -a", site))
 
@@ -205,8 +205,8 @@ def restart(federation: Federation) -> None:
     """The run ends with its server, which is started anew."""
     guide, at = federation.guide, federation.at["server"]
     at.run(guide("systemctl restart fedclip-superlink", but="mv"))
-    told = federation.shown()
-    assert re.search(r"^The run did not complete: .*\. If it completed a round, resume=latest", told, re.MULTILINE)
+    output = federation.shown()
+    assert re.search(r"^The run did not complete: .*\. If it completed a round, resume=latest", output, re.MULTILINE)
     federation.connected(*SITES)
 
 
@@ -216,8 +216,8 @@ def go_on(federation: Federation) -> None:
     federation.begin(guide("resume=latest"), "'resuming after round'")
     at.run("kill -INT %1")
     assert "No longer shown, but the run continues" in federation.shown()
-    told = at.run(guide("flwr log RUN", RUN=federation.number("running")))
-    assert "selected by validation" in told
+    output = at.run(guide("flwr log RUN", RUN=federation.number("running")))
+    assert "selected by validation" in output
     federation.number("finished:completed")
     assert federation.result()["rounds"] == 3
 
@@ -225,10 +225,10 @@ def go_on(federation: Federation) -> None:
 def verify(federation: Federation) -> None:
     """What a site's administrator looks at."""
     guide, at = federation.guide, federation.at["north"]
-    told = at.run(guide("git status"))
-    assert "The agreed one" in told
-    assert "nothing to commit" in told
-    assert package(told) == federation.package
+    output = at.run(guide("git status"))
+    assert "The agreed one" in output
+    assert "nothing to commit" in output
+    assert package(output) == federation.package
     outgoing = at.run(guide("--show-outgoing"))
     assert "bytes" in outgoing
     assert re.fullmatch(rf"(ESTAB .*{SERVER}\]?:9092 .*\n)+", at.run(guide("ss -tpn")))
@@ -239,8 +239,8 @@ def verify(federation: Federation) -> None:
 def renew(federation: Federation) -> None:
     """The certificate is another one; sites come back."""
     federation.at["server"].run(federation.guide("server.crt.old"))
-    told = federation.at["server"].run("cmp ~/fedclip-keys/server/server.crt.old /etc/fedclip/server.crt || true")
-    assert " differ: " in told
+    output = federation.at["server"].run("cmp ~/fedclip-keys/server/server.crt.old /etc/fedclip/server.crt || true")
+    assert " differ: " in output
     federation.connected(*SITES)
 
 
@@ -268,11 +268,11 @@ def update(federation: Federation) -> None:
     federation.hall.shell.run(f"cd {origin}; echo '# later' >> fedclip_flwr/base/errors.py")
     federation.hall.shell.run(f"git {shlex.join(NAME)} commit --quiet --all --message Later")
     commands = {name: guide("git pull") for name in federation.at}
-    told = [federation.at["server"].run(commands.pop("server").replace("supernode", "superlink"))]
+    outputs = [federation.at["server"].run(commands.pop("server").replace("supernode", "superlink"))]
     federation.connected(*SITES)
     with ThreadPoolExecutor() as pool:
-        told += pool.map(lambda name: federation.at[name].run(commands[name]), commands)
-    (found,) = {package(one) for one in told}
+        outputs += pool.map(lambda name: federation.at[name].run(commands[name]), commands)
+    (found,) = {package(one) for one in outputs}
     assert found != federation.package
 
 
@@ -291,9 +291,9 @@ def leave(federation: Federation) -> None:
     """For good."""
     guide, at = federation.guide, federation.at["server"]
     federation.at["south"].run(guide("systemctl disable"))
-    told = at.run(guide("fedclip doctor server"))
-    left = re.search(r"south +node (\d+) is offline", told)
-    assert left, told
+    output = at.run(guide("fedclip doctor server"))
+    left = re.search(r"south +node (\d+) is offline", output)
+    assert left, output
     at.run(guide("unregister", NUMBER=left[1]))
     federation.online("north")
 

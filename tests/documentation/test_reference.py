@@ -22,7 +22,7 @@ def test_a_page_is_as_it_would_be_written_now(name: str) -> None:
     assert there == reference.PAGES[name](), "run python docs/reference.py"
 
 
-def test_every_setting_is_told_once_under_a_heading() -> None:
+def test_every_setting_is_named_once_under_a_heading() -> None:
     text = reference.settings()
     assert [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")] == [*Settings.keys()]
     assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == [

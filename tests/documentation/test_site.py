@@ -27,14 +27,14 @@ class Links(HTMLParser):
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = {name: value or "" for name, value in attrs}
-        self.places |= {told[name] for name in ("id", "name") if name in told}
-        if tag == "a" and "href" in told:
-            self.to.append(told["href"])
-        if tag in ("img", "script", "iframe", "source") and "src" in told:
-            self.loaded.append(told["src"])
-        if tag == "link" and told.get("rel") in ("stylesheet", "icon", "preload"):
-            self.loaded.append(told["href"])
+        attributes = {name: value or "" for name, value in attrs}
+        self.places |= {attributes[name] for name in ("id", "name") if name in attributes}
+        if tag == "a" and "href" in attributes:
+            self.to.append(attributes["href"])
+        if tag in ("img", "script", "iframe", "source") and "src" in attributes:
+            self.loaded.append(attributes["src"])
+        if tag == "link" and attributes.get("rel") in ("stylesheet", "icon", "preload"):
+            self.loaded.append(attributes["href"])
 
 
 @pytest.fixture(scope="module")

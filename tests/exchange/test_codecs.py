@@ -43,7 +43,7 @@ def test_int8_never_turns_the_largest_number_into_its_negative() -> None:
 
 
 def test_bfloat16_by_hand() -> None:
-    """1 + 2⁻⁷ can be told with seven bits of mantissa, 1 + 2⁻⁹ can't: it becomes 1."""
+    """1 + 2⁻⁷ can be written with seven bits of mantissa, 1 + 2⁻⁹ can't: it becomes 1."""
     zero = {"a": torch.zeros(2)}
     parcel = wrap("bfloat16", {"a": torch.tensor([1 + 2**-7, 1 + 2**-9])}, zero, {}, 0)
     assert parcel.packed.tolist() == [0x81, 0x3F, 0x80, 0x3F]
@@ -68,7 +68,7 @@ def test_the_other_side_makes_of_a_parcel_what_this_side_says(codec: str) -> Non
 
 
 def test_a_row_has_a_factor_of_its_own_and_lies_along_the_longer_side() -> None:
-    """A small row is as finely told as a large one; and 512 numbers of four rows need four factors, not 512."""
+    """A small row is as precise as a large one; and 512 numbers of four rows need four factors, not 512."""
     for tensor in (torch.ones(4, 512), torch.ones(512, 4)):
         assert packed_size("int8", {"a": tensor}) == 4 * 4 + 2048
         tall = len(tensor) == 512

@@ -63,7 +63,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_float32_sends_whole_adapters_and_keeps_nothing(own_home: Path) -> None:
+def test_float32_sends_complete_adapters_and_keeps_nothing(own_home: Path) -> None:
     link = Downlink(START, "float32", 0)
     wished = moved(START, 0.1)
     assert link.advance(wished, 1) is wished
@@ -100,7 +100,7 @@ def test_what_a_site_has_is_not_sent_again() -> None:
     assert set(sent(link, 5)) == {"config", "arrays"}  # it no longer has the first one
 
 
-def test_a_site_that_missed_a_round_gets_the_whole() -> None:
+def test_a_site_that_missed_a_round_gets_the_complete_adapter() -> None:
     link = Downlink(START, "int8", 0)
     link.advance(moved(START, 0.1), 1)
     answered(link, 5)
@@ -111,7 +111,7 @@ def test_a_site_that_missed_a_round_gets_the_whole() -> None:
     assert equal(taken(content), link.state)
 
 
-def test_a_site_that_lacks_what_a_parcel_builds_on_says_so_and_gets_the_whole() -> None:
+def test_a_site_that_lacks_a_parcels_base_says_so_and_gets_the_complete_adapter() -> None:
     link = Downlink(START, "int8", 0)
     for number in (1, 2):
         link.advance(moved(START, 0.1 * number), number)
@@ -152,7 +152,7 @@ def test_a_site_that_would_make_something_else_of_it_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "told"),
+    ("records", "expected"),
     [
         ({}, "lacks the adapter"),
         ({"config": {"state": "../../etc/passwd"}}, "invalid adapter mark"),
@@ -161,11 +161,11 @@ def test_a_site_that_would_make_something_else_of_it_says_so() -> None:
         ({"config": {"state": "01", "base": mark_of(START)}, "arrays": {"int8": torch.zeros(9)}}, "expected uint8"),
     ],
 )
-def test_a_message_that_will_not_do_is_refused(records: dict[str, Any], told: str) -> None:
+def test_a_message_that_will_not_do_is_refused(records: dict[str, Any], expected: str) -> None:
     record = RecordDict({"config": ConfigRecord(records.get("config", {}))})
     if "arrays" in records:
         record["arrays"] = write_adapter(records["arrays"])
-    with pytest.raises(ExchangeError, match=told):
+    with pytest.raises(ExchangeError, match=expected):
         taken(record)
 
 
@@ -200,7 +200,7 @@ def test_what_a_site_could_not_send_goes_with_the_next_round_whatever_process_th
     assert sorted(path.stem for path in folder.iterdir()) == ["4", "5"]
 
 
-def test_what_was_left_over_and_is_damaged_is_lost_and_no_more(own_home: Path) -> None:
+def test_a_damaged_residual_is_lost_and_no_more(own_home: Path) -> None:
     trained = moved(START, 0.05)
     fresh = packed("b", "int8", trained, START, "north", 2)
     packed("a", "int8", trained, START, "north", 1)
@@ -232,7 +232,7 @@ def test_sites_forget_a_session_that_is_over_and_old_ones(own_home: Path) -> Non
     assert [folder.name for folder in (own_home / "exchange").iterdir()] == ["running"]
 
 
-def test_a_task_without_a_mark_is_a_whole_adapter() -> None:
+def test_a_task_without_a_mark_is_a_complete_adapter() -> None:
     task = Task(1, None, "s", False, None, "", "", write_adapter(moved(START, 0.2)))
     assert equal(SiteCache(StatesOnDisk("a"), "int8").take(task, START, lambda: START), moved(START, 0.2))
     kept = files.home() / "exchange" / "a" / f"{mark_of(moved(START, 0.2))}.safetensors"
@@ -257,7 +257,7 @@ def test_what_rounding_takes_from_small_steps_adds_up_and_is_sent() -> None:
     assert link.residual["w"].tolist() == [-(2**-9)]
 
 
-def test_a_site_that_could_make_the_latest_adapter_is_sent_the_whole_of_an_earlier_one() -> None:
+def test_a_site_that_has_the_latest_adapter_is_sent_an_earlier_one_in_full() -> None:
     link, best = Downlink(START, "int8", 0), moved(START, 0.3)
     link.advance(moved(START, 0.1), 1)
     taken(sent(link, 5))

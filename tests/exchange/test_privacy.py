@@ -131,22 +131,22 @@ def exact(multiplier: float, rounds: int, delta: float) -> float:
 
 @needs("privacy")
 @pytest.mark.parametrize(("multiplier", "rounds", "delta"), [(1.0, 20, 1e-5), (8.0, 20, 1e-6), (30.0, 500, 1e-3)])
-def test_what_is_told_is_what_other_accountants_find(multiplier: float, rounds: int, delta: float) -> None:
+def test_epsilon_is_what_other_accountants_find(multiplier: float, rounds: int, delta: float) -> None:
     """The closed form, and Google's numerical composition of privacy losses round by round."""
     from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
     from dp_accounting.pld import PLDAccountant
 
     central, local = (Settings(dp=dp, noise_multiplier=multiplier, delta=delta) for dp in ("central", "local"))
     for settings, own in ((central, multiplier), (local, multiplier / 2)):
-        told = privacy.spent(settings, [rounds, 3, 1])
-        assert told == pytest.approx(exact(own, rounds, delta), rel=1e-6)
+        epsilon = privacy.spent(settings, [rounds, 3, 1])
+        assert epsilon == pytest.approx(exact(own, rounds, delta), rel=1e-6)
         accountant = PLDAccountant()
         accountant.compose(SelfComposedDpEvent(GaussianDpEvent(own), rounds))
-        assert told == pytest.approx(accountant.get_epsilon(delta), rel=1e-3)
+        assert epsilon == pytest.approx(accountant.get_epsilon(delta), rel=1e-3)
 
 
 @needs("privacy")
-def test_nothing_is_spent_before_the_first_round_and_nothing_told_without_noise() -> None:
+def test_nothing_is_spent_before_the_first_round_and_nothing_reported_without_noise() -> None:
     assert privacy.spent(Settings(dp="central"), []) == 0.0
     assert privacy.spent(Settings(dp="local"), [0, 0]) == 0.0
     assert privacy.spent(Settings(), [5]) is None

@@ -54,7 +54,7 @@ B = np.zeros(3, np.float32)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"b": None}, "lacks b"),
         ({"c": Array(B)}, "unexpected tensors: c"),
@@ -79,8 +79,8 @@ B = np.zeros(3, np.float32)
         ),
     ],
 )
-def test_an_adapter_that_is_not_as_expected_is_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ExchangeError, match=told):
+def test_an_adapter_that_is_not_as_expected_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ExchangeError, match=expected):
         records.read_adapter(arrays(**changes), LIKE)
 
 
@@ -155,7 +155,7 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("part", "changes", "told"),
+    ("part", "changes", "expected"),
     [
         ("validation", {"correct": 10.0}, "10 of 2"),
         ("validation", {"correct": -1.0}, "-1 of 2"),
@@ -172,13 +172,13 @@ NAN = float("nan")
         ("test", {f"gap{i}": 0.5 for i in range(BINS)}, "exceed the number of examples"),
     ],
 )
-def test_figures_that_cannot_be_are_refused(part: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ExchangeError, match=told):
+def test_figures_that_cannot_be_are_refused(part: str, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ExchangeError, match=expected):
         records.read_answer(figures(part, **changes))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "expected"),
     [
         ("num-examples", -1, "num-examples"),
         ("num-examples", 2.0, "num-examples"),
@@ -191,15 +191,15 @@ def test_figures_that_cannot_be_are_refused(part: str, changes: dict[str, Any], 
         ("more", 1, "not those that were asked for"),
     ],
 )
-def test_a_report_that_is_not_as_expected_is_refused(key: str, value: Any, told: str) -> None:
+def test_a_report_that_is_not_as_expected_is_refused(key: str, value: Any, expected: str) -> None:
     content = records.write_answer(REPORT)
     content.metric_records["metrics"][key] = value
-    with pytest.raises(ExchangeError, match=told):
+    with pytest.raises(ExchangeError, match=expected):
         records.read_answer(content)
 
 
 @pytest.mark.parametrize(
-    ("counts", "told"),
+    ("counts", "expected"),
     [
         ([3, 1, 1, 0, 2, 1], "add up"),
         ([2, 1, 0, 1, 0, 0, 2, 1, 1], "add up"),
@@ -209,10 +209,10 @@ def test_a_report_that_is_not_as_expected_is_refused(key: str, value: Any, told:
         ([2.0, 1.0, 1.0, 0.0, 2.0, 1.0], "are malformed"),
     ],
 )
-def test_counts_by_class_that_cannot_be_are_refused(counts: Any, told: str) -> None:
+def test_counts_by_class_that_cannot_be_are_refused(counts: Any, expected: str) -> None:
     content = records.write_answer(SHARED)
     content.metric_records["metrics"]["test-classes"] = counts
-    with pytest.raises(ExchangeError, match=told):
+    with pytest.raises(ExchangeError, match=expected):
         records.read_answer(content)
 
 
@@ -334,7 +334,7 @@ def test_one_line(text: str, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "expected"),
     [
         ("no\nimages", "no images"),
         (None, "an error without a reason"),
@@ -342,9 +342,9 @@ def test_one_line(text: str, line: str) -> None:
         (f"{ZeroDivisionError}:<'division by zero'>", "ZeroDivisionError: division by zero"),
     ],
 )
-def test_an_error_tells_its_reason(said: str | None, told: str) -> None:
+def test_an_error_says_its_reason(said: str | None, expected: str) -> None:
     asked = Message(RecordDict(), dst_node_id=1, message_type="train")
-    assert records.reason(Message(Error(7, said), reply_to=asked)) == told
+    assert records.reason(Message(Error(7, said), reply_to=asked)) == expected
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

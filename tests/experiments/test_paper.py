@@ -123,9 +123,9 @@ def made(tmp_path: Path) -> Callable[..., FeatureFolder]:
             features = text[labels] + 0.35 * torch.randn(size, DIM, generator=generator)
             features = normalize(features, dim=1) * lengths(length, generator, size)
             save_file({"image_features": features, "labels": labels}, tmp_path / f"{domain}.safetensors")
-        told = {"model": "m", "embedding_dim": DIM, "logit_scale": SCALE, "prompt": "a picture of a {}"}
-        told |= {"class_names": [*"abcde"], "domains": [*sizes], **facts}
-        (tmp_path / "features.json").write_text(json.dumps(told))
+        described = {"model": "m", "embedding_dim": DIM, "logit_scale": SCALE, "prompt": "a picture of a {}"}
+        described |= {"class_names": [*"abcde"], "domains": [*sizes], **facts}
+        (tmp_path / "features.json").write_text(json.dumps(described))
         return FeatureFolder(tmp_path)
 
     return make
@@ -177,14 +177,14 @@ def close(one: State, other: State, atol: float = 1e-6) -> bool:
     return all(torch.allclose(one[name], other[name], rtol=0, atol=atol) for name in one)
 
 
-def test_of_features_with_unit_length_a_folder_or_a_setting_tells_how_long_they_were(
+def test_of_features_with_unit_length_a_folder_or_a_setting_has_their_length(
     made: Callable[..., FeatureFolder],
 ) -> None:
     truth = adapter_of(made("10"))
     assert close(adapter_of(made("1"), feature_norm=10.0), truth)
-    told = made("1", feature_norm=10.0)
-    assert close(adapter_of(told), truth)
-    assert not told.has_unit_length(SIZES)
+    with_setting = made("1", feature_norm=10.0)
+    assert close(adapter_of(with_setting), truth)
+    assert not with_setting.has_unit_length(SIZES)
     assert not close(adapter_of(made("1")), truth, 2e-5)
     assert not made("1").has_unit_length()  # none was looked at
     assert made("1").has_unit_length(SIZES)
@@ -197,7 +197,7 @@ def test_a_length_that_can_not_be_is_refused(made: Callable[..., FeatureFolder],
         made("1", feature_norm=norm)
 
 
-def test_a_length_is_refused_that_is_told_of_features_that_have_their_own(
+def test_a_length_is_refused_for_features_that_have_their_own(
     made: Callable[..., FeatureFolder],
 ) -> None:
     with pytest.raises(UserError, match=r"has a feature_norm, which is for .* those of cow have others: leave it out"):

@@ -86,7 +86,7 @@ def test_a_site_without_training_rows_does_not_pull_the_average() -> None:
     assert with_it.rounds == simulate(SITES, CLASSES, None, how).rounds
 
 
-def test_sites_that_are_all_too_small_are_told() -> None:
+def test_sites_that_are_all_too_small_are_reported() -> None:
     none = some(0, 0)
     with pytest.raises(UserError, match="no site has an example"):
         simulate([Site("c", none, none, none)], CLASSES)

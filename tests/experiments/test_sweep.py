@@ -87,7 +87,7 @@ def test_a_plan_has_every_method_on_every_holdout_with_every_seed(tmp_path: Path
         )
 
 
-def test_the_whole_model_has_rounds_and_seeds_of_its_own_and_comes_first(tree: Path) -> None:
+def test_the_full_model_has_rounds_and_seeds_of_its_own_and_comes_first(tree: Path) -> None:
     plan, features = planned(options(f"folder:{tree}", methods="fedavg,gate", seeds=3, full_model_seeds=2))
     cells = plan.cells()
     assert [cell.method for cell in cells[:4]] == ["fedavg"] * 4
@@ -97,7 +97,7 @@ def test_the_whole_model_has_rounds_and_seeds_of_its_own_and_comes_first(tree: P
     assert set(features.domains) == {cell.settings.holdout for cell in cells}
 
 
-def test_a_cell_comes_to_what_the_federation_comes_to(tmp_path: Path) -> None:
+def test_a_cell_has_the_result_of_the_federation(tmp_path: Path) -> None:
     data = f"features:{folder(tmp_path)}"
     features = open_features(Settings(data=data))
     settings = Settings(data=data, adapter="gate", holdout="fox", seed=5, num_server_rounds=3)
@@ -146,7 +146,7 @@ def test_one_process_or_two_make_no_difference(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.soak
-def test_images_are_swept_with_the_whole_model_beside(tree: Path, tmp_path: Path) -> None:
+def test_images_are_swept_with_the_full_model_beside(tree: Path, tmp_path: Path) -> None:
     given = options(
         f"folder:{tree}", methods="fedavg,fedprox,scale", holdouts="photo", jobs=2, out=str(tmp_path / "out")
     )
@@ -329,7 +329,7 @@ def test_a_named_sweep_has_a_folder_of_its_own_with_all_that_came_of_it(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ({"name": "../up"}, "--name ../up: expected letters"),
         ({"name": "results"}, "--name results: expected letters"),
@@ -337,13 +337,13 @@ def test_a_named_sweep_has_a_folder_of_its_own_with_all_that_came_of_it(
         ({"against": "fedsum"}, "--against fedsum: expected one of the compared methods"),
     ],
 )
-def test_a_name_or_a_method_that_can_not_be_is_refused(tmp_path: Path, given: dict[str, str], told: str) -> None:
+def test_a_name_or_a_method_that_can_not_be_is_refused(tmp_path: Path, given: dict[str, str], expected: str) -> None:
     with pytest.raises(UserError) as error:
         planned(options(f"features:{folder(tmp_path)}", **given))
-    assert told in str(error.value)
+    assert expected in str(error.value)
 
 
-def test_where_nobody_knows_the_length_of_features_the_papers_row_is_told_to_be_none(
+def test_where_the_length_of_features_is_unknown_the_papers_row_is_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "sweep", lambda plan, jobs: (dict.fromkeys(plan.cells(), HALF), 0))
@@ -386,7 +386,7 @@ def test_a_site_without_tests_has_no_accuracy(tmp_path: Path, forks: None) -> No
     assert all(line.split(" | ")[1].startswith("– / ") for line in lines)
 
 
-def test_all_domains_are_told_only_where_each_counts_the_same() -> None:
+def test_all_domains_are_reported_only_where_each_counts_the_same() -> None:
     for changed in ({"sites": 1}, {"settings": Settings(partition="iid")}):
         swept = replace(plan("zero-shot", seeds=1), **changed)
         assert {row.every for row in rows(swept, results(swept, zero_shot=[HALF] * 2), 3)} == {None}
@@ -436,11 +436,11 @@ def test_data_of_a_preset_has_published_figures_beside(tmp_path: Path, monkeypat
     assert "82.70" in (tmp_path / "out" / "table.csv").read_text()
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_reported_at_once(tmp_path: Path) -> None:
     given = ("adapter=gate", "seed=3", "alpha=-1", "bach-size=3", "nonsense", "personalize=true")
     with pytest.raises(UserError) as error:
         planned(options(f"features:{folder(tmp_path)}", *given, methods="gate,fedsum", seeds=0, rounds=-3))
-    told = str(error.value)
+    message = str(error.value)
     for part in (
         "adapter: the methods differ in it; choose methods with --methods",
         "seed: a sweep takes it as --seeds",
@@ -452,28 +452,30 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "--rounds -3: expected at least 1",
         "--methods fedsum: expected some of zero-shot, local",
     ):
-        assert part in told
-    assert told.startswith("9 of the settings")
+        assert part in message
+    assert message.startswith("9 of the settings")
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({"methods": "fedavg"}, "--methods fedavg: needs images"),
         ({"first_seed": 2**63}, "seed = 9223372036854775809: expected at most"),
         ({"holdouts": "zebu"}, "--holdouts 'zebu': there is no such domain; the data has cow, elk, fox"),
     ],
 )
-def test_what_does_not_fit_the_data_is_told(changed: dict[str, str], told: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_data_is_reported(changed: dict[str, str], expected: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         planned(options(f"features:{folder(tmp_path)}", **changed))
-    assert told in str(error.value)
+    assert expected in str(error.value)
 
 
 def workers(pid: int) -> list[int]:
     """The processes that do the sweep's work."""
-    told = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
-    return [child for child in told if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text()]
+    children = [
+        int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
+    ]
+    return [child for child in children if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def alive(pid: int) -> bool:
@@ -530,11 +532,11 @@ class Sweeping:
         """Once there are some results of gate, too."""
         busy = self.busy(process)
         os.kill(process.pid, signal.SIGTERM)
-        _, told = process.communicate()
+        _, errors = process.communicate()
         assert process.returncode == 128 + signal.SIGTERM
-        assert "The results so far are kept: the same command resumes from here." in told
-        assert "Traceback" not in told
-        assert "Nobody has ended" not in told
+        assert "The results so far are kept: the same command resumes from here." in errors
+        assert "Traceback" not in errors
+        assert "Nobody has ended" not in errors
         assert not any(map(alive, busy))
 
     def busy(self, process: forked.Python | subprocess.Popen[str]) -> list[int]:
@@ -547,44 +549,44 @@ class Sweeping:
         return found
 
 
-def test_a_sweep_that_is_stopped_goes_on_to_the_same_table(
+def test_a_stopped_sweep_resumes_to_the_same_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None
 ) -> None:
     sweeping = Sweeping(tmp_path, rounds=3)
     with sweeping.start(most_rounds=10) as process:
         sweeping.stop(process)
     with sweeping.start() as process:
-        table, told = process.communicate()
-    assert process.returncode == 0, told
+        table, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert " of 18 results from earlier" in table
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "other"))
     compare(options(sweeping.data, methods="gate", seeds=3, rounds=3, jobs=2, out=str(tmp_path / "at-once")))
     assert sweeping.table.read_text() == (tmp_path / "at-once" / "table.csv").read_text()
 
 
-def test_a_process_that_is_killed_is_told_and_the_results_are_kept(tmp_path: Path) -> None:
+def test_a_killed_process_is_reported_and_the_results_are_kept(tmp_path: Path) -> None:
     sweeping = Sweeping(tmp_path, rounds=3)
     with sweeping.start(most_rounds=10) as process:
         os.kill(sweeping.busy(process)[0], signal.SIGKILL)
-        _, told = process.communicate()
+        _, errors = process.communicate()
     assert process.returncode == 2
-    assert "was killed, possibly out of memory" in told
-    assert "Traceback" not in told
+    assert "was killed, possibly out of memory" in errors
+    assert "Traceback" not in errors
     assert len(list(sweeping.results.glob("[!.]*"))) >= 11
 
 
 @pytest.mark.federation
-def test_the_command_with_its_own_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
+def test_the_command_with_its_own_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
     sweeping = Sweeping(tmp_path, rounds=150)
     with sweeping.start_command() as process:
         sweeping.stop(process)
     with sweeping.start_command() as process:
-        table, told = process.communicate()
-    assert process.returncode == 0, told
+        table, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert " of 18 results from earlier" in table
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="set --out to another folder"):
         compare(options(f"features:{folder(tmp_path / 'f')}", out=str(tmp_path / "file")))

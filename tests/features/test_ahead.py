@@ -157,7 +157,7 @@ def test_an_error_of_a_worker_is_the_callers_own(tree: Path, monkeypatch: pytest
             list(ahead._received(work, [0, 2], [ours], False))
 
 
-def test_workers_end_with_whoever_stops_asking(started: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_end_once_nobody_asks(started: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "workers", lambda *_: 2)
     batches = ahead.batches(ahead.Work(Drawn(), "photo", LARGE, 4), 0, 400)
     next(batches)
@@ -199,8 +199,8 @@ def script(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 def test_a_script_without_a_guard_is_not_run_again_by_workers(tmp_path: Path) -> None:
     process = script(tmp_path)
-    told, _ = process.communicate()
-    first, second = told.splitlines()
+    output, _ = process.communicate()
+    first, second = output.splitlines()
     assert (process.returncode, first, len(second.split())) == (0, "begun", 2)
 
 

@@ -72,7 +72,7 @@ def test_features_and_logits_equal_transformers_own_forward_pass(make: Callable[
 
 
 @pytest.mark.parametrize("name", ["the bundled one", "clip", "siglip"])
-def test_a_whole_model_sees_pixels_as_the_frozen_one_sees_images(name: str, tmp_path: Path) -> None:
+def test_a_full_model_sees_pixels_as_the_frozen_one_sees_images(name: str, tmp_path: Path) -> None:
     loaded = Clip(models.find(str(MODELS[name](tmp_path / "model"))))
     prepare = loaded.preparer(torch.uint8)
     batches = [prepare(IMAGES[i : i + 8])["pixel_values"] for i in range(0, len(IMAGES), 8)]
@@ -89,7 +89,7 @@ def test_a_whole_model_sees_pixels_as_the_frozen_one_sees_images(name: str, tmp_
 
 
 @pytest.mark.parametrize("name", ["the bundled one", "clip", "siglip"])
-def test_every_weight_of_a_whole_model_learns_and_the_frozen_one_stays(name: str, tmp_path: Path) -> None:
+def test_every_weight_of_a_full_model_learns_and_the_frozen_one_stays(name: str, tmp_path: Path) -> None:
     loaded = Clip(models.find(str(MODELS[name](tmp_path / "model"))))
     before = loaded.encode_prompts(PROMPTS)
     whole = WholeModel.copy_of(loaded, PROMPTS)
@@ -106,14 +106,14 @@ def test_every_weight_of_a_whole_model_learns_and_the_frozen_one_stays(name: str
     assert torch.equal(loaded.encode_prompts(PROMPTS), before)
 
 
-def test_a_whole_model_lies_in_memory_as_tensors_travel_also_where_the_frozen_one_does_not() -> None:
+def test_a_full_model_lies_in_memory_as_tensors_travel_also_where_the_frozen_one_does_not() -> None:
     loaded = Clip(models.find("bundled"), "cpu")
     loaded.net.to(memory_format=torch.channels_last)  # as on a GPU
     assert not all(tensor.is_contiguous() for tensor in loaded.net.state_dict().values())
     assert all(tensor.is_contiguous() for tensor in WholeModel.copy_of(loaded, PROMPTS).state_dict().values())
 
 
-def test_a_model_that_takes_images_of_any_shape_cannot_be_trained_whole(tmp_path: Path) -> None:
+def test_a_model_that_takes_images_of_any_shape_cannot_be_trained_in_full(tmp_path: Path) -> None:
     loaded = Clip(models.find(str(small_siglip2(tmp_path / "model"))))
     with pytest.raises(UserError, match="method = 'full-model': the image format of siglip2 is not supported"):
         loaded.preparer(torch.uint8)(IMAGES)
@@ -155,19 +155,19 @@ def test_the_content_follows_the_weights_and_the_image_processor(tmp_path: Path)
     assert len({first, second, model.content(tmp_path / "memory")}) == 3
 
 
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="folder not found"):
         models.find(str(tmp_path / "none"))
 
 
-def test_a_folder_without_weights_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_reported(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.BUNDLED, tmp_path / "clip"))
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"lacks model\.safetensors; save it again"):
         models.find(str(folder))
 
 
-def test_a_hub_id_that_is_neither_here_nor_reachable_is_told_in_one_line() -> None:
+def test_a_hub_id_that_is_neither_here_nor_reachable_is_reported_in_one_line() -> None:
     with pytest.raises(UserError, match="some-one/some-clip") as error:
         models.find("some-one/some-clip")
     assert len(str(error.value).splitlines()) == 1
@@ -185,7 +185,7 @@ def test_a_model_from_the_hubs_cache_is_found_offline(tmp_path: Path, monkeypatc
     assert found.revision == "abc"
 
 
-def test_truncated_weights_are_told(tmp_path: Path) -> None:
+def test_truncated_weights_are_reported(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.BUNDLED, tmp_path / "clip"))
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -193,7 +193,7 @@ def test_truncated_weights_are_told(tmp_path: Path) -> None:
         models.find(str(folder))
 
 
-def test_a_weight_that_is_missing_is_told_and_not_made_up(tmp_path: Path) -> None:
+def test_a_missing_weight_is_reported_and_not_made_up(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.BUNDLED, tmp_path / "clip"))
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
@@ -202,7 +202,7 @@ def test_a_weight_that_is_missing_is_told_and_not_made_up(tmp_path: Path) -> Non
         Clip(models.find(str(folder)))
 
 
-def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.BUNDLED, tmp_path / "clip"))
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="can't be loaded") as error:
@@ -225,21 +225,21 @@ def test_code_that_a_model_brings_is_not_run_whatever_the_user_answers(
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         ({"model_type": "bert"}, "a bert lacks an image tower and a text tower"),
         ({"model_type": "clip_vision_model", "vision_config": {}}, "a clip_vision_model lacks a text tower"),
         ({"model_type": "clip_text_model", "text_config": {}}, "a clip_text_model lacks an image tower"),
     ],
 )
-def test_a_model_without_two_towers_is_told(config: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_model_without_two_towers_is_reported(config: dict[str, Any], expected: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.BUNDLED, tmp_path / "model"))
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"{told}; expected a CLIP or SigLIP"):
+    with pytest.raises(UserError, match=f"{expected}; expected a CLIP or SigLIP"):
         models.find(str(folder))
 
 
-def test_a_model_that_compares_nothing_is_told_when_it_is_loaded(tmp_path: Path) -> None:
+def test_a_model_that_compares_nothing_is_reported_when_it_is_loaded(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.BUNDLED, tmp_path / "bert"))
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=761)
     BertModel(config).save_pretrained(folder)
@@ -250,21 +250,21 @@ def test_a_model_that_compares_nothing_is_told_when_it_is_loaded(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "expected"),
     [
         ("config.json", r"lacks config\.json"),
         ("preprocessor_config.json", r"lacks preprocessor_config\.json"),
         ("tokenizer.json", "lacks a tokenizer"),
     ],
 )
-def test_what_a_models_folder_lacks_is_told(missing: str, told: str, tmp_path: Path) -> None:
+def test_what_a_models_folder_lacks_is_named(missing: str, expected: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.BUNDLED, tmp_path / "clip"))
     (folder / missing).unlink()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         models.find(str(folder))
 
 
-def test_a_part_of_the_weights_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_missing_part_of_the_weights_is_reported(tmp_path: Path) -> None:
     folder = small_clip(tmp_path / "clip")
     CLIPModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
@@ -304,7 +304,7 @@ def test_devices_are_picked_by_name() -> None:
         ("", False),
     ],
 )
-def test_a_cpu_tells_whether_it_has_bfloat16(tmp_path: Path, facts: str, has: bool) -> None:
+def test_a_cpu_says_whether_it_has_bfloat16(tmp_path: Path, facts: str, has: bool) -> None:
     (tmp_path / "cpuinfo").write_text(facts)
     assert models.has_bfloat16(tmp_path / "cpuinfo") is has
     assert not models.has_bfloat16(tmp_path / "none")

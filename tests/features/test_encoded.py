@@ -167,10 +167,10 @@ ONE_OF_MANY = """
 import os
 from safetensors.torch import save_file
 encode = clip.Clip.encode
-def told(self, inputs):
+def announced(self, inputs):
     print("encoding", flush=True)
     return encode(self, inputs)
-clip.Clip.encode = told
+clip.Clip.encode = announced
 print("ready", flush=True)
 sys.stdin.readline()
 examples = opened.examples("photo")
@@ -186,9 +186,9 @@ def test_processes_at_once_get_the_right_features_and_encode_once(tree: Path, tr
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    told = "".join(process.communicate()[0] for process in processes)
+    output = "".join(process.communicate()[0] for process in processes)
     assert [process.returncode for process in processes] == [0] * count
-    assert told == "encoding\n"
+    assert output == "encoding\n"
     for process in processes:
         found = load_file(tree / str(process.pid))
         assert_right(Examples(found["features"], found["labels"]), truth)
@@ -216,7 +216,7 @@ def test_a_warm_round_imports_nothing_heavy(tree: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
-def test_a_store_that_cannot_be_written_is_told(tree: Path) -> None:
+def test_a_store_that_cannot_be_written_is_reported(tree: Path) -> None:
     (tree / "store").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="FEDCLIP_HOME"):
         opened(tree).examples("photo")
@@ -233,10 +233,10 @@ except UserError as error:
 """
 
 
-def test_a_file_that_finds_no_room_is_told_and_is_no_entry(tree: Path, truth: Examples) -> None:
-    told, errors = python(NO_ROOM, tree).communicate()
-    assert "File too large" in told, errors
-    assert "make room there" in told
+def test_a_file_that_finds_no_room_is_reported_and_is_no_entry(tree: Path, truth: Examples) -> None:
+    output, errors = python(NO_ROOM, tree).communicate()
+    assert "File too large" in output, errors
+    assert "make room there" in output
     assert not list((tree / "store").glob("*/*.safetensors"))
     assert_right(opened(tree).examples("photo"), truth)
 
@@ -299,16 +299,16 @@ def test_a_site_with_features_has_the_runs_classes_in_its_own_order(tmp_path: Pa
     own = open_features(settings, Vocabulary(("dog", "cat"), ("a {}",)))
     assert own.examples("a").labels.tolist() == [1, 0, 0, 1]
     assert own.classes.text.tolist() == [[0, 1, 0], [1, 0, 0]]
-    for names, prompts, told in (
+    for names, prompts, expected in (
         (("cat", "dog", "emu"), ("a {}",), "have no prompts for the run's emu"),
         (("cat", "emu"), ("a {}",), "classes that the run does not know: dog"),
         (("cat", "dog"), ("a {}", "the {}"), r"made with the prompt 'a {}'; the run's is 'a {}|the {}'"),
     ):
-        with pytest.raises(UserError, match=re.escape(told)):
+        with pytest.raises(UserError, match=re.escape(expected)):
             open_features(settings, Vocabulary(names, prompts))
 
 
-def test_images_are_not_encoded_for_prompts_that_are_told_in_a_word(tree: Path) -> None:
+def test_images_are_not_encoded_for_prompts_that_are_given_in_a_word(tree: Path) -> None:
     with pytest.raises(UserError, match="prompt = 'those of a list': expected a template with one"):
         open_features(Settings(data=f"folder:{tree}"), Vocabulary(("car", "cat", "fish"), ("those of a list",)))
 
@@ -344,7 +344,7 @@ def test_other_class_names_number_the_stored_labels_anew(tree: Path, no_encoding
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({"class_names": None}, "lacks 'class_names'"),
         ({"embedding_dim": "many"}, "is invalid"),
@@ -366,9 +366,9 @@ def test_other_class_names_number_the_stored_labels_anew(tree: Path, no_encoding
         ({"embedding_dim": float("inf")}, "is invalid"),
     ],
 )
-def test_a_damaged_feature_folder_is_told(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+def test_a_damaged_feature_folder_is_reported(tmp_path: Path, changed: dict[str, Any], expected: str) -> None:
     write_folder(tmp_path, **changed)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         FeatureFolder(tmp_path)
 
 
@@ -377,7 +377,7 @@ def test_a_feature_folder_that_names_a_domain_twice_is_refused(tmp_path: Path) -
         open_features(Settings(data=f"features:{write_folder(tmp_path, domains=['a', 'a'])}"))
 
 
-def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_broken_json_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read"):
         FeatureFolder(tmp_path)
     for text in ("{", "[]", "\udcff", "[" * 10**5):
@@ -387,7 +387,7 @@ def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "told"),
+    ("tensors", "expected"),
     [
         ({"labels": torch.zeros(4, dtype=torch.int64)}, "holds no image_features"),
         ({"image_features": torch.ones(4, 2)}, r"shape \(4, 2\), expected \('N', 3\)"),
@@ -401,15 +401,15 @@ def test_a_missing_or_broken_json_is_told(tmp_path: Path) -> None:
         (None, "can't be read"),
     ],
 )
-def test_bad_tensors_of_a_feature_folder_are_told(
-    tmp_path: Path, tensors: dict[str, torch.Tensor] | None, told: str
+def test_bad_tensors_of_a_feature_folder_are_reported(
+    tmp_path: Path, tensors: dict[str, torch.Tensor] | None, expected: str
 ) -> None:
     path = write_folder(tmp_path) / "a.safetensors"
     if tensors is None:
         path.write_bytes(b"not a tensor")
     else:
         save_file(tensors, path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         FeatureFolder(tmp_path).examples("a")
 
 
@@ -440,7 +440,7 @@ def test_pixels_are_stored_once_in_the_order_of_the_features(tree: Path, no_enco
     assert torch.equal(opened(tree, method="full-model").examples("photo").features, pixels.features)
 
 
-def test_a_whole_model_computes_in_the_precision_that_is_asked_for_and_keeps_its_weights_whole(tree: Path) -> None:
+def test_a_full_model_computes_in_the_requested_precision_and_keeps_float32_weights(tree: Path) -> None:
     features = [opened(tree, method="full-model", precision=precision) for precision in ("float32", "bfloat16")]
     full, half = (of.whole_model() for of in features if isinstance(of, Pixels))
     for name, tensor in full.state_dict().items():
@@ -458,7 +458,7 @@ def test_a_domain_without_a_readable_image_has_no_pixels(tree: Path) -> None:
     assert opened(tree, method="full-model").examples("photo").features.shape == (0, 3, 64, 64)
 
 
-def test_the_whole_model_needs_images(tmp_path: Path) -> None:
+def test_the_full_model_needs_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs images, but .* has only features"):
         open_features(Settings(data=f"features:{write_folder(tmp_path)}", method="full-model"))
 
@@ -491,7 +491,7 @@ def test_the_content_of_features_follows_the_numbers_of_the_classes(tree: Path) 
     assert before != other.content
 
 
-def test_what_is_opened_twice_is_read_once_and_broken_images_are_told_once(
+def test_what_is_opened_twice_is_read_once_and_broken_images_are_reported_once(
     tree: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tree / "photo" / "car" / "0.png").write_bytes(b"no picture")
@@ -505,7 +505,7 @@ def test_a_run_is_opened_with_its_holdout(tree: Path) -> None:
     assert (settings.seed, features.domains, holdout) == (3, ("cartoon", "photo"), "photo")
 
 
-def test_all_that_is_wrong_with_a_run_is_told_at_once(tree: Path) -> None:
+def test_all_that_is_wrong_with_a_run_is_reported_at_once(tree: Path) -> None:
     wrong = {"data": f"folder:{tree}", "holdout": "moon", "device": "cuda:77", "adapter": "attn"}
     with pytest.raises(UserError) as error:
         open_run(wrong, {"x": "x: expected key=value"})
@@ -514,7 +514,7 @@ def test_all_that_is_wrong_with_a_run_is_told_at_once(tree: Path) -> None:
     assert [line.split()[0].rstrip(":") for line in others] == ["x", "adapter", "device", "holdout"]
 
 
-def test_a_wrong_model_is_told_beside_a_wrong_data_setting(tree: Path) -> None:
+def test_a_wrong_model_is_reported_beside_a_wrong_data_setting(tree: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)2 of the settings.*data.*model"):
         open_run({"data": "folder:here", "model": "/no/model"})
 

@@ -32,7 +32,7 @@ clip.PART = 2
 left = int(sys.argv[4])
 def counted(place, name, moment):
     made = getattr(place, name)
-    def told(*given, **more):
+    def announced(*given, **more):
         global left
         if name == "encode":
             print(len(given[1]["pixel_values"]), flush=True)
@@ -40,7 +40,7 @@ def counted(place, name, moment):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return made(*given, **more)
-    setattr(place, name, told)
+    setattr(place, name, announced)
 counted(clip.Clip, "encode", "encode")
 counted(growing.Growing, "_write_line", "write")
 counted(os, "fsync", "sync")
@@ -94,7 +94,7 @@ def test_after_a_kill_one_batch_at_most_is_encoded_twice(
     assert found == expected
 
 
-def test_after_an_image_that_could_not_be_read_encoding_goes_on_where_it_was(
+def test_after_an_unreadable_image_encoding_resumes_where_it_was(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip, "PART", 2)
@@ -136,7 +136,7 @@ settings =""",
 )
 
 
-def test_a_full_disk_is_told_in_one_line_and_what_is_done_is_kept(
+def test_a_full_disk_is_reported_in_one_line_and_what_is_done_is_kept(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip, "PART", 2)
@@ -203,8 +203,8 @@ def test_a_lower_precision_is_compared_once_and_stored_in_half_the_space(
     torch.testing.assert_close(*(F.normalize(e.features.float()) for e in (found, full)), rtol=0, atol=0.03)
     half = full.features.half().float()  # which is what keeping them so takes away, at lengths from 15 to 20
     torch.testing.assert_close(half, full.features, rtol=2**-11, atol=1e-6)
-    (told,) = lower.folder.glob("agreement-*.safetensors")
-    assert load_file(told)["same"].tolist() == [True] * 24
+    (agreement,) = lower.folder.glob("agreement-*.safetensors")
+    assert load_file(agreement)["same"].tolist() == [True] * 24
     assert "float32" not in caplog.text
     assert len(lower.classes.text) == 3
     monkeypatch.setattr(Clip, "__init__", lambda *_: pytest.fail("loaded again"))

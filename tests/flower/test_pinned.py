@@ -98,7 +98,7 @@ def test_each_file_is_there_once(bundle: dict[str, bytes], name: str) -> None:
 
 
 def claimed(bundle: bytes, name: str, **facts: int) -> bytes:
-    """The bundle, in whose directory other facts are told of the file of that name."""
+    """The bundle, in whose directory other facts are given for the file of that name."""
     places = {"flags": ("<H", 8), "method": ("<H", 10), "crc": ("<I", 16), "size": ("<I", 24), "offset": ("<I", 42)}
     changed, start = bytearray(bundle), bundle.rindex(b"PK\x01\x02", 0, bundle.rindex(name.encode()))
     for fact, number in facts.items():

@@ -162,7 +162,7 @@ def test_a_message_that_is_not_to_be_answered_is_forgotten(
 
 
 @pytest.mark.parametrize("killed", ["before it takes the message", "at work", "while it answers"])
-def test_a_process_that_dies_is_told_of(killed: str, site: Site) -> None:
+def test_a_process_that_dies_is_reported(killed: str, site: Site) -> None:
     message = asked()
     assert site.take(message) == RUN
     task = site.begin()
@@ -230,7 +230,7 @@ supernode.main()
 
 
 @pytest.mark.parametrize(
-    ("what", "status", "told"),
+    ("what", "status", "expected"),
     [
         ("threading.Thread(target=fails).start(); stays()", 1, "no heartbeat"),
         ("child = subprocess.Popen(['true']); stays()", 1, "flower-superexec exited"),
@@ -239,10 +239,10 @@ supernode.main()
         ("threading.Thread(target=stays).start(); fails()", 1, "no heartbeat"),
         ("threading.Thread(target=stays).start()", 1, ""),
     ],
-    ids=["a thread fails", "its child ends", "told to end", "for a reason", "it fails", "it returns"],
+    ids=["a thread fails", "its child ends", "expected to end", "for a reason", "it fails", "it returns"],
 )
-def test_a_supernode_that_can_not_go_on_ends(what: str, status: int, told: str) -> None:
+def test_a_supernode_that_cannot_continue_ends(what: str, status: int, expected: str) -> None:
     command = [sys.executable, "-c", END.format(what=what), "--an", "option"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (status, "begun --an option\n")
-    assert told in done.stderr
+    assert expected in done.stderr

@@ -1,4 +1,4 @@
-"""What holds for all fuzzing: no input may blow memory up or hang, and how many inputs were tried is told."""
+"""What holds for all fuzzing: no input may blow memory up or hang, and the number of inputs is reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOM = 2**33
 GROWTH = 2**29
 """Of memory in use: all that is fuzzed is small, and a bomb is gigabytes."""
 FORGET = Path("/proc/self/clear_refs")
-told: dict[str, dict[str, object]] = {}
+counted: dict[str, dict[str, object]] = {}
 
 
 def _memory(what: str) -> int:
@@ -55,11 +55,11 @@ def tried(record_property: Callable[[str, object], None]) -> Iterator[Tried]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     properties = dict(report.user_properties)
     if report.when == "teardown" and "inputs" in properties:
-        told[report.nodeid] = properties
+        counted[report.nodeid] = properties
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if told:
+    if counted:
         terminalreporter.section("fuzzed inputs")
-    for name, counts in sorted(told.items()):
+    for name, counts in sorted(counted.items()):
         terminalreporter.line(f"{name}: {counts['inputs']:,} tried, {counts['refused']:,} of them refused")

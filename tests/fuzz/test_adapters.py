@@ -80,7 +80,7 @@ def test_sizes(tmp_path: Path, tried: Tried, facts: dict[str, Any], kind: str, d
 
 
 @pytest.mark.parametrize("kind", sorted(ADAPTERS))
-def test_whole_ones_are_taken(tmp_path: Path, kind: str) -> None:
+def test_complete_ones_are_taken(tmp_path: Path, kind: str) -> None:
     (tmp_path / "adapter.json").write_text(json.dumps({**FACTS, "kind": kind}))
     (tmp_path / "adapter.safetensors").write_bytes(WHOLE[kind])
     assert_good(tmp_path)

@@ -187,7 +187,7 @@ def test_files(tried: Tried, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", WHOLE)
-def test_whole_ones_are_read(data: bytes) -> None:
+def test_complete_ones_are_read(data: bytes) -> None:
     assert images.decoded(data) is not None
 
 

@@ -282,6 +282,6 @@ def test_what_the_server_takes(tried: Tried, data: st.DataObject, codec: str) ->
 def test_reasons(tried: Tried, said: str) -> None:
     reply = Message(Error(0, said), reply_to=Message(RecordDict(), 5, MessageType.TRAIN))
     with tried.one():
-        told = records.reason(reply)
-        if told:
-            assert_plain(told)
+        reason = records.reason(reply)
+        if reason:
+            assert_plain(reason)

@@ -18,7 +18,7 @@ def shapes(kind: str, rank: int) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_rank_is_told_of_those_that_have_one(kind: str) -> None:
+def test_a_rank_is_given_for_those_that_have_one(kind: str) -> None:
     assert ADAPTERS[kind].ranked == (shapes(kind, 2) != shapes(kind, 5))
     assert of_rank(kind, 5) == (" of rank 5" if ADAPTERS[kind].ranked else "")
 
@@ -44,7 +44,7 @@ def test_only_the_papers_layers_start_as_something_else() -> None:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_weights_can_be_told_in_doublings_however_an_adapter_has_learnt(kind: str) -> None:
+def test_weights_can_be_given_in_doublings_however_an_adapter_has_learnt(kind: str) -> None:
     """As the report shows them: none is below zero."""
     adapter = make_adapter(kind, 12, identity=False)
     for seed in range(5):

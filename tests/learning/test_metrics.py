@@ -11,12 +11,12 @@ from fedclip_flwr.learning.metrics import (
     BINS,
     Quality,
     Score,
-    bins_of,
     loss_votes,
     mean_accuracy,
     mean_figures,
     quality_of,
     score_of,
+    sums_by_bin,
 )
 
 
@@ -112,4 +112,5 @@ def test_each_site_with_examples_both_times_has_one_vote_on_the_loss_of_an_examp
 
 def test_a_bin_includes_its_upper_end() -> None:
     """A fifth and two fifths are three and six bins of fifteen."""
-    assert bins_of(torch.tensor([0.0, 0.2, 0.21, 0.4, 1.0], dtype=torch.double)).tolist() == [0, 2, 3, 5, 14]
+    confidence = torch.tensor([0.0, 0.2, 0.21, 0.4, 1.0], dtype=torch.double)
+    assert sums_by_bin(confidence, torch.ones(5)).nonzero()[:, 0].tolist() == [0, 2, 3, 5, 14]

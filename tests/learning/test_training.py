@@ -226,7 +226,7 @@ def test_what_does_as_well_is_not_better_and_what_a_few_sites_say_does_not_decid
     assert better(scores(8, 8), scores(9, 5), default)
 
 
-def test_zero_shot_must_not_be_better_where_that_can_be_told() -> None:
+def test_zero_shot_must_not_be_better_where_that_can_be_known() -> None:
     """The others lose ten points and one gains five, more than the best so far; or no site can compare."""
     default, paper = RECIPES["default"], RECIPES["paper"]
     zero, best, later = scores(5, 5, 5, 5, 2), scores(3, 3, 3, 3, 9), scores(4, 4, 4, 4, 10)
@@ -297,7 +297,7 @@ def test_seeds_are_the_same_on_every_machine() -> None:
     assert seed_of(0, "train", "art-0", 2) != seed_of(0, "train", "art-01", 2)
 
 
-def test_a_state_on_the_cpu_stays_as_it_was_when_learning_goes_on() -> None:
+def test_a_state_on_the_cpu_stays_as_it_was_while_learning_continues() -> None:
     adapter = make_adapter("scale", 4)
     state = adapter.on_cpu()
     with torch.no_grad():

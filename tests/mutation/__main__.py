@@ -28,7 +28,7 @@ from typing import NamedTuple, NoReturn
 from tests.mutation.table import MUTATIONS, Mutation
 
 TREE = Path(__file__).parents[2]
-COPIED = ("fedclip_flwr", "tests", "benchmarks", "deploy", "reliability", "docker", "docs")
+COPIED = ("fedclip_flwr", "tests", "benchmarks", "deploy", "harness", "reliability", "docker", "docs")
 FILES = ("pyproject.toml", "server_app.py", "client_app.py", "README.md")
 LOADED = ("flwr.clientapp", "flwr.serverapp.strategy", "flwr.superlink.grid", "hypothesis", "safetensors.torch")
 LIMIT = 600

@@ -91,7 +91,7 @@ MUTATIONS: Sequence[Mutation] = (
     # rounds
     *changes(
         "fedclip_flwr/server/nodes.py",
-        "server/test_loop.py",
+        "server/test_hellos.py server/test_rounds.py",
         ("if hello.site in self._connected():", "if hello.site in self.hellos:"),
         ("if reply.metadata.src_node_id != node:", "if reply.metadata.src_node_id is None:"),
         ("self._inbox.give_up(under_way)", "pass"),
@@ -105,7 +105,7 @@ MUTATIONS: Sequence[Mutation] = (
     ),
     *changes(
         "fedclip_flwr/server/loop.py",
-        "server/test_loop.py",
+        "server/test_rounds.py server/test_selection.py",
         ("at.round - 1 - at.best.round >= patience", "at.round - at.best.round >= patience"),
         ("self._strategy.memory = memory", "pass"),
         ("(blend for blend in BLENDS if blend < 1), reverse=True)", "(blend for blend in BLENDS if blend < 1))"),
@@ -283,11 +283,11 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/learning/recipes.py",
         "site/test_context.py",
-        ("steps = -(-examples // settings.batch_size)", "steps = examples // settings.batch_size"),
+        ("-(-examples // settings.batch_size)", "examples // settings.batch_size"),
     ),
     *changes(
         "fedclip_flwr/learning/selection.py",
-        "server/test_loop.py",
+        "server/test_rounds.py",
         ("min(max(least, round(share * len(able))), len(able))", "min(round(share * len(able)), len(able))"),
     ),
     *changes(

@@ -52,10 +52,14 @@ def test_the_tree_and_the_sdist_make_the_same_wheel(
     assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
 
 
-def test_the_wheel_tells_what_it_is(metadata: Distribution) -> None:
-    told = metadata.metadata
-    assert (told["Name"], told["Version"], told["License-Expression"]) == ("fedclip-flwr", __version__, "Apache-2.0")
-    assert told.get_payload() == (TREE / "README.md").read_text("utf-8")  # type: ignore[attr-defined]
-    assert told["Description-Content-Type"] == "text/markdown"
-    assert told["Requires-Python"] == ">=3.11"
-    assert "Typing :: Typed" in (told.get_all("Classifier") or [])
+def test_the_wheel_says_what_it_is(metadata: Distribution) -> None:
+    fields = metadata.metadata
+    assert (fields["Name"], fields["Version"], fields["License-Expression"]) == (
+        "fedclip-flwr",
+        __version__,
+        "Apache-2.0",
+    )
+    assert fields.get_payload() == (TREE / "README.md").read_text("utf-8")  # type: ignore[attr-defined]
+    assert fields["Description-Content-Type"] == "text/markdown"
+    assert fields["Requires-Python"] == ">=3.11"
+    assert "Typing :: Typed" in (fields.get_all("Classifier") or [])

@@ -86,7 +86,7 @@ def test_what_is_installed_fits_together(end: Environment) -> None:
     assert Path(where.strip()).is_relative_to(end.root)
 
 
-def test_the_quick_start_comes_to_an_adapter_that_is_better(run: Path) -> None:
+def test_the_quick_start_makes_a_better_adapter(run: Path) -> None:
     summary = read(run / "summary.json")
     assert summary["status"] == "completed"
     assert summary["adapted"]["seen"] > summary["zero_shot"]["seen"]
@@ -97,8 +97,8 @@ def test_what_was_learnt_is_shown_and_used(end: Environment, run: Path, tree: Pa
     (run / "report.html").unlink()
     end.do("fedclip", "report", run)
     assert "</html>" in (run / "report.html").read_text()
-    told = [json.loads(line) for line in end.do("fedclip", "predict", tree, "-a", run, "--json").splitlines()]
-    right = [Path(line["image"]).parent.name == line["label"] for line in told]
+    predictions = [json.loads(line) for line in end.do("fedclip", "predict", tree, "-a", run, "--json").splitlines()]
+    right = [Path(line["image"]).parent.name == line["label"] for line in predictions]
     assert len(right) == 24
     assert sum(right) > 12
     measured = json.loads(end.do("fedclip", "evaluate", f"folder:{tree}", "-a", run, "--json"))
@@ -120,9 +120,9 @@ def test_an_export_is_loaded_in_python(end: Environment, run: Path, tree: Path) 
     if writes_onnx(end):
         assert (end.work / "adapter" / "model.onnx").stat().st_size > 0
     image = tree / "photo" / "car" / "0.png"
-    told = json.loads(end.do("fedclip", "predict", image, "-a", run, "--json"))
+    prediction = json.loads(end.do("fedclip", "predict", image, "-a", run, "--json"))
     label, probability = json.loads(end.do("python", "-c", PREDICTED, image))
-    assert (label, probability) == (told["label"], pytest.approx(told["probability"], abs=1e-5))
+    assert (label, probability) == (prediction["label"], pytest.approx(prediction["probability"], abs=1e-5))
 
 
 FLOWER = """

@@ -93,7 +93,7 @@ def test_an_updates_length_is_that_of_all_its_numbers() -> None:
     assert length_of(SENT, SENT) == 0.0
 
 
-def test_updates_within_the_limit_count_whole() -> None:
+def test_updates_within_the_limit_count_in_full() -> None:
     found = gathered({"one": (1, 0, 0), "two": (0, 2, 0), "three": (0, 0, -1)})
     assert flat(found) == pytest.approx([1 / 3, 2 / 3, -1 / 3])
     assert (dict(found.left_out), list(found.scaled)) == ({}, [])
@@ -138,7 +138,7 @@ def test_half_of_the_sites_can_not_have_the_others_left_out_by_short_updates(man
     assert not gathered({**tiny, **{f"one {n}": (1, 0, 0) for n in range(many + 1)}}).scaled
 
 
-def test_without_a_limit_all_count_whole() -> None:
+def test_without_a_limit_all_count_in_full() -> None:
     assert flat(gathered({"one": (1, 0, 0), "far": (0, -5000, 0), "two": (2, 0, 0)}, limit=0.0)) == pytest.approx(
         [1.0, -5000 / 3, 0]
     )
@@ -219,7 +219,7 @@ def test_behind_the_robust_strategies_there_is_the_same_limit(strategy: str) -> 
     assert (found.state["a"] - sent["a"]).tolist() == pytest.approx(same.tolist(), abs=0.05)
 
 
-def test_a_claim_counts_for_at_most_so_many_times_the_median() -> None:
+def test_a_claim_counts_for_at_most_n_times_the_median() -> None:
     assert bounded({"a": 10, "b": 30, "c": 10**9}, 10.0) == {"a": 10, "b": 30, "c": 300}
     assert bounded({"a": 10, "b": 10**9}, 0.0) == {"a": 10, "b": 10**9}
     assert bounded({}, 10.0) == {}
@@ -248,7 +248,7 @@ def test_of_updates_that_are_equally_good_the_order_of_the_sites_decides_and_not
     assert flat(gathering.close()) == pytest.approx([2, 0, 0])
 
 
-def test_a_share_of_the_sites_is_rounded_up_to_whole_ones() -> None:
+def test_a_share_of_the_sites_is_rounded_up() -> None:
     """A fifth of four is one on either side, and a twentieth of 47 is three."""
     assert robust("fedtrimmedavg", [*FIVE[1:]]) == pytest.approx([3.5, 0, 0])
     assert robust("fedtrimmedavg", [(1, 0, 0)] * 44 + [(1000, 0, 0)] * 3, hostile_share=0.05) == pytest.approx(

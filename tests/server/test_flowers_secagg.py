@@ -37,5 +37,5 @@ def test_its_sites_reveal_both_secrets_of_one() -> None:
     state = SecAggPlusState(nid=1, threshold=2)
     state.rd_seed_share_dict, state.sk1_share_dict = {1: b"seed 1", 2: b"seed 2"}, {1: b"key 1", 2: b"key 2"}
     asked = ConfigRecord({Key.ACTIVE_NODE_ID_LIST: [1, 2], Key.DEAD_NODE_ID_LIST: [2]})
-    told = _unmask(state, asked)
-    assert told[Key.SHARE_LIST] == [b"seed 1", b"seed 2", b"key 2"]
+    revealed = _unmask(state, asked)
+    assert revealed[Key.SHARE_LIST] == [b"seed 1", b"seed 2", b"key 2"]

@@ -1,4 +1,4 @@
-"""A run that goes on after its last complete round, from its file; with real processes: tests/test_running.py."""
+"""A run resumed after its last complete round, from its checkpoint; with real processes: tests/test_running.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedclip_flwr.runs import checkpoint
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.server import nodes
 from fedclip_flwr.server.results import Outcome, RoundResult, RunState
-from tests.server.test_loop import Packing, Running, Site
+from tests.server.running import Packing, Running, Site
 
 
 class PowerCutError(BaseException):
@@ -47,7 +47,7 @@ def interrupted(
         if state.round == after:
             raise PowerCutError
 
-    first.told.on_complete = complete  # type: ignore[method-assign]
+    first.recorder.on_complete = complete  # type: ignore[method-assign]
     with pytest.raises(PowerCutError):
         first.run()
     again = make()
@@ -74,7 +74,7 @@ def interrupted(
     ],
     ids=str,
 )
-def test_a_run_that_was_cut_off_comes_to_what_it_would_have_come_to(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_an_identical_result(settings: dict[str, Any], tmp_path: Path) -> None:
     kind = Packing if "codec" in settings else Site
 
     def federation(keeps: str) -> Running:
@@ -87,15 +87,17 @@ def test_a_run_that_was_cut_off_comes_to_what_it_would_have_come_to(settings: di
     def timeless(line: RoundResult) -> RoundResult:
         return replace(line, bytes=0, seconds=0.0)
 
-    whole = federation("whole")
-    truth = whole.run()
+    uninterrupted = federation("uninterrupted")
+    truth = uninterrupted.run()
     for after in {1, 2, truth.rounds - 1, truth.rounds}:
         again, outcome = interrupted(partial(federation, f"cut-{after}"), tmp_path / f"{after}", after)
         assert torch.equal(outcome.state["w"], truth.state["w"])
-        assert torch.equal(again.nodes.link.state["w"], whole.nodes.link.state["w"])
+        assert torch.equal(again.nodes.link.state["w"], uninterrupted.nodes.link.state["w"])
         assert outcome.rounds == truth.rounds
-        assert again.told.completed == whole.told.completed[after:]
-        assert list(map(timeless, again.told.results)) == list(map(timeless, whole.told.results))[after:]
+        assert again.recorder.completed == uninterrupted.recorder.completed[after:]
+        assert (
+            list(map(timeless, again.recorder.results)) == list(map(timeless, uninterrupted.recorder.results))[after:]
+        )
         assert timeless(outcome.zero_shot) == timeless(truth.zero_shot)
         assert timeless(outcome.adapted) == timeless(truth.adapted)
 
@@ -168,23 +170,23 @@ def test_what_is_known_of_many_sites_makes_no_header_that_is_too_long_to_be_read
     assert back.state.zero == made.state.zero
 
 
-def test_a_damaged_checkpoint_is_told_wherever_the_damage_is(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_wherever_the_damage_is(tmp_path: Path) -> None:
     path = tmp_path / "c"
     checkpoint.write(path, full())
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     chance = random.Random(0)
-    for place in [*range(12), *chance.sample(range(len(whole)), 150)]:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
-        with pytest.raises(UserError, match=r"can't be read|another version") as told:
+    for place in [*range(12), *chance.sample(range(len(intact)), 150)]:
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1 << chance.randrange(8)]) + intact[place + 1 :])
+        with pytest.raises(UserError, match=r"can't be read|another version") as error:
             checkpoint.read(path)
-        assert "\n" not in str(told.value)
-    for length in (0, 7, 100, len(whole) - 1):
-        path.write_bytes(whole[:length])
+        assert "\n" not in str(error.value)
+    for length in (0, 7, 100, len(intact) - 1):
+        path.write_bytes(intact[:length])
         with pytest.raises(UserError, match="restore it from a backup, or start a new run"):
             checkpoint.read(path)
 
 
-def test_real_sites_that_are_gone_or_hold_something_else_are_told_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_real_sites_that_are_gone_or_hold_something_else_are_named_and_the_run_continues(tmp_path: Path) -> None:
     def federation() -> Running:
         return Running({1: Site("north"), 2: Site("south"), 3: Site("west")})
 
@@ -206,11 +208,11 @@ def test_what_was_selected_after_the_last_complete_round_gives_way_to_what_was_s
         return Running({1: Site("north", 1.0, {1.0: 6})})
 
     def selects_round_2(running: Running) -> None:
-        running.told.on_selected(2, {}, 1.0)
+        running.recorder.on_selected(2, {}, 1.0)
 
     again, outcome = interrupted(federation, tmp_path / "c", 2, selects_round_2)
-    assert again.told.best == [2, 1]
-    assert again.told.adapter["w"] == outcome.state["w"] == 1.0
+    assert again.recorder.best == [2, 1]
+    assert again.recorder.adapter["w"] == outcome.state["w"] == 1.0
 
 
 def test_rounds_after_a_stop_are_held_against_the_loss_of_the_best_before(tmp_path: Path) -> None:
@@ -218,7 +220,7 @@ def test_rounds_after_a_stop_are_held_against_the_loss_of_the_best_before(tmp_pa
         return Running({1: Site("north", loss={1.0: 3.0, 2.0: 4.0, 3.0: 3.5})})
 
     again, outcome = interrupted(federation, tmp_path / "c", 2)
-    assert (again.told.best, outcome.adapted.round) == ([1], 1)
+    assert (again.recorder.best, outcome.adapted.round) == ([1], 1)
 
 
 def test_a_site_that_was_gone_before_is_not_waited_for(tmp_path: Path) -> None:
@@ -269,9 +271,9 @@ def test_traffic_is_counted_over_both_parts(tmp_path: Path) -> None:
     def federation() -> Running:
         return Running({1: Site("north")})
 
-    whole = federation()
-    truth = whole.run()
+    uninterrupted = federation()
+    truth = uninterrupted.run()
     again, outcome = interrupted(federation, tmp_path / "c", 2)
     assert outcome.site_round_bytes == truth.site_round_bytes
-    hello = again.nodes.traffic.both - whole.nodes.traffic.both  # the site was greeted twice
+    hello = again.nodes.traffic.both - uninterrupted.nodes.traffic.both  # the site was greeted twice
     assert 0 < hello < truth.site_round_bytes

@@ -23,7 +23,7 @@ from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.secure_sum import BOUND, bound_of
 from tests.exchange.test_privacy import exact
 from tests.extras import needs
-from tests.server.test_loop import START, Answer, Running, Site, quality
+from tests.server.running import START, Answer, Running, Site, quality
 from tests.server.test_resume import interrupted
 
 
@@ -31,12 +31,12 @@ def honest(many: int, **correct: Any) -> dict[int, Answer]:
     return {node: Site(f"site-{node}", 1.0, **correct) for node in range(1, many + 1)}
 
 
-def test_a_site_that_goes_too_far_is_bounded_and_told_once_and_in_the_summary() -> None:
+def test_a_site_that_goes_too_far_is_bounded_and_named_once_and_in_the_summary() -> None:
     """Of steps 1, 1, 1, 1, 20 the limit is 3: it lies in step 7 (3.36), 20 in step 18: 20 · 2^(-11/4) = 2.97."""
     running = Running({**honest(4), 9: Site("far", 20.0)})
     running.run()
     step = (4 + 20 / 2 ** (11 / 4)) / 5
-    assert [value for _, value in running.told.completed] == pytest.approx([step, 2 * step, 3 * step])
+    assert [value for _, value in running.recorder.completed] == pytest.approx([step, 2 * step, 3 * step])
     assert running.nodes.scaled == {"far": 3}
     said = [line for line in running.said if "far" in line]
     assert said == ["round 1: far's update is much longer than the others': it is scaled down"]
@@ -46,10 +46,10 @@ def test_a_site_that_goes_too_far_is_bounded_and_told_once_and_in_the_summary() 
 def test_a_site_that_goes_beyond_all_measure_is_left_out_of_everything() -> None:
     running = Running({**honest(4), 9: Site("far", -5000.0)})
     outcome = running.run()
-    assert [value for _, value in running.told.completed] == [1.0, 2.0, 3.0]
+    assert [value for _, value in running.recorder.completed] == [1.0, 2.0, 3.0]
     assert {(f.site, f.round) for f in running.nodes.failures} == {("far", 1), ("far", 2), ("far", 3)}
     assert "5,000 times as long as the sites' median" in running.nodes.failures[0].why
-    assert "far" not in running.told.results[1].reports
+    assert "far" not in running.recorder.results[1].reports
     assert "far" not in outcome.adapted.reports
 
 
@@ -104,19 +104,19 @@ def test_counts_of_other_classes_than_the_runs_are_not_taken() -> None:
 
 def test_a_site_that_says_it_encodes_is_not_waited_for_without_end() -> None:
     """It always has one more; a hundredth of what it has would take it longer than anyone waits."""
-    told = [0]
+    answers = [0]
 
     def endless(message: Message) -> Message | None:
-        told[0] += 1
-        return Message(records.write_progress(Progress("endless", told[0], 10**9)), reply_to=message)
+        answers[0] += 1
+        return Message(records.write_progress(Progress("endless", answers[0], 10**9)), reply_to=message)
 
     running = Running({5: Site("north"), 9: endless}, round_timeout=0.3)
     outcome = running.run()
     assert set(outcome.adapted.reports) == {"north"}
-    assert told[0] > 2
+    assert answers[0] > 2
 
 
-def test_a_site_that_comes_back_under_a_name_that_another_has_taken_is_told() -> None:
+def test_a_site_that_comes_back_under_a_name_that_another_has_taken_is_refused_by_name() -> None:
     running = Running({5: Site("north"), 9: Site("south")})
     running.nodes.wait_for(2)
     real = running.grid.nodes.pop(5)
@@ -173,19 +173,19 @@ def masked(*sites: Masked, **settings: Any) -> Running:
     return Running(dict(enumerate(sites, 3)), secure_aggregation=True, **settings)
 
 
-def test_a_masked_run_comes_to_what_an_open_one_comes_to() -> None:
+def test_a_masked_run_has_the_result_of_an_open_one() -> None:
     steps = (1.0, 2.0, 0.5, -0.25, 1.5)
     running = masked(*(Masked(f"site-{n}", step) for n, step in enumerate(steps)))
     running.run()
     step = sum(steps) / 5
-    assert [value for _, value in running.told.completed] == pytest.approx([step, 2 * step, 3 * step], abs=1e-6)
+    assert [value for _, value in running.recorder.completed] == pytest.approx([step, 2 * step, 3 * step], abs=1e-6)
     assert set(running.grid.asked) >= {(3, kind) for kind in ("query.keys", "query.shares", "train", "query.unmask")}
 
 
 def test_numbers_beyond_the_bound_are_cut_off() -> None:
     running = masked(Masked("a", 1.0), Masked("b", 1.0), Masked("c", 1e6))
     running.run()
-    assert running.told.completed[0][1] == pytest.approx((1 + 1 + BOUND) / 3)
+    assert running.recorder.completed[0][1] == pytest.approx((1 + 1 + BOUND) / 3)
 
 
 def test_who_drops_out_is_named_and_the_sum_is_that_of_the_others() -> None:
@@ -193,8 +193,8 @@ def test_who_drops_out_is_named_and_the_sum_is_that_of_the_others() -> None:
     sites = [Masked(f"site-{n}", n / 2) for n in range(6)] + [Masked("leaver", 3.5, steps)]
     running = masked(*sites, num_server_rounds=4)
     running.run()
-    assert running.told.completed[2][1] == pytest.approx(3 * 1.25)
-    assert running.told.completed[3][1] == pytest.approx(3 * 1.25 + (7.5 + 3.5) / 7, abs=1e-6)
+    assert running.recorder.completed[2][1] == pytest.approx(3 * 1.25)
+    assert running.recorder.completed[3][1] == pytest.approx(3 * 1.25 + (7.5 + 3.5) / 7, abs=1e-6)
     assert [(f.round, f.site, f.why) for f in running.nodes.failures] == [(n, "leaver", "gone") for n in (1, 2, 3, 4)]
 
 
@@ -205,7 +205,7 @@ def test_a_round_of_which_too_few_stay_is_repeated_with_new_keys_and_ends_in_wor
         running.run()
     said = [line for line in running.said if "no sum can be made" in line]
     assert said == ["round 2: no sum can be made: 2 members revealed their piece of 000000, expected 3"] * 3
-    assert [value for _, value in running.told.completed] == [1.0]
+    assert [value for _, value in running.recorder.completed] == [1.0]
 
 
 def test_fewer_than_three_sites_are_not_enough() -> None:
@@ -243,7 +243,7 @@ def test_garbage_in_a_step_is_that_sites_failure(step: str, way: str) -> None:
 
     running = masked(*(Masked(f"site-{n}") for n in range(4)), Garbage("garbage"), num_server_rounds=1)
     running.run()
-    assert running.told.completed == [(1, 1.0)]
+    assert running.recorder.completed == [(1, 1.0)]
     assert {f.site for f in running.nodes.failures} == {"garbage"}
     assert all("\n" not in f.why for f in running.nodes.failures)
 
@@ -278,7 +278,7 @@ def spoilt(way: str, rounds: int = 2) -> Running:
     hostile.way = way
     running = masked(*(Masked(f"site-{n}") for n in range(4)), hostile, num_server_rounds=rounds)
     running.run()
-    assert [number for number, _ in running.told.completed] == [1, 2]
+    assert [number for number, _ in running.recorder.completed] == [1, 2]
     return running
 
 
@@ -289,14 +289,14 @@ def test_who_spoils_a_step_is_named_and_alone(way: str) -> None:
     assert not [line for line in running.said if "repeated" in line]
     honest, all_five = 1.0, (4 + BOUND) / 5
     step = honest if way == "query.keys twice" else all_five  # its update had come by then
-    assert running.told.completed[-1][1] == pytest.approx(2 * step)
+    assert running.recorder.completed[-1][1] == pytest.approx(2 * step)
 
 
 @pytest.mark.parametrize("way", ["query.shares junk", "query.shares digests"])
 def test_who_sends_letters_that_nobody_can_open_is_asked_no_more(way: str) -> None:
     """The others say whose they are: the round is repeated without it."""
     running = spoilt(way)
-    assert running.told.completed == [(1, 1.0), (2, 2.0)]
+    assert running.recorder.completed == [(1, 1.0), (2, 2.0)]
     assert sum("repeated" in line for line in running.said) == 1
     whys = [f.why for f in running.nodes.failures if f.site != "hostile"]
     assert whys == ["it can't open the letter from hostile"] * 4
@@ -306,7 +306,7 @@ def test_who_sends_letters_that_nobody_can_open_is_asked_no_more(way: str) -> No
 
 def test_who_shares_no_secret_of_its_own_is_asked_no_more() -> None:
     running = spoilt("query.shares false")
-    assert running.told.completed == [(1, 1.0), (2, 2.0)]
+    assert running.recorder.completed == [(1, 1.0), (2, 2.0)]
     assert sum("no sum can be made: the pieces from" in line for line in running.said) == 1
 
 
@@ -326,12 +326,12 @@ def blaming(sender: str, *sites: Masked) -> Running:
 def test_a_single_one_that_blames_others_is_left_out_alone(sender: str) -> None:
     running = blaming(sender, *(Masked(f"site-{n}") for n in range(4)))
     running.run()
-    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert running.recorder.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert {f.site for f in running.nodes.failures} == {"site-3"}
     assert not running.nodes.distrusted
 
 
-def test_whoever_blames_what_it_never_got_is_not_believed() -> None:
+def test_a_site_that_blames_what_it_never_got_is_not_believed() -> None:
     """One that only evaluates."""
     west = Site("west", role="holdout", train=0, validation=0)
 
@@ -345,7 +345,7 @@ def test_whoever_blames_what_it_never_got_is_not_believed() -> None:
     sites: dict[int, Answer] = {n: Masked(f"site-{n}") for n in range(3)}
     running = Running({**sites, 9: answer}, secure_aggregation=True)
     running.run()
-    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert running.recorder.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert not running.nodes.blames
 
 
@@ -361,7 +361,7 @@ def test_a_site_that_evaluates_does_not_train_because_it_says_so() -> None:
     sites: dict[int, Answer] = {n: Masked(f"site-{n}") for n in range(3)}
     running = Running({**sites, 9: answer}, secure_aggregation=True)
     outcome = running.run()
-    assert running.told.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert running.recorder.completed == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert set(outcome.adapted.holdouts) == {"west"}
 
 
@@ -370,7 +370,7 @@ def test_those_that_failed_are_left_out_of_the_next_attempt() -> None:
     silent = [Masked(f"gone-{n}", 1.0, dict.fromkeys((1, 2, 3), "train")) for n in range(4)]
     running = masked(*(Masked(f"site-{n}", 2.0) for n in range(3)), *silent)
     running.run()
-    assert running.told.completed == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    assert running.recorder.completed == [(1, 2.0), (2, 4.0), (3, 6.0)]
 
 
 def test_of_too_few_updates_nothing_is_unmasked() -> None:
@@ -410,13 +410,13 @@ def test_members_are_numbered_anew_in_each_attempt() -> None:
 
 
 @needs("privacy")
-def test_what_is_spent_is_told_with_each_round_and_grows_with_it() -> None:
+def test_the_privacy_spent_is_reported_with_each_round_and_grows() -> None:
     running = Running(honest(3), dp="central", noise_multiplier=2.0)
     outcome = running.run()
-    told = [line.epsilon for line in running.told.results]
-    assert told[0] == 0.0
-    assert told[1:] == pytest.approx([exact(2.0, rounds, 1e-5) for rounds in (1, 2, 3)])
-    assert outcome.epsilon == told[-1]
+    spent = [line.epsilon for line in running.recorder.results]
+    assert spent[0] == 0.0
+    assert spent[1:] == pytest.approx([exact(2.0, rounds, 1e-5) for rounds in (1, 2, 3)])
+    assert outcome.epsilon == spent[-1]
     assert Running(honest(3)).run().epsilon is None
 
 
@@ -426,7 +426,7 @@ def test_noise_is_central_in_a_masked_sum_too() -> None:
     for _ in range(2):
         running = masked(*(Masked(f"site-{n}", 0.1) for n in range(3)), dp="central", noise_multiplier=30.0)
         running.run()
-        values.append(running.told.completed[-1][1])
+        values.append(running.recorder.completed[-1][1])
     assert values[0] != values[1]
     assert max(abs(value - 0.3) for value in values) > 0.1  # of deviation 5 · √3
 
@@ -438,12 +438,12 @@ def test_a_round_in_which_a_site_does_not_train_costs_it_nothing() -> None:
     most = max(running.nodes.trained.values())
     assert sum(running.nodes.trained.values()) == 2 * 6
     assert most < 6
-    told = {line.epsilon for line in running.told.results}
-    assert len(told) == most + 1
+    spent = {line.epsilon for line in running.recorder.results}
+    assert len(spent) == most + 1
 
 
 @needs("privacy")
-def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_counting(tmp_path: Path) -> None:
     def federation() -> Running:
         return Running(honest(3), dp="central", noise_multiplier=2.0)
 
@@ -459,7 +459,8 @@ def test_a_run_that_goes_on_goes_on_counting(tmp_path: Path) -> None:
 def test_what_was_under_way_when_a_run_was_stopped_counts_where_it_has_been_seen(tmp_path: Path) -> None:
     again, _ = interrupted(lambda: Running(honest(3), dp="local", noise_multiplier=8.0), tmp_path / "checkpoint", 2)
     assert again.nodes.trained == {"site-1": 6, "site-2": 6, "site-3": 6}  # two, up to three attempts more, and one
-    assert [number for number, _ in again.told.completed] == [2, 3]  # the three are on disk before the next is asked
+    done = [number for number, _ in again.recorder.completed]
+    assert done == [2, 3]  # the three are on disk before the next is asked
 
 
 @needs("privacy")
@@ -470,7 +471,7 @@ def test_under_secure_aggregation_each_site_may_have_spoiled_one_more_attempt(tm
     state = RunState(1, START, START)
     again = Running(honest(3), **kept, secure_aggregation=True)
     again.nodes.trained.update(first.nodes.trained)
-    loop = RoundLoop(again.nodes, again.strategy, again.settings, START, lambda *_: {}, again.told, state)
+    loop = RoundLoop(again.nodes, again.strategy, again.settings, START, lambda *_: {}, again.recorder, state)
     loop._begin()
     assert again.nodes.trained == dict.fromkeys(first.nodes.trained, 3 + 3 + 3)
 

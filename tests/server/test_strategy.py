@@ -224,7 +224,7 @@ def test_the_servers_steps_are_those_of_the_papers() -> None:
         np.testing.assert_allclose(steps(name, rate, STEPS), path, rtol=1e-5, atol=1e-6)
 
 
-def test_a_server_that_remembers_goes_on_as_if_nothing_had_been() -> None:
+def test_a_server_with_a_memory_resumes_with_an_identical_result() -> None:
     whole = steps("fedadam", 0.1, STEPS)
     first, second = Optimizer("fedadam", 0.1), Optimizer("fedadam", 0.1)
     sent = {"w": torch.tensor([0.5, -0.5])}
@@ -237,7 +237,7 @@ def test_a_server_that_remembers_goes_on_as_if_nothing_had_been() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
-def test_a_server_remembers_single_numbers_as_those_of_a_whole_model(name: str) -> None:
+def test_a_server_remembers_single_numbers_as_those_of_a_full_model(name: str) -> None:
     made, sent = Optimizer(name, 0.1), {"w": torch.tensor([0.5, -0.5]), "scale": torch.tensor(2.0)}
     stepped = made.step(1, sent, {"w": torch.tensor([0.6, -0.5]), "scale": torch.tensor(2.1)})
     again = Optimizer(name, 0.1)

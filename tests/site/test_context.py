@@ -25,12 +25,14 @@ NAMES = ("car", "cat", "fish")
 TOLD = Vocabulary(NAMES, ("a {}",))
 
 
-def desk(tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any) -> SiteContext:
+def site_context(
+    tree: Path, node: dict[str, Any], holdout: str = "", simulated: bool = False, **run: Any
+) -> SiteContext:
     return open_context({"data": f"folder:{tree}", "seed": 3, **run}, node, session(holdout=holdout), simulated)
 
 
-def session(told: Vocabulary = TOLD, holdout: str = "", model: str = "") -> Session:
-    return Session(holdout, told, model, "run-7")
+def session(vocabulary: Vocabulary = TOLD, holdout: str = "", model: str = "") -> Session:
+    return Session(holdout, vocabulary, model, "run-7")
 
 
 @pytest.mark.parametrize("program", [None, "/bin/flwr-clientapp", "/data/default_worker.py"])
@@ -52,7 +54,7 @@ def test_a_process_is_a_real_sites_unless_ray_has_started_it(
 
 def test_a_simulated_site_holds_its_shard_split(tree: Path) -> None:
     """2 domains of 12 images over 3 sites: cartoon in two shards of 6, photo in one."""
-    sites = [desk(tree, {"partition-id": i, "num-partitions": 3}, simulated=True).site for i in range(3)]
+    sites = [site_context(tree, {"partition-id": i, "num-partitions": 3}, simulated=True).site for i in range(3)]
     assert [(s.name, s.domain) for s in sites] == [
         ("cartoon-0", "cartoon"),
         ("photo-0", "photo"),
@@ -67,21 +69,21 @@ def test_a_simulated_site_holds_its_shard_split(tree: Path) -> None:
 
 
 def test_no_site_holds_the_held_out_domain(tree: Path) -> None:
-    sites = [desk(tree, {"partition-id": i, "num-partitions": 2}, "photo", True).site for i in range(2)]
+    sites = [site_context(tree, {"partition-id": i, "num-partitions": 2}, "photo", True).site for i in range(2)]
     assert {site.domain for site in sites} == {"cartoon"}
 
 
 def test_a_site_with_data_of_its_own_holds_all_of_it_but_the_held_out_domain(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
-    assert desk(tree, node, data="drawn").site.domain == "cartoon+photo"
-    own = desk(tree, node, "photo", data="drawn").site
+    assert site_context(tree, node, data="drawn").site.domain == "cartoon+photo"
+    own = site_context(tree, node, "photo", data="drawn").site
     assert (own.name, own.domain) == ("north", "cartoon")
     assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [7, 2, 2]
     assert (own.train.features.norm(dim=1) > 10).all()  # as CLIP gives them
 
 
 @pytest.mark.parametrize(
-    ("node", "told"),
+    ("node", "expected"),
     [
         ({"site": "north"}, "this site's data is not set"),
         ({"partition-id": 0, "num-partitions": 2}, "this site's data is not set"),
@@ -93,42 +95,42 @@ def test_a_site_with_data_of_its_own_holds_all_of_it_but_the_held_out_domain(tre
         ({"data": "folder:TREE", "site": "north", "domains": "photo, x-ray"}, "no x-ray; it has cartoon, photo"),
     ],
 )
-def test_a_real_site_is_told_what_its_owner_has_to_mend(tree: Path, node: dict[str, Any], told: str) -> None:
+def test_a_real_sites_error_says_what_its_owner_has_to_mend(tree: Path, node: dict[str, Any], expected: str) -> None:
     given = {key: str(tree).join(v.split("TREE")) if isinstance(v, str) else v for key, v in node.items()}
-    with pytest.raises(UserError, match=told):
-        desk(tree, given)
+    with pytest.raises(UserError, match=expected):
+        site_context(tree, given)
 
 
 def test_device_and_precision_are_the_owners_choice(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}", "device": "cpu", "precision": "bfloat16"}
-    own = desk(tree, node, device="cuda:3", precision="float32")
+    own = site_context(tree, node, device="cuda:3", precision="float32")
     assert (own.settings.device, own.settings.precision) == ("cpu", "bfloat16")
     assert own.device == torch.device("cpu")
 
 
 def test_a_site_may_take_some_of_its_domains(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
-    own = desk(tree, {**node, "domains": "photo"}).site
+    own = site_context(tree, {**node, "domains": "photo"}).site
     assert (own.domain, len(own.train.labels)) == ("photo", 7)
-    assert desk(tree, {**node, "domains": "cartoon,photo"}).site.domain == "cartoon+photo"
+    assert site_context(tree, {**node, "domains": "cartoon,photo"}).site.domain == "cartoon+photo"
 
 
 def test_a_holdout_site_tests_all_that_it_holds(tree: Path) -> None:
     node = {"site": "west", "data": f"folder:{tree}", "role": "holdout"}
-    own = desk(tree, node, "photo").site
+    own = site_context(tree, node, "photo").site
     assert (own.role, own.domain) == ("holdout", "cartoon+photo")
     assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [0, 0, 24]
     assert own.class_numbers == [0, 1, 2]
 
 
 def test_the_held_out_domain_is_known_in_other_spellings(tree: Path) -> None:
-    assert desk(tree, {"site": "north", "data": f"folder:{tree}"}, "Photo").site.domain == "cartoon"
+    assert site_context(tree, {"site": "north", "data": f"folder:{tree}"}, "Photo").site.domain == "cartoon"
 
 
 def test_where_the_server_has_no_images_a_site_needs_its_own(tree: Path) -> None:
     with pytest.raises(UserError, match="this site's data is not set"):
-        desk(tree, {"site": "north"}, data="none")
-    own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, data="none")
+        site_context(tree, {"site": "north"}, data="none")
+    own = site_context(tree, {"site": "north", "data": f"folder:{tree}"}, data="none")
     assert own.site.class_numbers == [0, 1, 2]
 
 
@@ -139,7 +141,7 @@ def test_no_server_names_a_place_of_a_real_sites_machine(place: str) -> None:
     assert settings_at({"data": "drawn"}, {"site": "north", "data": f"{place}/own"}).data == f"{place}/own"
 
 
-def test_a_site_that_encodes_in_slices_tells_of_all_its_images(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_that_encodes_in_slices_reports_all_its_images(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip, "PART", 5)
     monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
     (tree / "photo" / "cat" / "0.png").write_bytes(b"no picture")
@@ -147,7 +149,7 @@ def test_a_site_that_encodes_in_slices_tells_of_all_its_images(tree: Path, monke
     for _ in range(9):
         try:
             with encoding.at_most(0):
-                own = desk(tree, {"site": "north", "data": f"folder:{tree}"}, seed=71).site
+                own = site_context(tree, {"site": "north", "data": f"folder:{tree}"}, seed=71).site
                 break
         except encoding.UnfinishedError as error:
             found.append((error.done, error.of))
@@ -155,33 +157,33 @@ def test_a_site_that_encodes_in_slices_tells_of_all_its_images(tree: Path, monke
     assert len(own.train.labels) == 13
 
 
-def test_a_site_whose_images_are_all_held_out_is_told(tree: Path) -> None:
+def test_a_site_whose_images_are_all_held_out_is_refused(tree: Path) -> None:
     for picture in (tree / "photo").rglob("*.png"):
         picture.unlink()
     with pytest.raises(UserError, match="all images of this site belong to cartoon"):
-        desk(tree, {"data": f"folder:{tree}", "site": "north"}, "cartoon")
+        site_context(tree, {"data": f"folder:{tree}", "site": "north"}, "cartoon")
 
 
 def test_a_site_numbers_its_classes_as_the_server_does(tree: Path) -> None:
     """The server knows more classes, in another order."""
     shutil.rmtree(tree / "photo" / "car")
     shutil.rmtree(tree / "cartoon")
-    told = Vocabulary(("zebra", "fish", "dog", "cat"), ("a {}",))
+    vocabulary = Vocabulary(("zebra", "fish", "dog", "cat"), ("a {}",))
     node = {"site": "north", "data": f"folder:{tree}"}
-    own = open_context({}, node, session(told), False)
+    own = open_context({}, node, session(vocabulary), False)
     assert own.site.class_numbers == [1, 3]
-    assert own.features.vocabulary == told
+    assert own.features.vocabulary == vocabulary
     assert own.classes.text.shape == (4, 128)
 
 
-def test_classes_that_the_server_does_not_know_are_told(tree: Path) -> None:
+def test_classes_that_the_server_does_not_know_are_named(tree: Path) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
     with pytest.raises(UserError, match="classes that the run does not know: car, fish"):
         open_context({}, node, session(Vocabulary(("cat", "dog"), ("a {}",))), False)
 
 
 @pytest.mark.parametrize("names", ["car,cat", "car,cat,dog,bird"])
-def test_classes_that_the_servers_list_lacks_are_told_in_a_sites_words(tree: Path, names: str) -> None:
+def test_classes_that_the_servers_list_lacks_are_named_in_a_sites_words(tree: Path, names: str) -> None:
     node = {"site": "north", "data": f"folder:{tree}"}
     with pytest.raises(UserError, match="classes that the run does not know: fish"):
         open_context({"class-names": names}, node, session(Vocabulary(tuple(names.split(",")), ("a {}",))), False)
@@ -200,7 +202,7 @@ def test_columns_are_those_of_the_servers_data(tree: Path) -> None:
         open_context({}, {**node, "label-column": "fine"}, session(), False)
 
 
-def test_another_model_than_the_servers_is_told(tree: Path, tmp_path: Path) -> None:
+def test_another_model_than_the_servers_is_refused(tree: Path, tmp_path: Path) -> None:
     model = shutil.copytree(models.BUNDLED, tmp_path / "clip")
     node = {"site": "north", "data": f"folder:{tree}", "model": str(model)}
     own = open_context({"model": "openai/clip", "model-revision": "abc"}, node, session(), False)
@@ -216,7 +218,7 @@ def test_a_site_with_one_image_trains_on_it(tree: Path) -> None:
     for picture in (tree / "photo").rglob("*.png"):
         if picture.parent.name != "cat" or picture.name != "0.png":
             picture.unlink()
-    sites = [desk(tree, {"partition-id": i, "num-partitions": 2}, simulated=True).site for i in range(2)]
+    sites = [site_context(tree, {"partition-id": i, "num-partitions": 2}, simulated=True).site for i in range(2)]
     assert [[len(p.labels) for p in (s.train, s.validation, s.test)] for s in sites] == [[7, 2, 2], [1, 0, 0]]
     assert sites[1].train.labels.tolist() == [1]
 
@@ -224,19 +226,19 @@ def test_a_site_with_one_image_trains_on_it(tree: Path) -> None:
 def test_a_site_whose_images_are_all_broken_has_none(tree: Path) -> None:
     for picture in (tree / "photo").rglob("*.png"):
         picture.write_bytes(b"no picture")
-    own = desk(tree, {"partition-id": 1, "num-partitions": 2}, simulated=True).site
+    own = site_context(tree, {"partition-id": 1, "num-partitions": 2}, simulated=True).site
     assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [0, 0, 0]
 
 
 def test_sites_of_another_partition_hold_rows_of_all_domains(tree: Path) -> None:
     node = {"partition-id": 1, "num-partitions": 2}
-    own = desk(tree, node, simulated=True, partition="iid").site
+    own = site_context(tree, node, simulated=True, partition="iid").site
     assert (own.name, own.domain) == ("site-1", "cartoon+photo")
     assert [len(p.labels) for p in (own.train, own.validation, own.test)] == [7, 2, 2]
 
 
-def test_the_settings_of_the_run_are_those_of_the_desk(tree: Path) -> None:
-    own = desk(tree, {"partition-id": 0, "num-partitions": 1}, simulated=True, adapter="scale")
+def test_the_settings_of_the_run_are_those_of_the_context(tree: Path) -> None:
+    own = site_context(tree, {"partition-id": 0, "num-partitions": 1}, simulated=True, adapter="scale")
     assert own.settings == Settings(data=f"folder:{tree}", seed=3, adapter="scale")
 
 

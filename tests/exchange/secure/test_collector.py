@@ -57,18 +57,18 @@ def test_what_comes_from_a_member_late_twice_or_wrong_is_refused() -> None:
         with pytest.raises(MaskingError, match="vectors arrived too late, twice"):
             collector.add(name, masked["a"])
 
-    told = {name: members[name].reveal(*lists) for name, lists in collector.lists().items()}
+    reveals = {name: members[name].reveal(*lists) for name, lists in collector.lists().items()}
     with pytest.raises(MaskingError, match="vectors arrived too late"):
         collector.add("d", masked["d"])
     with pytest.raises(MaskingError, match=r"reveals arrived .* from a member that was not asked"):
-        collector.reveal("d", told["a"])
+        collector.reveal("d", reveals["a"])
     with pytest.raises(MaskingError, match="not those requested"):
-        collector.reveal("a", {**told["a"], "d": told["a"]["a"]})
+        collector.reveal("a", {**reveals["a"], "d": reveals["a"]["a"]})
     for name in "ab":
-        collector.reveal(name, told[name])
+        collector.reveal(name, reveals[name])
     with pytest.raises(MaskingError, match="2 members revealed their piece of a, expected 3"):
         collector.sum()
-    collector.reveal("c", told["c"])
+    collector.reveal("c", reveals["c"])
     assert collector.sum().tolist() == collector.sum().tolist() == total("abc")
 
 
@@ -77,13 +77,13 @@ def test_pieces_that_are_not_what_was_shared_are_found_out_and_whose_they_are(of
     """The others' are enough."""
     collector, members = until_vectors("abcde", {"e": "vectors"}, 20)
     for name, lists in collector.lists().items():
-        told = members[name].reveal(*lists)
+        pieces = members[name].reveal(*lists)
         if name == "b":
-            told[of] = told[of][:4] + os.urandom(damaged - 4) + told[of][damaged:]
+            pieces[of] = pieces[of][:4] + os.urandom(damaged - 4) + pieces[of][damaged:]
             with pytest.raises(MaskingError, match="not the one that was shared"):
-                collector.reveal(name, told)
+                collector.reveal(name, pieces)
         else:
-            collector.reveal(name, told)
+            collector.reveal(name, pieces)
     assert collector.sum().tolist() == total("abcd")
 
 
@@ -96,7 +96,7 @@ def test_who_shares_what_is_no_secret_of_its_own_is_found_out(secret: str) -> No
         shares = members[name].share(publics)
         if name == "b" and secret == "seed":
             shares = shares._replace(seed=bytes(32))
-        if name == "b" and secret == "private":  # its pieces are those of another key than it told
+        if name == "b" and secret == "private":  # its pieces are those of another key than it sent
             honest, members["b"] = members["b"], Member.begin("b", CONTEXT)
             members["b"].private[1] = honest.private[1]
             shares = members["b"].share({**publics, "b": members["b"].public})
@@ -112,7 +112,7 @@ def test_who_shares_what_is_no_secret_of_its_own_is_found_out(secret: str) -> No
 
 
 def test_a_sum_of_two_is_not_made() -> None:
-    """From it and the next one, in which the third takes part, that one's vector could be told."""
+    """From it and the next one, in which the third takes part, that one's vector could be computed."""
     collector, members = until_vectors("abc", {"c": "vectors"}, 20)
     with pytest.raises(MaskingError, match=r"2 vectors arrived near [ab], expected 3: nothing is unmasked"):
         collector.lists()

@@ -38,7 +38,7 @@ def test_a_masked_vector_looks_like_noise_whatever_is_in_it() -> None:
     assert np.abs(together - np.eye(len(together))).max() < 6 / size**0.5
 
 
-def test_without_reveals_the_total_tells_nothing_of_the_sum() -> None:
+def test_without_reveals_the_total_says_nothing_of_the_sum() -> None:
     """All pairs' masks are gone from it, and each member's own is still there."""
     names = dict.fromkeys("abcd", 1)
     wrong = sum(masked_vectors(10_000, names).values(), np.zeros(10_000, np.uint32))

@@ -111,8 +111,8 @@ def test_revealing_is_refused(survivors: str, dropped: str, why: str) -> None:
     members, _ = five("reveals")
     with pytest.raises(MaskingError, match=why):
         members["a"].reveal(survivors, dropped)
-    told = members["a"].reveal("abc", "de")
-    assert {name: len(piece) for name, piece in told.items()} == {
+    pieces = members["a"].reveal("abc", "de")
+    assert {name: len(piece) for name, piece in pieces.items()} == {
         **dict.fromkeys("abc", SEED_PIECE),
         **dict.fromkeys("de", PRIVATE_PIECE),
     }

@@ -18,7 +18,7 @@ from tests.exchange.secure.rounds import CONTEXT, STEPS, TEN, summed, total, vec
     ],
     ids=lambda gone: "-".join(gone.values()) or "nobody",
 )
-def test_the_sum_is_that_of_those_whose_vector_came_whoever_drops_out(gone: dict[str, str]) -> None:
+def test_the_sum_is_that_of_the_sites_whose_vector_came(gone: dict[str, str]) -> None:
     assert summed(TEN, gone) == total(name for name in TEN if gone.get(name, "reveals") == "reveals")
 
 
@@ -34,7 +34,7 @@ def test_twenty_in_a_ring() -> None:
     assert summed(names, gone, most=11) == total(there)
 
 
-def test_who_has_too_few_left_near_it_does_not_go_on() -> None:
+def test_a_site_with_too_few_neighbours_left_does_not_continue() -> None:
     """Five of the eight next to `lonely` do not share: it could not be unmasked, and the rest goes on without it."""
     names = [f"site-{number}" for number in range(40)]
     collector, members = Collector(CONTEXT, 50, most=9), {name: Member.begin(name, CONTEXT) for name in names}
