@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from fedclip_flwr.runs.history import PAGE
 if TYPE_CHECKING:
     from fedclip_flwr.report.drawing import Plot
 
+Figures = Mapping[str, tuple["Plot", str]]
+"""Plots by name, each with its SVG for the page."""
 PLOTS, FILE = "plots", "held_out.json"
 MARK = b"fedclip report</title>"
 """Identifies a page as a report."""
@@ -32,7 +35,7 @@ def check_out(folder: Path, *own: Run) -> None:
         raise UserError(f"--out {folder}: something else is there, such as {others[0]}; name another folder")
 
 
-def write_plots(made: list[Plot], folder: Path) -> dict[str, tuple[Plot, str]]:
+def write_plots(made: list[Plot], folder: Path) -> Figures:
     """Writes each plot as SVG and PNG. Returns by name each plot with its SVG for the page."""
     from fedclip_flwr.report import drawing  # brings matplotlib
 

@@ -77,6 +77,11 @@ class Story:
     def personal(self) -> Mapping[str, float]:
         return self.adapted.get("personal") or {}
 
+    @property
+    def own(self) -> Mapping[str, float]:
+        """The metrics of personal adapters, as means over the sites."""
+        return (self.adapted.get("personal_metrics") or {}).get("seen") or {}
+
     @cached_property
     def holdout(self) -> str | None:
         """The held-out domain or domains, or else the holdout sites."""
