@@ -9,7 +9,7 @@ from fedclip_flwr.base import Settings, UserError, content, files
 from fedclip_flwr.base.text import percent
 from fedclip_flwr.report import compare_plots
 from fedclip_flwr.report.drawing import styled
-from fedclip_flwr.report.output import Figures, check_out, write_plots, write_text
+from fedclip_flwr.report.output import Figures, check_out, write_file, write_plots
 from fedclip_flwr.report.rendering import gain, render, setting
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.runs import Run
@@ -28,7 +28,7 @@ def write(runs: Sequence[Run], out: Path | None) -> str:
     check_out(folder)
     with styled():
         figures = write_plots(compare_plots.of_runs(stories), folder)
-    path = write_text(folder / PAGE, page(stories, figures))
+    path = write_file(folder / PAGE, page(stories, figures))
     return "\n".join([*(story.figures for story in stories.values()), f"Report: {path}"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,17 +40,14 @@ def write_plots(made: list[Plot], folder: Path) -> Figures:
 
     figures = {}
     for plot in made:
-        svg, png = drawing.as_svg(plot), drawing.as_png(plot)
-        write_text(folder / PLOTS / f"{plot.name}.svg", svg)
-        files.write_atomic(folder / PLOTS / f"{plot.name}.png", partial(_write_bytes, png), "--out")
+        svg = drawing.as_svg(plot)
+        write_file(folder / PLOTS / f"{plot.name}.svg", svg)
+        write_file(folder / PLOTS / f"{plot.name}.png", drawing.as_png(plot))
         figures[plot.name] = plot, drawing.inline(svg, plot.name, plot.says)
     return figures
 
 
-def write_text(path: Path, text: str) -> Path:
-    files.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"), "--out")
+def write_file(path: Path, content: str | bytes) -> Path:
+    data = content.encode() if isinstance(content, str) else content
+    files.write_atomic(path, lambda part: part.write_bytes(data), "--out")
     return path
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
