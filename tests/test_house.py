@@ -127,7 +127,7 @@ def test_only_clip_knows_transformers() -> None:
         ("runs.runlist", {"torch", "flwr"}),
         ("runs.watch", {"torch", "flwr"}),
         ("runs.arguments", {"torch", "flwr"}),
-        ("report", {"matplotlib"}),
+        ("report", {"jinja2", "matplotlib"}),
         ("operations.simulation", {"torch"}),
         ("cli", {"torch", "flwr"}),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedclip_flwr.base.text import bytes_of
-from fedclip_flwr.report.drawing import Plot, apart, canvas, room_for, short, write
+from fedclip_flwr.report.drawing import Plot, canvas, name_ends, room_for, short, write
 from fedclip_flwr.report.plots import ROW, dumbbells, percent
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.report.theme import LIGHT
@@ -51,22 +51,11 @@ def over_rounds(stories: Stories, key: str) -> Plot | None:
             *zip(*line, strict=True), color=LIGHT[role], dashes=dashes, linewidth=1.8, marker="" if line[1:] else "o"
         )
     axes.set_xlim(0, max(1, *(line[-1][0] for line in known.values())))
-    low, high = axes.get_ylim()
-    scale = 248 / (high - low)
-    places = apart([line[-1][1] * scale for line in known.values()], 14)
-    for (name, line), text, place in zip(known.items(), names, places, strict=True):
-        role = styles[name][0]
-        label, where = f"{text} {100 * line[-1][1]:.1f}", axes.get_yaxis_transform()
-        write(
-            axes,
-            1.03,
-            place / scale,
-            label,
-            "soft" if role == "zero" else role,
-            va="center",
-            fontsize=11,
-            transform=where,
-        )
+    ends = [
+        (line[-1][1], f"{text} {100 * line[-1][1]:.1f}", styles[name][0])
+        for (name, line), text in zip(known.items(), names, strict=True)
+    ]
+    name_ends(axes, ends, 14, 11)
     percent(axes, "y")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("round")
@@ -78,12 +67,10 @@ def over_rounds(stories: Stories, key: str) -> Plot | None:
 
 def reached(stories: Stories, key: str) -> Plot | None:
     """The accuracy of each run, zero-shot and adapted."""
-    rows = [(name, story.zero[key], story.adapted[key], None) for name, story in stories.items()]
+    rows = [(short(name), story.zero[key], story.adapted[key], None) for name, story in stories.items()]
     if all(adapted is None for _, _, adapted, _ in rows):
         return None
-    figure, axes = canvas(len(rows) * ROW + 58, left=room_for([short(row[0]) for row in rows]))
-    dumbbells(axes, rows, [key] * len(rows))
-    axes.set_xlabel("accuracy, %")
+    figure, _ = dumbbells(rows, [key] * len(rows), "accuracy, %")
     says = f"{key.capitalize()} accuracy zero-shot and of the selected round, of {len(rows)} runs."
     return Plot(f"runs-{key}", f"{key.capitalize()}: zero-shot and adapted, %", says, figure, "○ zero-shot  ● adapted")
 

@@ -11,7 +11,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -112,7 +112,7 @@ def inline(svg: str, name: str, says: str) -> str:
     """The SVG as a part of the page: it follows the theme, and its ids are unique in the page."""
     svg = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="([^"]+)"', svg)
-    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index(">") + 1 :], flags=re.S)
+    body = svg[svg.index(">") + 1 :]
     used = {*re.findall(r'(?:url\(#|href="#)([^")]+)', body)}
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(url\(#|xlink:href="#)', lambda m: f"{m[1].replace('xlink:', '')}{name}-", body)
@@ -162,3 +162,12 @@ def room_for(texts: list[str], least: float = 24, size: float = 12) -> float:
 def write(axes: Axes, x: float, y: float, text: str, role: str = "ink", **how: Any) -> Text:
     """Adds text at data coordinates."""
     return axes.text(x, y, text, color=LIGHT[role], **how)
+
+
+def name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float, size: float = 12) -> None:
+    """Labels lines at the right of the axes: each end has its height, its label and its role."""
+    low, high = axes.get_ylim()
+    scale, across = 248 / (high - low), axes.get_yaxis_transform()
+    for (_, text, role), place in zip(ends, apart([y * scale for y, _, _ in ends], gap), strict=True):
+        role = "soft" if role == "zero" else role
+        write(axes, 1.03, place / scale, text, role, va="center", fontsize=size, transform=across)

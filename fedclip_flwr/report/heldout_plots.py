@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from fedclip_flwr.learning import metrics
 from fedclip_flwr.learning.metrics import BINS
 from fedclip_flwr.report.drawing import Plot, canvas, room_for, short, write
-from fedclip_flwr.report.plots import MOST_ROWS, ROW, dumbbells, percent
+from fedclip_flwr.report.plots import MOST_ROWS, dumbbells, percent
 from fedclip_flwr.report.theme import LIGHT, STEPS
 
 NUMBERED, DRAWN = 20, 80
@@ -34,11 +35,16 @@ def of_held_out(found: dict[str, Any]) -> list[Plot]:
 
 def recalls(found: dict[str, Any], who: str) -> dict[int, float]:
     """The recall of each class, by the class's number."""
-    totals, right = dict[int, int](), dict[int, int]()
-    for true, predicted, count in found[who]["confusion"]:
-        totals[true] = totals.get(true, 0) + count
-        right[true] = right.get(true, 0) + count * (true == predicted)
-    return {true: right[true] / total for true, total in totals.items()}
+    right = {true: count for true, predicted, count in found[who]["confusion"] if true == predicted}
+    return {true: right.get(true, 0) / total for true, total in totals_of(found, who).items()}
+
+
+def totals_of(found: dict[str, Any], who: str) -> Counter[int]:
+    """The images of each class, by the class's number."""
+    totals = Counter[int]()
+    for true, _, count in found[who]["confusion"]:
+        totals[true] += count
+    return totals
 
 
 def confused(found: dict[str, Any], who: str) -> dict[tuple[int, int], int]:
@@ -79,14 +85,12 @@ def confusion(found: dict[str, Any], who: str) -> Plot:
     """The confusion matrix, in shares of each true class."""
     names = [short(name, 14) for name in found["class_names"]]
     numbered = len(names) <= NUMBERED
-    totals = dict[int, int]()
-    for true, _, count in found[who]["confusion"]:
-        totals[true] = totals.get(true, 0) + count
+    totals = totals_of(found, who)
     shares = {(true, predicted): count / totals[true] for true, predicted, count in found[who]["confusion"]}
     size = 12.0 if len(names) <= 12 else 10.0 if numbered else 8.5
     side = room_for(names, size=size)
     width = 440 if numbered else 900
-    figure, axes = canvas(width - side - 8 + side, left=side, right=8, top=8, bottom=side, width=width)
+    figure, axes = canvas(width - 8, left=side, right=8, top=8, bottom=side, width=width)
     nothing = "more-0" if numbered else None  # of many classes, empty cells are not drawn
     axes.set_facecolor("none" if numbered else LIGHT["more-0"])
     cells(axes, len(names), len(names), lambda row, column: shade(shares.get((row, column), 0.0)) or nothing)
@@ -120,21 +124,11 @@ def pairs(found: dict[str, Any]) -> Plot | None:
         return None
     names = [short(name, 13) for name in found["class_names"]]
     labels = [f"{names[true]} → {names[other]}" for true, other in chosen]
-    figure, axes = canvas(len(chosen) * ROW + 58, left=room_for(labels))
-    for place, pair in enumerate(chosen):
-        y, ends = len(chosen) - 1 - place, (before.get(pair, 0), after.get(pair, 0))
-        axes.plot(ends, [y, y], color=LIGHT["unseen"], linewidth=2, alpha=0.45)
-        axes.plot(
-            [ends[0]], [y], "o", color=LIGHT["paper"], markeredgecolor=LIGHT["zero"], markeredgewidth=1.6, markersize=6
-        )
-        axes.plot([ends[1]], [y], "o", color=LIGHT["unseen"], markersize=7)
-    axes.set_yticks(range(len(chosen)), reversed(labels))
-    axes.set_ylim(-0.7, len(chosen) - 0.3)
+    rows = [(label, before.get(pair, 0), after.get(pair, 0), None) for label, pair in zip(labels, chosen, strict=True)]
+    figure, axes = dumbbells(rows, ["unseen"] * len(rows), "images")
     axes.set_xlim(left=0)
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("images")
+    axes.xaxis.set_major_formatter("{x:.0f}")
     says = f"The {len(chosen)} most confused pairs of classes, by images of the true class predicted as the other one."
     return Plot(
         "pairs", "The most confused pairs", says, figure, "true class → predicted class;  ○ zero-shot  ● adapted"
@@ -184,12 +178,10 @@ def recall(found: dict[str, Any]) -> Plot:
     before, after = (recalls(found, who) for who in WHO)
     names, kept = found["class_names"], sorted(after, key=lambda c: (-abs(after[c] - before[c]), c))[:MOST_ROWS]
     kept.sort(key=lambda c: (-after[c], -before[c], c))
-    rows = [(names[number], before[number], after[number], None) for number in kept]
-    figure, axes = canvas(len(rows) * ROW + 58, left=room_for([short(name) for name in (row[0] for row in rows)]))
-    dumbbells(axes, rows, ["unseen"] * len(rows))
-    axes.set_xlabel("recognised, %")
+    rows = [(short(names[number]), before[number], after[number], None) for number in kept]
+    figure, _ = dumbbells(rows, ["unseen"] * len(rows), "recognised, %")
     some = f" of the {len(rows)} classes that change most" if len(after) > len(rows) else " by class"
-    says = "; ".join(f"{name} {100 * zero:.0f} to {100 * adapted:.0f} %" for name, zero, adapted, _ in rows)
+    says = "; ".join(f"{names[c]} {100 * before[c]:.0f} to {100 * after[c]:.0f} %" for c in kept)
     return Plot("recall", f"Recall{some}, %", f"Recall{some}: {says}.", figure, "○ zero-shot  ● adapted")
 
 

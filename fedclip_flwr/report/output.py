@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from fedclip_flwr.runs.history import PAGE
 if TYPE_CHECKING:
     from fedclip_flwr.report.drawing import Plot
 
+Figures = Mapping[str, tuple["Plot", str]]
+"""Plots by name, each with its SVG for the page."""
 PLOTS, FILE = "plots", "held_out.json"
 MARK = b"fedclip report</title>"
 """Identifies a page as a report."""
@@ -32,23 +34,20 @@ def check_out(folder: Path, *own: Run) -> None:
         raise UserError(f"--out {folder}: something else is there, such as {others[0]}; name another folder")
 
 
-def write_plots(made: list[Plot], folder: Path) -> dict[str, tuple[Plot, str]]:
+def write_plots(made: list[Plot], folder: Path) -> Figures:
     """Writes each plot as SVG and PNG. Returns by name each plot with its SVG for the page."""
     from fedclip_flwr.report import drawing  # brings matplotlib
 
     figures = {}
     for plot in made:
-        svg, png = drawing.as_svg(plot), drawing.as_png(plot)
-        write_text(folder / PLOTS / f"{plot.name}.svg", svg)
-        files.write_atomic(folder / PLOTS / f"{plot.name}.png", partial(_write_bytes, png), "--out")
+        svg = drawing.as_svg(plot)
+        write_file(folder / PLOTS / f"{plot.name}.svg", svg)
+        write_file(folder / PLOTS / f"{plot.name}.png", drawing.as_png(plot))
         figures[plot.name] = plot, drawing.inline(svg, plot.name, plot.says)
     return figures
 
 
-def write_text(path: Path, text: str) -> Path:
-    files.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"), "--out")
+def write_file(path: Path, content: str | bytes) -> Path:
+    data = content.encode() if isinstance(content, str) else content
+    files.write_atomic(path, lambda part: part.write_bytes(data), "--out")
     return path
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)

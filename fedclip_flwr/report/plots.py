@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedclip_flwr.base.text import bytes_of
-from fedclip_flwr.report.drawing import Plot, apart, canvas, room_for, short, write
+from fedclip_flwr.report.drawing import Plot, canvas, name_ends, room_for, short, write
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.report.theme import LIGHT
 
@@ -36,6 +38,7 @@ def rounds(story: Story) -> Plot | None:
     keys = [key for key in ("seen", "unseen") if any(line[key] is not None for line in story.lines)]
     if len(story.lines) < 2 or not keys:
         return None
+    selected = story.run.selected
     figure, axes = canvas(300, right=112)
     axes.grid(axis="y")
     ends: list[tuple[float, str, str]] = []
@@ -50,33 +53,21 @@ def rounds(story: Story) -> Plot | None:
         if not light and (zero := story.zero[key]) is not None:
             axes.axhline(zero, color=LIGHT[role], linewidth=1.2, dashes=(4, 3), zorder=2)
             ends.append((zero, f"{story.run.start} {100 * zero:.1f}", role))
-        at = None if story.selected is None else dict(known).get(story.selected)
-        if not light and at is not None and story.selected is not None:
-            axes.plot(
-                [story.selected], [at], "o", color=LIGHT[role], markersize=9, markeredgecolor=LIGHT["paper"], zorder=4
-            )
+        if not light and selected is not None and selected in dict(known):
+            at = dict(known)[selected]
+            axes.plot([selected], [at], "o", color=LIGHT[role], markersize=9, markeredgecolor=LIGHT["paper"], zorder=4)
     last = max(line["round"] for line in story.lines)
     axes.set_xlim(0, last)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low - 0.02, -0.02), min(high + 0.02, 1.02))
-    scale = 248 / (axes.get_ylim()[1] - axes.get_ylim()[0])
-    for (_, text, role), place in zip(ends, apart([y * scale for y, _, _ in ends], 15), strict=True):
-        write(
-            axes,
-            1.03,
-            place / scale,
-            text,
-            "soft" if role == "zero" else role,
-            va="center",
-            transform=axes.get_yaxis_transform(),
-        )
-    if story.selected is not None:
-        axes.axvline(story.selected, color=LIGHT["line"], linewidth=1, zorder=1)
+    name_ends(axes, ends, 15)
+    if selected is not None:
+        axes.axvline(selected, color=LIGHT["line"], linewidth=1, zorder=1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("round")
     percent(axes, "y")
     labels = "; ".join(text for _, text, _ in ends)
-    chosen = f" The dots mark round {story.selected}, which was selected." if story.selected is not None else ""
+    chosen = f" The dots mark round {selected}, which was selected." if selected is not None else ""
     return Plot(
         "rounds",
         "Accuracy over rounds, %",
@@ -87,38 +78,28 @@ def rounds(story: Story) -> Plot | None:
 
 
 def dumbbells(
-    axes: Axes, rows: Sequence[tuple[str, float | None, float | None, float | None]], roles: Sequence[str]
-) -> None:
-    """Draws a line for each row: name, zero-shot, adapted and own accuracy, the first row at the top."""
+    rows: Sequence[tuple[str, float | None, float | None, float | None]], roles: Sequence[str], label: str
+) -> tuple[Figure, Axes]:
+    """A figure with a line for each row: name, zero-shot, adapted and own accuracy, the first row at the top."""
+    figure, axes = canvas(len(rows) * ROW + 58, left=room_for([row[0] for row in rows]))
+    ring: dict[str, Any] = {"color": LIGHT["paper"], "markeredgecolor": LIGHT["zero"], "markeredgewidth": 1.6}
     for place, ((_, zero, adapted, own), role) in enumerate(zip(rows, roles, strict=True)):
         y = len(rows) - 1 - place
         if zero is not None and adapted is not None:
             axes.plot([zero, adapted], [y, y], color=LIGHT[role], linewidth=2, alpha=0.45, zorder=2)
         if zero is not None:
-            axes.plot(
-                [zero],
-                [y],
-                "o",
-                color=LIGHT["paper"],
-                markeredgecolor=LIGHT["zero"],
-                markeredgewidth=1.6,
-                markersize=6,
-                zorder=3,
-            )
+            axes.plot([zero], [y], "o", markersize=6, zorder=3, **ring)
         if own is not None:
             axes.plot([own], [y], "D", color=LIGHT["own"], markersize=5.5, zorder=4)
         if adapted is not None:
             axes.plot([adapted], [y], "o", color=LIGHT[role], markersize=7, zorder=3)
-    axes.set_yticks(range(len(rows)), [short(row[0]) for row in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
+    axes.set_xlabel(label)
     percent(axes, "x")
-
-
-def ordered(rows: Mapping[str, float | None]) -> list[str]:
-    """The names, the best first."""
-    return sorted(rows, key=lambda name: (-(rows[name] or 0.0), name))
+    return figure, axes
 
 
 def sites(story: Story) -> Plot | None:
@@ -126,21 +107,20 @@ def sites(story: Story) -> Plot | None:
     own, apart_from = story.personal, story.adapted["holdout_sites"]
     adapted = {**story.adapted["sites"], **apart_from}
     zero = {**story.zero["sites"], **story.zero["holdout_sites"]}
-    names = ordered(adapted)
+    names = sorted(adapted, key=lambda name: (-(adapted[name] or 0.0), name))
     if not names:
         return None
     left_out = len(names) - MOST_ROWS
     if left_out > 0:
         names = [*names[: MOST_ROWS // 2], *names[-MOST_ROWS // 2 :]]
     rows = [
-        (f"{name}, unseen" if name in apart_from else name, zero.get(name), adapted[name], own.get(name))
+        (short(f"{name}, unseen" if name in apart_from else name), zero.get(name), adapted[name], own.get(name))
         for name in names
     ]
-    figure, axes = canvas(len(rows) * ROW + 58, left=room_for([short(row[0]) for row in rows]))
-    dumbbells(axes, rows, ["unseen" if name in apart_from else "seen" for name in names])
+    roles = ["unseen" if name in apart_from else "seen" for name in names]
+    figure, axes = dumbbells(rows, roles, "test accuracy, %")
     if left_out > 0:
         axes.axhline(MOST_ROWS / 2 - 0.5, color=LIGHT["soft"], linewidth=1, dashes=(1, 3))
-    axes.set_xlabel("test accuracy, %")
     which = (
         f"The {MOST_ROWS // 2} best and the {MOST_ROWS // 2} weakest of {len(adapted)} sites"
         if left_out > 0

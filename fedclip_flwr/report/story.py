@@ -39,13 +39,9 @@ class Story:
         return self.run.metrics
 
     @property
-    def completed(self) -> bool:
-        return self.run.completed
-
-    @property
     def status(self) -> str:
         """A sentence on why the run was not completed; empty if it was."""
-        if self.completed:
+        if self.run.completed:
             return ""
         why = shown(self.run.why).rstrip(".")
         return STATUS.get(self.run.status, "How this run ended is not known") + (f": {why}." if why else ".")
@@ -56,19 +52,15 @@ class Story:
         lost = self.run.lost
         return f"metrics.jsonl lacks the lines of {counted(lost, 'round')}: they are not shown." if lost else ""
 
-    @property
-    def selected(self) -> int | None:
-        return self.run.selected
-
     @cached_property
     def zero(self) -> Mapping[str, Any]:
         """The results of zero-shot; of an incomplete run those of round 0."""
-        return self.run.summary["zero_shot"] if self.completed else _of_line(self.run.line(0))
+        return self.run.summary["zero_shot"] if self.run.completed else _of_line(self.run.line(0))
 
     @cached_property
     def adapted(self) -> Mapping[str, Any]:
         """The results of the selected round; of an incomplete run of that so far, or of the last one."""
-        if self.completed:
+        if self.run.completed:
             found: dict[str, Any] = self.run.summary["adapted"]
             return found
         return _of_line(self.run.best)
@@ -77,10 +69,15 @@ class Story:
     def personal(self) -> Mapping[str, float]:
         return self.adapted.get("personal") or {}
 
+    @property
+    def own(self) -> Mapping[str, float]:
+        """The metrics of personal adapters, as means over the sites."""
+        return (self.adapted.get("personal_metrics") or {}).get("seen") or {}
+
     @cached_property
     def holdout(self) -> str | None:
         """The held-out domain or domains, or else the holdout sites."""
-        named = self.run.summary.get("holdout") if self.completed else self.domain
+        named = self.run.summary.get("holdout") if self.run.completed else self.domain
         if not named and self.settings.holdout not in ("auto", ""):
             named = self.settings.holdout
         return named or (", ".join(self.adapted["holdout_sites"]) or None)
@@ -175,7 +172,7 @@ class Story:
         if self.run.bytes_per_site_round is not None:
             less = f", {self.times_less:,.0f} times less than FedAVG" if self.times_less else ""
             parts.append(f"{self.cost} a site and round{less}")
-        state = "" if self.completed else f"{self.run.status} after {counted(self.run.done, 'round')}; "
+        state = "" if self.run.completed else f"{self.run.status} after {counted(self.run.done, 'round')}; "
         return f"{self.run.name}: {state}{'; '.join(parts) or 'no round'}"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedclip_flwr.base import UserError, files
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.data import held_out as held_out_of
-from fedclip_flwr.report.output import FILE, check_out, write_plots, write_text
+from fedclip_flwr.report.output import FILE, check_out, write_file, write_plots
 from fedclip_flwr.runs import Run, history
 from fedclip_flwr.runs.history import PAGE
 
@@ -51,7 +51,7 @@ def write(run: Run, out: Path | None = None, opened: Opened | None = None) -> Pa
     with styled():
         made = [*plots.of_run(story), *(heldout_plots.of_held_out(found) if found else [])]
         figures = write_plots(made, folder)
-    return write_text(folder / PAGE, page.of_run(story, figures, found, problem))
+    return write_file(folder / PAGE, page.of_run(story, figures, found, problem))
 
 
 def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[str, Any] | None, str]:
@@ -59,7 +59,7 @@ def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[st
     from fedclip_flwr.report import heldout
 
     try:
-        if story.selected is None and not (story.run.path / "model").is_dir():
+        if story.run.selected is None and not (story.run.path / "model").is_dir():
             raise UserError("the run completed no round")
         features, holdout = opened or heldout.open_held_out(story.settings)
         if not held_out_of(holdout, features.domains):
@@ -69,7 +69,7 @@ def held_out(story: Story, folder: Path, opened: Opened | None) -> tuple[dict[st
         if not (story.run.path / FILE).exists():
             return None, one_line(error)
         return heldout.kept(story.run.path, one_line(error))
-    write_text(folder / FILE, heldout.as_text(found))
+    write_file(folder / FILE, heldout.as_text(found))
     return found, ""
 
 

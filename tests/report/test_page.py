@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedclip_flwr.report import compare, heldout_sections, page, writing
+from fedclip_flwr.report import compare, page, writing
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.runs import history
 from tests.report.made import many_classes
@@ -166,21 +166,21 @@ def test_class_names_and_images_of_an_analysis_that_came_from_elsewhere_can_not_
     card = {"true": 0, "zero_shot": [1, 0.6], "adapted": [0, 0.7]}
     found["mended"] = [{**card, "image": image} for image in ("data:image/jpeg;base64,AAAA", 'x" onerror="y', None)]
     found["changed"]["mended"] = 3
-    text = "".join(heldout_sections.of(Story(history.read(plain)), {}, found, "<i>"))
+    text = page.of_run(Story(history.read(plain)), {}, found, "<i>")
     assert "<script>" not in text
     assert "onerror" not in text
     assert text.count("<img ") == 1
     assert "&lt;img src=x&gt;" in text
     assert "&lt;i&gt;" in text
     found["mended"] = [{**card, "image": None}]
-    text = "".join(heldout_sections.of(Story(history.read(plain)), {}, found, ""))
+    text = page.of_run(Story(history.read(plain)), {}, found, "")
     assert "adapted: 3. There are no images to show, because the data has only their features." in text
 
 
 def test_an_adapter_that_changes_nothing_is_said_to(plain: Path) -> None:
     found: dict[str, Any] = many_classes(None, 3)  # type: ignore[arg-type]
     found["weights"] = {"of": 4, "values": [[0.0, 0.0]] * 3}
-    text = "".join(heldout_sections.of(Story(history.read(plain)), {}, found, ""))
+    text = page.of_run(Story(history.read(plain)), {}, found, "")
     assert "it changes nothing" in text
 
 
@@ -208,21 +208,22 @@ def test_the_sentence_follows_the_figures(
     for key, values in (("zero_shot", zero), ("adapted", adapted)):
         run.summary[key] |= dict(zip(("seen", "unseen"), values, strict=True))
     assert Story(run).sentence.endswith(told)
-    assert page.tiles(Story(run)).count("over zero-shot") == sum(value is not None for value in adapted)
+    below = [tile.below for tile in page.tiles(Story(run))]
+    assert sum("over zero-shot" in text for text in below) == sum(value is not None for value in adapted)
 
 
 def test_the_head_tells_where_the_papers_recipe_lacked_the_length_of_features(plain: Path) -> None:
     run = history.read(plain)
-    assert "not the paper’s result" not in page.head(Story(run))
+    assert "not the paper’s result" not in page.of_run(Story(run), {}, None, "")
     run.summary["unknown_norm"] = True
-    assert "This is not the paper’s result: its adapter expects features of" in page.head(Story(run))
+    assert "This is not the paper’s result: its adapter expects features of" in page.of_run(Story(run), {}, None, "")
 
 
 def test_runs_of_other_numbers_of_sites_differ_in_that(plain: Path) -> None:
     one, other = Story(history.read(plain)), Story(history.read(plain))
-    assert "The settings are the same." in compare._settings(["a", "b"], [one, other])
+    assert "The settings are the same." in compare.page({"a": one, "b": other}, {})
     other.run.settings["sites"] = 60
-    told = compare._settings(["a", "b"], [one, other])
+    told = compare.page({"a": one, "b": other}, {})
     assert ">sites<" in told
     assert ">60<" in told
 
@@ -240,8 +241,8 @@ def test_a_blend_is_told_with_the_weights(plain: Path) -> None:
     row = [[0, 1.0]]
     found["weights"] = {"of": 4, "common": 0.5, "values": [[1.0]], "classes": [2], "rising": [row], "falling": [row]}
     run = history.read(plain)
-    assert "The blend takes" not in "".join(heldout_sections.of(Story(run), {}, found, ""))
+    assert "The blend takes" not in page.of_run(Story(run), {}, found, "")
     run.summary["adapted"]["blend"] = 0.25
-    text = "".join(heldout_sections.of(Story(run), {}, found, ""))
+    text = page.of_run(Story(run), {}, found, "")
     assert "The blend takes 25 % of the adapted feature" in text
     assert "<td>class 2</td><td>0</td><td>+1.00</td>" in text

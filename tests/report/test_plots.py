@@ -42,7 +42,7 @@ def test_the_plot_of_rounds_names_its_lines_with_their_last_values(story: Story)
     for key, name in (("seen", "seen"), ("unseen", "unseen"), ("val", "validation")):
         assert f"{name} {100 * last[key]:.1f}" in texts(svg)
     assert f"zero-shot {100 * story.lines[0]['unseen']:.1f}" in texts(svg)
-    assert f"round {story.selected}" in plot.note
+    assert f"round {story.run.selected}" in plot.note
 
 
 def test_nothing_is_drawn_of_a_run_without_rounds(story: Story) -> None:
