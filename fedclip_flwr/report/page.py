@@ -15,8 +15,6 @@ from fedclip_flwr.report.story import Story
 from fedclip_flwr.runs.console import NOT_THE_PAPERS, left_out
 
 MEASURES = "accuracy", "balanced_accuracy", "macro_f1", "calibration_error"
-OWN_FACTS = ("versions", "package", "run", "sites")
-"""Keys of settings.json that are no settings."""
 AGAINST = {"local": "against anyone, including the server", "central": "against anyone but the server"}
 
 
@@ -33,7 +31,7 @@ class Tile(NamedTuple):
 def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, problem: str) -> str:
     """The page; `found` is the analysis of held-out images, `problem` says why it is missing or not new."""
     facts, default, changed = story.run.settings, Settings().as_run_config(), story.run.changed
-    versions = facts.get("versions")
+    versions, plugins = facts.get("versions"), facts.get("plugins")
     found = found if found and found["images"] else None
     return render(
         "run.html",
@@ -49,9 +47,10 @@ def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, problem
         strongest=strongest(found) if found else [],
         failures=failures(story),
         changed=[(key, setting(value) or "–", setting(default[key]) or "–") for key, value in changed.items()],
-        settings=[(key, setting(value) or "–") for key, value in facts.items() if key not in OWN_FACTS],
+        settings=[(key, setting(facts[key]) or "–") for key in default],
         versions=[
             ("package hash", facts.get("package", "–")),
+            *(("plug-in", one) for one in (plugins if isinstance(plugins, list) else ())),
             *(versions.items() if isinstance(versions, dict) else ()),
         ],
         next_steps=next_steps(story),

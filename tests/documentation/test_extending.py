@@ -110,7 +110,9 @@ def test_the_pages_run(package: Path, commands: list[list[str]]) -> None:
     assert re.fullmatch(r"sheets without a version [0-9a-f]{16}", *settings["plugins"])
     assert settings["adapter-facts"] == {"name": "mlp", "ranked": True, "zero-shot": False}
     assert "mlp-4" in fedclip(package, "runs")
-    assert "mlp adapter of rank 4" in (package / "home/runs/latest/report.html").read_text()
+    page = (package / "home/runs/latest/report.html").read_text()
+    assert "mlp adapter of rank 4" in page
+    assert f"<td>plug-in</td><td>{settings['plugins'][0]}</td>" in page
 
 
 @pytest.mark.documentation
