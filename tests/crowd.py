@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fedclip_flwr.base import files, store
+from fedclip_flwr.base import store, tensorfile
 from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.base.tensors import State
 
@@ -76,9 +76,9 @@ def victim(folder: Path, way: str, signalled: int) -> NoReturn:
         if done == 2 and way in ("a batch", "half a batch", "half a line"):
             die()
 
-    save = files.save_tensors
+    save = tensorfile.save
     if way == "half a file":
-        files.save_tensors = half_a_file
+        tensorfile.save = half_a_file
     elif way == "a whole file":
         os.fsync = die  # which comes between writing a file and putting it in its place
     elif way == "a finish":

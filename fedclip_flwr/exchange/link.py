@@ -21,7 +21,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from safetensors import SafetensorError
 
-from fedclip_flwr.base import content, files, store
+from fedclip_flwr.base import content, files, store, tensorfile
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.codecs import packed_size, packs, unwrap, wrap
@@ -143,7 +143,7 @@ class StatesOnDisk:
             return None
 
     def write(self, state: State, name: str, folder: str = "") -> None:
-        files.write_atomic(self._path(name, folder), lambda part: files.save_tensors(state, part, {}))
+        files.write_atomic(self._path(name, folder), lambda part: tensorfile.save(state, part, {}))
 
     def names(self, folder: str = "") -> list[str]:
         return [path.stem for path in (self._root / folder).glob("*.safetensors") if not path.is_dir()]
