@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -114,21 +113,8 @@ def forget(session: str = "") -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class States(Protocol):
-    """Where a site keeps states between messages: by name, optionally in a folder."""
-
-    def read(self, name: str, folder: str = "") -> State | None:
-        """The state of that name; None if it is missing or unreadable."""
-
-    def write(self, state: State, name: str, folder: str = "") -> None: ...
-
-    def names(self, folder: str = "") -> list[str]: ...
-
-    def remove(self, name: str, folder: str = "") -> None: ...
-
-
 class StatesOnDisk:
-    """States in files, because another process may answer the next message."""
+    """The states that a site keeps between messages: in files, because another process may answer the next one."""
 
     def __init__(self, session: str) -> None:
         self._root = files.home() / "exchange" / session
@@ -137,6 +123,7 @@ class StatesOnDisk:
         return self._root / folder / f"{name}.safetensors"
 
     def read(self, name: str, folder: str = "") -> State | None:
+        """The state of that name; None if it is missing or unreadable."""
         try:
             return store.mapped(self._path(name, folder))[0]
         except (OSError, SafetensorError):
@@ -153,7 +140,7 @@ class StatesOnDisk:
 
 
 class StatesInMemory:
-    """States in memory, for sites in one process."""
+    """As `StatesOnDisk`, for sites in one process."""
 
     def __init__(self) -> None:
         self._states: dict[str, dict[str, State]] = defaultdict(dict)
@@ -177,7 +164,7 @@ class SiteCache:
     Simulated sites of one machine share the adapters. The previous one is kept, because a message may be repeated.
     """
 
-    def __init__(self, states: States, codec: str) -> None:
+    def __init__(self, states: StatesOnDisk | StatesInMemory, codec: str) -> None:
         self._states, self._codec = states, codec
         self._received: State = {}
 

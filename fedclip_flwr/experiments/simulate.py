@@ -20,7 +20,7 @@ from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary, held_out, pick_holdout
 from fedclip_flwr.exchange import Hello, Session
-from fedclip_flwr.exchange.link import Downlink, SiteCache, States, StatesInMemory
+from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesInMemory
 from fedclip_flwr.exchange.records import write_hello
 from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node, local_grid
@@ -227,7 +227,7 @@ class _LocalContext(SiteContext):
 class _SiteNode:
     """A site's answers to messages."""
 
-    def __init__(self, context: _LocalContext, states: States) -> None:
+    def __init__(self, context: _LocalContext, states: StatesInMemory) -> None:
         self.context, self._states = context, states
         self._memory: dict[str, ConfigRecord] = {}
 

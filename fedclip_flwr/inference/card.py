@@ -32,14 +32,12 @@ def card_of(facts: Mapping[str, Any], origin: Path | None, sites: bool = False) 
         return ModelCard((origin / "README.md").read_text(encoding="utf-8"))
     settings = run.settings if run else {}
     summary = run.summary if run and run.completed else {}
-    return ModelCard.from_template(
-        _metadata(facts, settings, summary),
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
-        **_model(facts),
-        **{"run": run, "settings": settings, "summary": summary, "sites": sites, "same": same},
-        data=_data_name(settings["data"]) if run else "",
-        **{"percent": percent, "gain": gain, "cost": console.cost, "uncovered": console.UNCOVERED},
-    )
+    found: dict[str, Any] = {**_model(facts), "run": run, "settings": settings, "summary": summary, "sites": sites}
+    found |= {"same": same, "data": _data_name(str(settings.get("data", "")))}
+    found |= {"percent": percent, "gain": gain, "cost": console.cost, "uncovered": console.UNCOVERED}
+    template, metadata = TEMPLATE.read_text(encoding="utf-8"), _metadata(facts, settings, summary)
+    card: ModelCard = ModelCard.from_template(metadata, template_str=template, **found)
+    return card
 
 
 def _made_for(origin: Path) -> list[Any]:
