@@ -150,6 +150,11 @@ def write_atomic(
             part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, setting: str = "FEDCLIP_HOME") -> None:
+    """Writes the text in UTF-8, as `write_atomic` does."""
+    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"), setting)
+
+
 def tidy(folder: Path, setting: str = "FEDCLIP_HOME") -> None:
     """Removes temporary files of `write_atomic` in killed processes; nothing may be writing to the folder now."""
     with writing_to(folder.parent, setting):

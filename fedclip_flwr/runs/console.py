@@ -18,11 +18,7 @@ if TYPE_CHECKING:  # they import torch, which commands on runs do not need
     from fedclip_flwr.server import RoundResult
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
-
-
 UNCOVERED = "not covered: image counts, and the accuracies and losses that select the round"
-
-
 NOT_THE_PAPERS = (
     "its adapter expects features of CLIP's own length, but some features here were normalised to unit length; set "
     "feature-norm=N, or feature_norm in features.json"

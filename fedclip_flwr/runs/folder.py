@@ -43,8 +43,6 @@ from fedclip_flwr.server import RoundResult
 from fedclip_flwr.server.nodes import Failure
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
-
-
 FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "track", *history.WHERE})
 """Settings that may differ when a run is resumed."""
 LOCK_ATTEMPTS = 5
@@ -189,9 +187,7 @@ class RunFolder:
 
     def _write_lines(self) -> None:
         with self._writable():
-            files.write_atomic(
-                self.path / history.METRICS, lambda part: part.write_text("".join(self._lines)), self._setting
-            )
+            files.write_text(self.path / history.METRICS, "".join(self._lines), self._setting)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
