@@ -13,14 +13,15 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
-from fedclip_flwr.base import files, store
+from fedclip_flwr.base import store, tensorfile
 from fedclip_flwr.base.growing import Growing
 from fedclip_flwr.base.tensors import State
 
@@ -61,7 +62,7 @@ def victim(folder: Path, way: str, signalled: int) -> NoReturn:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("alive")
 
-    def half_a_file(tensors: State, path: Path, facts: dict[str, str]) -> None:
+    def half_a_file(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str]) -> None:
         save(tensors, path, facts)
         os.truncate(path, path.stat().st_size // 2)
         die()
@@ -76,9 +77,9 @@ def victim(folder: Path, way: str, signalled: int) -> NoReturn:
         if done == 2 and way in ("a batch", "half a batch", "half a line"):
             die()
 
-    save = files.save_tensors
+    save = tensorfile.save
     if way == "half a file":
-        files.save_tensors = half_a_file
+        tensorfile.save = half_a_file
     elif way == "a whole file":
         os.fsync = die  # which comes between writing a file and putting it in its place
     elif way == "a finish":

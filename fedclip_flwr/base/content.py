@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedclip_flwr.base.errors import UserError
-from fedclip_flwr.base.files import PACKAGE, home, may_read, opened, with_retries, write_atomic
+from fedclip_flwr.base.files import PACKAGE, home, may_read, opened, with_retries, write_text
 
 UNREADABLE = "unreadable"
 """Stands in for the hash of a file that can't be read until somebody changes it."""
@@ -64,7 +64,7 @@ def mark_used(path: Path) -> None:
 def remember(name: str, text: str, memory: Path) -> None:
     """Stores the text under the name. A failed write is ignored: it only costs time later."""
     with contextlib.suppress(UserError):
-        write_atomic(memory / name, lambda path: path.write_text(f"{digest(text)}\n{text}", encoding="utf-8"))
+        write_text(memory / name, f"{digest(text)}\n{text}")
 
 
 def forget(name: str, memory: Path) -> None:

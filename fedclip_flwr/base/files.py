@@ -13,13 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fedclip_flwr.base.errors import ReadError, UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 PACKAGE = Path(__file__).parent.parent
 T = TypeVar("T")
@@ -154,6 +150,11 @@ def write_atomic(
             part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, setting: str = "FEDCLIP_HOME") -> None:
+    """Writes the text in UTF-8, as `write_atomic` does."""
+    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"), setting)
+
+
 def tidy(folder: Path, setting: str = "FEDCLIP_HOME") -> None:
     """Removes temporary files of `write_atomic` in killed processes; nothing may be writing to the folder now."""
     with writing_to(folder.parent, setting):
@@ -169,17 +170,3 @@ def _sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
-    """Writes a safetensors file with `facts` as the metadata in its header."""
-    from safetensors import SafetensorError  # not at the top: it imports torch, which writing keys does not need
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, facts)
-        path.chmod(mode)  # as for any other file: safetensors makes it readable by the owner only
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(str(error)) from error

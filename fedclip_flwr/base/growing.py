@@ -12,8 +12,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,9 +66,7 @@ class Growing:
     def __enter__(self) -> Growing:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in (self._features, self._lines):
             with contextlib.suppress(OSError):  # it was already raised on writing
                 file.close()
@@ -152,15 +149,10 @@ class Growing:
         facts = {"broken": str(self.broken), "names": ", ".join(self._names)}
         facts["checksum"] = tensorfile.checksum(facts, {name: (spec, crcs[name]) for name, spec in specs.items()})
         with files.writing_to(self._path.parent):
-            _begin(self._features, tensorfile.header(specs, facts, self._start - 8 * len(labels)), labels)
+            self._features.seek(0)
+            self._features.write(tensorfile.header(specs, facts, self._start - 8 * len(labels)))
+            self._features.writelines(tensorfile.pieces(labels))
+            self._features.flush()
             os.fsync(self._features.fileno())
             self._part.replace(self._path)
             self._journal.unlink()
-
-
-def _begin(file: BinaryIO, header: bytes, labels: Tensor) -> None:
-    """Writes the header and the labels, which come before the features."""
-    file.seek(0)
-    file.write(header)
-    file.writelines(tensorfile.pieces(labels))
-    file.flush()

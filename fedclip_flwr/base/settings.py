@@ -345,15 +345,7 @@ def _check_text(key: str, value: str) -> None:
 
 
 ENCODING_KEYS = (
-    "data",
-    "image-column",
-    "label-column",
-    "domain-column",
-    "model",
-    "model-revision",
-    "prompt",
-    "class-names",
-    "device",
-    "precision",
+    *("data", "image-column", "label-column", "domain-column"),
+    *("model", "model-revision", "prompt", "class-names", "device", "precision"),
 )
 """The keys of the settings that encoding uses."""

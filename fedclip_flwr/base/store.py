@@ -71,7 +71,7 @@ def _write(path: Path, tensors: State, facts: dict[str, str]) -> None:
         part.unlink()
     sums = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
     facts = {**facts, "checksum": tensorfile.checksum(facts, sums)}
-    files.write_atomic(path, lambda part: files.save_tensors(tensors, part, facts))
+    files.write_atomic(path, lambda part: tensorfile.save(tensors, part, facts))
 
 
 def read(path: Path) -> tuple[State, Facts] | None:

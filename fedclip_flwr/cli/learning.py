@@ -25,15 +25,12 @@ def _settings() -> str:
 def run(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     nodes: Annotated[
-        int | None,
-        typer.Option("--nodes", "-n", metavar="N", help="Number of simulated sites (default: 10).", show_default=False),
+        int | None, option("Number of simulated sites (default: 10).", "--nodes", "-n", metavar="N")
     ] = None,
     on: Annotated[
         str,
-        typer.Option(
-            metavar="NAME",
-            help="Run on a SuperLink, by its name in Flower's configuration, with its sites; no simulation.",
-            show_default=False,
+        option(
+            "Run on a SuperLink, by its name in Flower's configuration, with its sites; no simulation.", metavar="NAME"
         ),
     ] = "",
     name: Annotated[str, option("Name of the run and its folder, as the setting name.")] = "",

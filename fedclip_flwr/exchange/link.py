@@ -15,13 +15,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from safetensors import SafetensorError
 
-from fedclip_flwr.base import content, files, store
+from fedclip_flwr.base import content, files, store, tensorfile
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.codecs import packed_size, packs, unwrap, wrap
@@ -114,21 +113,8 @@ def forget(session: str = "") -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class States(Protocol):
-    """Where a site keeps states between messages: by name, optionally in a folder."""
-
-    def read(self, name: str, folder: str = "") -> State | None:
-        """The state of that name; None if it is missing or unreadable."""
-
-    def write(self, state: State, name: str, folder: str = "") -> None: ...
-
-    def names(self, folder: str = "") -> list[str]: ...
-
-    def remove(self, name: str, folder: str = "") -> None: ...
-
-
 class StatesOnDisk:
-    """States in files, because another process may answer the next message."""
+    """The states that a site keeps between messages: in files, because another process may answer the next one."""
 
     def __init__(self, session: str) -> None:
         self._root = files.home() / "exchange" / session
@@ -137,13 +123,14 @@ class StatesOnDisk:
         return self._root / folder / f"{name}.safetensors"
 
     def read(self, name: str, folder: str = "") -> State | None:
+        """The state of that name; None if it is missing or unreadable."""
         try:
             return store.mapped(self._path(name, folder))[0]
         except (OSError, SafetensorError):
             return None
 
     def write(self, state: State, name: str, folder: str = "") -> None:
-        files.write_atomic(self._path(name, folder), lambda part: files.save_tensors(state, part, {}))
+        files.write_atomic(self._path(name, folder), lambda part: tensorfile.save(state, part, {}))
 
     def names(self, folder: str = "") -> list[str]:
         return [path.stem for path in (self._root / folder).glob("*.safetensors") if not path.is_dir()]
@@ -153,7 +140,7 @@ class StatesOnDisk:
 
 
 class StatesInMemory:
-    """States in memory, for sites in one process."""
+    """As `StatesOnDisk`, for sites in one process."""
 
     def __init__(self) -> None:
         self._states: dict[str, dict[str, State]] = defaultdict(dict)
@@ -177,7 +164,7 @@ class SiteCache:
     Simulated sites of one machine share the adapters. The previous one is kept, because a message may be repeated.
     """
 
-    def __init__(self, states: States, codec: str) -> None:
+    def __init__(self, states: StatesOnDisk | StatesInMemory, codec: str) -> None:
         self._states, self._codec = states, codec
         self._received: State = {}
 

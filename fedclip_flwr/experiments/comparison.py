@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from fedclip_flwr.base import Settings, UserError, content, files, plugins
@@ -91,7 +90,7 @@ def compare(options: SweepOptions) -> str:
         "differences.csv": printed.differences_csv(compared, options.name),
     }
     for file, body in texts.items():
-        files.write_atomic(folder / file, partial(_write, body), "--out")
+        files.write_text(folder / file, body, "--out")
     return f"{text}\nWritten to {folder}: {', '.join([*texts, *_plots(made, folder)])}"
 
 
@@ -120,7 +119,7 @@ def _folder(options: SweepOptions, plan: Plan, features: Features) -> Path:
             raise UserError(f"--name {options.name}: another sweep has this name, in {folder}; give another one")
     files.make_folder(folder, "--out")  # before the work, not after it
     asked = {**dataclasses.asdict(options), "settings": list(options.settings), "mark": mark}
-    files.write_atomic(folder / FACTS, partial(_write, json.dumps(asked, indent=2) + "\n"), "--out")
+    files.write_text(folder / FACTS, json.dumps(asked, indent=2) + "\n", "--out")
     return folder
 
 
@@ -157,25 +156,15 @@ def _plots(made: Sequence[Row], folder: Path) -> list[str]:
     """Draws the gains of the mean over the held-out domains; returns the files' names."""
     from fedclip_flwr.report import drawing, output, sweep_plots  # they import matplotlib
 
-    points = [
-        sweep_plots.Point(
-            method_of(row.method).label,
-            row.gain_seen.mean,
-            row.gain_unseen.mean if row.gain_unseen else None,
-            row.gain_seen.deviation,
-            row.gain_unseen.deviation if row.gain_unseen else None,
-            row.bytes,
-        )
-        for row in made
-        if row.held_out == made[-1].held_out and row.gain_seen
-    ]
+    points = []
+    for row in made:
+        if row.held_out == made[-1].held_out and row.gain_seen:
+            (seen, spread), (unseen, unseen_spread) = row.gain_seen, row.gain_unseen or (None, None)
+            label = method_of(row.method).label
+            points.append(sweep_plots.Point(label, seen, unseen, spread, unseen_spread, row.bytes))
     with drawing.styled():
         drawn = output.write_plots(sweep_plots.of_sweep(points), folder)
     return [f"{output.PLOTS}/{name}.{kind}" for name in drawn for kind in ("svg", "png")]
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def planned(options: SweepOptions) -> tuple[Plan, Features]:

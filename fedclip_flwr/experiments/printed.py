@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from statistics import mean
@@ -13,7 +11,7 @@ from fedclip_flwr.data import held_out
 from fedclip_flwr.experiments.baselines import Published, method_of
 from fedclip_flwr.experiments.paired import Difference, difference
 from fedclip_flwr.experiments.sweep import Found, Plan, Results
-from fedclip_flwr.experiments.tables import MEAN, Row, Spread, by_key, columns_of
+from fedclip_flwr.experiments.tables import MEAN, Row, Spread, by_key, columns_of, csv_of, markdown_of
 
 ZERO_SHOT = "zero-shot"
 SITES = "sweep,method,held_out,seed,site,unseen,examples,correct,accuracy,zero_shot,gain,selected_round,rounds,bytes"
@@ -50,8 +48,8 @@ def _spread(spread: Spread | None) -> str:
 
 def as_markdown(cells: Cells) -> str:
     head = ["held out", *(f"{name}: {measure}" for name, measure in cells.columns)]
-    lines = [head, ["---", *["---:"] * len(cells.columns)], *([label, *own] for label, own in cells.rows)]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    rule = ["---", *["---:"] * len(cells.columns)]
+    return markdown_of([head, rule, *([label, *own] for label, own in cells.rows)])
 
 
 def as_latex(cells: Cells, facts: str) -> str:
@@ -84,9 +82,7 @@ def _number(cell: str) -> str:
 
 def by_site(plan: Plan, results: Results, name: str) -> str:
     """CSV: a line for each method, held-out domain, seed and site, or unseen domain; accuracies are fractions."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(SITES.split(","))
+    lines: list[Sequence[object]] = [SITES.split(",")]
     zero = {
         (seed, holdout, site): correct / examples
         for (method, seed, holdout), found in by_key(results).items()
@@ -103,8 +99,8 @@ def by_site(plan: Plan, results: Results, name: str) -> str:
             gain = None if before is None else f"{accuracy - before:.6f}"
             figures = [examples, correct, f"{accuracy:.6f}", None if before is None else f"{before:.6f}", gain]
             how = [found.round, plan.rounds_of(method), found.bytes]
-            writer.writerow([name, method, holdout, seed, site, apart, *figures, *how])
-    return file.getvalue()
+            lines.append([name, method, holdout, seed, site, apart, *figures, *how])
+    return csv_of(lines)
 
 
 class Compared(NamedTuple):
@@ -147,15 +143,13 @@ def _mean_difference(pairs: Iterable[tuple[Found, Found]], measure: str) -> floa
 
 
 def differences_csv(made: Sequence[Compared], name: str) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(DIFFERENCES.split(","))
+    lines: list[Sequence[object]] = [DIFFERENCES.split(",")]
     for one in made:
         of = one.difference
         figures = (None if value is None else f"{value:.4f}" for value in (of.mean, of.low, of.high))
         p = None if of.p is None else f"{of.p:.3g}"
-        writer.writerow([name, one.held_out, one.method, one.against, one.measure, of.pairs, *figures, p])
-    return file.getvalue()
+        lines.append([name, one.held_out, one.method, one.against, one.measure, of.pairs, *figures, p])
+    return csv_of(lines)
 
 
 def differences_table(made: Sequence[Compared], against: Sequence[str]) -> str:
@@ -172,7 +166,7 @@ def differences_table(made: Sequence[Compared], against: Sequence[str]) -> str:
         if pairs:
             count = " or ".join(map(str, pairs))
             lines.append([method_of(method).label, *("–" if of is None else of.text() for of in own), count])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if made else ""
+    return markdown_of(lines) if made else ""
 
 
 def _turned(of: Difference) -> Difference:

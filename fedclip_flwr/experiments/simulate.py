@@ -20,7 +20,7 @@ from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary, held_out, pick_holdout
 from fedclip_flwr.exchange import Hello, Session
-from fedclip_flwr.exchange.link import Downlink, SiteCache, States, StatesInMemory
+from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesInMemory
 from fedclip_flwr.exchange.records import write_hello
 from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node, local_grid
@@ -110,7 +110,7 @@ def simulate(
         raise UserError("no site has an example to learn from: use more data or fewer sites")
     apart = dict(unseen or {})
     federation = _Federation(
-        sites if test_every_round else [_without_test_images(site) for site in sites],
+        sites if test_every_round else [replace(site, test=site.test.rows(slice(0))) for site in sites],
         classes,
         apart if test_every_round else {},
         settings,
@@ -150,10 +150,6 @@ def _accuracies(result: RoundResult) -> Accuracies:
     tests = {site: report.test.score for site, report in result.reports.items()}
     apart = {domain: quality.score for domain, quality in result.unseen.items()}
     return Accuracies(result.round, result.seen, result.validation, mean_accuracy(result.held_out), tests | apart)
-
-
-def _without_test_images(site: Site) -> Site:
-    return replace(site, test=site.test.rows(slice(0)))
 
 
 @dataclass
@@ -227,7 +223,7 @@ class _LocalContext(SiteContext):
 class _SiteNode:
     """A site's answers to messages."""
 
-    def __init__(self, context: _LocalContext, states: States) -> None:
+    def __init__(self, context: _LocalContext, states: StatesInMemory) -> None:
         self.context, self._states = context, states
         self._memory: dict[str, ConfigRecord] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -122,8 +122,11 @@ def markdown(made: Sequence[Row], published: Sequence[Published], full_model_byt
         figures, kind = {**source.by_domain, MEAN: source.mean}, "all" if source.every else "unseen"
         cells = ["" if (value := figures.get(column)) is None else f"{kind} {value:.2f}" for column in columns]
         table.append([f"published: {source.label}", *cells, *[""] * 5])
-    table.insert(1, ["---"] * len(table[0]))
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in table) + "\n"
+    return markdown_of([table[0], ["---"] * len(table[0]), *table[1:]])
+
+
+def markdown_of(lines: Iterable[Iterable[str]]) -> str:
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def _cell(spreads: Sequence[Spread | None], form: str = ".1f") -> str:
@@ -135,19 +138,23 @@ def _cell(spreads: Sequence[Spread | None], form: str = ".1f") -> str:
 def as_csv(made: Sequence[Row], published: Sequence[Published]) -> str:
     """A line for each method and held-out domain, accuracies in per cent."""
     spreads = ("seen", "unseen", "every", "gain_seen", "gain_unseen")
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     plain = ("method", "held_out", "seeds", "rounds", "bytes")
-    writer.writerow([*plain, *(f"{name}{part}" for name in spreads for part in ("", "_deviation")), "source"])
+    lines = [[*plain, *(f"{name}{part}" for name in spreads for part in ("", "_deviation")), "source"]]
     for row in made:
         figures = (part for name in spreads for part in (getattr(row, name) or (None, None)))
-        writer.writerow([*(getattr(row, name) for name in plain), *map(_number, figures), "measured"])
+        lines.append([*(getattr(row, name) for name in plain), *map(_number, figures), "measured"])
     for source in published:
         for column, value in {**source.by_domain, MEAN: source.mean}.items():
             if value is not None:
                 place = "every" if source.every else "unseen"
                 figures = (part for name in spreads for part in (value if name == place else None, None))
-                writer.writerow(["published", column, "", "", "", *map(_number, figures), source.label])
+                lines.append(["published", column, "", "", "", *map(_number, figures), source.label])
+    return csv_of(lines)
+
+
+def csv_of(lines: Iterable[Iterable[object]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
 
 

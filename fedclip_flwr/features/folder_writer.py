@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +72,4 @@ def write(folder: Path, features: Encoded) -> None:
         examples = features.examples(domain)
         save(domain, image_features=examples.features, labels=examples.labels)
     text = json.dumps(facts_of(features), indent=2, ensure_ascii=False) + "\n"
-    files.write_atomic(folder / FACTS, partial(_write, text), "--out")
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+    files.write_text(folder / FACTS, text, "--out")

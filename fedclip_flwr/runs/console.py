@@ -18,11 +18,7 @@ if TYPE_CHECKING:  # they import torch, which commands on runs do not need
     from fedclip_flwr.server import RoundResult
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
-
-
 UNCOVERED = "not covered: image counts, and the accuracies and losses that select the round"
-
-
 NOT_THE_PAPERS = (
     "its adapter expects features of CLIP's own length, but some features here were normalised to unit length; set "
     "feature-norm=N, or feature_norm in features.json"
@@ -220,21 +216,17 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
 
 def accuracies(zero: Mapping[str, Any], adapted: Mapping[str, Any], holdout: str | None) -> str:
     """A table of accuracies by site, zero-shot beside adapted, from the results in summary.json."""
-    own, own_mean = adapted["personal"], (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
-    rows: list[tuple[object, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
-    for site in sorted(adapted["sites"], key=natural):
-        z, a = zero["sites"].get(site), adapted["sites"].get(site)
-        rows.append((site, percent(z), percent(a), gain(z, a), percent((own or {}).get(site))))
-    z, a = zero["seen"], adapted["seen"]
-    rows.append(("mean of the seen", percent(z), percent(a), gain(z, a), percent(own_mean)))
-    unseen = adapted["holdout_sites"]
+    own, own_mean = adapted["personal"] or {}, (adapted["personal_metrics"] or {}).get("seen", {}).get("accuracy")
+    seen, unseen = adapted["sites"], adapted["holdout_sites"]
+    found = [(site, zero["sites"].get(site), seen[site], own.get(site)) for site in sorted(seen, key=natural)]
+    found.append(("mean of the seen", zero["seen"], adapted["seen"], own_mean))
     for site in sorted(unseen, key=natural):
-        z, a = zero["holdout_sites"].get(site), unseen[site]
-        rows.append((f"{site}, unseen", percent(z), percent(a), gain(z, a), "–"))
+        found.append((f"{site}, unseen", zero["holdout_sites"].get(site), unseen[site], None))
     if adapted["unseen"] is not None and [adapted["unseen"]] != [*unseen.values()]:
-        z, a = zero["unseen"], adapted["unseen"]
         name = "mean of the unseen" if unseen else f"{holdout}, unseen"
-        rows.append((name, percent(z), percent(a), gain(z, a), "–"))
+        found.append((name, zero["unseen"], adapted["unseen"], None))
+    rows: list[tuple[str, ...]] = [("accuracy, %", "zero-shot", "adapted", "gain", "own")]
+    rows += [(name, percent(z), percent(a), gain(z, a), percent(o)) for name, z, a, o in found]
     return table(rows if own else [row[:-1] for row in rows])
 
 

@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fedclip_flwr.base import Settings, UserError, files
@@ -44,8 +43,6 @@ from fedclip_flwr.server import RoundResult
 from fedclip_flwr.server.nodes import Failure
 
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
-
-
 FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "track", *history.WHERE})
 """Settings that may differ when a run is resumed."""
 LOCK_ATTEMPTS = 5
@@ -166,9 +163,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, Exception):
             self.stop()
         with self._writing:
@@ -192,9 +187,7 @@ class RunFolder:
 
     def _write_lines(self) -> None:
         with self._writable():
-            files.write_atomic(
-                self.path / history.METRICS, lambda part: part.write_text("".join(self._lines)), self._setting
-            )
+            files.write_text(self.path / history.METRICS, "".join(self._lines), self._setting)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:

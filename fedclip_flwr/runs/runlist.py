@@ -139,18 +139,17 @@ def _one(read: Run, run: dict[str, Any]) -> str:
         ("privacy", "" if run["epsilon"] is None else f"ε = {run['epsilon']:.2f} for a site as a whole"),
         ("report", run["report"] or ""),
     ]
+    by_site, results = list[str](), read.summary
+    if read.completed:
+        by_site = ["", console.accuracies(results["zero_shot"], results["adapted"], results["holdout"]), ""]
     return "\n".join(
         [
             run["name"],
             *(f"  {name:<10}{text}" for name, text in lines if text),
-            *(["", _by_site(read.summary), ""] if read.completed else []),
+            *by_site,
             *console.left_out(read.failures),
         ]
     ).rstrip()
-
-
-def _by_site(summary: dict[str, Any]) -> str:
-    return console.accuracies(summary["zero_shot"], summary["adapted"], summary["holdout"])
 
 
 def _beside(runs: Sequence[dict[str, Any]]) -> str:

@@ -96,8 +96,7 @@ def save_model(folder: Path, state: State, features: Pixels, number: int, settin
 
 
 def write_json(path: Path, facts: dict[str, Any], setting: str = "FEDCLIP_HOME") -> None:
-    text = json.dumps(facts, indent=2) + "\n"
-    files.write_atomic(path, lambda part: part.write_text(text), setting)
+    files.write_text(path, json.dumps(facts, indent=2) + "\n", setting)
 
 
 def write_tensors(path: Path, state: State, number: int, setting: str = "FEDCLIP_HOME", **facts: str) -> None:

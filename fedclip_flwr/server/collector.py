@@ -9,26 +9,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedclip_flwr.base.errors import one_line
-from fedclip_flwr.exchange.secure.masking import (
-    DIGEST,
-    FEWEST,
-    LONGEST_LETTER,
-    PRIVATE,
-    PRIVATE_PIECE,
-    PUBLIC,
-    SEED,
-    SEED_PIECE,
-    Numbers,
-    Shares,
-    digest,
-    neighbours,
-    own_mask,
-    pair_mask,
-    point,
-    private_of,
-    public_of,
-    threshold,
-)
+from fedclip_flwr.exchange.secure import masking
+from fedclip_flwr.exchange.secure.masking import Numbers, Shares
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.flower.crypto import combine_shares, generate_shared_key
 
@@ -42,8 +24,8 @@ class Collector:
 
     def __init__(self, context: str, size: int, most: int) -> None:
         """`size` is that of the vectors; each member shares with up to `most`, itself included."""
-        if most < FEWEST:
-            raise MaskingError(f"up to {most} members share with each other, expected {FEWEST} or more")
+        if most < masking.FEWEST:
+            raise MaskingError(f"up to {most} members share with each other, expected {masking.FEWEST} or more")
         self._context, self._most = context, most
         self._step, self._awaited = "keys", set[str]()
         self._publics: dict[str, bytes] = {}
@@ -60,11 +42,11 @@ class Collector:
     def join(self, name: str, public: bytes) -> None:
         if self._step != "keys" or name in self._publics:
             raise MaskingError("public keys arrived too late or twice")
-        if len(public) != 2 * PUBLIC:
-            raise MaskingError(f"public keys have {len(public)} bytes, expected {2 * PUBLIC}")
-        own = public[:PUBLIC], public[PUBLIC:]
+        if len(public) != 2 * masking.PUBLIC:
+            raise MaskingError(f"public keys have {len(public)} bytes, expected {2 * masking.PUBLIC}")
+        own = public[: masking.PUBLIC], public[masking.PUBLIC :]
         for key in own:
-            point(key)
+            masking.point(key)
         if own[0] == own[1] or {*own} & self._keys:
             raise MaskingError("duplicate public key")
         self._keys |= {*own}
@@ -72,10 +54,10 @@ class Collector:
 
     def neighbourhoods(self) -> dict[str, dict[str, bytes]]:
         """For each member the public keys of those that it shares with."""
-        if len(self._publics) < FEWEST:
-            raise MaskingError(f"public keys came from {len(self._publics)} members, expected {FEWEST} or more")
-        self._near = neighbours(self._publics, self._most, os.urandom(SEED))
-        self._needed = {name: threshold(len(near)) for name, near in self._near.items()}
+        if len(self._publics) < masking.FEWEST:
+            raise MaskingError(f"public keys came from {len(self._publics)} members, expected {masking.FEWEST} or more")
+        self._near = masking.neighbours(self._publics, self._most, os.urandom(masking.SEED))
+        self._needed = {name: masking.threshold(len(near)) for name, near in self._near.items()}
         self._step, self._awaited = "shares", set(self._near)
         return {name: {other: self._publics[other] for other in sorted(near)} for name, near in self._near.items()}
 
@@ -83,9 +65,9 @@ class Collector:
         self._check_awaited("shares", name)
         if shares.letters.keys() != self._near[name] - {name} or shares.digests.keys() != self._near[name]:
             raise MaskingError("pieces are addressed to the wrong members")
-        if any(len(letter) > LONGEST_LETTER for letter in shares.letters.values()):
-            raise MaskingError(f"a letter is longer than {LONGEST_LETTER} bytes")
-        if {*map(len, shares.digests.values())} != {2 * DIGEST} or len(shares.seed) != DIGEST:
+        if any(len(letter) > masking.LONGEST_LETTER for letter in shares.letters.values()):
+            raise MaskingError(f"a letter is longer than {masking.LONGEST_LETTER} bytes")
+        if {*map(len, shares.digests.values())} != {2 * masking.DIGEST} or len(shares.seed) != masking.DIGEST:
             raise MaskingError("digests have the wrong size")
         self._awaited.remove(name)
         self._shares[name] = shares
@@ -115,7 +97,7 @@ class Collector:
     def lists(self) -> dict[str, tuple[list[str], list[str]]]:
         """For each member whose vector arrived, its neighbours whose vectors arrived, and those whose did not."""
         for name in self._survivors:
-            if (arrived := len(self._list(name)[0])) < (needed := max(self._needed[name], FEWEST)):
+            if (arrived := len(self._list(name)[0])) < (needed := max(self._needed[name], masking.FEWEST)):
                 raise MaskingError(f"{arrived} vectors arrived near {name}, expected {needed}: nothing is unmasked")
         self._step, self._awaited = "reveals", set(self._survivors)
         return {name: self._list(name) for name in sorted(self._survivors)}
@@ -123,13 +105,15 @@ class Collector:
     def reveal(self, name: str, pieces: Mapping[str, bytes]) -> None:
         self._check_awaited("reveals", name)
         survivors, dropped = self._list(name)
-        sizes = dict.fromkeys(survivors, SEED_PIECE) | dict.fromkeys(dropped, PRIVATE_PIECE)
+        sizes = dict.fromkeys(survivors, masking.SEED_PIECE) | dict.fromkeys(dropped, masking.PRIVATE_PIECE)
         if {other: len(piece) for other, piece in pieces.items()} != sizes:
             raise MaskingError("pieces are not those requested")
         self._awaited.remove(name)
         for other, piece in pieces.items():
             digests = self._shares[other].digests[name]
-            if digest(piece) != (digests[:DIGEST] if other in survivors else digests[DIGEST:]):
+            if masking.digest(piece) != (
+                digests[: masking.DIGEST] if other in survivors else digests[masking.DIGEST :]
+            ):
                 raise MaskingError("a revealed piece is not the one that was shared")
         for other, piece in pieces.items():
             self._pieces.setdefault(other, {})[name] = piece
@@ -141,12 +125,12 @@ class Collector:
         total, size = self._total.copy(), len(self._total)
         for name, near in self._near.items():
             if name in self._survivors:
-                total -= own_mask(self._secret(name, SEED), self._context, name, size)
+                total -= masking.own_mask(self._secret(name, masking.SEED), self._context, name, size)
             elif others := near & self._survivors:
                 private = self._private_of(name)
                 for other in others:
-                    secret = generate_shared_key(private, point(self._publics[other][:PUBLIC]))
-                    total -= pair_mask(secret, self._context, other, name, size)
+                    secret = generate_shared_key(private, masking.point(self._publics[other][: masking.PUBLIC]))
+                    total -= masking.pair_mask(secret, self._context, other, name, size)
         return total
 
     def _check_awaited(self, step: str, name: str) -> None:
@@ -158,10 +142,10 @@ class Collector:
         return sorted(near & self._survivors), sorted(near - self._survivors)
 
     def _private_of(self, name: str) -> ec.EllipticCurvePrivateKey:
-        key = self._secret(name, PRIVATE)
+        key = self._secret(name, masking.PRIVATE)
         try:
-            if public_of(key) == self._publics[name][:PUBLIC]:
-                return private_of(key)
+            if masking.public_of(key) == self._publics[name][: masking.PUBLIC]:
+                return masking.private_of(key)
         except ValueError:  # zero, or beyond the curve's order
             pass
         raise self._inconsistent(name)
@@ -174,7 +158,7 @@ class Collector:
             secret = combine_shares([pieces[other] for other in sorted(pieces)[:needed]])
         except ValueError:
             secret = b""
-        if len(secret) != size or (size == SEED and digest(secret) != self._shares[name].seed):
+        if len(secret) != size or (size == masking.SEED and masking.digest(secret) != self._shares[name].seed):
             raise self._inconsistent(name)
         return secret
 

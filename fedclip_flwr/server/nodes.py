@@ -215,7 +215,9 @@ class Nodes:
         for node, reply in self._pull(self._hellos_under_way):
             news = True
             try:
-                hello = self._read_hello(reply)
+                if reply.has_error():
+                    raise ExchangeError(records.reason(reply))
+                hello = records.read_hello(reply.content)
             except ExchangeError as error:
                 self._refuse(number, node, f"node {node}", str(error))
                 continue
@@ -280,11 +282,6 @@ class Nodes:
         """The names of all sites that were met, by role."""
         holdouts = {name for name, hello in self.hellos.items() if hello.role == HOLDOUT}
         return Roles(self.hellos.keys() - holdouts, holdouts)
-
-    def _read_hello(self, reply: Message) -> Hello | Progress:
-        if reply.has_error():
-            raise ExchangeError(records.reason(reply))
-        return records.read_hello(reply.content)
 
     def _refusal(self, hello: Hello) -> str | None:
         """The reason why the site can't take part; None if it can."""

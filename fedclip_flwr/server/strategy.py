@@ -11,6 +11,7 @@ an optimizer step with it (adaptive federated optimization, arXiv 2003.00295).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import ExchangeError, Report
 from fedclip_flwr.exchange.records import read_adapter, read_answer, reason, write_adapter
 from fedclip_flwr.learning.adapters import adapter_class
-from fedclip_flwr.server.averaging import Gather, bounded
-from fedclip_flwr.server.gathering import gather_of
+from fedclip_flwr.server.averaging import Gather, Held, Sums, bounded
+from fedclip_flwr.server.noised import Noised
+from fedclip_flwr.server.robust import rule_of
 
 OPTIMIZERS = dict(zip(OPTIMIZED, (FedAdam, FedYogi, FedAdagrad), strict=True))
 WHOLE_MODEL_RATE = 3e-4
@@ -165,6 +167,16 @@ class AdapterFedAvg(FedAvg):
             except (ExchangeError, UserError) as error:
                 self.dropped[site or f"node {node}"] = str(error)
         self.reports = dict(sorted(self.reports.items()))
+
+
+def gather_of(settings: Settings) -> Gather:
+    """Begins the gathering that the settings ask for, once in each round."""
+    if settings.dp == "central":
+        return partial(Noised, norm=settings.clipping_norm, noise_multiplier=settings.noise_multiplier)
+    limit = settings.update_limit
+    if settings.compares_updates:
+        return partial(Held, limit=limit, rule=rule_of(settings.strategy, settings.hostile_share))
+    return partial(Sums, limit=limit)
 
 
 def optimizer_of(settings: Settings) -> Optimizer | None:

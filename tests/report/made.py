@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedclip_flwr.base import files
+from fedclip_flwr.base import tensorfile
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data.holdout import pick_holdout
@@ -128,14 +128,14 @@ def feature_folder(root: Path, features: Features, names: Sequence[str] = ("phot
         "domains": list(names),
     }
     (root / "features.json").write_text(json.dumps(facts))
-    files.save_tensors({"text_features": features.classes.text.contiguous()}, root / "classes.safetensors", {})
+    tensorfile.save({"text_features": features.classes.text}, root / "classes.safetensors", {})
     for name in names:
         image_features, labels = features.examples(name)
         tensors: State = {
             "image_features": image_features[:each].clone(),
             "labels": labels[:each].clone(),
         }
-        files.save_tensors(tensors, root / f"{name}.safetensors", {})
+        tensorfile.save(tensors, root / f"{name}.safetensors", {})
     return root
 
 

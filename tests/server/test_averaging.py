@@ -12,7 +12,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import ROBUST, Settings
 from fedclip_flwr.base.tensors import length_of
 from fedclip_flwr.server.averaging import Gathered, Held, Mean, Sums, bounded
-from fedclip_flwr.server.gathering import gather_of
+from fedclip_flwr.server.strategy import gather_of
 
 
 def mean(states: Sequence[Tensor], weights: Sequence[float] = (), groups: Sequence[int] = ()) -> Tensor:

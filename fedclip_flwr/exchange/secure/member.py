@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from cryptography.fernet import InvalidToken
 
+from fedclip_flwr.exchange.secure import masking
 from fedclip_flwr.exchange.secure.masking import (
     DIGEST,
     FEWEST,
@@ -19,17 +20,6 @@ from fedclip_flwr.exchange.secure.masking import (
     SEED_PIECE,
     Numbers,
     Shares,
-    digest,
-    digests_of,
-    label,
-    listed,
-    new_private,
-    own_mask,
-    pair_mask,
-    point,
-    private_of,
-    public_of,
-    threshold,
 )
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.flower.crypto import create_shares, decrypt, encrypt, generate_shared_key
@@ -57,12 +47,12 @@ class Member:
     @classmethod
     def begin(cls, name: str, context: str) -> Member:
         """A member with new keys. The context identifies the round, and must be the same for all members."""
-        return cls(name, context, private=[new_private(), new_private()])
+        return cls(name, context, private=[masking.new_private(), masking.new_private()])
 
     @property
     def public(self) -> bytes:
         """The public keys: for the pairwise masks, then for encryption."""
-        return b"".join(map(public_of, self.private))
+        return b"".join(map(masking.public_of, self.private))
 
     def share(self, publics: Mapping[str, bytes]) -> Shares:
         """A piece of its secrets for each; `publics` are the keys of all that share, this member included."""
@@ -75,31 +65,33 @@ class Member:
             raise MaskingError("public keys have the wrong size")
         if len({key for public in publics.values() for key in (public[:PUBLIC], public[PUBLIC:])}) < 2 * len(publics):
             raise MaskingError("two public keys are the same")
-        seed, order, needed = os.urandom(SEED), sorted(publics), threshold(len(publics))
+        seed, order, needed = os.urandom(SEED), sorted(publics), masking.threshold(len(publics))
         split = zip(*(create_shares(secret, needed, len(order)) for secret in (seed, self.private[0])), strict=True)
         pieces = dict(zip(order, map(b"".join, split), strict=True))
         keys = self._encryption_keys({other: publics[other] for other in order if other != self.name})
         letters = {other: encrypt(key, pieces[other] + self._address(self.name, other)) for other, key in keys.items()}
         self.step, self.seed, self.publics = "vectors", seed, dict(publics)
         self.pieces = {self.name: pieces[self.name]}
-        return Shares(letters, {other: digests_of(piece) for other, piece in pieces.items()}, digest(seed))
+        return Shares(
+            letters, {other: masking.digests_of(piece) for other, piece in pieces.items()}, masking.digest(seed)
+        )
 
     def mask(self, letters: Mapping[str, bytes], numbers: Numbers) -> Numbers:
         """The masked numbers. `letters` are the pieces from the others that take part in the sum, by sender."""
         self._check_step("vectors")
         if unknown := letters.keys() - (self.publics.keys() - {self.name}):
-            raise MaskingError(f"pieces came from members that nothing was shared with: {listed(unknown)}")
-        if len(letters) + 1 < (needed := threshold(len(self.publics))):
+            raise MaskingError(f"pieces came from members that nothing was shared with: {masking.listed(unknown)}")
+        if len(letters) + 1 < (needed := masking.threshold(len(self.publics))):
             raise MaskingError(f"pieces came from {len(letters) + 1} members, expected {needed} or more")
         if numbers.dtype != np.uint32 or numbers.ndim != 1:
             raise MaskingError(f"numbers are {numbers.dtype} in {numbers.ndim} dimensions, expected uint32 in one")
         keys = self._encryption_keys({sender: self.publics[sender] for sender in letters})
         pieces = {sender: self._open(sender, keys[sender], letter) for sender, letter in letters.items()}
-        masked = numbers + own_mask(self.seed, self.context, self.name, len(numbers))
-        private = private_of(self.private[0])
+        masked = numbers + masking.own_mask(self.seed, self.context, self.name, len(numbers))
+        private = masking.private_of(self.private[0])
         for other in letters:
-            secret = generate_shared_key(private, point(self.publics[other][:PUBLIC]))
-            masked += pair_mask(secret, self.context, self.name, other, len(numbers))
+            secret = generate_shared_key(private, masking.point(self.publics[other][:PUBLIC]))
+            masked += masking.pair_mask(secret, self.context, self.name, other, len(numbers))
         self.step, self.private, self.seed, self.pieces = "reveals", [], b"", {**self.pieces, **pieces}
         return masked
 
@@ -108,12 +100,14 @@ class Member:
         self._check_step("reveals")
         survivors, dropped = set(survivors), set(dropped)
         if both := survivors & dropped:
-            raise MaskingError(f"both pieces of {listed(both)} are requested: that would unmask a single vector")
+            raise MaskingError(
+                f"both pieces of {masking.listed(both)} are requested: that would unmask a single vector"
+            )
         if unknown := (survivors | dropped) - self.pieces.keys():
-            raise MaskingError(f"requested pieces never arrived: those of {listed(unknown)}")
+            raise MaskingError(f"requested pieces never arrived: those of {masking.listed(unknown)}")
         if self.name not in survivors:
             raise MaskingError("this member is not among the survivors, but it sent its vector")
-        if len(survivors) < (needed := max(threshold(len(self.publics)), FEWEST)):
+        if len(survivors) < (needed := max(masking.threshold(len(self.publics)), FEWEST)):
             raise MaskingError(f"vectors of {len(survivors)} members came, expected {needed} or more")
         revealed = {name: self.pieces[name][:SEED_PIECE] for name in survivors}
         revealed |= {name: self.pieces[name][SEED_PIECE:] for name in dropped}
@@ -136,11 +130,13 @@ class Member:
             raise MaskingError(f"this member is asked for {step}, expected to be asked for {self.step}")
 
     def _encryption_keys(self, publics: Mapping[str, bytes]) -> dict[str, bytes]:
-        private = private_of(self.private[1])
-        return {other: generate_shared_key(private, point(public[PUBLIC:])) for other, public in publics.items()}
+        private = masking.private_of(self.private[1])
+        return {
+            other: generate_shared_key(private, masking.point(public[PUBLIC:])) for other, public in publics.items()
+        }
 
     def _address(self, sender: str, receiver: str) -> bytes:
-        return label("pieces", self.context, sender, receiver)
+        return masking.label("pieces", self.context, sender, receiver)
 
     def _open(self, sender: str, key: bytes, letter: bytes) -> bytes:
         """The pieces in the letter, to which the server has appended the digests from its sender."""
@@ -150,7 +146,7 @@ class Member:
         except InvalidToken:
             raise LetterError(sender, "are corrupt or for another member") from None
         pieces, address = opened[: SEED_PIECE + PRIVATE_PIECE], opened[SEED_PIECE + PRIVATE_PIECE :]
-        if digests_of(pieces) != digests:
+        if masking.digests_of(pieces) != digests:
             raise LetterError(sender, "do not match their digests")
         if address != self._address(sender, self.name):
             raise LetterError(sender, "are of another round, sender or receiver")

@@ -15,22 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedclip_flwr.base import UserError
 from fedclip_flwr.base.errors import FaultError
-from fedclip_flwr.flower.connections import (
-    FLOWER_CONFIG_FILE,
-    LOCAL_SUPERLINK,
-    ActivateNodeRequest,
-    ControlStub,
-    FleetStub,
-    ListNodesRequest,
-    NodeAuthClientInterceptor,
-    NodeInfo,
-    create_channel,
-    get_flwr_home,
-    init_channel_from_connection,
-    parse_address,
-    public_key_to_bytes,
-    read_superlink_connection,
-)
+from fedclip_flwr.flower import connections
 from fedclip_flwr.operations import certificates
 
 PATIENCE = 5.0
@@ -55,7 +40,7 @@ class Greeting(NamedTuple):
 
 
 def read_address(text: str, option: str) -> Address:
-    parsed = parse_address(text)
+    parsed = connections.parse_address(text)
     if not parsed or not parsed[0] or not parsed[1]:
         raise UserError(f"{option} {text!r}: expected HOST:PORT, such as fl.example.org:9092")
     return Address(*parsed[:2])
@@ -155,12 +140,14 @@ def knows(address: Address, key: ec.EllipticCurvePrivateKey, ca: Path | None, in
     and changes nothing.
     """
     public = key.public_key()
-    request = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0.0)
+    request = connections.ActivateNodeRequest(
+        public_key=connections.public_key_to_bytes(public), heartbeat_interval=0.0
+    )
     root = ca.read_bytes() if ca and not insecure else None
-    signing = NodeAuthClientInterceptor(key, public)
-    channel = create_channel(str(address), insecure, root, interceptors=[signing])
+    signing = connections.NodeAuthClientInterceptor(key, public)
+    channel = connections.create_channel(str(address), insecure, root, interceptors=[signing])
     try:
-        FleetStub(channel).ActivateNode(request, timeout=PATIENCE)
+        connections.FleetStub(channel).ActivateNode(request, timeout=PATIENCE)
     except grpc.RpcError as error:
         code, details = _of(error)
         if code == grpc.StatusCode.INVALID_ARGUMENT:
@@ -182,23 +169,25 @@ def knows(address: Address, key: ec.EllipticCurvePrivateKey, ca: Path | None, in
     return True
 
 
-def nodes(connection: str) -> Sequence[NodeInfo]:
+def nodes(connection: str) -> Sequence[connections.NodeInfo]:
     """The nodes known to the SuperLink of that name in Flower's configuration."""
-    config = get_flwr_home() / FLOWER_CONFIG_FILE
+    config = connections.get_flwr_home() / connections.FLOWER_CONFIG_FILE
     if not config.exists():  # Flower would create one
         raise FaultError(
             f"there is no {config}", f"write it, with the SuperLink's address below [superlink.{connection}]"
         )
     try:
-        found = read_superlink_connection(connection)
-        address = found.address or LOCAL_SUPERLINK
+        found = connections.read_superlink_connection(connection)
+        address = found.address or connections.LOCAL_SUPERLINK
         if address.startswith(":"):  # Flower would start one
             raise FaultError(f"{connection} is for simulations on this machine", f"name a SuperLink of {config}")
-        channel = init_channel_from_connection(found)
+        channel = connections.init_channel_from_connection(found)
     except ClickException as error:
         raise FaultError(" ".join(error.message.split()), f"fix {config}") from None
     try:
-        return list(ControlStub(channel).ListNodes(ListNodesRequest(), timeout=PATIENCE).nodes_info)
+        return list(
+            connections.ControlStub(channel).ListNodes(connections.ListNodesRequest(), timeout=PATIENCE).nodes_info
+        )
     except grpc.RpcError as error:
         raise _unanswered(address, error) from None
     finally:
