@@ -16,7 +16,7 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.base.tensors import State, length_of
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.server import noised
-from fedclip_flwr.server.gathering import gather_of
+from fedclip_flwr.server.strategy import gather_of
 from tests.extras import needs
 
 SENT = {"a": torch.full((200, 300), 3.0), "b": torch.zeros(5_000)}
