@@ -51,6 +51,7 @@ MEANINGS = {
     "test": "images to test with",
     "classes": "numbers of the classes that it has images of",
     "package": "content hash of the software here",
+    "plugins": "plug-ins used here, each with its version and content hash",
     "unit_length": "true if its features have unit length",
     "encoded": "images encoded so far",
     "images": "images in all",
@@ -106,8 +107,9 @@ def recorded(node: Node, sent: list[Sent]) -> Node:
 class _Other:
     """A site that does not train: secure aggregation needs other sites."""
 
-    def __init__(self, name: str, package: str) -> None:
-        self._hello = Hello(name, TRAIN, "", train=1, validation=0, test=0, classes=[], package=package)
+    def __init__(self, name: str, package: str, plugins: list[str]) -> None:
+        facts: dict[str, Any] = {"package": package, "plugins": plugins, "classes": []}
+        self._hello = Hello(name, TRAIN, "", train=1, validation=0, test=0, **facts)
         self._memory = RecordDict().config_records
 
     def __call__(self, message: Message) -> Message:
@@ -172,14 +174,15 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     sent: list[Sent] = []
     sites: dict[int, Node] = {NODE: recorded(lambda message: app(message, context), sent)}
     if settings.secure_aggregation:
-        sites |= {NODE + n: _Other(f"another site ({n})", package) for n in (1, 2)}
+        sites |= {NODE + n: _Other(f"another site ({n})", package, settings.shared_packages) for n in (1, 2)}
     with _leaving_nothing(session):
         grid, endless = local_grid(sites), sys.float_info.max
-        nodes = Nodes(grid, link, session=session, package=package, timeout=endless, say=lambda _: None)
+        more: dict[str, Any] = {"package": package, "plugins": settings.shared_packages}
+        nodes = Nodes(grid, link, session=session, **more, timeout=endless, say=lambda _: None)
         while nodes.meet() and not nodes.failures:  # a site that is encoding is asked again
             pass
         if nodes.hellos and not nodes.failures:
-            once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off")  # asked once
+            once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off", strategy="fedavg")
             with suppress(UserError):  # no site has trained: this site only evaluates, or its answer is an error
                 strategy = AdapterFedAvg(start, nodes.names, once)
                 RoundLoop(nodes, strategy, once, start, lambda *_: {}, _Nobody()).run()

@@ -138,7 +138,7 @@ def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> 
 
 def resuming(number: int, with_other_package: bool) -> str:
     """The line for a run that is resumed after round `number`."""
-    other = ", with another version of this package" if with_other_package else ""
+    other = ", with another version of this package or of a plug-in" if with_other_package else ""
     return f"resuming after round {number}{other}\n"
 
 

@@ -64,6 +64,7 @@ def save_adapter(
         "bias": features.classes.bias,
         "round": number,
         **own,
+        **({"plugins": plugins} if (plugins := settings.packages("adapter")) else {}),
         "tensors": content.of_file(folder / TENSORS),
     }
     write_json(folder / FACTS, facts, setting)

@@ -15,7 +15,8 @@ import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum
 
-from fedclip_flwr.base import plugins
+from fedclip_flwr.base import UserError, plugins
+from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.records import write_adapter
 from fedclip_flwr.server.averaging import Rule
@@ -39,7 +40,21 @@ STRATEGIES: dict[str, tuple[int, int, Make]] = {
 def rule_of(name: str, hostile_share: float, chosen: bool = False) -> Rule:
     """The rule of that name, or of a plug-in. `chosen`: see `plugins.load`."""
     own: dict[str, Rule] = {n: partial(_one_of, strategy, hostile_share) for n, strategy in STRATEGIES.items()}
-    return plugins.load("strategy", name, own, callable, "a function that makes one update of several", chosen)
+    rule = plugins.load("strategy", name, own, callable, "a function that makes one update of several", chosen)
+    return rule if name in own else partial(_checked, name, rule)
+
+
+def _checked(name: str, rule: Rule, updates: Sequence[State]) -> State:
+    """The plug-in's update; one that can't be used ends the run with one line."""
+    problem, like = f"strategy = {name!r}", {n: (t.shape, t.dtype) for n, t in updates[0].items()}
+    try:
+        made = rule(updates)
+        found = {n: (t.shape, t.dtype) for n, t in made.items()}
+    except Exception as error:  # another's code can raise anything
+        raise UserError(f"{problem} failed ({type(error).__name__}: {one_line(error)})") from error
+    if found != like or not all(tensor.isfinite().all() for tensor in made.values()):
+        raise UserError(f"{problem}: expected an update with the names, shapes and types of those given, and finite")
+    return made
 
 
 def _one_of(strategy: tuple[int, int, Make], hostile_share: float, updates: Sequence[State]) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,8 +67,15 @@ def test_but_it_is_if_the_owner_lists_its_package(installed: Path, monkeypatch: 
     assert callable(loaded("addon.parts:thing"))
 
 
-def test_or_if_its_package_declares_an_entry_point_of_any_kind(installed: Path) -> None:
-    declare(installed, "strategy", what="addon.other:thing")
+def test_or_if_its_package_declares_it_for_that_setting(installed: Path) -> None:
+    declare(installed, "codec", what="addon.parts:figure")
+    with pytest.raises(UserError, match="addon is not allowed"):
+        loaded("addon.parts:thing")
+    declare(installed, "adapter")
+    with pytest.raises(UserError, match="addon is not allowed"):
+        loaded("addon.parts:thing")
+    assert not (installed / "addon/imported").exists()
+    declare(installed, "codec")
     assert callable(loaded("addon.parts:thing"))
 
 
@@ -75,6 +83,14 @@ def test_or_if_it_is_imported_already(installed: Path) -> None:
     import addon.parts as parts  # type: ignore[import-not-found]
 
     assert loaded("addon.parts:thing") is parts.thing
+
+
+def test_a_module_that_is_imported_is_not_asked_for_what_it_would_import(installed: Path) -> None:
+    (installed / "addon/lazy.py").write_text("def __getattr__(name): raise SystemExit(name)")
+    import addon.lazy  # type: ignore[import-not-found]  # noqa: F401
+
+    with pytest.raises(UserError, match="addon is not allowed"):
+        loaded("addon.lazy:thing")
 
 
 def test_an_entry_point_is_a_short_name(installed: Path) -> None:
@@ -92,28 +108,34 @@ def test_an_entry_point_is_a_short_name(installed: Path) -> None:
         ("nowhere:thing", "no module named 'nowhere': install its package here"),
         ("addon.parts:figure", "expected anything but 7"),
         ("addon.broken:thing", r"addon.broken can't be imported \(no\)"),
+        ("addon.lacking:thing", r"addon.lacking can't be imported \(.*has no attribute 'gone'\)"),
+        ("addon.leaving:thing", r"addon.leaving can't be imported \(4\)"),
         ("addon.parts", "expected one of own, an installed plug-in, or package.module:Name"),
         ("os;x:thing", "expected one of own"),
     ],
 )
 def test_what_can_not_be_used_is_one_line(installed: Path, name: str, expected: str) -> None:
     (installed / "addon/broken.py").write_text("raise OSError('no')")
+    (installed / "addon/lacking.py").write_text("import os; os.gone")
+    (installed / "addon/leaving.py").write_text("raise SystemExit(4)")
     with pytest.raises(UserError, match=f"^codec = '{name}': {expected}") as raised:
         loaded(name, chosen=True)
     assert "\n" not in str(raised.value)
 
 
-def test_a_package_is_known_by_name_version_and_content(installed: Path) -> None:
+def test_a_plug_in_is_known_by_reference_version_and_content(installed: Path) -> None:
     def described() -> str:
-        (found,) = plugins.packages({"codec": "addon.parts:thing", "adapter": "addon.parts:figure"})
+        (found,) = plugins.packages({"codec": "addon.parts:thing"})
         return found
 
     name, *version, _ = without = described().split()
-    assert (name, version) == ("addon", ["without", "a", "version"])
+    assert (name, version) == ("addon.parts:thing", ["without", "a", "version"])
     declare(installed, "codec")
     with_version = described()
-    assert with_version.split() == ["addon", "1.5", without[-1]]
+    assert with_version.split() == ["addon.parts:thing", "1.5", without[-1]]
     assert plugins.packages({"codec": "short"}) == [with_version]
+    other = with_version.replace("thing", "figure")
+    assert plugins.packages({"codec": "short", "adapter": "addon.parts:figure"}) == [other, with_version]
     (installed / "addon/__pycache__").mkdir(exist_ok=True)
     (installed / "addon/__pycache__/more.pyc").write_bytes(b"compiled")
     assert described() == with_version
@@ -121,12 +143,20 @@ def test_a_package_is_known_by_name_version_and_content(installed: Path) -> None
     assert described() != with_version
 
 
+def test_a_package_in_an_archive_is_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(installed / "packed.zip", "w") as archive:
+        archive.writestr("packed/__init__.py", "thing = 1")
+    monkeypatch.syspath_prepend(str(installed / "packed.zip"))
+    with pytest.raises(UserError, match="packed is no file or folder: install the plug-in's package unpacked"):
+        plugins.packages({"codec": "packed:thing"})
+
+
 def test_a_module_alone_is_a_package_too(installed: Path) -> None:
     (installed / "alone.py").write_text("thing = 1")
     (first,) = plugins.packages({"codec": "alone:thing"})
     (installed / "alone.py").write_text("thing = 22")
     (second,) = plugins.packages({"codec": "alone:thing"})
-    assert first.startswith("alone without a version ")
+    assert first.startswith("alone:thing without a version ")
     assert first != second
 
 
@@ -150,7 +180,7 @@ def test_settings_know_the_packages_that_server_and_sites_share(installed: Path)
     declare(installed, "codec")
     settings = Settings(codec="short", adapter="addon.parts:thing", strategy="addon.parts:thing", data="drawn:5")
     (package,) = settings.shared_packages
-    assert package.startswith("addon 1.5 ")
+    assert package.startswith("addon.parts:thing 1.5 ")
     assert settings.packages("data") == []
     assert Settings(strategy="addon.parts:thing").shared_packages == []
     assert Settings(method="full-model", adapter="addon.parts:thing").shared_packages == []
@@ -186,9 +216,10 @@ def test_a_source_needs_an_absolute_path(installed: Path) -> None:
 
 
 def test_what_is_allowed_can_be_listed(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plugins.allowed_packages() == {}
+    assert plugins.allowed() == {}
     declare(installed, "codec")
-    monkeypatch.setenv(ALLOWED, "nowhere, ,a.b")
-    listed = plugins.allowed_packages()
-    assert listed.pop("addon").startswith("addon 1.5 ")
-    assert listed == {"nowhere": "", "a.b": ""}
+    monkeypatch.setenv(ALLOWED, "nowhere, ,a.b, addon")
+    listed = plugins.allowed()
+    assert listed.keys() == {"addon", "addon.parts:thing", "nowhere"}
+    assert listed["addon"] == listed["addon.parts:thing"] != ""
+    assert listed["nowhere"] == ""

@@ -107,7 +107,9 @@ def test_the_pages_run(package: Path, commands: list[list[str]]) -> None:
     said = fedclip(package, *commands[0], "num-server-rounds=1", "recipe=paper", "--nodes", "2")
     assert "mlp of rank 4: " in said
     settings = json.loads((package / "home/runs/latest/settings.json").read_text())
-    assert re.fullmatch(r"sheets without a version [0-9a-f]{16}", *settings["plugins"])
+    assert [text.partition(" ")[0] for text in settings["plugins"]] == [
+        *("sheets:FLOAT16", "sheets:Mlp", "sheets:Table", "sheets:without_longest")
+    ]
     assert settings["adapter-facts"] == {"name": "mlp", "ranked": True, "zero-shot": False}
     assert "mlp-4" in fedclip(package, "runs")
     page = (package / "home/runs/latest/report.html").read_text()

@@ -142,13 +142,13 @@ def test_a_truncated_entry_is_mended(tree: Path, truth: Examples, size: int) -> 
 
 KILLED = """
 import os, signal
-import safetensors.torch
-save = safetensors.torch.save_file
+from fedclip_flwr.base import tensorfile
+save = tensorfile.save
 def half(tensors, path, facts):
     save(tensors, path, facts)
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-safetensors.torch.save_file = half
+tensorfile.save = half
 opened.classes
 """
 

@@ -137,14 +137,14 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/exchange/secure/member.py",
         "exchange/secure/test_member.py exchange/secure/test_collector.py",
         ("if both := survivors & dropped:", "if both := survivors - survivors:"),
-        ("max(threshold(len(self.publics)), FEWEST)", "threshold(len(self.publics))"),
+        ("max(masking.threshold(len(self.publics)), FEWEST)", "masking.threshold(len(self.publics))"),
         ('"reveals", [], b"", {**self.pieces', '"reveals", self.private, self.seed, {**self.pieces'),
     ),
     *changes(
         "fedclip_flwr/server/collector.py",
         "exchange/secure/test_collector.py exchange/secure/test_rounds.py",
-        ("(needed := max(self._needed[name], FEWEST))", "(needed := self._needed[name])"),
-        (" or (size == SEED and digest(secret) != self._shares[name].seed)", ""),
+        ("(needed := max(self._needed[name], masking.FEWEST))", "(needed := self._needed[name])"),
+        (" or (size == masking.SEED and masking.digest(secret) != self._shares[name].seed)", ""),
     ),
     *changes(
         "fedclip_flwr/server/secure_sum.py",

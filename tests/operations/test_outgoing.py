@@ -58,6 +58,7 @@ def test_a_round_sends_a_hello_a_trained_adapter_and_scores(tree: Path) -> None:
         "classes": [0, 1, 2],
         "package": content.of_package(content.memory()),
         "unit_length": False,
+        "plugins": [],
     }
     assert set(trained.records) == {"metrics", "arrays"}
     assert set(trained.records["arrays"]) == set(tensor_names("attention"))
@@ -86,6 +87,20 @@ def test_every_adapter_and_codec_can_be_shown(tree: Path, own_home: Path, adapte
     left = {path.relative_to(own_home).parts[0] for path in own_home.rglob("*") if path.is_file()}
     assert left == {"features", "contents"}
     assert not list((own_home / "contents").glob("session-*"))
+
+
+def test_a_round_with_plug_ins_can_be_shown(
+    tree: Path, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ours.py").write_text("from fedclip_flwr.learning.adapters import Gate as Own")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = replace(RUN, adapter="ours:Own", strategy="ours:gone")  # which is the server's
+    assert "ours is not allowed as a plug-in on this machine" in shown(tree, run)[1]
+    monkeypatch.setenv("FEDCLIP_PLUGINS", "ours")
+    fine, text = shown(tree, run)
+    assert fine
+    assert text.count(" bytes leave)") == 3
+    assert "ours:Own without a version " in text
 
 
 def test_a_parcel_is_shown_as_it_travels_and_not_as_it_arrives(tree: Path) -> None:

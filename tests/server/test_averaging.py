@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import fractions
+import math
+import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from torch import Tensor
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import ROBUST, Settings
 from fedclip_flwr.base.tensors import length_of
-from fedclip_flwr.server.averaging import Gathered, Held, Mean, Sums, bounded
+from fedclip_flwr.server.averaging import Gathered, Held, Mean, Rule, Sums, bounded
+from fedclip_flwr.server.robust import rule_of
 from fedclip_flwr.server.strategy import gather_of
 
 
@@ -254,3 +258,40 @@ def test_a_share_of_the_sites_is_rounded_up() -> None:
     assert robust("fedtrimmedavg", [(1, 0, 0)] * 44 + [(1000, 0, 0)] * 3, hostile_share=0.05) == pytest.approx(
         [1, 0, 0]
     )
+
+
+def plug_in(monkeypatch: pytest.MonkeyPatch, rule: object) -> Rule:
+    """The rule of a strategy in a module that is imported already."""
+    module = ModuleType("ours")
+    module.__dict__["rule"] = rule
+    monkeypatch.setitem(sys.modules, "ours", module)
+    return rule_of("ours:rule", 0.2)
+
+
+UPDATES = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])}]
+
+
+def test_a_plug_in_makes_one_update_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plug_in(monkeypatch, lambda updates: updates[1])(UPDATES) == UPDATES[1]
+    gathering = gather_of(Settings(strategy="ours:rule"))({"w": torch.ones(2)})
+    for site, update in zip("ab", UPDATES, strict=True):
+        gathering.add(site, {"w": 1 + update["w"]}, 1.0)
+    made = gathering.close().state
+    assert made
+    assert made["w"].tolist() == [4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (lambda updates: updates[9], r"^strategy = 'ours:rule' failed \(IndexError: list index out of range\)$"),
+        (lambda updates: None, "failed .AttributeError"),
+        (lambda updates: {"v": updates[0]["w"]}, "expected an update with the names, shapes and types of those given"),
+        (lambda updates: {"w": updates[0]["w"].double()}, "shapes and types of those given"),
+        (lambda updates: {"w": updates[0]["w"][:1]}, "shapes and types of those given"),
+        (lambda updates: {"w": updates[0]["w"] * math.nan}, "and finite"),
+    ],
+)
+def test_what_a_plug_in_makes_is_checked(rule: object, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=expected):
+        plug_in(monkeypatch, rule)(UPDATES)

@@ -80,10 +80,10 @@ def _package(ex: Examination) -> None:
 
 
 def _plugins(ex: Examination) -> None:
-    """Reports the packages of plug-ins."""
-    for name, described in plugins.allowed_packages().items():
-        if described:
-            ex.ok("plug-in", f"{described}: must be the same at the server and all sites that use it")
+    """Reports the plug-ins that a server may use."""
+    for name, version in plugins.allowed().items():
+        if version:
+            ex.ok("plug-in", f"{name} {version}: must be the same at the server and all sites that use it")
         else:
             ex.note("plug-in", f"{name} is not installed here", f"install it, or take it out of {plugins.ALLOWED}")
 

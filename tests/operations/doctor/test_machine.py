@@ -84,7 +84,7 @@ def test_a_gpu_that_torch_can_not_use_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 def test_plug_ins_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "allowed_packages", lambda: {"here": "here 1.0 abcd", "gone": ""})
+    monkeypatch.setattr(plugins, "allowed", lambda: {"here": "1.0 abcd", "gone": ""})
     ex = Examination(lambda _: None)
     machine.examine(ex)
     found = [(state, text, remedy) for state, what, text, remedy in ex.findings if what == "plug-in"]
