@@ -89,7 +89,7 @@ class Answer(BaseHTTPRequestHandler):
         return self.send(200, file.read_bytes(), commit)
 
     def do_POST(self) -> None:
-        """Uploads: a repository is made, the ways are told in which its files come, and all come in one commit."""
+        """Uploads: a repository is made, the ways are named in which its files come, and all come in one commit."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = self.path.partition("?")[0]
         name = "/".join(path.split("/")[3:5])

@@ -40,15 +40,15 @@ def summary(seen: float = 0.75, unseen: float | None = 0.5, **more: Any) -> dict
 
 
 def make(
-    path: Path, metrics: Iterable[dict[str, Any]] = (), told: dict[str, Any] | None = None, **settings: Any
+    path: Path, metrics: Iterable[dict[str, Any]] = (), result: dict[str, Any] | None = None, **settings: Any
 ) -> Path:
     """A run's folder: nothing holds it, so it is no longer running."""
     path.mkdir(parents=True, exist_ok=True)
     facts = {**Settings(num_server_rounds=3).as_run_config(), "sites": 2, "package": "0123", **settings}
     (path / "settings.json").write_text(json.dumps(facts))
     (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in metrics))
-    if told is not None:
-        (path / "summary.json").write_text(json.dumps(told))
+    if result is not None:
+        (path / "summary.json").write_text(json.dumps(result))
     return path
 
 

@@ -1,4 +1,4 @@
-"""What the pages list is what there is: a name that is added to the code is told of, and none is left over."""
+"""What the pages list is what there is: a name that is added to the code is listed, and none is left over."""
 
 from __future__ import annotations
 

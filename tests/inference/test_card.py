@@ -1,4 +1,4 @@
-"""The model card: what it says, what the hub reads of it, and what it must not tell."""
+"""The model card: what it says, what the hub reads of it, and what it must not say."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def read(text: str) -> ModelCardData:
 
 
 def test_the_hub_reads_results_data_and_tags(tmp_path: Path) -> None:
-    told = read(card_of(finished(tmp_path, data="pacs")))
-    assert (told.library_name, told.pipeline_tag) == ("fedclip-flwr", "zero-shot-image-classification")
-    assert told.datasets == ["flwrlabs/pacs"]
-    assert told.get("base_model") is None  # the bundled CLIP is not on the hub
-    assert {"clip", "federated-learning", "model_hub_mixin"} <= {*(told.tags or [])}
+    data = read(card_of(finished(tmp_path, data="pacs")))
+    assert (data.library_name, data.pipeline_tag) == ("fedclip-flwr", "zero-shot-image-classification")
+    assert data.datasets == ["flwrlabs/pacs"]
+    assert data.get("base_model") is None  # the bundled CLIP is not on the hub
+    assert {"clip", "federated-learning", "model_hub_mixin"} <= {*(data.tags or [])}
     found = [
-        (one.dataset_type, one.dataset_split, one.metric_type, one.metric_value) for one in told.eval_results or []
+        (one.dataset_type, one.dataset_split, one.metric_type, one.metric_value) for one in data.eval_results or []
     ]
     assert found == [
         ("flwrlabs/pacs", "seen", "accuracy", 0.7123),
@@ -43,21 +43,21 @@ def test_the_hub_reads_results_data_and_tags(tmp_path: Path) -> None:
 
 
 def test_the_hub_links_a_model_of_its_own(tmp_path: Path) -> None:
-    told = card_of(finished(tmp_path), model="some/clip", model_revision="0123456789abcdef")
-    assert read(told).base_model == "some/clip"
-    assert "image features of some/clip at 0123456789ab," in told
+    text = card_of(finished(tmp_path), model="some/clip", model_revision="0123456789abcdef")
+    assert read(text).base_model == "some/clip"
+    assert "image features of some/clip at 0123456789ab," in text
 
 
 def test_results_and_cost_are_those_of_the_run(tmp_path: Path) -> None:
-    told = card_of(finished(tmp_path))
-    assert "| the sites' own test images, mean | 50.0 | 71.2 | +21.2 |" in told
-    assert "| sketch, seen by no site | 25.0 | 37.5 | +12.5 |" in told
-    assert "Round 4 of 5, selected by validation." in told
-    assert "Sent and received: 2 kB a site and round; FedAVG of the whole model: 4 MB, 2,000 times as much." in told
-    assert "- no differential privacy" in told
-    assert "3 classes: cat, dog, fish." in told
-    assert "| `learning-rate` | the recipe's |" in told
-    assert "| `seed` | 0 |" in told
+    text = card_of(finished(tmp_path))
+    assert "| the sites' own test images, mean | 50.0 | 71.2 | +21.2 |" in text
+    assert "| sketch, seen by no site | 25.0 | 37.5 | +12.5 |" in text
+    assert "Round 4 of 5, selected by validation." in text
+    assert "Sent and received: 2 kB a site and round; FedAVG of the whole model: 4 MB, 2,000 times as much." in text
+    assert "- no differential privacy" in text
+    assert "3 classes: cat, dog, fish." in text
+    assert "| `learning-rate` | the recipe's |" in text
+    assert "| `seed` | 0 |" in text
 
 
 def test_no_site_is_named_unless_that_is_said(tmp_path: Path) -> None:
@@ -71,44 +71,44 @@ def test_no_site_is_named_unless_that_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_no_folder_of_the_machine_is_told(kind: str, tmp_path: Path) -> None:
+def test_no_folder_of_the_machine_is_named(kind: str, tmp_path: Path) -> None:
     folder = finished(tmp_path, data=f"{kind}/srv/hospital/images", results_dir="/srv/results", resume="/srv/runs/x")
-    told = card_of(folder, sites=True, model="/home/somebody/clips/mine")
-    assert f"- data: `{kind}images`" in told
-    assert "image features of mine, which" in told
-    assert not any(part in told for part in ("/srv", "hospital", "/home", "somebody", str(tmp_path)))
-    assert read(told).get("datasets") is None
+    text = card_of(folder, sites=True, model="/home/somebody/clips/mine")
+    assert f"- data: `{kind}images`" in text
+    assert "image features of mine, which" in text
+    assert not any(part in text for part in ("/srv", "hospital", "/home", "somebody", str(tmp_path)))
+    assert read(text).get("datasets") is None
 
 
-def test_what_privacy_was_spent_is_told(tmp_path: Path) -> None:
+def test_the_privacy_spent_is_reported(tmp_path: Path) -> None:
     spent = {"privacy": {"dp": "central", "epsilon": 6.573, "delta": 1e-5}}
-    told = card_of(finished(tmp_path, summary=spent, dp="central", secure_aggregation=True))
-    assert "- differential privacy of sites (central): ε = 6.57 at δ = 1e-05; not covered: image counts" in told
-    assert "- secure aggregation: the server saw only the sum" in told
-    assert "no differential privacy" not in told
+    text = card_of(finished(tmp_path, summary=spent, dp="central", secure_aggregation=True))
+    assert "- differential privacy of sites (central): ε = 6.57 at δ = 1e-05; not covered: image counts" in text
+    assert "- secure aggregation: the server saw only the sum" in text
+    assert "no differential privacy" not in text
 
 
 def test_a_run_without_a_domain_held_out_has_one_result(tmp_path: Path) -> None:
     none: dict[str, Any] = {"seen": 0.5, "unseen": None, "sites": {}, "holdout_sites": {}, "round": 1}
     none |= {"personal": None, "personal_metrics": None}
-    told = card_of(finished(tmp_path, summary={"holdout": None, "zero_shot": none, "adapted": none}))
-    assert [one.dataset_split for one in read(told).eval_results or []] == ["seen"]
-    assert "seen by no site" not in told
+    text = card_of(finished(tmp_path, summary={"holdout": None, "zero_shot": none, "adapted": none}))
+    assert [one.dataset_split for one in read(text).eval_results or []] == ["seen"]
+    assert "seen by no site" not in text
 
 
 def test_a_run_that_was_stopped_has_no_results(tmp_path: Path) -> None:
-    told = card_of(finished(tmp_path, status="stopped"))
-    assert "## Results" not in told
-    assert read(told).eval_results is None
+    text = card_of(finished(tmp_path, status="stopped"))
+    assert "## Results" not in text
+    assert read(text).eval_results is None
 
 
-def test_figures_of_other_classes_are_told_as_such(tmp_path: Path) -> None:
+def test_figures_of_other_classes_are_marked_as_such(tmp_path: Path) -> None:
     folder = finished(tmp_path)
     note = "These figures are for the run's own classes and prompts, which differ from those above."
     assert note not in card_of(folder)
-    told = card_of(folder, class_names=["zebra", "lion"])
-    assert note in told
-    assert "2 classes: zebra, lion." in told
+    text = card_of(folder, class_names=["zebra", "lion"])
+    assert note in text
+    assert "2 classes: zebra, lion." in text
 
 
 def test_a_card_that_lies_in_a_folder_is_taken_as_it_is_for_the_same_classes(tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ def learnt(data: str) -> Result:
 
 def test_a_run_on_the_folder_is_the_run_on_the_images(tree: Path, tmp_path: Path) -> None:
     (tree / "photo" / "car" / "0.png").write_bytes(b"no picture")
-    code, told = encode(f"data={tree}", "--out", str(tmp_path / "made"))
+    code, output = encode(f"data={tree}", "--out", str(tmp_path / "made"))
     assert code == 0
-    assert "23 images in 3 classes: cartoon 12, photo 11; 1 more can't be read" in told
-    assert told.splitlines()[-1] == f"Feature folder: {tmp_path / 'made'}"
+    assert "23 images in 3 classes: cartoon 12, photo 11; 1 more can't be read" in output
+    assert output.splitlines()[-1] == f"Feature folder: {tmp_path / 'made'}"
     one, other = learnt(f"folder:{tree}"), learnt(f"features:{tmp_path / 'made'}")
     assert one.rounds == other.rounds
     assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
@@ -63,8 +63,8 @@ def test_the_same_may_be_written_again_and_an_unfinished_folder_is_completed(tre
     files = {file.name: file.read_bytes() for file in made.iterdir()}
     (made / "features.json").unlink()
     (made / "photo.safetensors").rename(made / ".photo.safetensors.0123")
-    code, told = encode(f"data={tree}", "--out", str(made))
-    assert (code, "stored already" in told) == (0, True)
+    code, output = encode(f"data={tree}", "--out", str(made))
+    assert (code, "stored already" in output) == (0, True)
     assert {file.name: file.read_bytes() for file in made.iterdir()} == files
     assert encode(f"data={tree}", "--out", str(made))[0] == 0
 
@@ -79,40 +79,40 @@ def test_a_folder_with_something_else_is_left_alone(tree: Path, tmp_path: Path) 
     assert encode(f"data={tree}", "--out", str(made))[0] == 0
     before = load_file(made / "photo.safetensors")
     (tree / "photo" / "cat" / "0.png").unlink()
-    code, told = encode(f"data={tree}", "--out", str(made))
-    assert (code, "holds other features" in told) == (2, True)
+    code, output = encode(f"data={tree}", "--out", str(made))
+    assert (code, "holds other features" in output) == (2, True)
     assert torch.equal(load_file(made / "photo.safetensors")["labels"], before["labels"])
 
 
-def test_a_domain_that_cannot_be_a_file_is_told(tree: Path, tmp_path: Path) -> None:
+def test_a_domain_that_cannot_be_a_file_is_named(tree: Path, tmp_path: Path) -> None:
     (tree / "photo").rename(tree / "classes")
-    code, told = encode(f"data={tree}", "--out", str(tmp_path / "made"))
-    assert (code, "'classes' can't be the name of a file" in told) == (2, True)
+    code, output = encode(f"data={tree}", "--out", str(tmp_path / "made"))
+    assert (code, "'classes' can't be the name of a file" in output) == (2, True)
     assert encode(f"data={tree}")[0] == 0
 
 
 def test_without_a_folder_the_features_are_stored(tree: Path, fedclip_home: Path) -> None:
-    code, told = encode(f"data={tree}")
+    code, output = encode(f"data={tree}")
     assert code == 0
-    folder = Path(told.splitlines()[-1].removeprefix("Stored in "))
+    folder = Path(output.splitlines()[-1].removeprefix("Stored in "))
     assert folder.parent == fedclip_home / "features"
     assert list(folder.glob("given-*.safetensors"))
 
 
 def test_what_encoding_has_no_use_for_is_refused(tree: Path) -> None:
-    code, told = encode(f"data={tree}", "adapter=gate", "precsion=float32", "oops")
+    code, output = encode(f"data={tree}", "adapter=gate", "precsion=float32", "oops")
     assert code == 2
-    first, *others = told.splitlines()
+    first, *others = output.splitlines()
     assert first.startswith("3 of the settings")
-    assert "adapter: encoding does not use it; leave it out" in told
-    assert "did you mean precision?" in told
-    code, told = encode("data=features:/tmp")
-    assert (code, "these are features already" in told) == (2, True)
+    assert "adapter: encoding does not use it; leave it out" in output
+    assert "did you mean precision?" in output
+    code, output = encode("data=features:/tmp")
+    assert (code, "these are features already" in output) == (2, True)
     assert others
 
 
 def test_a_folder_that_could_not_be_completed_does_not_say_that_it_is(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "made" / "photo.safetensors").mkdir(parents=True)
-    code, told = encode(f"data={tree}", "--out", str(tmp_path / "made"))
-    assert (code, "can't be written to" in told, "--out" in told) == (2, True, True)
+    code, output = encode(f"data={tree}", "--out", str(tmp_path / "made"))
+    assert (code, "can't be written to" in output, "--out" in output) == (2, True, True)
     assert not (tmp_path / "made" / "features.json").exists()

@@ -28,7 +28,7 @@ def export(run: Path | str, out: Path, *words: str) -> Result:
 
 
 def refused(run: Path | str, out: Path, *words: str) -> str:
-    """The line that is told."""
+    """The line that is printed."""
     done = export(run, out, *words)
     assert done.exit_code == 2, done.output
     assert len(done.output.splitlines()) == 1, done.output
@@ -117,14 +117,14 @@ def test_a_folder_that_holds_something_else_is_left_alone(name: str, tmp_path: P
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text('{"model_type": "clip"}')
-    told = refused(finished(tmp_path), out)
-    assert told == f"--out: {out} holds other files, such as {name}: name another folder\n"
+    message = refused(finished(tmp_path), out)
+    assert message == f"--out: {out} holds other files, such as {name}: name another folder\n"
     assert names(out) == [name]
     file = out / name
     assert "can't be written to" in refused(tmp_path / "20260102-030405", file)
 
 
-def test_a_failure_leaves_the_older_export_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_older_export_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = finished(tmp_path), tmp_path / "out"
     export(run, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -159,19 +159,19 @@ def test_onnx_is_written_beside_the_rest(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_onnx_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    told = refused("latest", tmp_path, "--onnx")
-    assert "needs onnxruntime: pip install 'fedclip-flwr[onnx]'" in told
+    message = refused("latest", tmp_path, "--onnx")
+    assert "needs onnxruntime: pip install 'fedclip-flwr[onnx]'" in message
 
 
-def test_a_model_that_was_trained_whole_is_in_the_export(tmp_path: Path) -> None:
+def test_a_fully_trained_model_is_in_the_export(tmp_path: Path) -> None:
     run, out = finished(tmp_path, method="full-model"), tmp_path / "out"
     facts = json.loads((run / saved.FACTS).read_text()) | {"kind": "full-model"}
-    whole = FedCLIP.from_pretrained(run, device="cpu", precision="float32")
+    full = FedCLIP.from_pretrained(run, device="cpu", precision="float32")
     with torch.no_grad():
-        whole.net.visual_projection.weight += 0.1
-    whole.net.save_pretrained(run / "model")
-    whole.loaded.preparer().processor.save_pretrained(run / "model")
-    for file in whole.loaded.folder.glob("token*"):
+        full.net.visual_projection.weight += 0.1
+    full.net.save_pretrained(run / "model")
+    full.loaded.preparer().processor.save_pretrained(run / "model")
+    for file in full.loaded.folder.glob("token*"):
         (run / "model" / file.name).write_bytes(file.read_bytes())
     saved.write_json(run / "model" / saved.WHOLE, facts)
     (run / saved.FACTS).unlink()
@@ -182,7 +182,7 @@ def test_a_model_that_was_trained_whole_is_in_the_export(tmp_path: Path) -> None
     assert "model/model.safetensors" in done.output
     assert "A fully trained CLIP" in (out / "README.md").read_text()
     one, other = (FedCLIP.from_pretrained(place, device="cpu") for place in (run, out))
-    assert one.predict(PICTURE) == other.predict(PICTURE) != whole.predict(PICTURE)
+    assert one.predict(PICTURE) == other.predict(PICTURE) != full.predict(PICTURE)
 
 
 def test_what_is_uploaded_is_the_folder_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_what_is_uploaded_is_the_folder_with_its_card(tmp_path: Path, monkeypatc
     assert 'from_pretrained("me/adapter")' in done.output
 
 
-def test_what_cannot_be_exported_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_exported_is_reported_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
     assert "there is no run in" in refused("latest", out)

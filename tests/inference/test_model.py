@@ -91,7 +91,7 @@ def test_a_picture_that_lies_on_its_side_is_turned(folder: Path, tree: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("image", "told"),
+    ("image", "message"),
     [
         ("missing.png", "missing.png: there is no such file"),
         (torch.zeros(1, 8, 8), r"pixels of shape \(8, 8, 1\): expected colours last"),
@@ -102,14 +102,14 @@ def test_a_picture_that_lies_on_its_side_is_turned(folder: Path, tree: Path) -> 
         (3, "is not an image"),
     ],
 )
-def test_what_is_no_image_is_told(folder: Path, image: Any, told: str) -> None:
+def test_what_is_no_image_is_reported(folder: Path, image: Any, message: str) -> None:
     model = FedCLIP.from_pretrained(folder)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         model.predict([image])
 
 
 @pytest.mark.parametrize("top", [0, -1, "x", 1.0])
-def test_so_many_classes_that_cant_be_are_refused(folder: Path, tree: Path, top: Any) -> None:
+def test_impossible_numbers_of_classes_are_refused(folder: Path, tree: Path, top: Any) -> None:
     with pytest.raises(UserError, match="expected a whole number, at least 1"):
         FedCLIP.from_pretrained(folder).predict(paths_of(tree), top=top)
 
@@ -119,7 +119,7 @@ def test_what_is_here_has_no_revision(folder: Path) -> None:
         FedCLIP.from_pretrained(folder, revision="main")
 
 
-def test_files_that_cant_be_read_are_left_out_and_told(folder: Path, tree: Path, tmp_path: Path) -> None:
+def test_files_that_cant_be_read_are_left_out_and_reported(folder: Path, tree: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     model, (first, *others) = FedCLIP.from_pretrained(folder), paths_of(tree)
@@ -165,7 +165,7 @@ def test_new_classes_need_only_words(folder: Path, features: Features, tree: Pat
 
 
 @pytest.mark.parametrize(
-    ("names", "prompt", "told"),
+    ("names", "prompt", "message"),
     [
         (["a"], "", "expected at least two names, each once, found a"),
         (["a", "a"], "", "each once"),
@@ -177,8 +177,8 @@ def test_new_classes_need_only_words(folder: Path, features: Features, tree: Pat
         ([f"class {number}" for number in range(2**12)], "|".join(["a {}"] * 2**9), "prompts at most"),
     ],
 )
-def test_classes_that_cant_be_are_refused(folder: Path, names: list[str], prompt: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_classes_that_cant_be_are_refused(folder: Path, names: list[str], prompt: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         FedCLIP.from_pretrained(folder).with_classes(names, prompt)
 
 
@@ -223,10 +223,10 @@ def test_what_is_saved_comes_back(folder: Path, tree: Path, tmp_path: Path) -> N
     assert FedCLIP.from_pretrained(tmp_path / "other").class_names == ("tree", "cup")
 
 
-def test_an_adapter_takes_the_place_of_a_whole_model_and_back(folder: Path, tree: Path, tmp_path: Path) -> None:
+def test_an_adapter_takes_the_place_of_a_full_model_and_back(folder: Path, tree: Path, tmp_path: Path) -> None:
     adapter = FedCLIP.from_pretrained(folder)
-    whole = FedCLIP(adapter.loaded, adapter.vocabulary, None, {**adapter.facts, "kind": "full-model"})
-    for model in (whole, adapter, whole):
+    full = FedCLIP(adapter.loaded, adapter.vocabulary, None, {**adapter.facts, "kind": "full-model"})
+    for model in (full, adapter, full):
         model.save_pretrained(tmp_path / "out")
         back = FedCLIP.from_pretrained(tmp_path / "out")
         assert (back.adapter is None) == (model.adapter is None)
@@ -287,7 +287,7 @@ def test_another_model_than_the_adapters_is_refused(
     assert "predictions may differ" in caplog.text
 
 
-def test_a_whole_model_is_its_own(tree: Path, tmp_path: Path) -> None:
+def test_a_full_model_is_its_own(tree: Path, tmp_path: Path) -> None:
     place, learner, pixels = whole_model_run(tree, tmp_path, 0.03)
     wanted = logits_of(learner, pixels.examples("photo").ready(), pixels.classes).softmax(dim=1)
     for path in (place, place / "model"):
@@ -306,7 +306,7 @@ def test_a_run_is_found_by_its_name(drawn: Features) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("nowhere", "there is no such run, neither as a folder nor by name"),
         ("/nowhere/at/all", "there is no such run"),
@@ -315,12 +315,12 @@ def test_a_run_is_found_by_its_name(drawn: Features) -> None:
         ("some/thing/else", "nor a valid name on the Hugging Face hub"),
     ],
 )
-def test_what_is_not_there_is_told(name: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_is_not_there_is_reported(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         FedCLIP.from_pretrained(name)
 
 
-def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no adapter"):
         FedCLIP.from_pretrained(tmp_path)
     (tmp_path / "model").mkdir()
@@ -331,7 +331,7 @@ def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
 
 def test_the_package_alone_brings_no_torch() -> None:
     code = "import fedclip_flwr, sys; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert told.stdout == "False\n"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert output.stdout == "False\n"
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
         fedclip_flwr.Other  # noqa: B018

@@ -74,7 +74,7 @@ class Written:
         self.folder = folder
         self.model = made("bundled", "attention", 0.5, Vocabulary(drawn.CLASSES, ("a picture of a {}",)))
         self.before = copy.deepcopy(self.model.state_dict())
-        (self.told,) = exports.write(self.model, folder, onnx=True)
+        (self.line,) = exports.write(self.model, folder, onnx=True)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def test_torch_and_the_file_find_the_same_in_hundreds_of_pictures(written: Writt
     assert len(logits.argmax(1).unique()) == 10
     assert torch.allclose(found["probabilities"], logits.softmax(1), rtol=0, atol=1e-4)
     assert torch.allclose(found["features"].norm(dim=1), torch.ones(200))
-    assert "16 of 16 drawn pictures have the same class" in written.told
-    assert 0 < float(written.told.split()[-1].rstrip(".")) < 1e-4  # the greatest difference
+    assert "16 of 16 drawn pictures have the same class" in written.line
+    assert 0 < float(written.line.split()[-1].rstrip(".")) < 1e-4  # the greatest difference
 
 
 def test_any_number_of_images_goes_in_at_once(written: Written) -> None:

@@ -43,7 +43,7 @@ def evaluated(data: str, adapter: Path) -> dict[str, Any]:
 
 
 def test_each_image_has_a_line_with_what_it_shows(folder: Path, tree: Path) -> None:
-    code, lines, told = run(tree, "--adapter", folder, "--top", 2)
+    code, lines, stderr = run(tree, "--adapter", folder, "--top", 2)
     rows = list(csv.DictReader(io.StringIO(lines)))
     assert code == 0
     assert [row["image"] for row in rows] == find_images([str(tree)])
@@ -53,7 +53,7 @@ def test_each_image_has_a_line_with_what_it_shows(folder: Path, tree: Path) -> N
         [found.probabilities[1] for found in wanted], abs=2e-6
     )
     assert {row["error"] for row in rows} == {""}
-    assert told.splitlines()[-1].startswith("24 images in ")
+    assert stderr.splitlines()[-1].startswith("24 images in ")
 
 
 def test_a_program_gets_json(folder: Path, tree: Path) -> None:
@@ -66,12 +66,12 @@ def test_a_program_gets_json(folder: Path, tree: Path) -> None:
     assert sum(one["probability"] for one in first["top"]) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_file_is_written_whole_or_not_at_all(
+def test_a_file_is_written_completely_or_not_at_all(
     folder: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, lines, told = run(tree, "-a", folder, "-o", tmp_path / "new" / "found.jsonl")
+    code, lines, stderr = run(tree, "-a", folder, "-o", tmp_path / "new" / "found.jsonl")
     assert (code, lines) == (0, "")
-    assert told.splitlines()[-1] == f"Predictions: {tmp_path / 'new' / 'found.jsonl'}"
+    assert stderr.splitlines()[-1] == f"Predictions: {tmp_path / 'new' / 'found.jsonl'}"
     assert len((tmp_path / "new" / "found.jsonl").read_text().splitlines()) == 24
     (tmp_path / "file").write_text("")
     before = (tmp_path / "new" / "found.jsonl").read_text()
@@ -82,20 +82,20 @@ def test_a_file_is_written_whole_or_not_at_all(
         (tmp_path / "file" / "found.csv", "--out"),
         (tmp_path / "found.txt", "expected a name that ends with .csv or .jsonl"),
     ):
-        code, lines, told = run(tree, "-a", folder, "-o", out)
-        assert (code, lines, len(told.splitlines())) == (2, "", 1)
-        assert why in told
+        code, lines, stderr = run(tree, "-a", folder, "-o", out)
+        assert (code, lines, len(stderr.splitlines())) == (2, "", 1)
+        assert why in stderr
 
 
 def test_what_cant_be_read_has_a_line_and_the_others_too(folder: Path, tree: Path) -> None:
     broken = tree / "photo" / "car" / "0.png"
     broken.write_bytes(b"no picture")
-    code, lines, told = run(tree / "photo", "-a", folder)
+    code, lines, stderr = run(tree / "photo", "-a", folder)
     rows = list(csv.DictReader(io.StringIO(lines)))
     assert code == 1
     assert [row["image"] for row in rows if row["error"]] == [str(broken)]
     assert [row["label"] for row in rows].count("") == 1
-    assert f"1 can't be read: {broken}" in told.splitlines()[-1]
+    assert f"1 can't be read: {broken}" in stderr.splitlines()[-1]
     _, lines, _ = run(broken, "-a", folder, "--json")
     assert json.loads(lines) == {"image": str(broken), "error": "can't be read"}
 
@@ -142,9 +142,9 @@ def test_whoever_has_seen_enough_may_go(folder: Path, tree: Path) -> None:
         process.stdin.close()
         assert process.stdout.readline().startswith("image,")
         process.stdout.close()
-        told = process.stderr.read()
-    assert "failed" not in told
-    assert "BrokenPipe" not in told
+        stderr = process.stderr.read()
+    assert "failed" not in stderr
+    assert "BrokenPipe" not in stderr
 
 
 def test_other_classes_by_words_alone(folder: Path, tree: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_other_classes_by_words_alone(folder: Path, tree: Path, tmp_path: Path) 
         assert {row["label"], row["label_2"], row["label_3"]} == {"tree", "fish", "cup"}
 
 
-def test_features_whose_prompts_are_told_in_a_word_are_learnt_from_predicted_and_evaluated(
+def test_features_whose_prompts_are_named_in_a_word_are_learnt_from_predicted_and_evaluated(
     folder: Path, tree: Path, tmp_path: Path
 ) -> None:
     encode([f"data=folder:{tree}"], str(tmp_path / "made"))
@@ -170,16 +170,16 @@ def test_features_whose_prompts_are_told_in_a_word_are_learnt_from_predicted_and
     assert code == 0
     assert lines == wanted
     assert evaluated(made, tmp_path / "other") == figures
-    code, _, told = run(tree, "-a", tmp_path / "other")
+    code, _, stderr = run(tree, "-a", tmp_path / "other")
     assert code == 2
-    assert "prompt = 'those of a list': expected a template with one {}" in told
+    assert "prompt = 'those of a list': expected a template with one {}" in stderr
 
 
 def test_stored_features_need_no_clip(folder: Path, tree: Path, tmp_path: Path, features: Features) -> None:
     encode([f"data=folder:{tree}"], str(tmp_path / "made"))
     facts = json.loads((folder / "adapter.json").read_text())
     (folder / "adapter.json").write_text(json.dumps({**facts, "model": "/gone/bundled"}))
-    code, lines, told = run(f"features:{tmp_path / 'made'}", "-a", folder)
+    code, lines, stderr = run(f"features:{tmp_path / 'made'}", "-a", folder)
     rows = list(csv.DictReader(io.StringIO(lines)))
     assert (code, len(rows)) == (0, 24)
     examples = features.examples("photo").ready()
@@ -187,11 +187,11 @@ def test_stored_features_need_no_clip(folder: Path, tree: Path, tmp_path: Path, 
     labels = [row["label"] for row in rows if row["image"].startswith("photo/")]
     assert labels == [features.vocabulary.class_names[number] for number in wanted]
     assert rows[-1]["image"] == "photo/11"
-    assert "24 images" in told
+    assert "24 images" in stderr
     (folder / "adapter.json").write_text(json.dumps({**facts, "model": "some/clip"}))
-    code, lines, told = run(f"features:{tmp_path / 'made'}", "-a", folder)
+    code, lines, stderr = run(f"features:{tmp_path / 'made'}", "-a", folder)
     assert (code, lines) == (2, "")
-    assert "were made by bundled and have 128 numbers; the adapter is for some/clip, with 128" in told
+    assert "were made by bundled and have 128 numbers; the adapter is for some/clip, with 128" in stderr
 
 
 def test_the_papers_adapter_warns_of_features_whose_length_nobody_knows(
@@ -238,7 +238,7 @@ def test_the_likeliest_are_those_of_all_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["nowhere.png"], "nowhere.png: there is no such file or folder"),
         (["{empty}"], "no images (.jpg"),
@@ -258,19 +258,19 @@ def test_the_likeliest_are_those_of_all_at_once() -> None:
         (["{tree}", "-a", "no-run"], "there is no such run"),
     ],
 )
-def test_what_cant_be_done_is_told_in_a_line(
-    words: list[str], told: str, folder: Path, tree: Path, tmp_path: Path
+def test_what_cant_be_done_is_reported_in_a_line(
+    words: list[str], expected: str, folder: Path, tree: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     places = {"tree": tree, "empty": tmp_path / "empty"}
     filled = [word if word == "no place" or "{}" in word else word.format(**places) for word in words]
     code, lines, error = run(*([] if "-a" in words else ["-a", folder]), *filled)
     assert (code, lines) == (2, "")
-    assert told in error
+    assert expected in error
     assert len(error.splitlines()) == 1
 
 
-def test_files_are_told_apart_by_what_is_in_them_and_by_their_order(tree: Path) -> None:
+def test_files_are_distinguished_by_their_content_and_their_order(tree: Path) -> None:
     one, other = (str(tree / "photo" / "car" / f"{number}.png") for number in range(2))
     known = Files([one, other]).content("files")
     assert known != Files([other, one]).content("files")

@@ -132,7 +132,7 @@ def test_a_sites_own_adapters_are_removed_only_if_they_are_named(home: Path) -> 
 
 
 def test_what_was_used_since_stays(home: Path) -> None:
-    """Of an entry of the store its lock tells when it was used."""
+    """Of an entry of the store its lock says when it was used."""
     age(2, home / MODEL / "classes-1.safetensors.lock", home / "exchange" / "1" / "a.safetensors")
     assert asked(home, "features", "exchange", days=3)[0].startswith("There is nothing to remove in")
     age(4, home / MODEL / "classes-1.safetensors.lock")
@@ -195,7 +195,7 @@ def test_nothing_is_followed_out_of_the_folder(home: Path, tmp_path: Path) -> No
     assert (home / "exchange" / "1" / "link").is_symlink()
 
 
-def test_what_cannot_be_removed_is_told_and_the_others_go(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_removed_is_reported_and_the_others_go(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = Path.unlink
 
     def refused(path: Path, missing_ok: bool = False) -> None:
@@ -207,25 +207,25 @@ def test_what_cannot_be_removed_is_told_and_the_others_go(home: Path, monkeypatc
     said: list[str] = []
     with pytest.raises(
         UserError, match=r"these can't be removed: .*session-1 \(Permission denied\); let this user"
-    ) as told:
+    ) as error:
         clean.clean([], None, lambda _: True, said.append)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert said[-1].startswith("Removed 5 files")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["keys"], "'keys': expected some of features, contents, partitions, exchange, sweeps, personal"),
         (["--older-than", "-1"], "--older-than -1: expected a number of days from 0 to 36500"),
         (["--older-than", "9" * 400], "expected a number of days from 0 to 36500"),
     ],
 )
-def test_what_cannot_be_meant_is_told_in_a_line(home: Path, words: list[str], told: str) -> None:
+def test_what_cannot_be_meant_is_reported_in_a_line(home: Path, words: list[str], expected: str) -> None:
     before = below(home)
     result = CliRunner().invoke(app, ["clean", *words, "--yes"])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert told in result.stderr
+    assert expected in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert below(home) == before
 
@@ -235,7 +235,7 @@ def test_without_a_home_there_is_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert cleaned() == [f"There is nothing to remove in {tmp_path / 'nowhere'}."]
 
 
-def test_features_are_told_by_the_name_of_their_model(features: Features) -> None:
+def test_features_are_shown_by_the_name_of_their_model(features: Features) -> None:
     assert len(features.classes.text) == 3
     assert isinstance(features, Encoded)
     assert clean._by_model(features.folder.parent, f"{features.folder.name}/images-1.safetensors") == "bundled, float32"

@@ -32,15 +32,15 @@ def keys(*arguments: str | Path) -> tuple[int, str]:
 
 
 def made(*arguments: str | Path) -> str:
-    code, told = keys(*arguments)
-    assert code == 0, told
-    return told
+    code, output = keys(*arguments)
+    assert code == 0, output
+    return output
 
 
 def refused(*arguments: str | Path) -> str:
-    code, told = keys(*arguments)
-    assert (code, told.count("\n")) == (2, 1), told
-    return told
+    code, output = keys(*arguments)
+    assert (code, output.count("\n")) == (2, 1), output
+    return output
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -78,7 +78,7 @@ def umask() -> Iterator[None]:
 
 def test_there_is_a_folder_for_each_machine_and_what_is_secret_is_the_owners_alone(tmp_path: Path, umask: None) -> None:
     folder = tmp_path / "keys"
-    told = made(folder, "--server", "fl.example.org", "--site", "north", "--site", "south")
+    output = made(folder, "--server", "fl.example.org", "--site", "north", "--site", "south")
     assert files(folder).keys() == {
         *("ca/ca.key", "ca/ca.crt", "server/ca.crt", "server/server.crt", "server/server.key"),
         *("server/north.pub", "sites/north/ca.crt", "sites/north/node.key", "sites/north/node.pub"),
@@ -88,9 +88,9 @@ def test_there_is_a_folder_for_each_machine_and_what_is_secret_is_the_owners_alo
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600 if path.name in SECRET else 0o644), path
     for site in ("north", "south"):
-        assert f"{folder}/sites/{site}" in told
+        assert f"{folder}/sites/{site}" in output
         assert (folder / "server" / f"{site}.pub").read_bytes() == (folder / "sites" / site / "node.pub").read_bytes()
-    assert "flwr supernode register" in told
+    assert "flwr supernode register" in output
     assert len({data for name, data in files(folder).items() if Path(name).name in SECRET}) == 4
 
 
@@ -138,20 +138,20 @@ def test_flower_takes_both_halves_of_a_sites_key(tmp_path: Path) -> None:
     assert try_load_public_key(folder / "node.pub") == public_key_to_bytes(private.public_key())
 
 
-def test_a_site_makes_its_key_alone_and_is_told_to_send_the_public_half(tmp_path: Path) -> None:
-    told = made(tmp_path / "keys", "--site", "north")
+def test_a_site_makes_its_key_alone_and_is_asked_to_send_the_public_half(tmp_path: Path) -> None:
+    output = made(tmp_path / "keys", "--site", "north")
     assert files(tmp_path / "keys").keys() == {"sites/north/node.key", "sites/north/node.pub"}
-    assert "send node.pub" in told
+    assert "send node.pub" in output
 
 
 def test_what_is_there_is_kept_and_a_call_that_adds_a_site_adds_only_that(tmp_path: Path) -> None:
     first = ("--server", "fl.example.org", "--site", "north")
     made(tmp_path, *first)
     before = files(tmp_path)
-    told = made(tmp_path, *first)
+    output = made(tmp_path, *first)
     assert files(tmp_path) == before
-    assert "existed, kept" in told
-    assert all("–" in line for line in told.splitlines() if line.startswith(str(tmp_path)))  # nothing made
+    assert "existed, kept" in output
+    assert all("–" in line for line in output.splitlines() if line.startswith(str(tmp_path)))  # nothing made
     made(tmp_path, "--site", "south")
     after = files(tmp_path)
     assert {name: after[name] for name in before} == before
@@ -161,7 +161,7 @@ def test_what_is_there_is_kept_and_a_call_that_adds_a_site_adds_only_that(tmp_pa
     made(tmp_path, "--site", "west")
 
 
-def test_a_site_that_was_first_gets_the_ca_and_is_told_to_the_server_later(tmp_path: Path) -> None:
+def test_a_site_that_was_first_gets_the_ca_and_is_added_to_the_server_later(tmp_path: Path) -> None:
     made(tmp_path, "--site", "north")
     key = (tmp_path / "sites/north/node.key").read_bytes()
     made(tmp_path, "--server", "fl.example.org", "--site", "north")
@@ -172,10 +172,10 @@ def test_a_site_that_was_first_gets_the_ca_and_is_told_to_the_server_later(tmp_p
 def test_a_server_with_another_name_gets_another_certificate_from_the_same_ca(tmp_path: Path) -> None:
     made(tmp_path, "--server", "fl.example.org")
     before = files(tmp_path)
-    told = refused(tmp_path, "--server", "new.example.org", "--site", "north")
-    assert "fl.example.org" in told
-    assert "new.example.org" in told
-    assert "move it away and run again (the CA stays)" in told
+    message = refused(tmp_path, "--server", "new.example.org", "--site", "north")
+    assert "fl.example.org" in message
+    assert "new.example.org" in message
+    assert "move it away and run again (the CA stays)" in message
     assert files(tmp_path) == before
     (tmp_path / "server/server.crt").rename(tmp_path / "old.crt")
     made(tmp_path, "--server", "new.example.org")
@@ -189,7 +189,7 @@ class CutError(BaseException):
 
 
 @pytest.mark.parametrize("cut", range(1, 10))
-def test_a_call_that_was_cut_off_anywhere_goes_on_when_it_is_given_again(
+def test_a_call_that_was_cut_off_anywhere_continues_when_it_is_given_again(
     cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, sync, written = ("--server", "fl.example.org", "--site", "north"), os.fsync, []
@@ -217,7 +217,7 @@ def test_a_call_that_was_cut_off_anywhere_goes_on_when_it_is_given_again(
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("ca/ca.key", "not an ECDSA key"),
         ("ca/ca.crt", "not a certificate"),
@@ -230,18 +230,18 @@ def test_a_call_that_was_cut_off_anywhere_goes_on_when_it_is_given_again(
         ("sites/north/ca.crt", "differs from"),
     ],
 )
-def test_a_file_that_does_not_belong_there_is_named_and_left_alone(name: str, told: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_belong_there_is_named_and_left_alone(name: str, expected: str, tmp_path: Path) -> None:
     made(tmp_path, "--server", "fl.example.org", "--site", "north")
     (tmp_path / name).write_text("something else\n")
     before = files(tmp_path)
     message = refused(tmp_path, "--server", "fl.example.org", "--site", "north")
-    assert told in message
+    assert expected in message
     assert str(tmp_path / name) in message
     assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("ca/ca.key", "another key than ca.key"),
         ("server/server.key", "another key than server.key"),
@@ -249,12 +249,12 @@ def test_a_file_that_does_not_belong_there_is_named_and_left_alone(name: str, to
         ("sites/north/node.key", "another key than node.key"),
     ],
 )
-def test_what_was_taken_from_other_keys_is_noticed(name: str, told: str, tmp_path: Path) -> None:
+def test_what_was_taken_from_other_keys_is_noticed(name: str, expected: str, tmp_path: Path) -> None:
     given = ("--server", "fl.example.org", "--site", "north")
     for folder in ("one", "two"):
         made(tmp_path / folder, *given)
     (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
-    assert told in refused(tmp_path / "one", *given)
+    assert expected in refused(tmp_path / "one", *given)
 
 
 def made_ago(days: int, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
@@ -268,7 +268,7 @@ def made_ago(days: int, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path)
         made(*arguments)
 
 
-def test_what_has_ended_is_told_and_a_certificate_ends_with_its_ca(
+def test_what_has_ended_is_reported_and_a_certificate_ends_with_its_ca(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made_ago(830, monkeypatch, tmp_path / "a", "--server", "fl.example.org")
@@ -290,7 +290,7 @@ def test_what_signs_is_asked_for_where_it_was_put_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ([], "nothing to make"),
         (["--site", "../north"], "expected a name"),
@@ -312,10 +312,10 @@ def test_what_signs_is_asked_for_where_it_was_put_away(tmp_path: Path) -> None:
         (["--server", "x" * 64 + ".org"], "by which sites reach it"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_line_and_nothing_is_made(
-    given: list[str], told: str, tmp_path: Path
+def test_what_cannot_be_done_is_reported_in_one_line_and_nothing_is_made(
+    given: list[str], expected: str, tmp_path: Path
 ) -> None:
-    assert told in refused(tmp_path / "keys", *given)
+    assert expected in refused(tmp_path / "keys", *given)
     assert not (tmp_path / "keys").exists()
 
 

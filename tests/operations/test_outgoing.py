@@ -174,8 +174,8 @@ def test_with_secure_aggregation_there_are_its_steps_and_no_adapter(tree: Path, 
     assert fine
     assert "public  98 bytes  (two public keys, for this round only)" in text
     assert "log_scale" not in text
-    told = json.loads((tmp_path / "out" / "2-query-keys.json").read_text())
-    assert len(bytes.fromhex(told["records"]["keys"]["public"])) == 98
+    written = json.loads((tmp_path / "out" / "2-query-keys.json").read_text())
+    assert len(bytes.fromhex(written["records"]["keys"]["public"])) == 98
 
 
 def test_a_local_noise_is_in_what_is_shown(tree: Path) -> None:
@@ -194,13 +194,13 @@ def test_all_of_it_can_be_had_number_by_number(tree: Path, tmp_path: Path) -> No
     names = ["1-query.json", "2-train.json", "2-train.safetensors", "3-evaluate.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
     hello, trained, _ = sent(tree)
-    told = json.loads((folder / "1-query.json").read_text())
-    assert told["records"] == {"hello": dict(hello.records["hello"])}
-    assert told["bytes"] == hello.leaves
-    told = json.loads((folder / "2-train.json").read_text())
-    assert told["records"] == {"metrics": dict(trained.records["metrics"])}
+    written = json.loads((folder / "1-query.json").read_text())
+    assert written["records"] == {"hello": dict(hello.records["hello"])}
+    assert written["bytes"] == hello.leaves
+    written = json.loads((folder / "2-train.json").read_text())
+    assert written["records"] == {"metrics": dict(trained.records["metrics"])}
     tensors = load_file(folder / "2-train.safetensors")
-    assert told["tensors"] == sorted(tensors) == sorted(trained.records["arrays"])
+    assert written["tensors"] == sorted(tensors) == sorted(trained.records["arrays"])
     for name, tensor in tensors.items():
         assert (tensor.numpy() == trained.records["arrays"][name].numpy()).all()
     with pytest.raises(UserError, match=r"--out: .* is not empty"):
@@ -233,7 +233,7 @@ def test_the_command_uses_no_network(tree: Path) -> None:
 @pytest.mark.parametrize(
     "words", [["site", "--show-outgoing"], ["site", "--out", "x"], ["--show-outgoing", "--node-config", "site='a'"]]
 )
-def test_options_that_do_not_go_together_are_told(words: list[str]) -> None:
-    told = CliRunner().invoke(app, ["doctor", *words])
-    assert told.exit_code == 2
-    assert "fedclip doctor site" in told.output
+def test_options_that_do_not_go_together_are_refused(words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["doctor", *words])
+    assert result.exit_code == 2
+    assert "fedclip doctor site" in result.output

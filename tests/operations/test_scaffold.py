@@ -52,8 +52,8 @@ def test_a_folder_has_the_two_apps_and_every_setting_with_its_meaning(study: Pat
 def test_any_text_comes_back_as_it_was_given(value: str, tmp_path: Path) -> None:
     given = [f"class-names={value}", "blend=auto", "delta=1e-12", "personalize=true"]
     scaffold.init(tmp_path / "a", given)
-    told = tomllib.loads((tmp_path / "a" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    assert Settings.from_run_config(told) == Settings(class_names=value, blend="auto", delta=1e-12, personalize=True)
+    config = tomllib.loads((tmp_path / "a" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert Settings.from_run_config(config) == Settings(class_names=value, blend="auto", delta=1e-12, personalize=True)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -82,22 +82,22 @@ def test_a_folder_that_flower_would_not_run_is_refused(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["x", "see=3", "seed=x", "codec"], ["3 of the settings", "see:", "seed = 'x'", "codec: expected key=value"]),
         (["x", "codec=int8", "secure-aggregation=true"], ["1 of the settings", "codec = 'int8'"]),
         (["file"], ["can't be written to"]),
     ],
 )
-def test_what_cannot_be_laid_out_is_told_and_nothing_is_made(
-    words: list[str], told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_laid_out_is_reported_and_nothing_is_made(
+    words: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     answer = CliRunner().invoke(app, ["init", *words])
     assert answer.exit_code == 2
-    assert len(answer.stderr.splitlines()) == len(told)
-    assert all(text in line for text, line in zip(told, answer.stderr.splitlines(), strict=True))
+    assert len(answer.stderr.splitlines()) == len(expected)
+    assert all(text in line for text, line in zip(expected, answer.stderr.splitlines(), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -62,7 +62,7 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
 
 @needs("simulation")
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         (
             ["adapter=attn", "learning-rate=-1", "epochs", "seed=x"],
@@ -78,16 +78,16 @@ def test_the_app_is_the_one_in_the_current_folder_or_this_projects(
         (["--on", "hospitals", "data=folder:images", "alpha=0"], ["expected an absolute path", "more than 0"]),
     ],
 )
-def test_fedclip_run_tells_what_is_wrong_before_anything_starts(
-    given: list[str], told: list[str], monkeypatch: pytest.MonkeyPatch
+def test_fedclip_run_says_what_is_wrong_before_anything_starts(
+    given: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
     done = CliRunner().invoke(app, ["run", *given])
     assert done.exit_code == 2
     assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 + len(told)
-    assert all(text in done.stderr for text in told)
+    assert len(done.stderr.splitlines()) == 1 + len(expected)
+    assert all(text in done.stderr for text in expected)
 
 
 @needs("simulation")
@@ -97,16 +97,16 @@ def test_the_settings_say_what_is_wrong_with_data_and_model_before_anything_star
     monkeypatch.chdir(tree.parent)
     monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
 
-    def told(*given: str) -> str:
+    def stderr_of(*given: str) -> str:
         done = CliRunner().invoke(app, ["run", *given])
         assert done.exit_code == 2
         return done.stderr
 
     shutil.copytree(models.BUNDLED, tmp_path / "half")
     (tmp_path / "half" / "model.safetensors").unlink()
-    assert "lacks model.safetensors" in told("data=tree", "class-names=a,b", f"model={tmp_path}/half")
-    assert "class-names has 2 names and lacks car, cat, fish" in told("data=tree", "class-names=a,b")
-    missing = told("data=pacs")
+    assert "lacks model.safetensors" in stderr_of("data=tree", "class-names=a,b", f"model={tmp_path}/half")
+    assert "class-names has 2 names and lacks car, cat, fish" in stderr_of("data=tree", "class-names=a,b")
+    missing = stderr_of("data=pacs")
     assert len(missing.splitlines()) == 2
     assert "hf download --repo-type dataset flwrlabs/pacs" in missing
 
@@ -119,7 +119,7 @@ def test_a_superlink_has_sites_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert done.stderr == "--nodes 3: the SuperLink hospitals has its own sites; leave it out\n"
 
 
-TOLD_TO_STOP = """
+STOPPED_FROM_OUTSIDE = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from fedclip_flwr.features import clip
@@ -141,33 +141,33 @@ with simulation.started(["sleep", "1000"], os.environ, Path(sys.argv[1])):
 
 
 def test_a_process_is_ended_that_was_just_being_started_when_all_had_to_stop(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TOLD_TO_STOP, str(tmp_path / "log")]
+    command = [sys.executable, "-c", STOPPED_FROM_OUTSIDE, str(tmp_path / "log")]
     done = subprocess.run(command, env={**os.environ, "MARK": str(tmp_path)}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "\nStopped\n")
     until_gone(f"MARK={tmp_path}")
 
 
 def test_what_flower_says_is_not_held_back_until_the_end(capfd: pytest.CaptureFixture[str]) -> None:
-    told = "import sys; print('Successfully started run 7'); print('at once:', sys.stdout.write_through)"
+    code = "import sys; print('Successfully started run 7'); print('at once:', sys.stdout.write_through)"
     without = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
-    assert simulation._show([sys.executable, "-c", told], without) == "7"
+    assert simulation._show([sys.executable, "-c", code], without) == "7"
 
     assert capfd.readouterr().out == "at once: True\n"
 
 
-def test_who_simulates_on_a_busy_machine_is_told_what_came_too_late(capfd: pytest.CaptureFixture[str]) -> None:
+def test_on_a_busy_machine_what_came_too_late_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     late = simulation.RAY_IS_LATE
     node = pytest.importorskip("ray._private.node", reason="not installed: the extra simulation")
     assert late in Path(node.__file__).read_text()
     hint = "Ray, which simulates sites, did not start in time: is this machine busy? Try again.\n"
-    for said, told in ((f"{late}. This could", hint), ("A trace", "")):
+    for said, expected in ((f"{late}. This could", hint), ("A trace", "")):
         simulation._show([sys.executable, "-c", f"print({said!r}); print('More')"], os.environ)
-        assert capfd.readouterr() == (f"{said}\nMore\n", told)
+        assert capfd.readouterr() == (f"{said}\nMore\n", expected)
 
 
 @pytest.mark.parametrize(
-    ("details", "told"),
+    ("details", "expected"),
     [
         ("", "finished:failed"),
         ("N/A", "finished:failed"),
@@ -176,7 +176,7 @@ def test_who_simulates_on_a_busy_machine_is_told_what_came_too_late(capfd: pytes
         ("Simulation failed with exception: no such folder", "finished:failed"),
     ],
 )
-def test_a_runs_status_tells_why_where_the_app_could_not(details: str, told: str, tmp_path: Path) -> None:
+def test_a_runs_status_says_why_where_the_app_could_not(details: str, expected: str, tmp_path: Path) -> None:
     """In Flower's own words, from a command that prints them as Flower's does."""
     answer = json.dumps(
         {"success": True, "runs": [{"run-id": "7", "status": "finished:failed", "status-details": details}]}
@@ -184,4 +184,4 @@ def test_a_runs_status_tells_why_where_the_app_could_not(details: str, told: str
     command = tmp_path / "flwr"
     command.write_text(f"#!{sys.executable}\nprint({answer!r})\n")
     command.chmod(0o755)
-    assert simulation.status_of("7", {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}) == told
+    assert simulation.status_of("7", {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}) == expected

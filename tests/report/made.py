@@ -1,4 +1,4 @@
-"""Run folders as runs leave them behind: learnt for real in one process, with as many sites told of as are wanted."""
+"""Run folders as runs leave them behind: learnt for real in one process, with as many sites named as are wanted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def a_run(
     epsilon: float | None = None,
     **given: Any,
 ) -> Path:
-    """The folder of a run with these settings, told to have had so many sites; what it has learnt is of `learning`."""
+    """The folder of a run with these settings, with the given number of sites; what it has learnt is of `learning`."""
     settings = Settings(results_dir=str(root), num_server_rounds=ROUNDS, personalize=personal, **given)
     features = features or open_features(settings, progress=False)
     made, unseen = make_sites(features, settings.holdout, learning, settings.seed)
@@ -82,7 +82,7 @@ def a_run(
         apart = {name: 0.5 + 0.05 * n for n, name in enumerate(holdouts)}
         adapted = results(best.seen or 0.0, best.unseen, after, {name: value + 0.06 for name, value in apart.items()})
         own = {name: min(1.0, value + 0.03) for name, value in after.items()}
-        whole = features.parameters
+        parameters = features.parameters
         summary = {
             "status": "completed",
             "holdout": pick_holdout(settings.holdout, features.domains),
@@ -98,8 +98,8 @@ def a_run(
                 "down_bytes": 44_000 * sites * ROUNDS,
                 "up_bytes": 44_000 * sites * ROUNDS,
                 "per_site_round_bytes": 88_000.0,
-                "full_model_bytes": whole and 8 * whole,
-                "times_less": whole and 8 * whole / 88_000,
+                "full_model_bytes": parameters and 8 * parameters,
+                "times_less": parameters and 8 * parameters / 88_000,
             },
             "privacy": None if epsilon is None else {"dp": settings.dp, "epsilon": epsilon, "delta": settings.delta},
             "seconds": {"encode": 1.0, "rounds": 1.6, "total": 4.5},
@@ -140,13 +140,13 @@ def feature_folder(root: Path, features: Features, names: Sequence[str] = ("phot
 
 
 def many_classes(features: Features, classes: int) -> dict[str, Any]:
-    """An analysis of a domain with so many classes, without images."""
+    """An analysis of a domain with that number of classes, without images."""
     confusion = [[true, true, 6 + true % 5] for true in range(classes)]
     confusion += [
         [true, (3 * true + 1) % classes, 1 + true % 4] for true in range(classes) if (3 * true + 1) % classes != true
     ]
     images = sum(count for *_, count in confusion)
-    told = {
+    counts = {
         "correct": sum(count for true, said, count in confusion if true == said),
         "confusion": confusion,
         "bins": {
@@ -162,8 +162,8 @@ def many_classes(features: Features, classes: int) -> dict[str, Any]:
         "class_names": [
             f"class {number} with a long name" if number % 7 == 3 else f"class {number}" for number in range(classes)
         ],
-        "zero_shot": told,
-        "adapted": {**told, "confusion": [[t, s, c + (t == s)] for t, s, c in confusion]},
+        "zero_shot": counts,
+        "adapted": {**counts, "confusion": [[t, s, c + (t == s)] for t, s, c in confusion]},
         "weights": None,
         "changed": {"mended": 0, "spoilt": 0},
         "mended": [],

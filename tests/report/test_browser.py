@@ -179,7 +179,7 @@ def test_in_print_it_is_dark_on_light_whatever_the_scheme_is(shown: Callable[...
     assert len(tab.pdf(format="A4")) > 10_000
 
 
-def test_plots_are_told_to_those_who_can_not_see_them(shown: Callable[..., Page]) -> None:
+def test_plots_are_described_for_those_who_can_not_see_them(shown: Callable[..., Page]) -> None:
     tab = shown("plain")
     svgs = tab.locator("svg")
     for number in range(svgs.count()):

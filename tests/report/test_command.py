@@ -47,10 +47,10 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_report_is_written_into_the_runs_folder_and_is_the_same_each_time(
     run: Path, plain: Path, pages: dict[str, Path]
 ) -> None:
-    code, told = fedclip(run)
-    assert code == 0, told
-    assert told.splitlines()[-1] == f"Report: {run / 'report.html'}"
-    assert "88 kB a site and round" in told
+    code, printed = fedclip(run)
+    assert code == 0, printed
+    assert printed.splitlines()[-1] == f"Report: {run / 'report.html'}"
+    assert "88 kB a site and round" in printed
     before, made = (files(folder) for folder in (pages["plain"].parent, run))
     made[history.PAGE] = made[history.PAGE].replace(bytes(run.parent), bytes(plain.parent))  # it says where the run is
     assert made == before
@@ -62,13 +62,13 @@ def test_the_newest_run_is_taken_unless_said_and_out_names_another_folder(
 ) -> None:
     (run.parent / "latest").symlink_to(run.name)
     before = sorted(run.iterdir())
-    code, told = fedclip("--results-dir", run.parent, "--out", tmp_path / "there")
-    assert (code, told.splitlines()[-1]) == (0, f"Report: {tmp_path / 'there' / 'report.html'}")
+    code, printed = fedclip("--results-dir", run.parent, "--out", tmp_path / "there")
+    assert (code, printed.splitlines()[-1]) == (0, f"Report: {tmp_path / 'there' / 'report.html'}")
     assert (tmp_path / "there" / output.FILE).exists()
     assert sorted(run.iterdir()) == before
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(run: Path, tmp_path: Path, undrawn: None) -> None:
+def test_runs_of_one_name_are_distinguished_by_their_paths(run: Path, tmp_path: Path, undrawn: None) -> None:
     both = [tmp_path / part / "runs" / "same" for part in ("one", "other")]
     for path in both:
         shutil.copytree(run, path)
@@ -77,7 +77,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(run: Path, tmp_path: Pat
     assert all(text.count(str(path)) > 1 for path in both)
 
 
-def test_where_the_data_is_not_at_hand_what_was_found_at_the_end_is_told(
+def test_where_the_data_is_not_at_hand_what_was_found_at_the_end_is_shown(
     run: Path, tmp_path: Path, undrawn: None
 ) -> None:
     assert fedclip(run)[0] == 0
@@ -98,9 +98,9 @@ def test_several_runs_are_put_side_by_side(
     run: Path, tmp_path: Path, drawn: Features, fedclip_home: Path, undrawn: None
 ) -> None:
     other = a_run(tmp_path / "other", drawn, adapter="scale", sites=4)
-    code, told = fedclip(run, other)
-    assert code == 0, told
-    path = Path(told.splitlines()[-1].removeprefix("Report: "))
+    code, printed = fedclip(run, other)
+    assert code == 0, printed
+    path = Path(printed.splitlines()[-1].removeprefix("Report: "))
     assert path.parent.parent == fedclip_home / "reports"
     assert run.name in path.parent.name
     text = words(path)
@@ -117,23 +117,23 @@ def test_several_runs_are_put_side_by_side(
         )
 
 
-def test_what_can_not_be_reported_is_told_in_a_line(run: Path, tmp_path: Path) -> None:
+def test_what_can_not_be_reported_is_named_in_a_line(run: Path, tmp_path: Path) -> None:
     for given, why in (
         ((tmp_path / "none",), "there is no such run"),
         ((run, run), "the same run is given twice"),
         ((run, "--out", run / "settings.json"), "can't be written to"),
     ):
-        code, told = fedclip(*given)
+        code, printed = fedclip(*given)
         assert code == 2
-        assert why in told
-        assert len(told.splitlines()) == 1
+        assert why in printed
+        assert len(printed.splitlines()) == 1
 
 
 def test_a_comparison_does_not_take_the_place_of_a_runs_report(run: Path, tmp_path: Path, drawn: Features) -> None:
     other = a_run(tmp_path / "other", drawn)
-    code, told = fedclip(run, other, "--out", other)
+    code, printed = fedclip(run, other, "--out", other)
     assert code == 2
-    assert "name another folder" in told
+    assert "name another folder" in printed
 
 
 def test_no_report_takes_the_place_of_another_runs(run: Path, tmp_path: Path, drawn: Features) -> None:
@@ -152,15 +152,15 @@ def test_no_report_lands_among_other_files(run: Path, tmp_path: Path, undrawn: N
     (tmp_path / "own").mkdir()
     for name in ("notes.txt", "report.html"):
         (tmp_path / "own" / name).write_text("mine")
-        code, told = fedclip(run, "--out", tmp_path / "own")
+        code, printed = fedclip(run, "--out", tmp_path / "own")
         assert code == 2
-        assert f"something else is there, such as {name}" in told
+        assert f"something else is there, such as {name}" in printed
         assert [path.read_text() for path in (tmp_path / "own").iterdir()] == ["mine"]
         (tmp_path / "own" / name).unlink()
     (tmp_path / "own" / "report.html").mkdir()
-    code, told = fedclip(run, "--out", tmp_path / "own")
+    code, printed = fedclip(run, "--out", tmp_path / "own")
     assert code == 2
-    assert "something else is there, such as report.html" in told
+    assert "something else is there, such as report.html" in printed
     (tmp_path / "own" / "report.html").rmdir()
     for _ in range(2):
         assert fedclip(run, "--out", tmp_path / "own")[0] == 0

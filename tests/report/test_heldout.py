@@ -73,16 +73,16 @@ def test_several_held_out_domains_are_analysed_together(plain: Path, drawn: Feat
 
 def test_bins_and_confusion_of_a_few_images() -> None:
     labels = torch.tensor([0, 0, 1, 2])
-    told = heldout.counts_of(seen([0, 1, 1, 2], [1.0, 0.5, 2 / 15, 0.51], [1.0, 0.3, 2 / 15, 0.51]), labels, 3)
-    assert told["correct"] == 3
-    assert told["confusion"] == [[0, 0, 1], [0, 1, 1], [1, 1, 1], [2, 2, 1]]
+    counts = heldout.counts_of(seen([0, 1, 1, 2], [1.0, 0.5, 2 / 15, 0.51], [1.0, 0.3, 2 / 15, 0.51]), labels, 3)
+    assert counts["correct"] == 3
+    assert counts["confusion"] == [[0, 0, 1], [0, 1, 1], [1, 1, 1], [2, 2, 1]]
     images = [0] * 15
     images[14] = images[1] = 1  # a bin includes its upper end
     images[7] = 2
-    assert told["bins"]["images"] == images
-    assert told["bins"]["confidence"][7] == pytest.approx(1.01)
-    assert (told["bins"]["correct"][7], told["bins"]["correct"][1]) == (1, 1)
-    assert confused({"adapted": told}, "adapted") == {(0, 1): 1}
+    assert counts["bins"]["images"] == images
+    assert counts["bins"]["confidence"][7] == pytest.approx(1.01)
+    assert (counts["bins"]["correct"][7], counts["bins"]["correct"][1]) == (1, 1)
+    assert confused({"adapted": counts}, "adapted") == {(0, 1): 1}
 
 
 def test_images_that_changed_come_in_the_order_of_what_their_true_class_has_gained() -> None:
@@ -121,7 +121,7 @@ def test_weights_of_attention_differ_by_image_and_are_averaged_by_class(drawn: F
     assert 0 < found["common"] < 1
 
 
-def test_the_images_shown_are_those_that_are_told_of(plain: Path, drawn: Features) -> None:
+def test_the_images_shown_are_those_that_are_described(plain: Path, drawn: Features) -> None:
     found = heldout.analyse(plain, Settings(), drawn, "sketch")
     assert isinstance(drawn, Encoded)
     card = found["mended"][0]
@@ -135,7 +135,7 @@ def test_the_images_shown_are_those_that_are_told_of(plain: Path, drawn: Feature
     assert logits.softmax(dim=1)[near].max().item() == pytest.approx(card["zero_shot"][1], abs=1e-3)
 
 
-def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_path: Path, undrawn: None) -> None:
+def test_a_domain_without_a_readable_image_is_reported(tree: Path, plain: Path, tmp_path: Path, undrawn: None) -> None:
     for path in (tree / "photo").rglob("*.png"):
         path.write_bytes(b"no image")
     features = open_features(Settings(data=f"folder:{tree}"), progress=False)
@@ -146,10 +146,10 @@ def test_a_domain_without_a_readable_image_is_told(tree: Path, plain: Path, tmp_
 
 
 def test_broken_images_do_not_shift_the_pictures_of_rows(tree: Path) -> None:
-    whole = open_features(Settings(data=f"folder:{tree}"), progress=False)
-    assert isinstance(whole, Encoded)
-    first = next(whole._source.pictures("photo", 0, 1)).name
-    kept = [np.asarray(image) for _, image in whole.pictures("photo", range(12))]
+    features = open_features(Settings(data=f"folder:{tree}"), progress=False)
+    assert isinstance(features, Encoded)
+    first = next(features._source.pictures("photo", 0, 1)).name
+    kept = [np.asarray(image) for _, image in features.pictures("photo", range(12))]
     (tree / first).write_bytes(b"no image")
     broken = open_features(Settings(data=f"folder:{tree}"), progress=False)
     assert isinstance(broken, Encoded)
@@ -167,20 +167,20 @@ def test_broken_images_do_not_shift_the_pictures_of_rows(tree: Path) -> None:
         assert any((np.asarray(image) == pixels).all() for pixels in readable)
 
 
-def test_a_whole_model_is_analysed_with_what_it_has_learnt(tmp_path: Path, tree: Path) -> None:
+def test_a_full_model_is_analysed_with_what_it_has_learnt(tmp_path: Path, tree: Path) -> None:
     settings = Settings(data=f"folder:{tree}", method="full-model", learning_rate=1e-3)
     path = a_run(tmp_path, method="full-model", data=f"folder:{tree}", learning_rate=1e-3, learning=1)
     features = open_features(settings, progress=False)
     found = heldout.analyse(path, settings, features, "photo")
     assert found["weights"] is None
     assert found["images"] == 12
-    told = history.read(path).summary
-    assert found["adapted"]["correct"] / 12 == pytest.approx(told["adapted"]["unseen"])
-    assert found["zero_shot"]["correct"] / 12 == pytest.approx(told["zero_shot"]["unseen"])
+    summary = history.read(path).summary
+    assert found["adapted"]["correct"] / 12 == pytest.approx(summary["adapted"]["unseen"])
+    assert found["zero_shot"]["correct"] / 12 == pytest.approx(summary["zero_shot"]["unseen"])
     assert Story(history.read(path)).what == "the whole model"
 
 
-def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, drawn: Features, tmp_path: Path) -> None:
+def test_what_is_kept_is_shown_only_for_the_adapter_that_it_is_of(plain: Path, drawn: Features, tmp_path: Path) -> None:
     run = a_run(tmp_path, drawn)
     found = heldout.analyse(run, Settings(), drawn, "sketch")
     (run / output.FILE).write_text(heldout.as_text(found))
@@ -198,7 +198,7 @@ def test_what_is_kept_is_told_only_of_the_adapter_that_it_is_of(plain: Path, dra
     assert heldout.kept(run, "") == (None, "; and held_out.json can't be read (it lacks domain)")
 
 
-def test_data_that_are_no_longer_the_runs_are_told(plain: Path, tree: Path) -> None:
+def test_data_that_are_no_longer_the_runs_are_reported(plain: Path, tree: Path) -> None:
     other = open_features(Settings(data=f"folder:{tree}"), progress=False)
     with pytest.raises(UserError, match="has changed since the run"):
         heldout.analyse(plain, Settings(), other, "photo")

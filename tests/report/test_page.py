@@ -56,7 +56,7 @@ def words(path: Path) -> str:
     return " ".join(" ".join(read(path).words).split())
 
 
-def test_a_page_is_whole_and_refers_to_nothing_outside(pages: dict[str, Path]) -> None:
+def test_a_page_is_complete_and_refers_to_nothing_outside(pages: dict[str, Path]) -> None:
     for path in pages.values():
         reader = read(path)
         assert all(used.startswith(("#", "data:image/jpeg;base64,")) for used in reader.references)
@@ -73,7 +73,7 @@ def test_what_sites_say_is_shown_as_it_is_and_never_obeyed(pages: dict[str, Path
     assert "(round 1 to 2, 2 times)" in text
 
 
-def test_the_first_lines_tell_what_was_run_and_what_came_of_it(pages: dict[str, Path], plain: Path) -> None:
+def test_the_first_lines_say_what_was_run_and_what_came_of_it(pages: dict[str, Path], plain: Path) -> None:
     text, summary = words(pages["plain"]), history.read(plain).summary
     zero, adapted = (100 * summary[key]["unseen"] for key in ("zero_shot", "adapted"))
     assert "An attention adapter for the bundled CLIP was trained at 3 sites in 3 rounds, with sketch held out." in text
@@ -102,13 +102,13 @@ def test_a_run_that_failed_has_a_report_of_what_is_there_and_why(pages: dict[str
     assert "fedclip predict" not in text
 
 
-def test_without_images_their_features_are_told_of(pages: dict[str, Path]) -> None:
+def test_without_images_their_features_are_named(pages: dict[str, Path]) -> None:
     text = words(pages["features"])
     assert "Confusion, adapted" in text
     assert "<img" not in pages["features"].read_text()
 
 
-def test_settings_that_differ_are_told_apart_and_all_can_be_unfolded(pages: dict[str, Path]) -> None:
+def test_settings_that_differ_are_set_apart_and_all_can_be_unfolded(pages: dict[str, Path]) -> None:
     text = words(pages["many"])
     assert "personalize true false" in text
     assert "dp central off" in text
@@ -137,15 +137,15 @@ def test_a_killed_run_is_called_that(plain: Path, tmp_path: Path, undrawn: None)
     assert "This run was killed: its process is gone, and left no reason." in words(writing.write(history.read(run)))
 
 
-def test_rounds_that_metrics_jsonl_has_lost_are_told(plain: Path, tmp_path: Path, undrawn: None) -> None:
+def test_rounds_that_metrics_jsonl_has_lost_are_named(plain: Path, tmp_path: Path, undrawn: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run)
     assert "metrics.jsonl lacks" not in words(writing.write(history.read(run)))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     for left, lost in ((lines[:-1], "1 round"), ([], f"{len(lines)} rounds")):
         (run / "metrics.jsonl").write_text("".join(left))
-        told = words(writing.write(history.read(run)))
-        assert f"metrics.jsonl lacks the lines of {lost}: they are not shown." in told
+        text = words(writing.write(history.read(run)))
+        assert f"metrics.jsonl lacks the lines of {lost}: they are not shown." in text
 
 
 def test_a_server_without_images_says_in_a_line_why_parts_are_missing(
@@ -185,7 +185,7 @@ def test_an_adapter_that_changes_nothing_is_said_to(plain: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero", "adapted", "told"),
+    ("zero", "adapted", "expected"),
     [
         (
             (0.5, 0.4),
@@ -202,17 +202,17 @@ def test_an_adapter_that_changes_nothing_is_said_to(plain: Path) -> None:
     ],
 )
 def test_the_sentence_follows_the_figures(
-    zero: tuple[float | None, ...], adapted: tuple[float | None, ...], told: str, plain: Path
+    zero: tuple[float | None, ...], adapted: tuple[float | None, ...], expected: str, plain: Path
 ) -> None:
     run = history.read(plain)
     for key, values in (("zero_shot", zero), ("adapted", adapted)):
         run.summary[key] |= dict(zip(("seen", "unseen"), values, strict=True))
-    assert Story(run).sentence.endswith(told)
+    assert Story(run).sentence.endswith(expected)
     below = [tile.below for tile in page.tiles(Story(run))]
     assert sum("over zero-shot" in text for text in below) == sum(value is not None for value in adapted)
 
 
-def test_the_head_tells_where_the_papers_recipe_lacked_the_length_of_features(plain: Path) -> None:
+def test_the_head_says_where_the_papers_recipe_lacked_the_length_of_features(plain: Path) -> None:
     run = history.read(plain)
     assert "not the paper’s result" not in page.of_run(Story(run), {}, None, "")
     run.summary["unknown_norm"] = True
@@ -223,9 +223,9 @@ def test_runs_of_other_numbers_of_sites_differ_in_that(plain: Path) -> None:
     one, other = Story(history.read(plain)), Story(history.read(plain))
     assert "The settings are the same." in compare.page({"a": one, "b": other}, {})
     other.run.settings["sites"] = 60
-    told = compare.page({"a": one, "b": other}, {})
-    assert ">sites<" in told
-    assert ">60<" in told
+    text = compare.page({"a": one, "b": other}, {})
+    assert ">sites<" in text
+    assert ">60<" in text
 
 
 def test_held_out_domains_are_not_counted_as_sites(plain: Path) -> None:
@@ -236,7 +236,7 @@ def test_held_out_domains_are_not_counted_as_sites(plain: Path) -> None:
     assert Story(run).sites == before
 
 
-def test_a_blend_is_told_with_the_weights(plain: Path) -> None:
+def test_a_blend_is_shown_with_the_weights(plain: Path) -> None:
     found: dict[str, Any] = many_classes(None, 3)  # type: ignore[arg-type]
     row = [[0, 1.0]]
     found["weights"] = {"of": 4, "common": 0.5, "values": [[1.0]], "classes": [2], "rising": [row], "falling": [row]}

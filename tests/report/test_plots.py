@@ -85,7 +85,7 @@ def test_few_sites_are_all_there_with_the_holdouts_marked(tmp_path: Path, drawn:
         assert plots.spread(story) is None
 
 
-def test_bytes_are_told_beside_those_of_fedavg(story: Story) -> None:
+def test_bytes_are_shown_beside_those_of_fedavg(story: Story) -> None:
     _, svg = drawn_as(lambda: plots.traffic(story))
     assert "88 kB adapter" in texts(svg)
     assert "792 kB adapter" in texts(svg)  # three sites in three rounds
@@ -113,11 +113,11 @@ def test_confusion_is_readable_with_any_number_of_classes(classes: int, names: s
 
 def test_of_many_classes_those_are_shown_that_change_most() -> None:
     count = plots.MOST_ROWS + 6
-    told = [[number, number, 9] for number in range(count)]
-    after = [*told[:-1], [count - 1, 0, 9]]  # only the last one has changed
+    before = [[number, number, 9] for number in range(count)]
+    after = [*before[:-1], [count - 1, 0, 9]]  # only the last one has changed
     found = {
         "class_names": [f"c{n}" for n in range(count)],
-        "zero_shot": {"confusion": told},
+        "zero_shot": {"confusion": before},
         "adapted": {"confusion": after},
     }
     _, svg = drawn_as(lambda: heldout_plots.recall(found))
@@ -125,16 +125,16 @@ def test_of_many_classes_those_are_shown_that_change_most() -> None:
 
 
 def test_cells_of_a_confusion_matrix_are_shares_of_their_row() -> None:
-    told = {"correct": 3, "confusion": [[0, 0, 3], [0, 1, 1], [1, 0, 2]], "bins": {}}
-    found: dict[str, Any] = {"class_names": ["a", "b"], "images": 6, "zero_shot": told}
+    counts = {"correct": 3, "confusion": [[0, 0, 3], [0, 1, 1], [1, 0, 2]], "bins": {}}
+    found: dict[str, Any] = {"class_names": ["a", "b"], "images": 6, "zero_shot": counts}
     plot, svg = drawn_as(lambda: heldout_plots.confusion(found, "zero_shot"))
     assert [text for text in texts(svg) if text.isdigit()] == ["75", "25", "100"]
     assert plot.heading == "Confusion, zero-shot: 50.0 % right"
 
 
 def test_the_most_confused_pairs_come_first() -> None:
-    told = [{"confusion": [[0, 1, 4], [1, 0, 9], [2, 2, 5]]}, {"confusion": [[0, 1, 12], [2, 0, 1]]}]
-    found: dict[str, Any] = {"class_names": ["a", "b", "c"], "zero_shot": told[0], "adapted": told[1]}
+    counts = [{"confusion": [[0, 1, 4], [1, 0, 9], [2, 2, 5]]}, {"confusion": [[0, 1, 12], [2, 0, 1]]}]
+    found: dict[str, Any] = {"class_names": ["a", "b", "c"], "zero_shot": counts[0], "adapted": counts[1]}
     _, svg = drawn_as(lambda: heldout_plots.pairs(found))
     assert [text for text in texts(svg) if "→" in text] == ["c → a", "b → a", "a → b"]  # an axis begins below
 

@@ -38,7 +38,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read_settings(["data=drawn", "model=openai/clip", "results-dir="])[0]["results-dir"] == ""
 
 
-def test_what_is_no_setting_is_told() -> None:
+def test_what_is_no_setting_is_reported() -> None:
     assert read_settings(["seed", "=3", "adapter=gate", "adapter=scale", "nodes=6"]) == (
         {"adapter": "scale"},
         {

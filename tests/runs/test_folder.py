@@ -67,7 +67,7 @@ def test_a_blend_that_was_chosen_is_the_adapters(tmp_path: Path, drawn: Features
     assert load_adapter(run.path)[0].blend == 0.25
 
 
-def test_a_whole_model_comes_back_as_a_model(tmp_path: Path, tree: Path) -> None:
+def test_a_full_model_comes_back_as_a_model(tmp_path: Path, tree: Path) -> None:
     settings = Settings(data=f"folder:{tree}", method="full-model")
     features = open_features(settings, progress=False)
     assert isinstance(features, Pixels)
@@ -88,15 +88,15 @@ def test_a_whole_model_comes_back_as_a_model(tmp_path: Path, tree: Path) -> None
         load_adapter(run.path)
 
 
-def test_a_damaged_adapter_is_told(tmp_path: Path, drawn: Features) -> None:
+def test_a_damaged_adapter_is_reported(tmp_path: Path, drawn: Features) -> None:
     run = started(tmp_path)
     run.adapter(0, new_adapter(Settings(), 128).state_dict(), drawn)
-    whole = (run.path / "adapter.safetensors").read_bytes()
-    (run.path / "adapter.safetensors").write_bytes(whole[:-8])
+    content = (run.path / "adapter.safetensors").read_bytes()
+    (run.path / "adapter.safetensors").write_bytes(content[:-8])
     with pytest.raises(UserError, match="can't be read"):
         load_adapter(run.path)
     facts = json.loads((run.path / "adapter.json").read_text())
-    (run.path / "adapter.safetensors").write_bytes(whole)
+    (run.path / "adapter.safetensors").write_bytes(content)
     (run.path / "adapter.json").write_text(json.dumps({**facts, "kind": "scale"}))
     with pytest.raises(UserError, match="does not hold the scale adapter"):
         load_adapter(run.path)
@@ -129,7 +129,7 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     assert (tmp_path / "latest").resolve() == run.path
 
 
-def test_another_version_of_the_package_is_told(tmp_path: Path) -> None:
+def test_another_version_of_the_package_is_reported(tmp_path: Path) -> None:
     with started(tmp_path) as run:
         assert not run.with_other_package
     with again(run.path) as later:
@@ -147,8 +147,8 @@ def test_runs_of_the_same_second_get_folders_of_their_own_and_latest_is_the_last
 
 def test_how_a_run_ended_is_written_down(tmp_path: Path) -> None:
     def summary(run: RunFolder) -> dict[str, object]:
-        told: dict[str, object] = json.loads((run.path / "summary.json").read_text())
-        return told
+        written: dict[str, object] = json.loads((run.path / "summary.json").read_text())
+        return written
 
     run, failures = started(tmp_path), [Failure(1, "north", "out of memory")]
     assert summary(run) == {"status": "running", "round": 0, "failures": []}
@@ -178,7 +178,7 @@ def test_how_a_run_ended_is_written_down(tmp_path: Path) -> None:
     assert summary(good) == {"status": "completed"}
 
 
-def test_results_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+def test_results_that_cannot_be_written_are_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"\): set results-dir to another folder"):
         started(tmp_path / "file")
@@ -201,7 +201,7 @@ with RunFolder(Settings(results_dir=sys.argv[1]), "0123") as run:
 """
 
 
-def test_on_a_full_disk_the_last_checkpoint_is_kept_and_the_user_told(tmp_path: Path) -> None:
+def test_on_a_full_disk_the_last_checkpoint_is_kept_and_the_user_warned(tmp_path: Path) -> None:
     script = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + NO_ROOM
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
@@ -219,7 +219,7 @@ def again(path: Path, **settings: object) -> RunFolder:
     return started(path.resolve().parent, resume=path.name, **settings)
 
 
-def test_a_run_goes_on_in_its_folder_with_the_lines_up_to_its_last_complete_round(tmp_path: Path) -> None:
+def test_a_run_continues_in_its_folder_with_the_lines_up_to_its_last_complete_round(tmp_path: Path) -> None:
     first = started(tmp_path, adapter="gate")
     first.begin([], 2)
     for number in range(3):
@@ -270,7 +270,7 @@ def test_a_run_with_a_name_has_it_for_its_folder_and_keeps_it(tmp_path: Path) ->
     assert json.loads((first.path / "settings.json").read_text())["name"] == "gate-b32"
 
 
-def test_what_a_run_can_not_go_on_from_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+def test_what_a_run_can_not_resume_from_is_reported_and_nothing_is_written(tmp_path: Path) -> None:
     with started(tmp_path, adapter="gate", seed=7) as first:
         first.begin([], 2)
         first.checkpoint(complete(1))
@@ -313,9 +313,9 @@ def test_once_stopped_nothing_more_is_written_by_whoever_does_not_know_yet(tmp_p
     with pytest.raises(SystemExit), run:
         run.checkpoint(complete(2))
     assert {path: path.read_bytes() for path in run.path.rglob("*.*")} == before
-    told = json.loads((run.path / "summary.json").read_text())
-    assert (told["status"], told["round"]) == ("stopped", 1)
-    assert told["why"] == f"it was stopped from outside. Resume it after round 1 with resume='{run.path.name}'."
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert (summary["status"], summary["round"]) == ("stopped", 1)
+    assert summary["why"] == f"it was stopped from outside. Resume it after round 1 with resume='{run.path.name}'."
 
 
 def test_who_looks_whether_a_folder_is_held_does_not_keep_a_run_from_going_on(

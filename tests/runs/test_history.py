@@ -37,7 +37,7 @@ def test_a_run_is_found_by_its_name_by_its_path_and_as_the_latest(
 
 
 @pytest.mark.parametrize("name", ["nope", "~nobody/x", "a\0b", "../latest", "x" * 300])
-def test_a_run_that_is_not_there_is_told_with_those_that_are(name: str, tmp_path: Path) -> None:
+def test_a_run_that_is_not_there_is_reported_with_those_that_are(name: str, tmp_path: Path) -> None:
     for day in range(1, 5):
         completed(tmp_path / f"2026010{day}-000000")
     with pytest.raises(UserError, match=r"no such run.*are 20260102-000000, 20260103-000000, 20260104-000000$"):
@@ -60,8 +60,8 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "settings.json").touch()
     (tmp_path / "file").touch()
-    told = history.names(tmp_path)
-    assert told == [names[1], names[2], names[3], names[4], names[0], "by-name"]  # as they were made
+    listed = history.names(tmp_path)
+    assert listed == [names[1], names[2], names[3], names[4], names[0], "by-name"]  # as they were made
     assert history.names(tmp_path / "nowhere") == []
     with pytest.raises(UserError, match="can't be listed"):
         history.names(tmp_path / "file")
@@ -102,9 +102,9 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
 )
 def test_a_damaged_file_is_named(name: str, text: str, why: str, tmp_path: Path) -> None:
     (completed(tmp_path / "run") / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UserError, match=why) as told:
+    with pytest.raises(UserError, match=why) as error:
         history.find("run", tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_rounds_whose_lines_are_lost_are_counted(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_of_a_run_of_before_there_was_a_choice_the_papers_adapter_saw_unit_lengt
     tmp_path: Path, recipe: str, norm: float
 ) -> None:
     path = completed(tmp_path / "run", recipe=recipe)
-    told = json.loads((path / "settings.json").read_text())
+    settings = json.loads((path / "settings.json").read_text())
     assert history.read(path).known.feature_norm == 0.0
-    del told["feature-norm"]
-    (path / "settings.json").write_text(json.dumps(told))
+    del settings["feature-norm"]
+    (path / "settings.json").write_text(json.dumps(settings))
     assert history.read(path).known.feature_norm == norm
 
 
@@ -178,9 +178,9 @@ def test_a_run_is_running_until_it_says_how_it_ended(tmp_path: Path) -> None:
     assert (run.status, run.why) == ("failed", "no sites")
 
 
-def test_a_killed_run_tells_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"status": "running", "round": 2, "failures": [FAILURE]}
-    run = history.read(make(tmp_path / "run", [line(0), line(1, bytes=3000)], told))
+def test_a_killed_run_says_how_to_resume_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = {"status": "running", "round": 2, "failures": [FAILURE]}
+    run = history.read(make(tmp_path / "run", [line(0), line(1, bytes=3000)], unfinished))
     assert (run.status, run.done) == ("killed", 2)
     assert run.why.endswith(f"Resume it after round 2 with resume=run results-dir={tmp_path}.")
     monkeypatch.setattr(history, "runs_folder", lambda: tmp_path)
@@ -210,7 +210,7 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "new").write_text(json.dumps(line(0)) + "\n" + json.dumps(line(1)))
     (tmp_path / "new").replace(path / "metrics.jsonl")
     second = reader.read()
-    assert [told["round"] for told in second.metrics] == [0, 1]
+    assert [one["round"] for one in second.metrics] == [0, 1]
     assert second.settings is first.settings
     assert second.summary is first.summary
 
@@ -226,7 +226,7 @@ def test_round_0_is_called_as_the_run_calls_it(tmp_path: Path) -> None:
         assert history.read(make(tmp_path / "run", **settings)).start == start
 
 
-def test_a_method_is_told_in_a_word(tmp_path: Path) -> None:
+def test_a_method_is_named_in_a_word(tmp_path: Path) -> None:
     words: list[dict[str, Any]] = [
         {"adapter": "gate", "adapter-rank": 8},
         {"adapter": "scale"},

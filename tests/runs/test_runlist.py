@@ -22,7 +22,7 @@ def rows(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-def told(*names: str, root: Path) -> Any:
+def as_json(*names: str, root: Path) -> Any:
     return json.loads(show(names, root, True))
 
 
@@ -50,10 +50,10 @@ def test_all_runs_are_in_a_table_the_newest_last_and_a_damaged_one_hides_none(tm
 
 def test_without_a_run_it_says_how_to_make_one(tmp_path: Path) -> None:
     assert "`fedclip run` makes one" in show([], tmp_path, False)
-    assert told(root=tmp_path) == []
+    assert as_json(root=tmp_path) == []
 
 
-def test_one_run_is_told_in_a_few_lines(tmp_path: Path) -> None:
+def test_one_run_is_shown_in_a_few_lines(tmp_path: Path) -> None:
     private = summary(privacy={"dp": "central", "epsilon": 12.345, "delta": 1e-5}, failures=[FAILURE])
     private["adapted"] |= {"personal": {"art-0": 0.875}, "personal_metrics": {"seen": {"accuracy": 0.875}}}
     path = make(tmp_path / "run", map(line, range(4)), private, dp="central", prompt="a \x1b {}")
@@ -82,7 +82,7 @@ def test_one_run_is_told_in_a_few_lines(tmp_path: Path) -> None:
     assert lines[-1] == "Left out: photo-0: no answer (round 2)"
 
 
-def test_a_run_that_was_not_completed_tells_why_and_how_far_it_came(tmp_path: Path) -> None:
+def test_a_run_that_was_not_completed_says_why_and_how_far_it_came(tmp_path: Path) -> None:
     stopped = {"status": "stopped", "why": "it was stopped from outside.", "round": 1, "failures": []}
     make(tmp_path / "run", [line(0), line(1, 0.625)], stopped)
     lines = show([str(tmp_path / "run")], None, False).splitlines()
@@ -92,7 +92,7 @@ def test_a_run_that_was_not_completed_tells_why_and_how_far_it_came(tmp_path: Pa
     assert not any("report" in line for line in lines)
 
 
-def test_of_a_run_that_was_not_completed_the_round_selected_so_far_is_told(tmp_path: Path) -> None:
+def test_of_a_run_that_was_not_completed_the_round_selected_so_far_is_shown(tmp_path: Path) -> None:
     stopped = {"status": "stopped", "why": "it was stopped from outside.", "round": 3, "failures": []}
     path = make(tmp_path / "run", [line(0), line(1, 0.625), line(2, 0.75), line(3, 0.5)], stopped)
     saved.write_tensors(path / "adapter.safetensors", {}, 2)
@@ -110,11 +110,11 @@ def test_of_a_run_that_was_not_completed_the_round_selected_so_far_is_told(tmp_p
 def test_a_trained_round_is_not_taken_for_the_start_whose_line_is_lost(tmp_path: Path) -> None:
     stopped = {"status": "stopped", "why": "it was stopped from outside.", "round": 2, "failures": []}
     make(tmp_path / "run", [line(1, 0.625), line(2, 0.75)], stopped)
-    (told,) = json.loads(show(["run"], tmp_path, True))
-    assert told["seen"] == {"zero_shot": None, "adapted": 0.75}
+    (run,) = json.loads(show(["run"], tmp_path, True))
+    assert run["seen"] == {"zero_shot": None, "adapted": 0.75}
 
 
-def test_runs_side_by_side_tell_what_differs(tmp_path: Path) -> None:
+def test_runs_side_by_side_show_what_differs(tmp_path: Path) -> None:
     completed(tmp_path / "a", **{"secure-aggregation": True})
     make(tmp_path / "b", [line(0), line(1, 0.25, 0.25, epsilon=3.0)], None, seed=7, package="4567")
     table = rows(text := show(["a", "b"], tmp_path, False))
@@ -140,7 +140,7 @@ def test_json_has_the_same_keys_for_every_run(tmp_path: Path) -> None:
     completed(tmp_path / "20260101-000000", seed=3)
     make(tmp_path / "20260102-000000", [line(0)])
     (completed(tmp_path / "20260103-000000") / "metrics.jsonl").write_text("{")
-    done, killed, damaged = told(root=tmp_path)
+    done, killed, damaged = as_json(root=tmp_path)
     assert done.keys() == killed.keys() == damaged.keys()
     assert [run["status"] for run in (done, killed, damaged)] == ["completed", "killed", "damaged"]
     assert done["settings"] == {"seed": 3, "num-server-rounds": 3}
@@ -148,8 +148,8 @@ def test_json_has_the_same_keys_for_every_run(tmp_path: Path) -> None:
     assert done["sites"]["art-0"] == {"zero_shot": 0.5, "adapted": 0.75, "personal": None}
     assert killed["unseen"] == {"zero_shot": 0.25, "adapted": None}
     assert (done["bytes"], killed["bytes"], damaged["bytes"]) == (7000, 2000, None)
-    assert told("20260101-000000", root=tmp_path) == [done]
-    assert told("20260101-000000", "20260102-000000", root=tmp_path) == [done, killed]
+    assert as_json("20260101-000000", root=tmp_path) == [done]
+    assert as_json("20260101-000000", "20260102-000000", root=tmp_path) == [done, killed]
 
 
 def test_the_command_answers_without_torch(tmp_path: Path) -> None:

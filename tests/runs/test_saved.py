@@ -74,7 +74,7 @@ def test_an_adapter_of_a_plug_in_is_loaded_only_if_its_owner_allows_that(
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({"kind": "other"}, "can't be read .adapter = 'other': expected one of attention, gate, scale"),
         ({"kind": ["gate"]}, "can't be read"),
@@ -98,8 +98,8 @@ def test_an_adapter_of_a_plug_in_is_loaded_only_if_its_owner_allows_that(
         ({"feature_norm": True}, "expected a number from 0 to 10,000"),
     ],
 )
-def test_facts_that_cannot_be_are_told(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_facts_that_cannot_be_are_reported(tmp_path: Path, changed: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         load_adapter(written(tmp_path, **changed))
 
 
@@ -112,7 +112,7 @@ def test_an_adapter_with_numbers_that_are_not_finite_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "[]", "9" * 5000, "{", "\0"])
-def test_a_damaged_json_is_told(tmp_path: Path, text: str) -> None:
+def test_a_damaged_json_is_reported(tmp_path: Path, text: str) -> None:
     (written(tmp_path) / "adapter.json").write_text(text)
     with pytest.raises(UserError, match=r"adapter\.json can't be read"):
         load_adapter(tmp_path)
@@ -160,7 +160,7 @@ def test_an_adapter_that_was_replaced_in_part_is_read_with_its_own_facts(
     assert (facts["round"], facts["blend"], facts["site"], facts["personal_epoch"]) == (number, 0.5, "north", 7)
     assert facts["class_names"] == list(drawn.vocabulary.class_names)
     assert facts["tensors"] == content.of_file(tmp_path / "adapter.safetensors")
-    save_adapter(tmp_path, old, settings, drawn, 1)  # as a run that goes on does
+    save_adapter(tmp_path, old, settings, drawn, 1)  # as a resumed run does
     adapter, facts = load_adapter(tmp_path)
     assert all(torch.equal(tensor, old[name]) for name, tensor in adapter.state_dict().items())
     assert (facts["round"], adapter.blend) == (1, 1.0)
@@ -181,14 +181,14 @@ def test_the_same_adapter_makes_the_same_file(tmp_path: Path, drawn: Features) -
 
 
 @pytest.mark.parametrize("blend", ["[" * 10**5, "x", "2", '"x"'])
-def test_facts_of_tensors_that_can_not_be_are_told(tmp_path: Path, blend: str) -> None:
+def test_facts_of_tensors_that_can_not_be_are_reported(tmp_path: Path, blend: str) -> None:
     state = load_file(written(tmp_path, tensors="another") / "adapter.safetensors")
     save_file(state, tmp_path / "adapter.safetensors", {"blend": blend})
     with pytest.raises(UserError, match="can't be read"):
         load_adapter(tmp_path)
 
 
-def test_a_whole_model_that_was_replaced_in_part_tells_its_own_round(
+def test_a_full_model_that_was_replaced_in_part_has_its_own_round(
     tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = open_features(Settings(data=f"folder:{tree}", method="full-model"), progress=False)

@@ -1,4 +1,4 @@
-"""Experiment trackers, each for real and without a network: what was told is read back with the tracker's own means."""
+"""Experiment trackers, each for real and without a network: what was sent is read back with the tracker's own means."""
 
 from __future__ import annotations
 
@@ -96,21 +96,21 @@ def line(number: int, loss: float | None = None) -> dict[str, Any]:
 
 
 def about(folder: Path, before: int = 0) -> tuple[str, Path, Settings, list[dict[str, Any]]]:
-    """A run of that folder, which goes on after so many lines."""
+    """A run of that folder, which continues after that number of lines."""
     folder.mkdir(exist_ok=True)
     settings = Settings(class_names="melanoma,nevus", results_dir=str(folder.parent), seed=7)
     return f"{folder.name}-0a1b", folder, settings, [line(number) for number in range(before)]
 
 
-def tell(name: str, folder: Path, rounds: range, before: int = 0, end: str = "completed") -> None:
-    """The tracker is told of these rounds, and of the end."""
-    told = Trackers(name)
-    told.begin(*about(folder, before))
+def track(name: str, folder: Path, rounds: range, before: int = 0, end: str = "completed") -> None:
+    """The tracker gets these rounds, and the end."""
+    tracking = Trackers(name)
+    tracking.begin(*about(folder, before))
     for number in rounds:
-        told.line(line(number))
+        tracking.line(line(number))
     if end == "completed":
-        told.finish(SUMMARY)
-    told.end(end)
+        tracking.finish(SUMMARY)
+    tracking.end(end)
 
 
 def events_of(folder: Path) -> Any:
@@ -163,20 +163,20 @@ def records(file: Path) -> Iterator[Any]:
     """Of a .wandb file: LevelDB's log format, in blocks of 32 KiB, each with W&B's messages or pieces of them."""
     from wandb.proto import wandb_internal_pb2
 
-    data, place, whole = file.read_bytes(), 7, b""
+    data, place, joined = file.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
             continue
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        whole += data[place + 7 : place + 7 + size]
+        joined += data[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # the whole of it, or its last piece
+        if kind in (1, 4):  # all of it, or its last piece
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
+            record.ParseFromString(joined)
             yield record
-            whole = b""
+            joined = b""
 
 
 def wandb_rows(file: Path) -> list[dict[str, Any]]:
@@ -212,7 +212,7 @@ def approx(expected: Mapping[Any, float]) -> Any:
 
 @needs("tensorboard")
 def test_tensorboard_shows_rounds_settings_and_the_result(tmp_path: Path) -> None:
-    tell("tensorboard", tmp_path / "one", range(3))
+    track("tensorboard", tmp_path / "one", range(3))
     shown = scalars(tmp_path / "one")
     assert shown["seen"] == [(0, 0.0), (1, 0.25), (2, 0.5)]
     assert shown["loss"] == [(0, 1.0), (1, 0.875), (2, 0.75)]
@@ -226,8 +226,8 @@ def test_tensorboard_shows_rounds_settings_and_the_result(tmp_path: Path) -> Non
 
 @needs("tensorboard")
 def test_tensorboard_shows_a_run_that_went_on_as_one(tmp_path: Path) -> None:
-    tell("tensorboard", tmp_path / "one", range(4), end="stopped")  # round 3 was never complete
-    tell("tensorboard", tmp_path / "one", range(2, 4), before=2)
+    track("tensorboard", tmp_path / "one", range(4), end="stopped")  # round 3 was never complete
+    track("tensorboard", tmp_path / "one", range(2, 4), before=2)
     shown = scalars(tmp_path / "one")
     assert shown["seen"] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
     assert len(list((tmp_path / "one" / "tensorboard").iterdir())) == 2
@@ -242,7 +242,7 @@ def test_tensorboard_has_several_prompts_in_one_cell(tmp_path: Path) -> None:
 
 @needs("mlflow")
 def test_mlflow_has_rounds_settings_and_the_result(tmp_path: Path) -> None:
-    tell("mlflow", tmp_path / "one", range(3))
+    track("mlflow", tmp_path / "one", range(3))
     (run,) = mlflow_runs(tmp_path)
     assert (run.info.run_name, run.info.status) == ("one", "FINISHED")
     assert history(tmp_path, run, "seen") == [(0, 0.0), (1, 0.25), (2, 0.5)]
@@ -255,23 +255,23 @@ def test_mlflow_has_rounds_settings_and_the_result(tmp_path: Path) -> None:
 
 
 @needs("mlflow")
-def test_an_mlflow_run_goes_on_and_has_no_round_twice(tmp_path: Path, database: Path) -> None:
+def test_an_mlflow_run_continues_and_has_no_round_twice(tmp_path: Path, database: Path) -> None:
     shutil.copy(database, tmp_path)
-    tell("mlflow", tmp_path / "one", range(3), end="failed")
+    track("mlflow", tmp_path / "one", range(3), end="failed")
     assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FAILED"]
-    tell("mlflow", tmp_path / "other", range(1), end="stopped")
-    tell("mlflow", tmp_path / "one", range(2, 4), before=2)
+    track("mlflow", tmp_path / "other", range(1), end="stopped")
+    track("mlflow", tmp_path / "one", range(2, 4), before=2)
     runs = {run.info.run_name: run for run in mlflow_runs(tmp_path)}
     assert {name: run.info.status for name, run in runs.items()} == {"one": "FINISHED", "other": "KILLED"}
     assert history(tmp_path, runs["one"], "seen") == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
 
 
 @needs("mlflow", "tensorboard", "wandb")
-def test_a_run_that_is_tracked_only_later_is_told_whole(
+def test_a_run_that_is_tracked_only_later_is_tracked_completely(
     tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(database, tmp_path)
-    tell("mlflow,tensorboard,wandb", tmp_path / "one", range(2, 3), before=2)
+    track("mlflow,tensorboard,wandb", tmp_path / "one", range(2, 3), before=2)
     assert scalars(tmp_path / "one")["seen"] == [(0, 0.0), (1, 0.25), (2, 0.5)]
     assert history(tmp_path, mlflow_runs(tmp_path)[0], "seen") == [(0, 0.0), (1, 0.25), (2, 0.5)]
     (file,) = wandb_files(tmp_path / "one")
@@ -291,7 +291,7 @@ def test_mlflows_own_variables_are_heeded(tmp_path: Path, database: Path, monkey
     shutil.copy(database, elsewhere)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere / 'mlflow.db'}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ward 7")
-    tell("mlflow", tmp_path / "one", range(1))
+    track("mlflow", tmp_path / "one", range(1))
     assert [run.info.run_name for run in mlflow_runs(elsewhere, "ward 7")] == ["one"]
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -300,7 +300,7 @@ def test_mlflows_own_variables_are_heeded(tmp_path: Path, database: Path, monkey
 def test_wandb_has_rounds_settings_and_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "st-mary")
     monkeypatch.setenv("WANDB_PROJECT", "ward-7")
-    tell("wandb", tmp_path / "one", range(3))
+    track("wandb", tmp_path / "one", range(3))
     (file,) = wandb_files(tmp_path / "one")
     assert [(row["_step"], row["round"], row["seen"]) for row in wandb_rows(file)] == [
         (0, 0, 0.0),
@@ -323,11 +323,11 @@ def test_wandb_has_rounds_settings_and_the_result(tmp_path: Path, monkeypatch: p
 
 @needs("wandb")
 def test_a_wandb_run_that_went_on_offline_is_two_files_of_one_run(tmp_path: Path) -> None:
-    tell("wandb", tmp_path / "one", range(2), end="stopped")
+    track("wandb", tmp_path / "one", range(2), end="stopped")
     (first,) = wandb_files(tmp_path / "one")
     exits = [record.exit.exit_code for record in records(first) if record.WhichOneof("record_type") == "exit"]
     assert exits == [1]
-    tell("wandb", tmp_path / "one", range(2, 4), before=2)
+    track("wandb", tmp_path / "one", range(2, 4), before=2)
     assert {file.name for file in wandb_files(tmp_path / "one")} == {"run-one-0a1b.wandb"}
     (second,) = {*wandb_files(tmp_path / "one")} - {first}
     assert [row["_step"] for row in wandb_rows(first)] == [0, 1]
@@ -335,7 +335,7 @@ def test_a_wandb_run_that_went_on_offline_is_two_files_of_one_run(tmp_path: Path
 
 
 def in_a_process_of_its_own(name: str, folder: Path, limit: str = "", **env: str) -> list[str]:
-    """What is printed where the tracker is told of many rounds: W&B's mode and a full disk are a whole process's."""
+    """What is printed where the tracker gets many rounds: W&B's mode and a full disk hold for a process."""
     script = f"""
 import resource, signal
 from pathlib import Path
@@ -343,11 +343,11 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.runs.trackers import Trackers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 {limit}
-told = Trackers({name!r})
-told.begin("one-0a1b", Path({str(folder)!r}), Settings(), [])
+tracking = Trackers({name!r})
+tracking.begin("one-0a1b", Path({str(folder)!r}), Settings(), [])
 for number in range(1000):
-    told.line({{"round": number, "seen": 0.5}})
-told.end("completed")
+    tracking.line({{"round": number, "seen": 0.5}})
+tracking.end("completed")
 """
     done = forked.run(script, env={**os.environ, **env})
     assert (done.returncode, done.stderr) == (0, "")
@@ -357,12 +357,14 @@ told.end("completed")
 @needs("wandb")
 def test_without_a_key_wandb_is_dropped_in_one_line(tmp_path: Path) -> None:
     env = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
-    (told,) = in_a_process_of_its_own("wandb", tmp_path, **env)
-    assert told.startswith("tracking    wandb failed, and is no longer used; the run continues: UsageError: No API key")
+    (printed,) = in_a_process_of_its_own("wandb", tmp_path, **env)
+    assert printed.startswith(
+        "tracking    wandb failed, and is no longer used; the run continues: UsageError: No API key"
+    )
 
 
 class Noting:
-    """A tracker of no package: what it is told."""
+    """A tracker of no package: what it got."""
 
     where = "here"
 
@@ -381,7 +383,7 @@ class Noting:
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noting]:
-    """What `tensorboard` is told, which is such a tracker now, by the name of the run's folder."""
+    """What `tensorboard` gets, which is such a tracker now, by the name of the run's folder."""
     found: dict[str, Noting] = {}
     monkeypatch.setitem(
         trackers.TRACKERS, "tensorboard", ("json", lambda about: found.setdefault(about.folder.name, Noting(about)))
@@ -410,12 +412,12 @@ class Failing:
         Failing.ended = True
 
 
-def test_a_tracker_that_fails_is_dropped_once_and_the_others_go_on(
+def test_a_tracker_that_fails_is_dropped_once_and_the_others_continue(
     tmp_path: Path, noted: dict[str, Noting], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "wandb", ("wandb", Failing))
     monkeypatch.setattr(Failing, "ended", False)
-    tell("wandb,tensorboard", tmp_path / "one", range(4))
+    track("wandb,tensorboard", tmp_path / "one", range(4))
     assert [said for said in capsys.readouterr().out.splitlines() if "no longer" in said] == [
         "tracking    wandb failed, and is no longer used; the run continues: SystemExit: no route to "
         "https://example.org for now"
@@ -438,13 +440,13 @@ def test_a_tracker_that_hangs_holds_up_neither_rounds_nor_a_stop(
     monkeypatch.setattr(trackers, "READY", 0.01 if where == "__init__" else trackers.READY)
     monkeypatch.setattr(trackers, "CUT_OFF", 0.01)
     monkeypatch.setattr(trackers, "DONE", math.inf)  # which no thread can be waited for
-    tell("wandb", tmp_path / "one", range(100), end=end)
+    track("wandb", tmp_path / "one", range(100), end=end)
     never.set()
     for thread in threading.enumerate():
         if thread.name == "wandb":
             thread.join()
-    told = "tracking    wandb did not finish in time, and may lack the end of this run\n"
-    assert capsys.readouterr().out.removeprefix("tracking    wandb: nowhere\n") == told  # and nothing later
+    expected = "tracking    wandb did not finish in time, and may lack the end of this run\n"
+    assert capsys.readouterr().out.removeprefix("tracking    wandb: nowhere\n") == expected  # and nothing later
 
 
 @needs("tensorboard")
@@ -456,7 +458,7 @@ def test_on_a_full_disk_tensorboard_is_dropped_in_one_line(tmp_path: Path) -> No
     assert len(scalars(tmp_path)["seen"]) > 10
 
 
-def test_what_is_not_a_number_is_told_to_nobody() -> None:
+def test_what_is_not_a_number_is_sent_to_no_tracker() -> None:
     facts = {"seen": 0.5, "unseen": None, "sites": {"st-mary": 1.0}, "who": "st-john", "won": True, "loss": math.inf}
     assert trackers._numbers(facts) == {"seen": 0.5, "loss": math.inf}
     assert trackers.figures(SUMMARY) == CLOSING
@@ -485,8 +487,9 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
 def test_nothing_of_a_tracker_is_imported_by_a_run_without_one() -> None:
     script = (
         "import sys, server_app; from pathlib import Path; from fedclip_flwr.base.settings import Settings; "
-        "from fedclip_flwr.runs.trackers import Trackers, check; check(''); told = Trackers(''); "
-        "told.begin('run', Path(), Settings(), []); told.line({}); told.finish({}); told.end('completed'); "
+        "from fedclip_flwr.runs.trackers import Trackers, check; check(''); tracking = Trackers(''); "
+        "tracking.begin('run', Path(), Settings(), []); tracking.line({}); tracking.finish({}); "
+        "tracking.end('completed'); "
         "sys.exit(bool({'mlflow', 'wandb', 'tensorboard'} & sys.modules.keys()))"
     )
     done = forked.run(script)
@@ -514,20 +517,20 @@ def test_how_a_run_ends_reaches_its_trackers(tmp_path: Path, noted: dict[str, No
     completed.stop()  # too late
     ends = [noted[run.path.name].ends for run in (failed, interrupted, stopped, completed)]
     assert ends == [["failed"], ["stopped"], ["stopped"], ["completed"]]
-    assert [told["bytes"] for told in noted[completed.path.name].lines] == [10]
+    assert [row["bytes"] for row in noted[completed.path.name].lines] == [10]
 
 
-def test_a_run_may_go_on_with_another_tracker(tmp_path: Path, noted: dict[str, Noting]) -> None:
+def test_a_run_may_continue_with_another_tracker(tmp_path: Path, noted: dict[str, Noting]) -> None:
     with started(tmp_path) as run:
         run.checkpoint(complete(1, [line(0)]))
     with tracked(tmp_path, resume=run.path.name) as later:
         assert later.run == run.run
-    assert [told.get("seen") for told in noted[run.path.name].lines] == [0.0, None]
+    assert [row.get("seen") for row in noted[run.path.name].lines] == [0.0, None]
 
 
 @pytest.mark.federation
 @needs("mlflow", "tensorboard")
-def test_a_federation_is_told_to_two_trackers(tmp_path: Path, tree: Path) -> None:
+def test_a_federation_is_tracked_by_two_trackers(tmp_path: Path, tree: Path) -> None:
     """The user's environment reaches the process of the run."""
     given = [f"data=folder:{tree}", "num-server-rounds=2", "batch-size=4", "holdout=", "track=tensorboard,mlflow"]
     done = fedclip(
@@ -544,7 +547,7 @@ def test_a_federation_is_told_to_two_trackers(tmp_path: Path, tree: Path) -> Non
     summary = json.loads((folder / "summary.json").read_text())
     shown, (run,) = scalars(folder), mlflow_runs(tmp_path)
     for name in ("seen", "val", "loss", "sites", "bytes", "seconds"):
-        expected = {told["round"]: told[name] for told in lines}
+        expected = {row["round"]: row[name] for row in lines}
         assert dict(shown[name]) == approx(expected)
         assert history(tmp_path, run, name) == [*expected.items()]
     assert "unseen" not in shown

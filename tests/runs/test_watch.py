@@ -28,15 +28,15 @@ RUNNING = {"status": "running", "round": 1, "failures": []}
 
 
 def replace(path: Path, text: str) -> None:
-    """As a run does: whole."""
+    """As a run does: in one step."""
     part = path.with_name(f".{path.name}")
     part.write_text(text)
     part.replace(path)
 
 
-def tell(path: Path, rounds: int, told: dict[str, Any]) -> None:
+def write(path: Path, rounds: int, facts: dict[str, Any]) -> None:
     replace(path / "metrics.jsonl", "".join(json.dumps(line(n, 0.5 + n / 10)) + "\n" for n in range(rounds)))
-    replace(path / "summary.json", json.dumps(told))
+    replace(path / "summary.json", json.dumps(facts))
 
 
 @contextmanager
@@ -62,10 +62,10 @@ def test_a_run_is_followed_as_it_grows_until_it_ends(tmp_path: Path) -> None:
     with going(tmp_path) as path:
         steps: Iterator[Callable[[], None]] = iter(
             [
-                lambda: tell(path, 1, RUNNING),
+                lambda: write(path, 1, RUNNING),
                 lambda: None,
-                lambda: tell(path, 3, RUNNING | {"round": 2}),
-                lambda: tell(path, 4, summary()),
+                lambda: write(path, 3, RUNNING | {"round": 2}),
+                lambda: write(path, 4, summary()),
             ]
         )
         states = [*watch.follow(path, lambda: next(steps)())]
@@ -79,7 +79,7 @@ def test_a_run_is_followed_as_it_grows_until_it_ends(tmp_path: Path) -> None:
 def test_a_run_that_ends_otherwise_is_followed_to_there(status: str, tmp_path: Path) -> None:
     with going(tmp_path) as path:
         ends = {"status": status, "why": "no sites", "round": 1, "failures": []}
-        (*_, last) = watch.follow(path, lambda: tell(path, 2, ends))
+        (*_, last) = watch.follow(path, lambda: write(path, 2, ends))
     assert last.status == status
     assert watch.ending(last) == f"{path.name} {status} after 1 round: no sites"
 
@@ -111,7 +111,7 @@ def test_a_run_that_ends_while_it_is_looked_whether_it_was_killed_was_not(
     look = history.held
 
     def ends(folder: Path) -> bool:
-        tell(folder, 4, summary())
+        write(folder, 4, summary())
         return look(folder)
 
     monkeypatch.setattr(history, "held", ends)
@@ -127,14 +127,14 @@ def test_the_lock_is_left_alone_while_there_is_news(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(history, "held", held)
     path = make(tmp_path / "run", [line(0)], RUNNING)
-    for number, _ in zip(range(30), watch.follow(path, lambda: tell(path, 2, RUNNING)), strict=False):
+    for number, _ in zip(range(30), watch.follow(path, lambda: write(path, 2, RUNNING)), strict=False):
         assert looks == [path], number
 
 
 def test_the_screen_shows_where_the_run_is(tmp_path: Path) -> None:
-    told = {"status": "running", "round": 2, "failures": [FAILURE, FAILURE | {"round": 3}]}
+    unfinished = {"status": "running", "round": 2, "failures": [FAILURE, FAILURE | {"round": 3}]}
     lines = [line(0), line(1, 0.6, None, seconds=4.0), line(2, 0.7, 0.4, seconds=8.0)]
-    path = make(tmp_path / "run", lines, told, **{"num-server-rounds": 12})
+    path = make(tmp_path / "run", lines, unfinished, **{"num-server-rounds": 12})
     shown = [text.strip() for text in drawn(running(path, quiet=90.0)).splitlines()]
     assert shown[0] == "run: attention by fedavg on drawn with 2 nodes, model bundled"
     assert shown[1].endswith("2 of 12 rounds, about 60 s left")  # ten of six seconds
@@ -167,13 +167,13 @@ def test_the_screen_of_a_run_without_rounds_and_with_hostile_names_is_harmless(t
     first = drawn(running(make(tmp_path / "run")))
     assert "0 of 3 rounds" in first
     assert watch.NOTHING_YET in first
-    told = RUNNING | {"failures": [FAILURE | {"site": "\x1b[2J[bold]", "why": "a\nb"}]}
-    shown = drawn(running(make(tmp_path / "run", [line(0, None, None, loss=None)], told)))
+    unfinished = RUNNING | {"failures": [FAILURE | {"site": "\x1b[2J[bold]", "why": "a\nb"}]}
+    shown = drawn(running(make(tmp_path / "run", [line(0, None, None, loss=None)], unfinished)))
     assert "\x1b" not in shown
     assert "�[2J[bold]: a�b" in shown
 
 
-def test_what_was_gained_is_told_only_beside_the_start(tmp_path: Path) -> None:
+def test_what_was_gained_is_shown_only_beside_the_start(tmp_path: Path) -> None:
     lines = [line(0, 0.5), line(1, 0.6), line(2, 0.7)]
     assert "+20.0 over" in watch.curves(history.read(make(tmp_path / "run", lines)))[0]
     assert "over" not in watch.curves(history.read(make(tmp_path / "run", lines[1:])))[0]  # its line is lost
@@ -191,7 +191,7 @@ def test_a_curve_spans_its_values() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (7500, "2 h 05 min")])
-def test_a_time_is_told_in_what_suits_it(seconds: float, text: str) -> None:
+def test_a_time_is_shown_in_what_suits_it(seconds: float, text: str) -> None:
     assert watch.duration(seconds) == text
 
 
@@ -216,7 +216,7 @@ def test_a_run_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
     assert answer.stderr.startswith("there is no run in ")
 
 
-def test_a_folder_that_is_damaged_or_gone_while_it_is_watched_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_damaged_or_gone_while_it_is_watched_is_reported(tmp_path: Path) -> None:
     with going(tmp_path) as path, pytest.raises(UserError, match=r"settings.json is damaged .the file is missing"):
         [*watch.follow(path, (path / "settings.json").unlink)]
 
@@ -245,7 +245,7 @@ def test_a_real_run_is_watched_to_its_end_without_torch(tmp_path: Path) -> None:
     )
     with subprocess.Popen([BIN / "fedclip", *given], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        for said in process.stdout:  # the plan tells where the run is
+        for said in process.stdout:  # the plan says where the run is
             if said.startswith("run folder"):
                 break
         path = Path(said.split(maxsplit=2)[2].strip())

@@ -64,7 +64,7 @@ def test_a_site_that_is_not_says_what_to_mend_and_ends_with_1(secured: processes
     assert "2 to fix" in said.splitlines()[-1]
 
 
-def test_a_server_tells_of_its_sites(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_reports_its_sites(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_HOME", str(secured.folder))
     assert secured.keys
     own = secured.keys / "server"
@@ -82,21 +82,21 @@ def test_a_server_tells_of_its_sites(secured: processes.SuperLink, monkeypatch: 
     ("side", "what"),
     [("site", ["node key", "SuperLink", "data"]), ("server", ["certificates", "nodes", "run"])],
 )
-def test_what_was_not_named_is_told(side: str, what: list[str]) -> None:
-    """No SuperLink runs on the ports that it has unless told otherwise."""
+def test_what_was_not_named_is_reported(side: str, what: list[str]) -> None:
+    """No SuperLink runs on the ports that it has unless others are named."""
     _, said = given(side, *(f"--{api}-api-address=localhost:1" for api in APIS if side == "server"))
     noted = [line.split("  ")[1].strip() for line in said.splitlines() if line.startswith("note")]
     assert [name for name in noted if name != "GPU"] == what
 
 
-def test_a_site_without_data_is_told() -> None:
+def test_a_site_without_data_is_reported() -> None:
     status, said = given("site", "--node-config", "site='north'")
     assert status == 1
     assert "this site's data is not set" in said
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["site", "adaptor=gate"], "no such setting; did you mean adapter?"),
         (["client"], "client: name the side first"),
@@ -110,7 +110,7 @@ def test_a_site_without_data_is_told() -> None:
         (["server", "--fleet-api-address", "9092"], "--fleet-api-address '9092': expected HOST:PORT"),
     ],
 )
-def test_options_that_can_not_be_used_end_it_with_2(words: list[str], told: str) -> None:
+def test_options_that_can_not_be_used_end_it_with_2(words: list[str], expected: str) -> None:
     status, said = given(*words)
     assert status == 2
-    assert told in said
+    assert expected in said

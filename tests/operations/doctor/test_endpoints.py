@@ -44,7 +44,7 @@ def test_a_server_with_tls_shows_its_certificate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("faults", "name", "told"),
+    ("faults", "name", "expected"),
     [
         ({"begins": -3, "ends": -2}, None, r"certificate of localhost:\d+ has expired on 20"),
         ({"begins": 2}, None, "is not valid before 20.*check the clock"),
@@ -52,35 +52,37 @@ def test_a_server_with_tls_shows_its_certificate(tmp_path: Path) -> None:
         ({"names": ()}, "localhost", "is for no name, not for localhost"),
     ],
 )
-def test_a_certificate_that_is_no_good_is_told(tmp_path: Path, faults: dict[str, int], name: str, told: str) -> None:
+def test_a_certificate_that_is_no_good_is_reported(
+    tmp_path: Path, faults: dict[str, int], name: str, expected: str
+) -> None:
     files = certify(tmp_path / "own", **faults)  # type: ignore[arg-type]
-    with serving(files) as address, pytest.raises(FaultError, match=told):
+    with serving(files) as address, pytest.raises(FaultError, match=expected):
         endpoints.greet(address, files.ca, name)
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_another_authoritys_server_is_told(tmp_path: Path, known: bool) -> None:
+def test_another_authoritys_server_is_reported(tmp_path: Path, known: bool) -> None:
     own, other = (certify(tmp_path / name) for name in ("own", "other"))
     by = str(other.ca) if known else "those that this machine trusts"
     with serving(own) as address, pytest.raises(FaultError, match=f"another authority .* than {re.escape(by)}"):
         endpoints.greet(address, other.ca if known else None, "localhost")
 
 
-def test_a_server_without_tls_is_told(tmp_path: Path) -> None:
+def test_a_server_without_tls_is_reported(tmp_path: Path) -> None:
     with serving(None) as address:
         assert endpoints.speaks_plainly(address)
         with pytest.raises(FaultError, match=r"does not use TLS.*not with --insecure"):
             endpoints.greet(address, certify(tmp_path / "own").ca, "localhost")
 
 
-def test_a_name_that_does_not_exist_is_told() -> None:
+def test_a_name_that_does_not_exist_is_reported() -> None:
     for host in ("nowhere.invalid", "a" * 70 + ".invalid"):
-        with pytest.raises(FaultError, match="can't be resolved") as told:
+        with pytest.raises(FaultError, match="can't be resolved") as error:
             endpoints.connect(Address(host, 9092))
-        assert host in str(told.value)
+        assert host in str(error.value)
 
 
-def test_a_closed_port_is_told() -> None:
+def test_a_closed_port_is_reported() -> None:
     with listening() as address:
         assert endpoints.listens(address)
     assert not endpoints.listens(address)
@@ -89,7 +91,7 @@ def test_a_closed_port_is_told() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_address_that_does_not_answer_is_told() -> None:
+def test_an_address_that_does_not_answer_is_reported() -> None:
     """A full queue of connections is as silent as a firewall."""
     with listening(backlog=0) as address, ExitStack() as stack:
         stack.enter_context(socket.create_connection(address))
@@ -98,7 +100,7 @@ def test_an_address_that_does_not_answer_is_told() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_port_that_says_nothing_is_told(tmp_path: Path) -> None:
+def test_a_port_that_says_nothing_is_reported(tmp_path: Path) -> None:
     with listening() as address:
         with pytest.raises(FaultError, match="accepts connections, but sends nothing"):
             endpoints.greet(address, None, None)
@@ -106,7 +108,7 @@ def test_a_port_that_says_nothing_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["fl.example.org", "fl.example.org:http", ":9092", "fl.example.org:0", "host:70000"])
-def test_an_address_without_a_host_or_a_port_is_told(text: str) -> None:
+def test_an_address_without_a_host_or_a_port_is_reported(text: str) -> None:
     with pytest.raises(UserError, match=r"--superlink .* expected HOST:PORT"):
         endpoints.read_address(text, "--superlink")
 
@@ -131,7 +133,7 @@ def knows(link: processes.SuperLink, site: str, port: int | None = None) -> bool
     return endpoints.knows(address, certificates.node_key(key), key.with_name("ca.crt"), False)
 
 
-def test_a_superlink_tells_whether_it_knows_a_key(secured: processes.SuperLink) -> None:
+def test_a_superlink_says_whether_it_knows_a_key(secured: processes.SuperLink) -> None:
     assert knows(secured, "north")
     assert not knows(secured, "south")
 
@@ -159,12 +161,12 @@ def test_a_supernode_that_is_there_is_not_disturbed(
     assert (before.last_activated_at, before.heartbeat_interval) == (after.last_activated_at, after.heartbeat_interval)
 
 
-def test_another_api_is_told(secured: processes.SuperLink) -> None:
+def test_another_api_is_reported(secured: processes.SuperLink) -> None:
     with pytest.raises(FaultError, match="does not serve SuperNodes"):
         knows(secured, "north", secured.control)
 
 
-def test_a_clock_that_is_wrong_is_told(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_wrong_is_reported(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
     now = interceptor.now  # type: ignore[attr-defined]
     for wrong in (timedelta(minutes=10), timedelta(minutes=-10)):
         monkeypatch.setattr(interceptor, "now", lambda wrong=wrong: now() + wrong)
@@ -172,7 +174,7 @@ def test_a_clock_that_is_wrong_is_told(secured: processes.SuperLink, monkeypatch
             knows(secured, "north")
 
 
-def test_whoever_does_not_answer_as_flower_does_is_told(tmp_path: Path) -> None:
+def test_whoever_does_not_answer_as_flower_does_is_reported(tmp_path: Path) -> None:
     keys.make(tmp_path / "keys", sites=["north"])
     key = certificates.node_key(tmp_path / "keys" / "sites" / "north" / "node.key")
     with listening() as address:
@@ -182,7 +184,7 @@ def test_whoever_does_not_answer_as_flower_does_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         (None, "there is no .*config.toml"),
         ('[superlink.other]\naddress = "127.0.0.1:1"\n', "'here' not found"),
@@ -192,12 +194,12 @@ def test_whoever_does_not_answer_as_flower_does_is_told(tmp_path: Path) -> None:
         ("[superlink", "config.toml"),
     ],
 )
-def test_a_connection_that_can_not_be_used_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None, told: str
+def test_a_connection_that_can_not_be_used_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None, expected: str
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     if config:
         (tmp_path / "config.toml").write_text(config)
-    with pytest.raises(FaultError, match=told):
+    with pytest.raises(FaultError, match=expected):
         endpoints.nodes("here")
     assert sorted(path.name for path in tmp_path.iterdir()) == (["config.toml"] if config else [])

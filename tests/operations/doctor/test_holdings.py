@@ -41,7 +41,7 @@ def by_what(ex: Examination) -> Found:
     return {what: (state, found, remedy) for state, what, found, remedy in ex.findings}
 
 
-def test_a_site_tells_what_it_holds_and_that_nothing_of_it_is_encoded(tree: Path, tmp_path: Path) -> None:
+def test_a_site_reports_what_it_holds_and_that_nothing_of_it_is_encoded(tree: Path, tmp_path: Path) -> None:
     found, needed = at_site(tree)
     assert {what: state for what, (state, *_) in found.items()} == {
         "device": "ok",
@@ -60,10 +60,10 @@ def test_a_site_tells_what_it_holds_and_that_nothing_of_it_is_encoded(tree: Path
     assert not list((tmp_path / "home").glob("features/**/*.*")), "something was encoded"
 
 
-def test_the_command_that_is_told_encodes_what_is_missing(tree: Path) -> None:
+def test_the_command_that_is_named_encodes_what_is_missing(tree: Path) -> None:
     run = Settings(class_names="car,cat,fish,zebra", prompt="a {} here")
-    told = at_site(tree, run)[0]["features"][2]
-    words = shlex.split(told.partition("to encode now: ")[2])
+    remedy = at_site(tree, run)[0]["features"][2]
+    words = shlex.split(remedy.partition("to encode now: ")[2])
     assert words[:2] == ["fedclip", "encode"]
     encode.encode(words[2:])
     found, needed = at_site(tree, run)
@@ -71,7 +71,7 @@ def test_the_command_that_is_told_encodes_what_is_missing(tree: Path) -> None:
     assert needed == 0
 
 
-def test_what_is_encoded_so_far_is_told_and_left_alone(tree: Path, tmp_path: Path) -> None:
+def test_what_is_encoded_so_far_is_reported_and_left_alone(tree: Path, tmp_path: Path) -> None:
     (tree / "photo" / "cat" / "0.png").write_bytes(b"no picture")
     run = Settings(data=f"folder:{tree}")
     features = open_features(run, progress=False)
@@ -88,12 +88,12 @@ def test_what_is_encoded_so_far_is_told_and_left_alone(tree: Path, tmp_path: Pat
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_images_that_can_not_be_read_are_told(tree: Path) -> None:
+def test_images_that_can_not_be_read_are_reported(tree: Path) -> None:
     (tree / "photo" / "cat" / "0.png").write_bytes(b"no picture")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holdings, "TRIED", 12)
-        state, told, _ = at_site(tree)[0]["images"]
-    assert (state, told) == ("note", "photo: 1 of 12 tested images can't be read: photo/cat/0.png")
+        state, text, _ = at_site(tree)[0]["images"]
+    assert (state, text) == ("note", "photo: 1 of 12 tested images can't be read: photo/cat/0.png")
     for path in tree.glob("cartoon/*/*.png"):
         path.write_bytes(b"no picture")
     ex = Examination(lambda _: None)
@@ -104,7 +104,7 @@ def test_images_that_can_not_be_read_are_told(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "what", "told"),
+    ("node", "what", "expected"),
     [
         ({"data": "folder:/nowhere"}, "data", "there is no such folder"),
         ({"data": "folder:relative"}, "node config", "expected an absolute path"),
@@ -116,13 +116,13 @@ def test_images_that_can_not_be_read_are_told(tree: Path) -> None:
         ({"domains": "sketch"}, "site", "this site's data has no sketch"),
     ],
 )
-def test_what_a_sites_owner_has_to_mend_is_told(tree: Path, node: dict[str, Any], what: str, told: str) -> None:
+def test_what_a_sites_owner_has_to_mend_is_reported(tree: Path, node: dict[str, Any], what: str, expected: str) -> None:
     found, _ = at_site(tree, **node)
     assert found[what][0] == "FAIL"
-    assert re.search(told, found[what][1])
+    assert re.search(expected, found[what][1])
 
 
-def test_classes_that_the_run_does_not_know_are_told(tree: Path) -> None:
+def test_classes_that_the_run_does_not_know_are_reported(tree: Path) -> None:
     for names in ("car,cat,dog", "car,cat"):
         found, _ = at_site(tree, Settings(class_names=names))
         assert found["classes"][0] == "FAIL"
@@ -130,8 +130,8 @@ def test_classes_that_the_run_does_not_know_are_told(tree: Path) -> None:
 
 
 def test_a_word_in_the_node_config_that_nothing_reads_is_noted(tree: Path) -> None:
-    state, told, _ = at_site(tree, sight="north")[0]["node config"]
-    assert (state, told) == ("note", "unknown keys: sight")
+    state, text, _ = at_site(tree, sight="north")[0]["node config"]
+    assert (state, text) == ("note", "unknown keys: sight")
 
 
 def test_only_the_domains_that_a_site_takes_are_looked_for(tree: Path) -> None:
@@ -167,13 +167,13 @@ def test_a_feature_folder_needs_no_model(tree: Path, tmp_path: Path) -> None:
     assert found["features"][0] == "FAIL"
 
 
-def test_pixels_of_a_whole_model_take_more_room_and_no_command_makes_them_ahead(tree: Path) -> None:
+def test_pixels_of_a_full_model_take_more_room_and_no_command_makes_them_ahead(tree: Path) -> None:
     found, needed = at_site(tree, Settings(method="full-model"))
     assert needed == 24 * 3 * 64 * 64
     assert "fedclip encode" not in found["features"][2]
 
 
-def test_a_server_tells_of_its_own_data(tree: Path) -> None:
+def test_a_server_reports_its_own_data(tree: Path) -> None:
     found, needed = at_server(data=f"folder:{tree}")
     assert {what: state for what, (state, *_) in found.items()} == {
         "device": "ok",
@@ -198,7 +198,7 @@ def test_a_server_without_images_needs_class_names(tmp_path: Path) -> None:
     assert found["classes"][0] == "FAIL"
 
 
-def test_what_a_servers_administrator_has_to_mend_is_told(tree: Path, tmp_path: Path) -> None:
+def test_what_a_servers_administrator_has_to_mend_is_reported(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     found, _ = at_server(data=f"folder:{tree}", holdout="sketch", results_dir=str(tmp_path / "file"))
     assert found["holdout"][0] == found["results-dir"][0] == "FAIL"

@@ -13,7 +13,7 @@ from fedclip_flwr.operations.doctor.endpoints import Address
 from fedclip_flwr.operations.doctor.findings import Examination
 from tests.authority import certify, serving
 
-Told = list[tuple[str, str]]
+States = list[tuple[str, str]]
 
 
 def of_site(**options: Any) -> Examination:
@@ -36,7 +36,7 @@ def of_server(link: processes.SuperLink | None = None, **options: Any) -> Examin
     return ex
 
 
-def told(ex: Examination) -> Told:
+def states(ex: Examination) -> States:
     return [(finding.state, finding.what) for finding in ex.findings]
 
 
@@ -49,11 +49,11 @@ def options_of(link: processes.SuperLink, site: str) -> dict[str, Any]:
 
 def test_a_site_that_is_registered_has_all_that_it_needs(secured: processes.SuperLink) -> None:
     ex = of_site(**options_of(secured, "north"))
-    assert told(ex) == [("ok", "CA"), ("ok", "node key"), ("ok", "Fleet API"), ("ok", "registration")]
+    assert states(ex) == [("ok", "CA"), ("ok", "node key"), ("ok", "Fleet API"), ("ok", "registration")]
     assert "TLSv1.3, h2, certificate for localhost, 127.0.0.1, ::1, until 20" in ex.findings[2].found
 
 
-def test_a_site_that_is_not_registered_is_told_what_to_ask_for(secured: processes.SuperLink) -> None:
+def test_a_site_that_is_not_registered_reads_what_to_ask_for(secured: processes.SuperLink) -> None:
     ex = of_site(**options_of(secured, "south"))
     (failed,) = (finding for finding in ex.findings if finding.state == "FAIL")
     assert failed.what == "registration"
@@ -61,58 +61,58 @@ def test_a_site_that_is_not_registered_is_told_what_to_ask_for(secured: processe
     assert "flwr supernode register" in failed.remedy
 
 
-def test_ports_that_no_site_needs_are_told(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ports_that_no_site_needs_are_reported(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "OTHERS", {"Control API": secured.control, "nothing": 1})
-    assert told(of_site(**options_of(secured, "north")))[-1] == ("note", "Control API")
+    assert states(of_site(**options_of(secured, "north")))[-1] == ("note", "Control API")
 
 
 def test_what_can_not_be_known_after_a_failure_is_not_looked_at(secured: processes.SuperLink, tmp_path: Path) -> None:
     options = options_of(secured, "north")
     ex = of_site(**{**options, "root_certificates": certify(tmp_path / "other").ca})
-    assert told(ex) == [("ok", "CA"), ("ok", "node key"), ("FAIL", "Fleet API")]
+    assert states(ex) == [("ok", "CA"), ("ok", "node key"), ("FAIL", "Fleet API")]
     assert "signed by another authority" in ex.findings[-1].found
     ex = of_site(**{**options, "root_certificates": tmp_path / "nowhere.crt"})
-    assert told(ex) == [("FAIL", "CA"), ("ok", "node key")]
+    assert states(ex) == [("FAIL", "CA"), ("ok", "node key")]
     ex = of_site(**{**options, "superlink": Address("localhost", 1)})
-    assert told(ex) == [("ok", "CA"), ("ok", "node key"), ("FAIL", "Fleet API")]
+    assert states(ex) == [("ok", "CA"), ("ok", "node key"), ("FAIL", "Fleet API")]
     assert "refuses connections" in ex.findings[-1].found
 
 
-def test_a_site_is_told_what_was_not_named() -> None:
-    assert told(of_site()) == [("note", "node key"), ("note", "SuperLink")]
+def test_what_was_not_named_for_a_site_is_noted() -> None:
+    assert states(of_site()) == [("note", "node key"), ("note", "SuperLink")]
 
 
-def test_a_key_that_everybody_can_read_is_told(secured: processes.SuperLink, tmp_path: Path) -> None:
+def test_a_key_that_everybody_can_read_is_reported(secured: processes.SuperLink, tmp_path: Path) -> None:
     key = tmp_path / "node.key"
     key.write_bytes(options_of(secured, "north")["private_key"].read_bytes())
     key.chmod(0o644)
-    assert told(of_site(private_key=key)) == [("FAIL", "node key"), ("note", "SuperLink")]
+    assert states(of_site(private_key=key)) == [("FAIL", "node key"), ("note", "SuperLink")]
 
 
-def test_a_servers_key_that_everybody_can_read_is_told(tmp_path: Path) -> None:
+def test_a_servers_key_that_everybody_can_read_is_reported(tmp_path: Path) -> None:
     files = certify(tmp_path / "own")
     files.key.chmod(0o604)
     ex = of_server(ca=files.ca, certificate=files.certificate, key=files.key)
-    assert told(ex)[:3] == [("ok", "CA"), ("ok", "certificate"), ("FAIL", "server's key")]
+    assert states(ex)[:3] == [("ok", "CA"), ("ok", "certificate"), ("FAIL", "server's key")]
     assert ex.findings[2].remedy == f"chmod 600 {files.key}"
 
 
-def test_an_authority_that_has_expired_is_told(tmp_path: Path) -> None:
+def test_an_authority_that_has_expired_is_reported(tmp_path: Path) -> None:
     """A certificate that was signed before goes with it."""
     files = certify(tmp_path / "own", ends=-1, begins=-2)
     ex = of_site(root_certificates=files.certificate, superlink=Address("localhost", 1))
-    assert told(ex) == [("FAIL", "CA"), ("note", "node key")]
+    assert states(ex) == [("FAIL", "CA"), ("note", "node key")]
     assert "has expired on" in ex.findings[0].found
 
 
 def test_a_link_without_tls_is_noted_and_one_with_it_is_not_taken_for_one(tmp_path: Path) -> None:
     with serving(None) as address:
         ex = of_site(superlink=address, insecure=True)
-        assert told(ex)[-1] == ("note", "Fleet API")
+        assert states(ex)[-1] == ("note", "Fleet API")
         assert "anyone in between can read" in ex.findings[-1].found
     with serving(certify(tmp_path / "own")) as address:
         ex = of_site(superlink=address, insecure=True)
-        assert told(ex)[-1] == ("FAIL", "Fleet API")
+        assert states(ex)[-1] == ("FAIL", "Fleet API")
         assert "leave out --insecure" in ex.findings[-1].remedy
 
 
@@ -120,16 +120,16 @@ def test_a_certificate_that_ends_soon_is_noted(tmp_path: Path) -> None:
     files = certify(tmp_path / "own", ends=10)
     with serving(files) as address:
         ex = of_site(superlink=address, root_certificates=files.ca)
-    assert told(ex)[-1] == ("note", "Fleet API")
+    assert states(ex)[-1] == ("note", "Fleet API")
     assert "9 days are left" in ex.findings[-1].found
 
 
-def test_a_server_tells_of_its_files_its_ports_and_its_sites(
+def test_a_server_reports_its_files_its_ports_and_its_sites(
     secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(secured.folder))
     ex = of_server(secured, connection=simulation.CONNECTION)
-    assert told(ex) == [
+    assert states(ex) == [
         ("ok", "CA"),
         ("ok", "certificate"),
         ("ok", "server's key"),
@@ -149,7 +149,7 @@ def test_a_server_tells_of_its_files_its_ports_and_its_sites(
     assert ex.findings[-1].remedy == f"flwr supernode register {south} {simulation.CONNECTION}"
 
 
-def test_a_key_that_was_unregistered_is_told_to_be_of_no_use(
+def test_a_key_that_was_unregistered_is_reported_as_of_no_use(
     secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(secured.folder))
@@ -173,14 +173,14 @@ def test_a_key_that_was_unregistered_is_told_to_be_of_no_use(
 
 def test_ports_that_are_not_for_sites_should_not_be_reached_by_the_servers_name(secured: processes.SuperLink) -> None:
     ex = of_server(secured, host="localhost")
-    assert told(ex)[6:8] == [("note", "Control API"), ("note", "ServerAppIo API")]
+    assert states(ex)[6:8] == [("note", "Control API"), ("note", "ServerAppIo API")]
     assert "127.0.0.1" in ex.findings[6].remedy
 
 
-def test_a_server_that_is_not_running_is_told(tmp_path: Path) -> None:
+def test_a_server_that_is_not_running_is_reported(tmp_path: Path) -> None:
     files = certify(tmp_path / "own")
     ex = of_server(ca=files.ca, certificate=files.certificate, key=files.key)
-    assert told(ex)[3:] == [
+    assert states(ex)[3:] == [
         ("FAIL", "Fleet API"),
         ("FAIL", "Control API"),
         ("FAIL", "ServerAppIo API"),
@@ -188,13 +188,13 @@ def test_a_server_that_is_not_running_is_told(tmp_path: Path) -> None:
     ]
 
 
-def test_a_servers_certificate_for_another_name_is_told(tmp_path: Path) -> None:
+def test_a_servers_certificate_for_another_name_is_reported(tmp_path: Path) -> None:
     files = certify(tmp_path / "own", ["fl.example.org"])
     ex = Examination(lambda _: None)
     with serving(files) as there:
         own = files.ca, files.certificate, files.key
         links.examine_server(ex, links.Server(Address("0.0.0.0", there.port), there, there, *own, host="localhost"))
-    assert told(ex)[3:6] == [("FAIL", "Fleet API"), ("ok", "Control API"), ("ok", "ServerAppIo API")]
+    assert states(ex)[3:6] == [("FAIL", "Fleet API"), ("ok", "Control API"), ("ok", "ServerAppIo API")]
     assert "is for fl.example.org, not for localhost" in ex.findings[3].found
 
 
@@ -206,17 +206,17 @@ def test_a_servers_certificate_for_another_name_is_told(tmp_path: Path) -> None:
         ({"insecure": True}, ("note", "none, because of --insecure")),
     ],
 )
-def test_certificates_that_are_not_there_are_told(options: dict[str, Any], found: tuple[str, str]) -> None:
+def test_certificates_that_are_not_there_are_reported(options: dict[str, Any], found: tuple[str, str]) -> None:
     first = of_server(**options).findings[0]
     assert (first.state, first.found) == found
 
 
-def test_a_public_key_that_is_none_is_told(
+def test_a_public_key_that_is_none_is_reported(
     secured: processes.SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(secured.folder))
     files = certify(tmp_path / "own")
     files.certificate.with_name("west.pub").write_text("nothing")
     ex = of_server(certificate=files.certificate, ca=files.ca, key=files.key, connection=simulation.CONNECTION)
-    assert told(ex)[-1] == ("FAIL", "west")
+    assert states(ex)[-1] == ("FAIL", "west")
     assert "has no public ECDSA key" in ex.findings[-1].found

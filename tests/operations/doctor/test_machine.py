@@ -15,7 +15,7 @@ def examined() -> dict[str, tuple[str, ...]]:
     ex = Examination(lambda _: None)
     machine.examine(ex)
     ex.look("disk", machine.free, ex, 1_000_000)
-    found: dict[str, tuple[str, ...]] = {what: (state, told, remedy) for state, what, told, remedy in ex.findings}
+    found: dict[str, tuple[str, ...]] = {what: (state, text, remedy) for state, what, text, remedy in ex.findings}
     assert len(found) == len(ex.findings)
     return found
 
@@ -31,7 +31,7 @@ def test_the_machine_that_runs_these_tests_is_fit(fedclip_home: Path) -> None:
     assert list(found) == ["Python", "packages", "this package", "FEDCLIP_HOME", "GPU", "disk"]
 
 
-def test_versions_that_do_not_fit_are_told_with_the_command_that_mends_them(
+def test_versions_that_do_not_fit_are_reported_with_the_command_that_mends_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "other_one-1.0.dist-info"
@@ -46,19 +46,19 @@ def test_versions_that_do_not_fit_are_told_with_the_command_that_mends_them(
     found = examined()
     assert found["Python"][0] == "FAIL"
     assert ">=3.99 is required" in found["Python"][1]
-    state, told, remedy = found["packages"]
-    assert (state, told) == ("FAIL", "grpcio is 1.74.0, needed ==1.0, not-there is missing, needed >=2")
+    state, text, remedy = found["packages"]
+    assert (state, text) == ("FAIL", "grpcio is 1.74.0, needed ==1.0, not-there is missing, needed >=2")
     assert remedy.endswith("-m pip install grpcio==1.0 'not-there[fast]>=2'")
 
 
-def test_a_python_without_the_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_the_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "NAME", "nowhere-installed")
     found = examined()
     assert [found[what][0] for what in ("Python", "packages")] == ["FAIL", "FAIL"]
     assert "nowhere-installed is not installed in" in found["packages"][1]
 
 
-def test_a_home_that_can_not_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_can_not_be_written_to_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "file" / "home"))
     found = examined()
@@ -67,14 +67,14 @@ def test_a_home_that_can_not_be_written_to_is_told(tmp_path: Path, monkeypatch: 
     assert found["disk"][0] == "ok"
 
 
-def test_a_disk_without_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SPARE", 10**18)
     state, _, remedy = examined()["disk"]
     assert state == "FAIL"
     assert remedy.startswith("make room for 1e+09 GB")
 
 
-def test_a_gpu_that_torch_can_not_use_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_can_not_use_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.version, "cuda", None)
