@@ -92,16 +92,16 @@ def test_every_adapter_and_codec_can_be_shown(tree: Path, own_home: Path, adapte
 def test_a_round_with_plug_ins_can_be_shown(
     tree: Path, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ours.py").write_text("from fedclip_flwr.learning.adapters import Gate as Own")
+    (tmp_path / "shown_plug_in.py").write_text("from fedclip_flwr.learning.adapters import Gate as Own")
     monkeypatch.syspath_prepend(str(tmp_path))
-    run = replace(RUN, adapter="ours:Own", strategy="ours:gone")  # which is the server's
-    with pytest.raises(UserError, match="ours is not allowed as a plug-in on this machine"):
+    run = replace(RUN, adapter="shown_plug_in:Own", strategy="shown_plug_in:gone")  # which is the server's
+    with pytest.raises(UserError, match="shown_plug_in is not allowed as a plug-in on this machine"):
         shown(tree, run)
-    monkeypatch.setenv("FEDCLIP_PLUGINS", "ours")
+    monkeypatch.setenv("FEDCLIP_PLUGINS", "shown_plug_in")
     fine, text = shown(tree, run)
     assert fine
     assert text.count(" bytes leave)") == 3
-    assert "ours:Own without a version " in text
+    assert "shown_plug_in:Own without a version " in text
 
 
 def test_a_parcel_is_shown_as_it_travels_and_not_as_it_arrives(tree: Path) -> None:

@@ -62,15 +62,15 @@ Path(__file__).with_suffix(".imported").touch()
 def test_an_adapter_of_a_plug_in_is_loaded_only_if_its_owner_allows_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ours.py").write_text(PLUGIN)
+    (tmp_path / "saved_plug_in.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    folder = written(tmp_path, kind="ours:Own")
-    with pytest.raises(UserError, match="ours is not allowed as a plug-in on this machine"):
+    folder = written(tmp_path, kind="saved_plug_in:Own")
+    with pytest.raises(UserError, match="saved_plug_in is not allowed as a plug-in on this machine"):
         load_adapter(folder)
-    assert not (tmp_path / "ours.imported").exists()
-    monkeypatch.setenv("FEDCLIP_PLUGINS", "ours")
+    assert not (tmp_path / "saved_plug_in.imported").exists()
+    monkeypatch.setenv("FEDCLIP_PLUGINS", "saved_plug_in")
     assert load_adapter(folder)[0].name == "attention"
-    assert (tmp_path / "ours.imported").exists()
+    assert (tmp_path / "saved_plug_in.imported").exists()
 
 
 @pytest.mark.parametrize(
