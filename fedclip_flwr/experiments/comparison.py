@@ -239,9 +239,9 @@ def _methods(options: SweepOptions, given: Mapping[str, object]) -> tuple[list[s
 
 def _unfit(name: str, data: str, given: Mapping[str, object]) -> str:
     """Why the method can't run on the data or with these settings; empty if it can."""
-    if method_of(name).whole_model and data.startswith(STORED):
+    if METHODS[name].whole_model and data.startswith(STORED):
         return f"needs images, and {data} has only their features"
-    if "blend" in given and (method_of(name).whole_model or "blend" in method_of(name).settings):
+    if "blend" in given and (METHODS[name].whole_model or "blend" in METHODS[name].settings):
         return "excludes the setting blend; leave one of them out"
     return ""
 

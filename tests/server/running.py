@@ -167,6 +167,17 @@ class Running:
 
         self.strategy = AdapterFedAvg(START, self.nodes.names, self.settings, classes=2)
 
+    def add_leaving(self, node: int, site: Answer) -> None:
+        """Connects the site as this node, which is gone once it has answered TRAIN."""
+
+        def leaves(message: Message) -> Message | None:
+            reply = site(message)
+            if message.metadata.message_type == MessageType.TRAIN:
+                del self.grid.nodes[node]
+            return reply
+
+        self.grid.nodes[node] = leaves
+
     def run(self, start: State = START) -> Outcome:
         self.nodes.wait_for(self.settings.min_sites)
         return self.resume(start)

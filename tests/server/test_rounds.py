@@ -220,14 +220,7 @@ def test_an_answer_that_comes_late_changes_nothing() -> None:
 def test_when_all_sites_are_gone_the_run_ends_in_words_and_does_not_hang() -> None:
     north = Site("north")
     running = Running({5: north})
-
-    def leaves(message: Message) -> Message | None:
-        reply = north(message)
-        if message.metadata.message_type == MessageType.TRAIN:
-            del running.grid.nodes[5]
-        return reply
-
-    running.grid.nodes[5] = leaves
+    running.add_leaving(5, north)
     with pytest.raises(UserError, match=r"round 2: .*: 0, min-sites = 1"):
         running.run()
 

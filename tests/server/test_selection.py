@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from flwr.app import Message, MessageType
 
 from tests.server.running import Running, Site
 
@@ -52,14 +51,7 @@ def test_rounds_are_compared_at_the_sites_that_tried_both() -> None:
     """North, where all was right from the beginning, goes after round 1; at south round 2 is best, round 3 worse."""
     north, south = Site("north", 1.0, {0.0: 10}), Site("south", 1.0, {0.0: 5, 1.0: 6, 2.0: 7, 3.0: 6})
     running = Running({9: south})
-
-    def leaves(message: Message) -> Message | None:
-        reply = north(message)
-        if message.metadata.message_type == MessageType.TRAIN:
-            del running.grid.nodes[5]
-        return reply
-
-    running.grid.nodes[5] = leaves
+    running.add_leaving(5, north)
     outcome = running.run()
     assert [line.validation for line in running.recorder.results] == [0.75, 0.6, 0.7, 0.6]
     assert outcome.adapted.round == 2
