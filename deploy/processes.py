@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_flwr.base import UserError
+from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.connections import IN_MEMORY
 from fedclip_flwr.operations import simulation
 
@@ -113,8 +114,7 @@ def superlink(
     simulation.connect(folder, control, trust)
     full_env = {**simulation.environment(folder), **env}
     log = folder / "superlink.log"
-    command = ["fedclip", "server"] if keys else ["flower-superlink"]
-    with simulation.started([*command, *options], full_env, log) as process:
+    with simulation.started(["fedclip", "server", *options], full_env, log) as process:
         for port in (control, fleet):
             simulation.wait_for(port, process, log)
         yield SuperLink(folder, full_env, fleet, control, apps, keys, process)
@@ -137,7 +137,8 @@ def supernode(
     (own,) = simulation.free_ports(1)
     command = ["fedclip", "site"] if link.keys else ["flower-supernode"]
     command += ["--superlink", f"127.0.0.1:{port or link.fleet}", "--node-config", config]
-    command += ["--clientappio-api-address", f"127.0.0.1:{own}"]
+    listens = {"--clientappio-api-address": "{address}"} if link.keys else lines.line().site_address
+    command += lines.address(listens, f"127.0.0.1:{own}")
     command += credentials(link.keys, site) if options is None else options
     log = link.folder / f"{site}.log"
     with simulation.started(command, {**link.env, **env}, log) as process:

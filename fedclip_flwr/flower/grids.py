@@ -8,8 +8,10 @@ from typing import cast
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.superlink.grid import GrpcGrid as GrpcGrid  # no public way to distinguish the grids
+from flwr.superlink import grid as grids  # no public way to distinguish the grids
 from flwr.superlink.grid import InMemoryGrid  # the one of a simulation
+
+from fedclip_flwr.flower import lines
 
 SERVER, RUN = 1, 2**63
 """The server's node id, and a run id as long as Flower's."""
@@ -47,7 +49,13 @@ class LocalGrid:
 
 def local_grid(nodes: Mapping[int, Node]) -> Grid:
     """A grid for a run, whose nodes are functions in this process."""
+    lines.own("messages").act_as_server(RUN, SERVER)
     return cast(Grid, LocalGrid(nodes))
+
+
+def remote(grid: Grid) -> bool:
+    """True if the grid asks a SuperLink, which has real sites."""
+    return isinstance(grid, getattr(grids, lines.line().grid))
 
 
 def simulated(grid: Grid) -> bool:

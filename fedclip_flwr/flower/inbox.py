@@ -1,7 +1,7 @@
 """Replies from the SuperLink, fetched so that no reply can harm the server.
 
-`GrpcGrid.pull_messages` of Flower 1.31 waits up to two hours for a reply with missing parts, and reads nothing else
-meanwhile. A reply that can't be decoded ends the ServerApp and loses the replies pulled with it. A list of a few bytes
+Flower's own `pull_messages` waits for a reply with missing parts, up to two hours in 1.31 and three minutes in 1.42, and
+reads nothing else meanwhile. A reply that can't be decoded ends the ServerApp and loses the replies pulled with it. A list of a few bytes
 can make an array grow without limit. And it takes sender and question from the reply's own metadata, which the site
 writes and nothing compares with what the SuperLink has verified. So this module fetches the parts one by one, up to a
 size limit, decodes what is valid, and takes sender and question from the SuperLink.
@@ -13,12 +13,10 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import grpc
 from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message  # `Message(...)` sets its own metadata, and takes none
 from flwr.common.constant import ErrorCode  # the codes that `flwr.app.Error` takes
 from flwr.common.serde_utils import metadata_from_proto  # the SuperLink's own metadata of a reply
-from flwr.proto.appio_pb2 import PullAppMessagesRequest  # like a grid's `pull_messages`, but fetches no parts
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # lets the SuperLink forget a reply
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
@@ -33,7 +31,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 
 from fedclip_flwr.base.errors import one_line
-from fedclip_flwr.flower.grids import GrpcGrid
+from fedclip_flwr.flower import grids, lines
 from fedclip_flwr.flower.sizes import message_size
 
 MOST_PARTS = 2_000
@@ -54,13 +52,18 @@ class Inbox:
     """The replies that arrive on a grid."""
 
     def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+        self._grid, self._remote = grid, grids.remote(grid)
         self._waiting: dict[str, _Announced] = {}
         self._given_up: list[str] = []
 
+    @property
+    def _calls(self) -> Any:
+        """What calls the SuperLink, by the names of its methods."""
+        return getattr(self._grid, lines.line().calls)
+
     def take(self, asked: Collection[str], most: int) -> Iterator[tuple[Message, int]]:
         """The complete replies to these messages, with their sizes; an error replaces one larger than `most` bytes."""
-        if isinstance(self._grid, GrpcGrid):
+        if self._remote:
             yield from (message for key in self._announced(asked) if (message := self._message(key, most)))
         else:  # sites on this machine that run this package
             yield from ((message, message_size(message)) for message in self._grid.pull_messages(asked))
@@ -73,7 +76,7 @@ class Inbox:
         self._given_up = [*self._given_up, *keys][-MOST_GIVEN_UP:]
         if not self._given_up:
             return
-        if isinstance(self._grid, GrpcGrid):
+        if self._remote:
             arrived = set(self._announced(self._given_up))
             for key in arrived:
                 self._confirm(self._waiting.pop(key))
@@ -83,9 +86,9 @@ class Inbox:
 
     def _announced(self, asked: Collection[str]) -> list[str]:
         """The messages that have a reply, of which parts may still be missing."""
-        grid: Any = self._grid
         new = [key for key in asked if key not in self._waiting]  # each is announced once
-        answer = grid._stub.PullMessages(PullAppMessagesRequest(message_ids=new))
+        request = lines.moved("runtime", "PullAppMessagesRequest")(message_ids=new)  # a grid would fetch the parts, too
+        answer = self._calls.PullMessages(request)
         for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             metadata = metadata_from_proto(head.metadata)
             parts = [part.object_id for part in iterate_object_tree(tree)]
@@ -102,8 +105,8 @@ class Inbox:
         except ObjectUnavailableError:
             self._waiting[key] = reply
             return None
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
+        except lines.own("messages").CallFailed as error:
+            if not lines.own("messages").too_large(error):
                 raise
             why = "its answer is too large to fetch"
         except _TooLargeError as error:
@@ -117,7 +120,7 @@ class Inbox:
     def _confirm(self, reply: _Announced) -> None:
         grid: Any = self._grid
         confirmed = reply.metadata.message_id
-        grid._stub.ConfirmMessageReceived(
+        self._calls.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=grid.node, run_id=grid.run.run_id, message_object_id=confirmed)
         )
 
@@ -126,7 +129,7 @@ class Inbox:
         grid: Any = self._grid
         if len(reply.parts) > MOST_PARTS:
             raise _TooLargeError(f"its answer has {len(reply.parts):,} parts, expected at most {MOST_PARTS:,}")
-        pull = make_pull_object_fn_protobuf(grid._stub.PullObject, grid.node, grid.run.run_id)
+        pull = make_pull_object_fn_protobuf(self._calls.PullObject, grid.node, grid.run.run_id)
         for part in reply.parts:
             if part not in reply.contents:
                 reply.contents[part] = pull(part)

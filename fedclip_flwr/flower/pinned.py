@@ -7,6 +7,7 @@ runs the installed app: a bundle is never unpacked to disk.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -22,13 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedclip_flwr.base import UserError, files
+from fedclip_flwr.flower import lines
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
 
 COMMAND = "flwr-clientapp"
-"""The program that a SuperNode starts, by name, to answer a message."""
+"""The program that a SuperNode starts, by name, to answer a message; Flower calls this kind of task so, too."""
+LISTENS = "127.0.0.1:9094"
+"""Where a site listens by default: only this machine reaches it."""
 APPS, DESCRIBED, LIST = ("server_app.py", "client_app.py"), "pyproject.toml", ".info/CONTENT"
 """The files of a bundle: the apps, which must equal this site's, their description, and a list of all files."""
 LARGEST_TEXT, LARGEST = 2**14, 2**16
@@ -39,11 +43,8 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 def start(options: Sequence[str]) -> NoReturn:
     """Replace this process by a SuperNode with these options; by default it listens only on this machine."""
-    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode  # its flags: no public parser
-
-    parser = _parse_args_run_supernode()
-    parser.set_defaults(clientappio_api_address="127.0.0.1:9094")
-    given = parser.parse_args(options)
+    own, theirs = _listening(options)
+    given = _read(theirs)
     if given.isolation != "subprocess":
         raise UserError(
             "--isolation: another program would answer for this site, with any code from the server; leave it out"
@@ -53,52 +54,65 @@ def start(options: Sequence[str]) -> NoReturn:
             "--allow-runtime-dependency-installation: the server would choose what is installed and run; leave it out"
         )
     folder = files.make_folder(files.home() / "bin")
-    text = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m {__name__} "$@"\n'
+    for task in lines.own("programs").TASKS:
+        _write(folder / task, "pinned" if task == COMMAND else "refusing")
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    for task in lines.own("programs").TASKS:
+        _require(folder / task, path)
+    command = [sys.executable, "-P", "-m", "fedclip_flwr.flower.supernode", *theirs, *own]
+    os.execve(command[0], command, {**os.environ, "PATH": path})
+
+
+def _listening(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options for the address at which the site listens, and all others."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--clientappio-api-address", dest="address", default=LISTENS)
+    given, others = parser.parse_known_args(options)
+    return lines.address(lines.line().site_address, given.address), others
+
+
+def _read(options: Sequence[str]) -> argparse.Namespace:
+    """The options, as Flower reads them."""
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode  # its flags: no public parser
+
+    return _parse_args_run_supernode().parse_args(options)
+
+
+def _write(program: Path, module: str) -> None:
+    """Write a program that runs that module of this wing."""
+    text = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m {__package__}.{module} "$@"\n'
 
     def write(path: Path) -> None:
         path.write_text(text)
         path.chmod(0o755)
 
-    files.write_atomic(folder / COMMAND, write)
-    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    _require(folder / COMMAND, path)
-    here = ["--clientappio-api-address", given.clientappio_api_address]
-    command = [sys.executable, "-P", "-m", "fedclip_flwr.flower.supernode", *options, *here]
-    os.execve(command[0], command, {**os.environ, "PATH": path})
+    files.write_atomic(program, write)
 
 
 def _require(program: Path, path: str) -> None:
-    """Raise unless Flower, with that PATH, starts this program for each message."""
+    """Raise unless Flower, with that PATH, starts this program for its kind of task."""
     found = None
     with contextlib.suppress(Exception):  # another version of Flower can raise anything
-        found = _answering(path)
+        found = _started(program.name, path)
     if found != str(program):
         raise UserError(
-            f"Flower would not start {program} to answer messages, but {found or 'another program'}: set FEDCLIP_HOME "
+            f"Flower would not start {program} for a task, but {found or 'another program'}: set FEDCLIP_HOME "
             "to a folder where programs can run, or install the version of flwr that this package requires"
         )
 
 
-def _answering(path: str) -> str | None:
-    """The program that Flower would start for a message, with that PATH; nothing is started."""
-    from flwr.common.constant import ExecPluginType  # a SuperNode's plugins: no setting or hook names the program
-    from flwr.common.typing import Run  # one is made with a run,
-    from flwr.proto.task_pb2 import Task  # and starts a program for a task
-    from flwr.supercore.cli.flower_superexec import _get_plugin_and_stub_class  # the plugin for ClientApps
-    from flwr.supercore.constant import ExecutorType, TaskType  # in a subprocess, for a ClientApp
-    from flwr.supercore.superexec.executor import get_executor  # what starts it
-
+def _started(task: str, path: str) -> str | None:
+    """The program that Flower would start for such a task, with that PATH; nothing is started."""
     started: list[tuple[Sequence[str], dict[str, Any]]] = []
-    kind, _ = _get_plugin_and_stub_class(ExecPluginType.CLIENT_APP)
-    plugin = kind("127.0.0.1:9094", True, None, Run.create_empty, executor=get_executor(ExecutorType.SUBPROCESS))
     functions, name = vars(subprocess), "Popen"
     popen = functions[name]
     functions[name] = lambda command, **more: started.append((command, more))
     try:
-        plugin.launch_task("token", Task(task_id=1, type=TaskType.CLIENT_APP))
+        lines.own("programs").start(task)
     finally:
         functions[name] = popen
     ((command, more),) = started
+    more = {key: value for key, value in more.items() if key not in ("stdout", "stderr")}
     return None if more else shutil.which(command[0], path=path)
 
 
@@ -165,11 +179,12 @@ def _same(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
         data = file.read(entry.file_size)
     if len(data) == entry.file_size:
         return False
-    return name == LIST or (_client_app(data) == _client_app(own) if name == DESCRIBED else data == own)
+    return name == LIST or (_components(data) == _components(own) if name == DESCRIBED else data == own)
 
 
-def _client_app(described: bytes) -> Any:
-    return tomllib.loads(described.decode())["tool"]["flwr"]["app"]["components"]["clientapp"]
+def _components(described: bytes) -> Any:
+    """The parts of the app that Flower could run at a site."""
+    return tomllib.loads(described.decode())["tool"]["flwr"]["app"]["components"]
 
 
 if __name__ == "__main__":

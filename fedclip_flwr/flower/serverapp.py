@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import NoReturn
 
-from flwr.common.exit import add_exit_handler as add_exit_handler  # the only notice of a stop
-
 from fedclip_flwr.base import UserError
+from fedclip_flwr.flower import lines
+
+
+def add_exit_handler(call: Callable[[], None]) -> None:
+    """Call this when the ServerApp's process is stopped: Flower gives no other notice."""
+    lines.moved("exits", "add_exit_handler")(call)
 
 
 def refuse(error: UserError) -> NoReturn:

@@ -1,11 +1,11 @@
 """`fedclip site`: Flower's SuperNode, patched so that it does not hang.
 
-A SuperNode takes a message, starts a process for it, waits for the answer, sends it, and takes the next message. In
-Flower 1.31 it waits forever for some answers: to a message that could not be fetched completely, or whose process died.
-A message whose run stops while it is fetched is still processed; its answer is mistaken for that to the next message,
-which is then withheld. And a SuperNode that was rejected, or whose heartbeat failed, may stay idle, where systemd or
-Docker would restart it if it exited. This module fixes all of these. It also refuses a run with another app than the
-installed one before anything of it is unpacked.
+A SuperNode takes a message, starts a process for it, waits for the answer, sends it, and takes the next message. It
+waits forever for an answer whose process died. In Flower 1.31 it does so for a message that could not be fetched
+completely, too; and one whose run stops while it is fetched is still processed: its answer is mistaken for that to the
+next message, which is then withheld. And a SuperNode that was rejected, or whose heartbeat failed, may stay idle, where
+systemd or Docker would restart it if it exited. This module fixes all of these. It also refuses a run with another app
+than the installed one before anything of it is unpacked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from flwr.common.constant import (
     SubStatus,  # how it ended
 )
 from flwr.common.logger import log  # the SuperNode's own log
-from flwr.common.typing import Fab  # an app's bundle, as received
 from flwr.proto.message_pb2 import ObjectTree  # the parts of a message
 from flwr.supercore.constant import FORCE_EXIT_TIMEOUT_SECONDS  # the time limit of a SuperNode's exit
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree  # which parts a message has
@@ -39,7 +38,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
 )
 
 from fedclip_flwr.base import UserError
-from fedclip_flwr.flower import pinned
+from fedclip_flwr.flower import lines, pinned
 
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
@@ -55,7 +54,7 @@ def taking(take: Callable[..., int | None]) -> Callable[..., int | None]:
         state: InMemoryNodeState,
         object_store: ObjectStore,
         receive: Callable[[], tuple[Message, ObjectTree] | None],
-        get_fab: Callable[[str, int], Fab],
+        get_fab: Callable[[str, int], Any],
         **more: Any,
     ) -> int | None:
         received: list[Message] = []
@@ -65,7 +64,7 @@ def taking(take: Callable[..., int | None]) -> Callable[..., int | None]:
                 received.append(found[0])
             return found
 
-        def checked(name: str, run: int) -> Fab:
+        def checked(name: str, run: int) -> Any:
             fab = get_fab(name, run)
             pinned.check(fab.content)
             return fab
@@ -78,7 +77,7 @@ def taking(take: Callable[..., int | None]) -> Callable[..., int | None]:
             state.store_message(message)  # only stored messages can be answered
             _answer(message, Error(ErrorCode.INVALID_FAB, str(error)), state, object_store)
             return message.metadata.run_id
-        if run is not None and state.msg_store:
+        if not lines.line().keeps_unfetched or (run is not None and state.msg_store):
             return run
         for task in state.get_tasks(statuses=UNFINISHED):
             state.finish_task(task.task_id, SubStatus.STOPPED, "its message must not be answered")

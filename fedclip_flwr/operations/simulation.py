@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.settings import unusable
+from fedclip_flwr.flower import lines
 from fedclip_flwr.runs import read_settings
 
 CONNECTION = "fedclip"
@@ -176,7 +177,7 @@ def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, 
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--control-api-address", f"127.0.0.1:{port}", "--serverappio-api-address", "127.0.0.1:0"]
+    command += lines.address(lines.line().own_address, f"127.0.0.1:{port}")
     log = folder / "superlink.log"
     with started(command, env, log) as process:
         wait_for(port, process, log)
@@ -203,6 +204,7 @@ def environment(folder: Path) -> dict[str, str]:
     """The environment in which Flower's commands are this Python's, quiet, and configured in the folder."""
     return {
         **commands_found(os.environ),
+        **lines.NO_INSTALLATION,
         "FLWR_HOME": str(folder),
         "FLWR_LOG_LEVEL": "WARNING",
         "FLWR_TELEMETRY_ENABLED": "0",

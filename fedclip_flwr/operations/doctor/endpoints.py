@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import grpc
 from click import ClickException
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedclip_flwr.base import UserError
 from fedclip_flwr.base.errors import FaultError
-from fedclip_flwr.flower import connections
+from fedclip_flwr.flower import connections, lines
 from fedclip_flwr.operations import certificates
 
 PATIENCE = 5.0
@@ -33,10 +33,12 @@ class Address(NamedTuple):
 
 
 class Greeting(NamedTuple):
-    """The server's side of a TLS handshake."""
+    """The server's side of a connection: TLS, its certificate, its transport, and its version of Flower if it tells it."""
 
-    version: str
+    tls: str
     certificate: x509.Certificate
+    transport: str
+    flower: str = ""
 
 
 def read_address(text: str, option: str) -> Address:
@@ -78,9 +80,11 @@ def greet(address: Address, ca: Path | None, name: str | None) -> Greeting:
     """The server's greeting; raises unless TLS works, with a certificate signed by `ca`, and for `name` if given."""
     context = certificates.trusting(ca)
     context.check_hostname = name is not None
+    context.set_alpn_protocols(["h2", "http/1.1"])
     try:
         with connect(address) as plain, context.wrap_socket(plain, server_hostname=name) as secure:
-            shown, version, protocol = _shown(secure), secure.version(), secure.selected_alpn_protocol()
+            shown, tls, protocol = _shown(secure), secure.version() or "TLS", secure.selected_alpn_protocol()
+            answer = None if protocol == "h2" else _health(secure)
     except ssl.SSLCertVerificationError as error:
         whose, by = f"the certificate of {address}", str(ca or "those that this machine trusts")
         raise certificates.distrusted(error.verify_code, whose, _look(address), by, name or "") from None
@@ -95,12 +99,14 @@ def greet(address: Address, ca: Path | None, name: str | None) -> Greeting:
             f"TLS fails with {address} ({getattr(error, 'reason', None) or error.strerror or error})",
             "check host and port: this does not seem to be a SuperLink",
         ) from None
+    if answer:
+        return Greeting(tls, shown, lines.HTTP.transport, answer.getheader(connections.VERSION, ""))
     if protocol != "h2":
         raise FaultError(
-            f"{address} supports TLS but not HTTP/2 (ALPN)",
+            f"{address} supports TLS, but answers neither like gRPC (HTTP/2 by ALPN) nor like Flower over HTTP",
             "check host and port; a proxy in between must pass TLS through, or support HTTP/2",
         )
-    return Greeting(version or "TLS", shown)
+    return Greeting(tls, shown, lines.GRPC.transport)
 
 
 def _look(address: Address) -> x509.Certificate:
@@ -122,51 +128,52 @@ def _silent(address: Address) -> FaultError:
     )
 
 
-def speaks_plainly(address: Address) -> bool:
-    """True if an HTTP/2 server answers there without TLS."""
-    with connect(address) as connection:
-        try:
+def speaks_plainly(address: Address) -> str:
+    """The transport of a SuperLink that answers there without TLS; empty if none does."""
+    try:
+        with connect(address) as connection:
             connection.sendall(FIRST_WORDS)
             answer = connection.recv(9)
-        except OSError:
-            return False
-    return len(answer) == 9 and answer[3] == 4
+        if len(answer) == 9 and answer[3] == 4:
+            return lines.GRPC.transport
+        with connect(address) as connection:
+            return lines.HTTP.transport if answer and _health(connection) else ""
+    except OSError:
+        return ""
+
+
+def _health(connection: socket.socket) -> http.client.HTTPResponse | None:
+    """The answer of a SuperLink over HTTP that is up; None if it is anything else."""
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    answer = http.client.HTTPResponse(connection)
+    try:
+        answer.begin()
+    except http.client.HTTPException:
+        return None
+    return answer if answer.status == http.client.OK else None
+
+
+def version(address: Address, key: ec.EllipticCurvePrivateKey, ca: Path | None, insecure: bool) -> str:
+    """The SuperLink's version of Flower; empty if it does not tell it."""
+    try:
+        return connections.version(str(address), key, None if insecure else ca, PATIENCE)
+    except connections.CallError as error:
+        raise _unanswered(address, error) from None
 
 
 def knows(address: Address, key: ec.EllipticCurvePrivateKey, ca: Path | None, insecure: bool) -> bool:
-    """True if the SuperLink has registered this key, even if its SuperNode is not running.
-
-    It is asked to activate the node with an invalid heartbeat interval: Flower looks up the key before it refuses that,
-    and changes nothing.
-    """
-    public = key.public_key()
-    request = connections.ActivateNodeRequest(
-        public_key=connections.public_key_to_bytes(public), heartbeat_interval=0.0
-    )
-    root = ca.read_bytes() if ca and not insecure else None
-    signing = connections.NodeAuthClientInterceptor(key, public)
-    channel = connections.create_channel(str(address), insecure, root, interceptors=[signing])
+    """True if the SuperLink has registered this key, even if its SuperNode is not running."""
     try:
-        connections.FleetStub(channel).ActivateNode(request, timeout=PATIENCE)
-    except grpc.RpcError as error:
-        code, details = _of(error)
-        if code == grpc.StatusCode.INVALID_ARGUMENT:
-            return True
-        if code == grpc.StatusCode.FAILED_PRECONDITION:
-            return False
-        if "timestamp" in details:
-            raise FaultError(
-                f"{address} rejects this machine's signature: {details}",
-                "set the clocks: a site's may be at most 5 s ahead of the server's, or 5 minutes behind",
-            ) from None
-        if code == grpc.StatusCode.UNIMPLEMENTED:
-            raise FaultError(
-                f"{address} does not serve SuperNodes (Fleet API)", "check the port (default: 9092)"
-            ) from None
+        return connections.knows(str(address), key, None if insecure else ca, PATIENCE)
+    except connections.ClockError as error:
+        raise FaultError(
+            f"{address} rejects this machine's signature: {error}",
+            "set the clocks: a site's may be at most 5 s ahead of the server's, or 5 minutes behind",
+        ) from None
+    except connections.ElsewhereError:
+        raise FaultError(f"{address} does not serve SuperNodes (Fleet API)", "check the port (default: 9092)") from None
+    except connections.CallError as error:
         raise _unanswered(address, error) from None
-    finally:
-        channel.close()
-    return True
 
 
 def nodes(connection: str) -> Sequence[connections.NodeInfo]:
@@ -177,32 +184,18 @@ def nodes(connection: str) -> Sequence[connections.NodeInfo]:
             f"there is no {config}", f"write it, with the SuperLink's address below [superlink.{connection}]"
         )
     try:
-        found = connections.read_superlink_connection(connection)
-        address = found.address or connections.LOCAL_SUPERLINK
+        address = connections.read_superlink_connection(connection).address or connections.LOCAL_SUPERLINK
         if address.startswith(":"):  # Flower would start one
             raise FaultError(f"{connection} is for simulations on this machine", f"name a SuperLink of {config}")
-        channel = connections.init_channel_from_connection(found)
+        return connections.nodes(connection, PATIENCE)
     except ClickException as error:
         raise FaultError(" ".join(error.message.split()), f"fix {config}") from None
-    try:
-        return list(
-            connections.ControlStub(channel).ListNodes(connections.ListNodesRequest(), timeout=PATIENCE).nodes_info
-        )
-    except grpc.RpcError as error:
+    except connections.CallError as error:
         raise _unanswered(address, error) from None
-    finally:
-        channel.close()
 
 
-def _of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
-    """The status and the message of a failed call."""
-    assert isinstance(error, grpc.Call)  # true of all errors that a stub raises
-    return error.code(), " ".join(str(error.details()).split())
-
-
-def _unanswered(address: Address | str, error: grpc.RpcError) -> FaultError:
-    code, details = _of(error)
+def _unanswered(address: Address | str, error: Exception) -> FaultError:
     return FaultError(
-        f"{address} does not answer like Flower 1.31 ({code.name}: {details})",
+        f"{address} does not answer like Flower {lines.installed()} ({error})",
         "check the SuperLink's log, and that its Flower has the version that fedclip-flwr needs",
     )

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509 import Certificate
 
 from fedclip_flwr.base.errors import FaultError
+from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.connections import NodeInfo, NodeStatus, public_key_to_bytes
 from fedclip_flwr.operations import certificates
 from fedclip_flwr.operations.doctor import endpoints
@@ -118,19 +119,41 @@ def _served(
 ) -> bool:
     """True if that API answers, with TLS unless `insecure`; else raises."""
     if insecure:
-        if not endpoints.speaks_plainly(there):
+        transport = endpoints.speaks_plainly(there)
+        if not transport:
             raise FaultError(f"{there} does not answer without TLS", "leave out --insecure, and give the certificates")
+        _match(there, transport)
         ex.note(what, f"{there} answers, without TLS: anyone in between can read and change messages")
         return True
     greeting = endpoints.greet(there, ca, name)
+    _match(there, greeting.transport, greeting.flower)
     names = ", ".join(certificates.names_of(greeting.certificate))
-    found = f"{there}, {greeting.version}, h2, certificate for {names}"
+    found = f"{there}, {greeting.tls}, {greeting.transport}, certificate for {names}"
     return _report(ex, what, greeting.certificate, f"the certificate of {there}", found)
+
+
+def _match(there: Address, transport: str, flower: str = "") -> None:
+    """Raises if the server there has another line of Flower than this machine, or another minor version."""
+    own, ours = lines.installed(), lines.line()
+    if transport == ours.transport and (not flower or _minor(flower) == _minor(own)):
+        return
+    theirs = f"Flower {flower}" if flower else "another Flower"
+    release = _minor(flower) if flower else {each.transport: each.tested for each in lines.LINES}[transport]
+    raise FaultError(
+        f"{there} has {theirs} ({transport}), this machine Flower {own} ({ours.transport}); both sides need the same",
+        f"pip install 'flwr=={release}.*' here, or 'flwr=={_minor(own)}.*' there",
+    )
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def _registered(
     ex: Examination, there: Address, ca: Path | None, insecure: bool, key: ec.EllipticCurvePrivateKey, public: Path
 ) -> None:
+    _match(there, lines.line().transport, flower := endpoints.version(there, key, ca, insecure))
+    ex.ok("Flower", f"{flower or 'version not told'} there, {lines.installed()} here, {lines.line().transport}")
     if not endpoints.knows(there, key, ca, insecure):
         raise FaultError(
             f"{there} has not registered this node key",
@@ -173,7 +196,8 @@ def _others(ex: Examination, host: str, ports: Mapping[str, int], remedy: str) -
 
 
 def _apps_served(ex: Examination, there: Address, ca: Path | None) -> None:
-    if endpoints.speaks_plainly(there):
+    if transport := endpoints.speaks_plainly(there):
+        _match(there, transport)
         ex.ok(APPS, f"{there} answers, without TLS (that needs --appio-ssl-certfile): for this machine only")
     else:
         _served(ex, APPS, there, ca, None)

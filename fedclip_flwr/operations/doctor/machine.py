@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from fedclip_flwr.base import content, files, plugins
 from fedclip_flwr.base.errors import FaultError
 from fedclip_flwr.base.text import bytes_of
+from fedclip_flwr.flower import lines
 from fedclip_flwr.operations.doctor.findings import Examination
 
 NAME = "fedclip-flwr"
@@ -30,6 +31,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 def examine(ex: Examination) -> None:
     ex.look("Python", _python, ex)
     ex.look("packages", _packages, ex)
+    ex.look("Flower", _flower, ex)
     ex.look("this package", _package, ex)
     ex.look("plug-in", _plugins, ex)
     ex.look("FEDCLIP_HOME", _home, ex)
@@ -71,6 +73,15 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _flower(ex: Examination) -> None:
+    """Reports which line of Flower this machine has: all of a federation need the same."""
+    found = f"{lines.installed()}, {lines.line().transport} between sites and server"
+    if warning := lines.untested():
+        ex.note("Flower", found, warning)
+    else:
+        ex.ok("Flower", found)
 
 
 def _package(ex: Examination) -> None:

@@ -1,0 +1,119 @@
+"""The two lines of Flower that this package runs on, and all that differs between them by version.
+
+The gRPC line is 1.31: gRPC between all parts. The HTTP line is the newest: HTTP between all parts. Nothing else asks for
+Flower's version: what differs is an entry of the table, or a module of this wing with the line's name at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from packaging.version import Version
+
+from fedclip_flwr.base import UserError
+
+
+class Line(NamedTuple):
+    """One line: its transport, the release that is tested, and the places of what moved in between."""
+
+    transport: str
+    tested: str
+    exits: str
+    """The module with `add_exit_handler`."""
+    runs: str
+    """The module with `Run`."""
+    runtime: str
+    """The module with what a ServerApp says to its SuperLink."""
+    grid: str
+    calls: str
+    """The class of a ServerApp's grid, and its attribute that makes calls."""
+    site_address: Mapping[str, str]
+    """A SuperNode's options for the address at which it listens on its own machine, with their defaults here."""
+    own_address: Mapping[str, str]
+    """The same of a SuperLink that simulates sites."""
+    keeps_unfetched: bool
+    """True if a SuperNode keeps a message that it could not fetch, and waits for its answer."""
+
+    @property
+    def name(self) -> str:
+        """The end of the names of this line's modules."""
+        return self.transport.lower()
+
+    def __str__(self) -> str:
+        return f"{self.transport} ({self.tested})"
+
+
+GRPC = Line(
+    transport="gRPC",
+    tested="1.31",
+    exits="flwr.common.exit",
+    runs="flwr.common.typing",
+    runtime="flwr.proto.appio_pb2",
+    grid="GrpcGrid",
+    calls="_stub",
+    site_address={"--clientappio-api-address": "{address}"},
+    own_address={"--control-api-address": "{address}", "--serverappio-api-address": "{host}:0"},
+    keeps_unfetched=True,
+)
+HTTP = Line(
+    transport="HTTP",
+    tested="1.42",
+    exits="flwr.supercore.exit",
+    runs="flwr.supercore.run",
+    runtime="flwr.proto.runtime_pb2",
+    grid="HttpGrid",
+    calls="_runtime_client",
+    site_address={"--host": "{host}", "--port": "{port}"},
+    own_address={"--host": "{host}", "--port": "{port}"},
+    keeps_unfetched=False,
+)
+LINES = (GRPC, HTTP)
+FIRST_OF_HTTP = Version("1.36")
+"""The first release whose parts mostly speak HTTP."""
+NO_INSTALLATION = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+"""The environment in which a SuperLink installs nothing at a run: newer ones make an environment for each app."""
+
+
+@cache
+def installed() -> str:
+    """The version of Flower that is installed."""
+    try:
+        return version("flwr")
+    except PackageNotFoundError:
+        raise UserError("flwr is not installed here: install fedclip-flwr with pip, which brings it") from None
+
+
+@cache
+def line() -> Line:
+    """The line that is installed."""
+    return HTTP if Version(installed()) >= FIRST_OF_HTTP else GRPC
+
+
+def untested() -> str:
+    """A warning if nobody has tried this version of Flower; else empty."""
+    if installed().rpartition(".")[0] in {each.tested for each in LINES}:
+        return ""
+    return (
+        f"Flower {installed()} has not been tried with fedclip-flwr: {' and '.join(f'{each.tested}.x' for each in LINES)} "
+        f"were. If anything fails: pip install 'flwr=={line().tested}.*'"
+    )
+
+
+def moved(module: str, name: str) -> Any:
+    """A name of Flower, from the module that the table names."""
+    return getattr(import_module(getattr(line(), module)), name)
+
+
+def own(what: str) -> Any:
+    """This wing's module of that name for the installed line."""
+    return import_module(f"{__package__}.{what}_{line().name}")
+
+
+def address(options: Mapping[str, str], address: str) -> list[str]:
+    """The options with this address, HOST:PORT, in them."""
+    host, _, port = address.rpartition(":")
+    return [f"{name}={value.format(address=address, host=host.strip('[]'), port=port)}" for name, value in options.items()]
