@@ -16,6 +16,7 @@ from flwr.app import Message, RecordDict
 
 from fedclip_flwr.exchange import Report, records
 from fedclip_flwr.exchange.codecs import CODECS, packed_size
+from fedclip_flwr.flower.grids import act_as_server
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
@@ -42,6 +43,7 @@ def bare() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.messages", description=__doc__.splitlines()[0])
     parser.parse_args()
+    act_as_server()
     score = Score(1000, 1000, 1.0)
     report = Report(1000, score, Quality(score, 1.0, 1.0, [0.5] * BINS))
     rows, missed = [], []

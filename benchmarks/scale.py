@@ -29,7 +29,7 @@ import torch
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import HEARTBEAT_MAX_INTERVAL, SUPERLINK_NODE_ID
 from flwr.server.superlink.linkstate import LinkStateFactory, SqlLinkState
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION, RunType
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
@@ -41,11 +41,12 @@ from fedclip_flwr.base import content
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Hello, Report, records
 from fedclip_flwr.exchange.codecs import CODECS, wrap
+from fedclip_flwr.flower.grids import act_as_server
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from harness.features import DIM, write_features
-from harness.fleet import PAUSE, Answer, Site, fleet, living
+from harness.fleet import PAUSE, Answer, Site, fleet, living, speaking
 from harness.machine import OURS, cpu, machine, memory, processes, table
 
 CALCULATED = (10, 1000, 100_000)
@@ -143,7 +144,7 @@ def measure(setting: Setting, rounds: int, place: Path) -> Measured:
         database = str(file) if setting.database else FLWR_IN_MEMORY_DB_NAME
         links = [stack.enter_context(superlink(folder / str(n), database=database)) for n in range(setting.superlinks)]
         marks = [f"FLWR_HOME={link.folder}" for link in links]
-        pids = [pid for mark in marks for pid in processes("flower-superlink", mark)]
+        pids = [link.process.pid for link in links]
         counted = setting.sites <= COUNTED
         relays = [stack.enter_context(relayed(link.fleet)) for link in links] if counted else []
         sites: list[Site] = []
@@ -206,7 +207,7 @@ def idle(database: bool, place: Path, sites: int = 50, times: int = 10) -> tuple
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=place)))
         link = stack.enter_context(superlink(folder, database="superlink.db" if database else FLWR_IN_MEMORY_DB_NAME))
-        (process,) = processes("flower-superlink", f"FLWR_HOME={link.folder}")
+        process = link.process.pid
         everyone = stack.enter_context(fleet(link.fleet, sites, lambda *_: RecordDict()))
 
         def seconds(call: Callable[[Site], object]) -> float:
@@ -223,7 +224,7 @@ def looked_up(database: bool, messages: int, times: int = 5) -> tuple[float, flo
     with TemporaryDirectory() as folder:
         name = f"{folder}/superlink.db" if database else FLWR_IN_MEMORY_DB_NAME
         state = LinkStateFactory(name, NoOpFederationManager(), ObjectStoreFactory(name)).state()
-        run = state.create_run(None, None, None, {}, NOOP_FEDERATION, None, None, RunType.SERVER_APP)
+        run = speaking.new_run(state)
         nodes, sent = [], []
         with state.session() if isinstance(state, SqlLinkState) else nullcontext():  # one transaction
             for number in range(messages + 1):
@@ -245,7 +246,7 @@ def looked_up(database: bool, messages: int, times: int = 5) -> tuple[float, flo
             return (time.process_time() - before) / times
 
         one_node = seconds(lambda: state.get_message_ins(nodes[0], 1))
-        return one_node, seconds(lambda: state.get_message_res(set(sent)))
+        return one_node, seconds(lambda: speaking.answers(state, run, sent))
 
 
 PerSite = Callable[[float], tuple[float, float]]
@@ -445,6 +446,7 @@ def main() -> None:
     parser.add_argument("--others", type=at_least(2), default=50, help="sites of the other settings")
     parser.add_argument("--rounds", type=at_least(2), default=2)
     given = parser.parse_args()
+    act_as_server()
     if max(min(given.sites), given.others) > COUNTED:
         parser.error(
             f"bytes are counted with up to {COUNTED} sites: expected no more for --others, and once for --sites"

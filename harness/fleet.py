@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
 
-import grpc
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.constant import HEARTBEAT_MAX_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
@@ -27,7 +27,6 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     RegisterNodeFleetRequest,
 )
-from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
@@ -41,12 +40,14 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
-from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
+from fedclip_flwr.flower import lines
+
+speaking: Any = import_module(f"harness.speaking_{lines.line().name}")
+"""How the installed line of Flower speaks."""
 Answer = Callable[[str, str], RecordDict]
 """What the site of some name answers to a message of some type."""
 PAUSE = 3.0
@@ -57,15 +58,11 @@ WORKERS = 8
 class Site:
     """One of them."""
 
-    def __init__(self, name: str, channel: grpc.Channel, answer: Answer) -> None:
+    def __init__(self, name: str, stub: Any, public: bytes, answer: Answer) -> None:
         self.questions = 0
-        keys = generate_key_pairs()
-        says = RuntimeVersionClientInterceptor(component_name="SuperNode"), NodeAuthClientInterceptor(*keys)
-        self._stub = FleetStub(grpc.intercept_channel(channel, *says))
-        self._name, self._answer = name, answer
-        key = public_key_to_bytes(keys[1])
-        self._stub.RegisterNode(RegisterNodeFleetRequest(public_key=key))
-        active = ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT_MAX_INTERVAL)
+        self._stub, self._name, self._answer = stub, name, answer
+        self._stub.RegisterNode(RegisterNodeFleetRequest(public_key=public))
+        active = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_MAX_INTERVAL)
         self._node = Node(node_id=self._stub.ActivateNode(active).node_id)
 
     def beat(self) -> None:
@@ -109,7 +106,6 @@ class Site:
         make_confirm_message_received_fn_protobuf(self._stub.ConfirmMessageReceived, self._node, run)(tree.object_id)
 
     def _send(self, reply: Message) -> None:
-        push = make_push_object_fn_protobuf(self._stub.PushObject, self._node, reply.metadata.run_id)
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             parts = get_all_nested_objects(reply)
@@ -119,8 +115,18 @@ class Site:
                 message_object_trees=[get_object_tree(reply)],
                 clientapp_runtime_list=[0.0],
             )
-            for part in self._stub.PushMessages(request).objects_to_push:
+            taken = self._stub.PushMessages(request)
+            push = speaking.pusher(self._stub, self._node, reply.metadata.run_id, taken)
+            for part in taken.objects_to_push:
                 push(part, parts[part].deflate())
+
+
+@contextmanager
+def connected(port: int) -> Iterator[tuple[Any, bytes]]:
+    """A connection of its own to the SuperLink that listens there, with a new key; and that key."""
+    key, public = generate_key_pairs()
+    with speaking.speaking(port, key) as stub:
+        yield stub, public_key_to_bytes(public)
 
 
 @contextmanager
@@ -129,9 +135,8 @@ def fleet(port: int, count: int, answer: Answer) -> Iterator[list[Site]]:
     with ExitStack() as stack:
         sites = []
         for number in range(count):
-            channel = grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
-            stack.callback(channel.close)
-            sites.append(Site(f"{port}-{number}", channel, answer))
+            stub, public = stack.enter_context(connected(port))
+            sites.append(Site(f"{port}-{number}", stub, public, answer))
         yield sites
 
 

@@ -23,24 +23,14 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-import grpc
 import torch
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
 
@@ -56,8 +46,8 @@ SITES, ROUNDS, ROWS = 20, 300, 40
 PAUSE = 1.0
 """Seconds after which a site asks again: a SuperNode waits for 3."""
 TIMEOUT = 30.0
-CONNECTION = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 2000)]
-"""A SuperLink that is there again is found in seconds, not after as long as it was gone."""
+CallFailed = fleet.speaking.CallFailed
+"""The SuperLink is not there, or refuses a call."""
 PATIENCE = 5
 """So often a part of a message is asked for that is not there yet. (A SuperNode asks until its run is over.)"""
 SPOILT = {"error": 6, "not finite": 6, "another shape": 6, "twice": 8, "late": 0.4, "silent": 0.4, "gone": 1}
@@ -90,8 +80,8 @@ class Sample(NamedTuple):
 class Site(fleet.Site):
     """One that answers with the real ClientApp, and at times spoils it."""
 
-    def __init__(self, name: str, channel: grpc.Channel, soak: Soak) -> None:
-        super().__init__(name, channel, lambda *_: RecordDict())
+    def __init__(self, name: str, stub: Any, public: bytes, soak: Soak) -> None:
+        super().__init__(name, stub, public, lambda *_: RecordDict())
         self._soak, self._gone = soak, False
         self._context = Context(0, self._node.node_id, soak.node_config(name), RecordDict(), dict(soak.run_config))
 
@@ -99,7 +89,7 @@ class Site(fleet.Site):
         while not self._gone:
             try:
                 yield from self._turn()
-            except grpc.RpcError:  # the SuperLink is not there, or its run is over
+            except CallFailed:  # the SuperLink is not there, or its run is over
                 yield 4 * PAUSE
 
     def _turn(self) -> Iterator[float]:
@@ -124,11 +114,11 @@ class Site(fleet.Site):
         if what == "late":
             yield TIMEOUT + 2
         if what != "silent":
-            with suppress(grpc.RpcError) if what == "late" else ExitStack():
-                self._send_whole(reply)
+            with suppress(CallFailed) if what == "late" else ExitStack():
+                self._send(reply)
         if what == "twice":
-            with suppress(grpc.RpcError):
-                self._send_whole(reply)
+            with suppress(CallFailed):
+                self._send(reply)
 
     def _question(self, run: int, tree: ObjectTree) -> Generator[float, None, Message | None]:
         """The message; none if the ServerApp was killed while it sent it."""
@@ -148,24 +138,6 @@ class Site(fleet.Site):
         message = inflate_object_from_contents(tree.object_id, contents)
         assert isinstance(message, Message)
         return message
-
-    def _send_whole(self, reply: Message) -> None:
-        """An error has no content."""
-        if not reply.has_error():
-            self._send(reply)
-            return
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            request = PushMessagesRequest(
-                node=self._node,
-                messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[get_object_tree(reply)],
-                clientapp_runtime_list=[0.0],
-            )
-            push = make_push_object_fn_protobuf(self._stub.PushObject, self._node, reply.metadata.run_id)
-            parts = get_all_nested_objects(reply)
-            for part in self._stub.PushMessages(request).objects_to_push:
-                push(part, parts[part].deflate())
 
 
 def spoil(reply: Message, what: str) -> None:
@@ -239,7 +211,7 @@ class Soak:
         sites: dict[str, Iterator[float]] = {}
         due = dict.fromkeys(self.names, 0.0)
         with ExitStack() as stack:
-            channels = {name: stack.enter_context(ExitStack()) for name in self.names}
+            connections = {name: stack.enter_context(ExitStack()) for name in self.names}
             while not over.is_set():
                 name = min(due, key=due.__getitem__)
                 over.wait(max(0.0, due[name] - time.monotonic()))
@@ -247,11 +219,10 @@ class Soak:
                     pause = next(sites[name])
                 except (KeyError, StopIteration):  # it is new, or comes back as another node
                     pause = PAUSE
-                    channels[name].close()
-                    channel = grpc.insecure_channel(f"127.0.0.1:{port}", CONNECTION)
-                    channels[name].callback(channel.close)
-                    with suppress(grpc.RpcError):
-                        sites[name] = Site(name, channel, self).live()
+                    connections[name].close()
+                    stub, public = connections[name].enter_context(fleet.connected(port))
+                    with suppress(CallFailed):
+                        sites[name] = Site(name, stub, public, self).live()
                 due[name] = time.monotonic() + pause
 
     def sample(self, name: str, process: int, number: int) -> None:

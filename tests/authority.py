@@ -1,12 +1,15 @@
-"""Certificates with any faults, and servers of HTTP/2 that show them."""
+"""Certificates with any faults, and servers that show them."""
 
 from __future__ import annotations
 
+import ssl
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import grpc
@@ -15,6 +18,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from fedclip_flwr.flower import lines
+from fedclip_flwr.flower.connections import VERSION
 from fedclip_flwr.operations.doctor.endpoints import Address
 
 
@@ -56,8 +61,18 @@ def certify(folder: Path, names: Sequence[str] = ("localhost",), begins: int = -
 
 
 @contextmanager
-def serving(files: Files | None) -> Iterator[Address]:
-    """A server of gRPC without any service; with TLS if it has the files for it."""
+def serving(files: Files | None, transport: str = "", version: str = "") -> Iterator[Address]:
+    """A server of that transport, or of this Flower's, without any service; with TLS if it has the files for it."""
+    if (transport or lines.line().transport) == lines.GRPC.transport:
+        with _serving_grpc(files) as address:
+            yield address
+    else:
+        with _serving_http(files, version) as address:
+            yield address
+
+
+@contextmanager
+def _serving_grpc(files: Files | None) -> Iterator[Address]:
     server = grpc.server(ThreadPoolExecutor(1))
     if files:
         pair = files.key.read_bytes(), files.certificate.read_bytes()
@@ -69,3 +84,32 @@ def serving(files: Files | None) -> Iterator[Address]:
         yield Address("localhost", port)
     finally:
         server.stop(None).wait()
+
+
+@contextmanager
+def _serving_http(files: Files | None, version: str) -> Iterator[Address]:
+    class Up(BaseHTTPRequestHandler):
+        """A SuperLink that is up, and tells its version of Flower if it has one."""
+
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            if version:
+                self.send_header(VERSION, version)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("localhost", 0), Up)
+    if files:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files.certificate, files.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield Address("localhost", server.server_port)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -39,7 +39,7 @@ def knows(address: str, key: ec.EllipticCurvePrivateKey, ca: Path | None, patien
     code, details, _ = _activated(address, key, ca, patience)
     if code not in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION):
         _fail(code, details)
-    return code == grpc.StatusCode.INVALID_ARGUMENT
+    return bool(code == grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def version(address: str, key: ec.EllipticCurvePrivateKey, ca: Path | None, patience: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +15,7 @@ from flwr.proto.control_pb2 import ListNodesRequest  # `flwr supernode list` as 
 from flwr.proto.fleet_pb2 import ActivateNodeRequest  # a SuperNode's first message
 from flwr.proto.node_pb2 import NodeInfo  # what a list of nodes holds
 from flwr.supercore.control import ControlHttpClient  # where commands send
+from flwr.supercore.date import now  # the clock that signs
 from flwr.supercore.error import ApiErrorCode, FlowerError  # how a server refuses
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes  # a key, as it is sent
 from flwr.supernode.fleet_http_client import FleetHttpClient  # where a SuperNode sends
@@ -54,7 +54,8 @@ def _activated(address: str, key: ec.EllipticCurvePrivateKey, ca: Path | None, p
     public = key.public_key()
     request = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0.0)
     signing = NodeAuthHttpInterceptor(key, public)
-    with FleetHttpClient.from_server_address(address, ca is None, ca and ca.read_bytes(), [signing]) as client:
+    root = ca.read_bytes() if ca else None
+    with FleetHttpClient.from_server_address(address, ca is None, root, [signing]) as client:
         client._client.timeout = httpx.Timeout(patience)
         try:
             client.ActivateNode(request)
@@ -72,7 +73,7 @@ def _words(error: Exception) -> str:
 def _fail(answer: httpx.Response) -> NoReturn:
     details = f"{answer.status_code} {' '.join(answer.text[:200].split())}"
     if answer.status_code == httpx.codes.UNAUTHORIZED and "date" in answer.headers:
-        ahead = (datetime.now(UTC) - parsedate_to_datetime(answer.headers["date"])).total_seconds()
+        ahead = (now() - parsedate_to_datetime(answer.headers["date"])).total_seconds()
         if not -TIMESTAMP_TOLERANCE < ahead < SYSTEM_TIME_TOLERANCE:
             raise ClockError(f"this machine's clock is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}")
     if answer.status_code == httpx.codes.NOT_FOUND:

@@ -49,8 +49,13 @@ class LocalGrid:
 
 def local_grid(nodes: Mapping[int, Node]) -> Grid:
     """A grid for a run, whose nodes are functions in this process."""
-    lines.own("messages").act_as_server(RUN, SERVER)
+    act_as_server()
     return cast(Grid, LocalGrid(nodes))
+
+
+def act_as_server() -> None:
+    """Let this process make messages, if it is not one of Flower's."""
+    lines.own("messages").act_as_server(RUN, SERVER)
 
 
 def remote(grid: Grid) -> bool:

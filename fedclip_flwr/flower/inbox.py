@@ -1,10 +1,10 @@
 """Replies from the SuperLink, fetched so that no reply can harm the server.
 
-Flower's own `pull_messages` waits for a reply with missing parts, up to two hours in 1.31 and three minutes in 1.42, and
-reads nothing else meanwhile. A reply that can't be decoded ends the ServerApp and loses the replies pulled with it. A list of a few bytes
-can make an array grow without limit. And it takes sender and question from the reply's own metadata, which the site
-writes and nothing compares with what the SuperLink has verified. So this module fetches the parts one by one, up to a
-size limit, decodes what is valid, and takes sender and question from the SuperLink.
+Flower's own `pull_messages` waits for a reply with missing parts, up to two hours in 1.31 and three minutes in 1.42,
+and reads nothing else meanwhile. A reply that can't be decoded ends the ServerApp and loses the replies pulled with it.
+A list of a few bytes can make an array grow without limit. And it takes sender and question from the reply's own
+metadata, which the site writes and nothing compares with what the SuperLink has verified. So this module fetches the
+parts one by one, up to a size limit, decodes what is valid, and takes sender and question from the SuperLink.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two lines of Flower that this package runs on, and all that differs between them by version.
 
-The gRPC line is 1.31: gRPC between all parts. The HTTP line is the newest: HTTP between all parts. Nothing else asks for
-Flower's version: what differs is an entry of the table, or a module of this wing with the line's name at its end.
+The gRPC line is 1.31: gRPC between all parts. The HTTP line is the newest: HTTP between all parts. Nothing else asks
+for Flower's version: what differs is an entry of the table, or a module of this wing with the line's name at its end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ class Line(NamedTuple):
     tested: str
     exits: str
     """The module with `add_exit_handler`."""
-    runs: str
-    """The module with `Run`."""
     runtime: str
     """The module with what a ServerApp says to its SuperLink."""
     grid: str
@@ -35,8 +33,6 @@ class Line(NamedTuple):
     """A SuperNode's options for the address at which it listens on its own machine, with their defaults here."""
     own_address: Mapping[str, str]
     """The same of a SuperLink that simulates sites."""
-    keeps_unfetched: bool
-    """True if a SuperNode keeps a message that it could not fetch, and waits for its answer."""
 
     @property
     def name(self) -> str:
@@ -51,25 +47,21 @@ GRPC = Line(
     transport="gRPC",
     tested="1.31",
     exits="flwr.common.exit",
-    runs="flwr.common.typing",
     runtime="flwr.proto.appio_pb2",
     grid="GrpcGrid",
     calls="_stub",
     site_address={"--clientappio-api-address": "{address}"},
     own_address={"--control-api-address": "{address}", "--serverappio-api-address": "{host}:0"},
-    keeps_unfetched=True,
 )
 HTTP = Line(
     transport="HTTP",
     tested="1.42",
     exits="flwr.supercore.exit",
-    runs="flwr.supercore.run",
     runtime="flwr.proto.runtime_pb2",
     grid="HttpGrid",
     calls="_runtime_client",
     site_address={"--host": "{host}", "--port": "{port}"},
     own_address={"--host": "{host}", "--port": "{port}"},
-    keeps_unfetched=False,
 )
 LINES = (GRPC, HTTP)
 FIRST_OF_HTTP = Version("1.36")
@@ -97,9 +89,10 @@ def untested() -> str:
     """A warning if nobody has tried this version of Flower; else empty."""
     if installed().rpartition(".")[0] in {each.tested for each in LINES}:
         return ""
+    tried = " and ".join(f"{each.tested}.x" for each in LINES)
     return (
-        f"Flower {installed()} has not been tried with fedclip-flwr: {' and '.join(f'{each.tested}.x' for each in LINES)} "
-        f"were. If anything fails: pip install 'flwr=={line().tested}.*'"
+        f"Flower {installed()} has not been tried with fedclip-flwr: {tried} were. If anything fails: "
+        f"pip install 'flwr=={line().tested}.*'"
     )
 
 
@@ -116,4 +109,6 @@ def own(what: str) -> Any:
 def address(options: Mapping[str, str], address: str) -> list[str]:
     """The options with this address, HOST:PORT, in them."""
     host, _, port = address.rpartition(":")
-    return [f"{name}={value.format(address=address, host=host.strip('[]'), port=port)}" for name, value in options.items()]
+    return [
+        f"{name}={value.format(address=address, host=host.strip('[]'), port=port)}" for name, value in options.items()
+    ]

@@ -1,8 +1,8 @@
-"""`fedclip server`: Flower's SuperLink, where no node can speak for another, and where sites reach nothing but their part.
+"""`fedclip server`: Flower's SuperLink, where no node can speak for another, and where sites reach only their API.
 
-A SuperNode signs each request, and the SuperLink compares the key with the node, except for the sender named in an answer
-(and, in Flower 1.31, for the node to activate). So a registered site could answer in another's name. What is added to
-Flower is in this wing's modules `superlink_grpc` and `superlink_http`.
+A SuperNode signs each request, and the SuperLink compares the key with the node, except for the sender named in an
+answer (and, in Flower 1.31, for the node to activate). So a registered site could answer in another's name. What is
+added to Flower is in this wing's modules `superlink_grpc` and `superlink_http`.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ Flower serves all of its APIs on one port: whoever can reach it could register n
 a run, with nothing but the authority's certificate. Here each API has its own port and its own routes:
 
 - Fleet, for the sites: nothing else is routed there, so no proxy, path or header leads from it to another API.
-- Control, for Flower's commands, and ServerAppIo (Flower calls it Runtime), for a run's processes: on this machine only.
-  Tasks are given only to who knows a secret, made anew at each start.
+- Control, for Flower's commands, and ServerAppIo (Flower calls it Runtime), for a run's processes: on this machine
+  only. Tasks are given only to who knows a secret, made anew at each start.
 
-Three things are added to the Fleet API: no node can answer in another's name, a request has a size limit, and its Host
-header, from which Flower's checks take the path, is not passed on.
+To the Fleet API are added: no node can answer in another's name, a request has a size limit, and answers tell Flower's
+version, for `fedclip doctor`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from fedclip_flwr.flower.superlink import objection
 cli: Any = import_module("flwr.superlink.cli.flower_superlink")
 """The command, and what it starts: a function has the same name there."""
 LARGEST = 2**26
-"""Maximum bytes of a request: Flower cuts what it sends into parts of 20 MB, and reads a request before it checks it."""
+"""Maximum bytes of a request, which Flower reads before it checks who sends it; its own have 20 MB at most."""
 PATIENCE = 75
 """Seconds for which an idle connection is kept: longer than the 30 between two heartbeats."""
 DEFAULTS = {"fleet": "0.0.0.0:9092", "control": "127.0.0.1:9093", "serverappio": "127.0.0.1:9091"}
@@ -70,8 +70,8 @@ def check(options: Sequence[str]) -> None:
     addresses, theirs = parsed(options)
     if given := {option.partition("=")[0] for option in theirs} & {"--host", "--port"}:
         raise UserError(
-            f"{' and '.join(sorted(given))}: each API has its own address here; give --fleet-api-address for the sites, "
-            "--control-api-address for Flower's commands, --serverappio-api-address for a run's processes"
+            f"{' and '.join(sorted(given))}: each API has its own address here; give --fleet-api-address for the "
+            "sites, --control-api-address for Flower's commands, --serverappio-api-address for a run's processes"
         )
     for api, text in addresses.items():
         if not (found := parse_address(text)):
@@ -119,7 +119,7 @@ async def serve(listeners: Sequence[tuple[Listener, socket.socket]]) -> None:
 
 
 def guarded(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an application for requests from anywhere: no Host header, a limited size; answers tell Flower's version."""
+    """Wrap an application for requests from anywhere: their size is limited, and answers tell Flower's version."""
 
     async def call(scope: Any, receive: Any, send: Any) -> None:
         async def told(message: Any) -> None:
@@ -134,7 +134,6 @@ def guarded(app: Callable[..., Any]) -> Callable[..., Any]:
                 await told({"type": "http.response.start", "status": 413 if size.isdigit() else 411, "headers": []})
                 await told({"type": "http.response.body"})
                 return
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"host"]
         await app(scope, receive, told)
 
     return call
@@ -144,8 +143,8 @@ def applications(config: Any) -> dict[str, Callable[..., Any]]:
     """An application for each API; they share the SuperLink's state, which lives with the one of ServerAppIo."""
     whole = flower.create_app(config, cli.SuperLinkLifespan)
     routers = {
-        "fleet": [fleet, health.router],
-        "control": [control, health.router],
+        "fleet": [fleet],
+        "control": [control],
         "serverappio": [create_runtime_router("SuperLink"), responses_router],
     }
     made: dict[str, Callable[..., Any]] = {}
@@ -153,7 +152,7 @@ def applications(config: Any) -> dict[str, Callable[..., Any]]:
         lifespan = whole.router.lifespan_context if api == "serverappio" else None
         app = FastAPI(openapi_url=None, lifespan=lifespan, middleware=flower._get_middleware())
         app.state = whole.state
-        for router in routes:
+        for router in (health.router, *routes):
             app.include_router(router)
         made[api] = guarded(app) if api == "fleet" else app
     return made
@@ -168,7 +167,9 @@ def run(addresses: dict[str, str], config: Any, secret: Path) -> None:
         secret.write_bytes(config.superexec_auth_secret)
     listeners = []
     for api, app in applications(config).items():
-        secured = {} if api == "serverappio" else {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile}
+        secured = (
+            {} if api == "serverappio" else {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile}
+        )
         settings = uvicorn.Config(
             app,
             lifespan="on" if api == "serverappio" else "off",

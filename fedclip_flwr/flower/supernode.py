@@ -1,9 +1,9 @@
 """`fedclip site`: Flower's SuperNode, patched so that it does not hang.
 
 A SuperNode takes a message, starts a process for it, waits for the answer, sends it, and takes the next message. It
-waits forever for an answer whose process died. In Flower 1.31 it does so for a message that could not be fetched
-completely, too; and one whose run stops while it is fetched is still processed: its answer is mistaken for that to the
-next message, which is then withheld. And a SuperNode that was rejected, or whose heartbeat failed, may stay idle, where
+waits forever for an answer whose process died; Flower 1.31 does so for a message that could not be fetched completely,
+too. A message whose run stops while it is fetched is still processed: its answer is mistaken for that to the next
+message, which is then withheld. And a SuperNode that was rejected, or whose heartbeat failed, may stay idle, where
 systemd or Docker would restart it if it exited. This module fixes all of these. It also refuses a run with another app
 than the installed one before anything of it is unpacked.
 """
@@ -38,7 +38,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
 )
 
 from fedclip_flwr.base import UserError
-from fedclip_flwr.flower import lines, pinned
+from fedclip_flwr.flower import pinned
 
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
@@ -77,7 +77,7 @@ def taking(take: Callable[..., int | None]) -> Callable[..., int | None]:
             state.store_message(message)  # only stored messages can be answered
             _answer(message, Error(ErrorCode.INVALID_FAB, str(error)), state, object_store)
             return message.metadata.run_id
-        if not lines.line().keeps_unfetched or (run is not None and state.msg_store):
+        if run is not None and state.msg_store:
             return run
         for task in state.get_tasks(statuses=UNFINISHED):
             state.finish_task(task.task_id, SubStatus.STOPPED, "its message must not be answered")

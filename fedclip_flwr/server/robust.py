@@ -25,7 +25,7 @@ Make = Callable[[int, int], FedAvg]
 """Makes Flower's strategy, given the number of updates and how many of them are hostile."""
 STRATEGIES: dict[str, tuple[int, int, Make]] = {
     "fedmedian": (2, 1, lambda many, hostile: FedMedian()),
-    "fedtrimmedavg": (2, 1, lambda many, hostile: FedTrimmedAvg(beta=(hostile + 0.5) / many)),  # it rounds down
+    "fedtrimmedavg": (2, 1, lambda many, hostile: FedTrimmedAvg(beta=(hostile + 0.25) / many)),  # it rounds down
     "krum": (2, 3, lambda many, hostile: Krum(num_malicious_nodes=hostile)),
     "multikrum": (
         2,

@@ -63,7 +63,8 @@ def around(
 
 def grid(module: ModuleType) -> None:
     """The ServerApp's messages."""
-    push = module.GrpcGrid.push_messages
+    kind = getattr(module, "GrpcGrid", None) or module.HttpGrid
+    push = kind.push_messages
 
     def pushed(self: Any, messages: Iterable[Any]) -> Any:
         messages = list(messages)
@@ -72,7 +73,7 @@ def grid(module: ModuleType) -> None:
             reached(f"server has sent {kind}")
         return result
 
-    module.GrpcGrid.push_messages = pushed
+    kind.push_messages = pushed
 
 
 def inbox(module: ModuleType) -> None:
@@ -137,6 +138,7 @@ def constants(module: ModuleType) -> None:
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "flwr.common.constant": constants,
     "flwr.superlink.grid.grpc_grid": grid,
+    "flwr.superlink.grid.http_grid": grid,
     "flwr.supernode.start_client_internal": supernode,
     "flwr.supernode.runtime.run_clientapp": clientapp,
     "fedclip_flwr.base.files": files,

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Any
 
-import grpc
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID
 from flwr.common.serde import message_to_proto
-from flwr.common.typing import Run
-from flwr.proto.appio_pb2 import PullAppMessagesResponse
-from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PullObjectResponse
-from flwr.server.superlink.fleet.message_handler import message_handler
-from flwr.server.superlink.linkstate import LinkStateFactory
-from flwr.server.superlink.serverappio import serverappio_servicer
-from flwr.server.superlink.serverappio.serverappio_servicer import ServerAppIoServicer
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION, RunType
 from flwr.supercore.inflatable.inflatable_object import (
     add_header_to_object_body,
     get_all_nested_objects,
     get_object_id,
     get_object_tree,
 )
-from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.superlink.federation import NoOpFederationManager
-from flwr.superlink.grid import GrpcGrid
 
 from fedclip_flwr.exchange.records import write_adapter
 from fedclip_flwr.flower import inbox
 from fedclip_flwr.flower.inbox import Inbox
+from tests.flower import parts
 
 MOST = 100_000
 ASKED = "a" * 64
@@ -53,12 +42,12 @@ class Stub:
         self.asked: list[set[str]] = []
         self.announced = False
 
-    def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
         self.asked.append({*request.message_ids})
         if self.announced or ASKED not in request.message_ids:
-            return PullAppMessagesResponse()
+            return parts.PullAppMessagesResponse()
         self.announced = True
-        return PullAppMessagesResponse(messages_list=[self.head], message_object_trees=[self.tree])
+        return parts.PullAppMessagesResponse(messages_list=[self.head], message_object_trees=[self.tree])
 
     def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
         self.pulled.append(request.object_id)
@@ -82,10 +71,7 @@ def answer(content: RecordDict | None = None, **metadata: Any) -> Message:
 
 
 def opened(stub: Any, run: int = 3) -> Inbox:
-    grid = GrpcGrid(token="x")
-    grid.set_run(Run.create_empty(run))
-    grid._channel, grid._grpc_stub = cast(Any, object()), stub
-    return Inbox(grid)
+    return Inbox(parts.grid(stub, run))
 
 
 def test_a_reply_comes_as_it_was_sent() -> None:
@@ -145,24 +131,13 @@ def test_of_messages_without_an_answer_only_the_latest_are_still_listened_for(mo
     assert stub.asked == [{"1", "2"}, {"2", "3"}]
 
 
-class RealLink:
-    """A SuperLink's own state and what handles calls, without a network: this is also the ServerApp's stub."""
+class RealLink(parts.Link):  # type: ignore[misc]
+    """A SuperLink with a node."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        objects = ObjectStoreFactory()
-        states = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)
-        self.state, self.store = states.state(), objects.store()
-        self.run = self.state.create_run(None, None, None, {}, NOOP_FEDERATION, None, NOOP_FLWR_AID, RunType.SERVER_APP)
-        (run,) = self.state.get_run_info(run_ids=[self.run])
-        assert self.state.claim_task(run.primary_task_id or 0)
-        assert self.state.activate_task(run.primary_task_id or 0)
+        super().__init__(monkeypatch)
         self.node = self.state.create_node(NOOP_FLWR_AID, "", b"key", 30.0)
         assert self.state.activate_node(self.node, 30.0)
-        self._servicer = ServerAppIoServicer(states, objects)
-        monkeypatch.setattr(serverappio_servicer, "_get_authenticated_serverapp_run_id", lambda _: self.run)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda request: getattr(self._servicer, name)(request, None)
 
     def answer(self, number: int, parts: int | None = None) -> None:
         """The node takes its message and answers, with all parts or so many of them."""
@@ -170,17 +145,13 @@ class RealLink:
         self.store.delete(asked.metadata.message_id)  # as it confirms that it has the message
         reply = Message(RecordDict({"n": MetricRecord({"n": number})}), reply_to=asked)
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        head = message_to_proto(remove_content_from_message(reply))
-        request = PushMessagesRequest(messages_list=[head], message_object_trees=[get_object_tree(reply)])
-        missing = message_handler.push_messages(request, self.state, self.store).objects_to_push
-        contents = {key: part.deflate() for key, part in get_all_nested_objects(reply).items() if key in missing}
-        for key in [*contents][:parts]:
-            self.store.put(key, contents[key])
+        contents = {key: part.deflate() for key, part in get_all_nested_objects(reply).items()}
+        self.push(message_to_proto(remove_content_from_message(reply)), reply, dict([*contents.items()][:parts]))
 
 
-@pytest.mark.parametrize("parts", [None, 1], ids=["whole", "in part"])
+@pytest.mark.parametrize("count", [None, 1], ids=["whole", "in part"])
 def test_a_superlink_keeps_nothing_of_an_answer_that_comes_late(
-    parts: int | None, monkeypatch: pytest.MonkeyPatch
+    count: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = RealLink(monkeypatch)
     box = opened(link, link.run)
@@ -188,7 +159,7 @@ def test_a_superlink_keeps_nothing_of_an_answer_that_comes_late(
     keys = grid.push_messages([Message(RecordDict(), link.node, MessageType.TRAIN) for _ in range(2)])
     assert list(box.take(keys[:1], MOST)) == []
     box.give_up(keys[:1])
-    link.answer(1, parts)
+    link.answer(1, count)
     link.answer(2)
     ((reply, _),) = list(box.take(keys[1:], MOST))
     assert reply.content["n"]["n"] == 2
@@ -268,12 +239,17 @@ def test_what_can_not_be_put_together_is_an_error_of_that_site(way: str) -> None
     assert reply.metadata.src_node_id == 7
 
 
-def test_a_superlink_that_is_gone_is_not_the_sites_fault() -> None:
-    class Gone(grpc.RpcError):  # type: ignore[misc]
-        def code(self) -> grpc.StatusCode:
-            return grpc.StatusCode.UNAVAILABLE
-
+def failing(error: type[Exception]) -> Any:
     stub: Any = Stub(answer())
-    stub.PullObject = lambda request: (_ for _ in ()).throw(Gone())
-    with pytest.raises(Gone):
-        list(opened(stub).take([ASKED], MOST))
+    stub.PullObject = lambda request: (_ for _ in ()).throw(error())
+    return stub
+
+
+def test_a_superlink_that_is_gone_is_not_the_sites_fault() -> None:
+    with pytest.raises(parts.GoneError):
+        list(opened(failing(parts.GoneError)).take([ASKED], MOST))
+
+
+def test_an_answer_that_flower_can_not_bring_is_an_error_of_that_site() -> None:
+    ((reply, _),) = opened(failing(parts.LargeError)).take([ASKED], MOST)
+    assert reply.error.reason == "its answer is too large to fetch"

@@ -21,7 +21,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.clientapp import ClientApp
 from flwr.supercore.superexec.executor import SubprocessExecutor
-from flwr.supercore.superexec.plugin import ClientAppExecPlugin
 from flwr.supernode import cli
 from flwr.supernode.runtime import run_clientapp
 
@@ -29,7 +28,8 @@ from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange import records
-from fedclip_flwr.flower import pinned
+from fedclip_flwr.flower import lines, pinned
+from tests.flower import parts
 
 MEGABYTE = 2**20
 
@@ -79,6 +79,7 @@ def test_settings_may_differ(bundle: dict[str, bytes]) -> None:
         ("fedclip_flwr/__init__.py", b""),
         (".info/../client_app.py", b""),
         ("pyproject.toml", b'[tool.flwr.app.components]\nclientapp = "server_app:app"'),
+        ("pyproject.toml", b'[tool.flwr.app.components]\nclientapp = "client_app:app"\nagentapp = "os:x"'),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
@@ -230,13 +231,29 @@ def started(*options: str) -> BecameError:
 def test_a_site_starts_a_supernode_that_finds_its_own_command_first(python: str) -> None:
     """With a SuperNode's options passed on, and its ClientAppIo API on this machine alone."""
     site = started("--superlink", "here:9092")
-    words = "-P -m fedclip_flwr.flower.supernode --superlink here:9092 --clientappio-api-address 127.0.0.1:9094"
-    assert site.command == [python, *words.split()]
+    words = ["-P", "-m", "fedclip_flwr.flower.supernode", "--superlink", "here:9092"]
+    assert site.command == [python, *words, *lines.address(lines.line().site_address, "127.0.0.1:9094")]
     own = shutil.which("flwr-clientapp", path=site.path)
     assert own
     assert Path(own).read_text() == f"#!/bin/sh\nexec '{python}' -P -m fedclip_flwr.flower.pinned \"$@\"\n"
     for option in ("--clientappio-api-address=[::1]:7", "--clientapp=[::1]:7"):
-        assert started(option).command[-2:] == ["--clientappio-api-address", "[::1]:7"]
+        assert started(option).command[4:] == lines.address(lines.line().site_address, "[::1]:7")
+
+
+def test_no_other_program_of_flower_runs_at_a_site(python: str) -> None:
+    """A server names the kind of a task, and for each kind Flower has a program that runs what the server sent."""
+    site, tasks = started(), lines.own("programs").TASKS
+    assert pinned.COMMAND in tasks
+    for task in tasks:
+        program = shutil.which(task, path=site.path)
+        assert program
+        assert ("flower.refusing" in Path(program).read_text()) == (task != pinned.COMMAND)
+
+
+def test_the_program_for_other_tasks_refuses() -> None:
+    done = subprocess.run([sys.executable, "-m", "fedclip_flwr.flower.refusing", "--token", "1"], capture_output=True)
+    assert done.returncode == 1
+    assert b"runs only its installed ClientApp" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -277,12 +294,12 @@ def test_a_flower_that_would_start_another_program_than_this_sites_is_refused(
             subprocess.Popen(command, **more)
 
     monkeypatch.setattr(SubprocessExecutor, "launch", launch)
-    with pytest.raises(UserError, match=r"Flower would not start .*/home/bin/flwr-clientapp to answer"):
+    with pytest.raises(UserError, match=r"Flower would not start .*/home/bin/flwr-[a-z]+ for a task, but"):
         pinned.start([])
 
 
 def test_a_flower_that_has_no_such_plugin_is_refused(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClientAppExecPlugin, "__init__", lambda *_: pytest.fail("it takes other things"))
+    monkeypatch.setattr(parts.ExecPlugin, "__init__", lambda *_: pytest.fail("it takes other things"))
     with pytest.raises(UserError, match="Flower would not start"):
         pinned.start([])
 

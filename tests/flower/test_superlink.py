@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import pytest
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest, RegisterNodeFleetRequest
-from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.message_pb2 import Message
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from deploy.processes import SuperLink, superlink
 from fedclip_flwr.flower.superlink import objection
-from fedclip_flwr.operations import keys, simulation
+from fedclip_flwr.operations import certificates, keys, simulation
+from harness.fleet import speaking
 
 
 class Speaker:
     """Whoever has a site's keys, and speaks to the SuperLink with them."""
 
-    def __init__(self, link: SuperLink, site: str) -> None:
-        assert link.keys
-        own = link.keys / "sites" / site
-        private: Any = load_ssh_private_key((own / "node.key").read_bytes(), None)
-        credentials = grpc.ssl_channel_credentials((own / "ca.crt").read_bytes())
-        channel = grpc.secure_channel(f"localhost:{link.fleet}", credentials)
-        signing = NodeAuthClientInterceptor(private, private.public_key())
-        self.public = public_key_to_bytes(private.public_key())
-        self.ask: Any = FleetStub(grpc.intercept_channel(channel, signing))
+    def __init__(self, ask: Any, public: bytes) -> None:
+        self.ask, self.public = ask, public
 
     def activate(self, public: bytes) -> int:
         return int(self.ask.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30)).node_id)
+
+
+@contextmanager
+def speaker(link: SuperLink, site: str) -> Iterator[Speaker]:
+    assert link.keys
+    own = link.keys / "sites" / site
+    key = certificates.node_key(own / "node.key")
+    with speaking.speaking(link.fleet, key, own / "ca.crt") as ask:
+        yield Speaker(ask, public_key_to_bytes(key.public_key()))
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +50,25 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
 
 @pytest.mark.federation
 def test_nobody_can_be_there_in_another_sites_name(link: SuperLink) -> None:
-    north, stranger = Speaker(link, "north"), Speaker(link, "stranger")
-    for who in (Speaker(link, "south"), stranger):
-        with pytest.raises(grpc.RpcError) as refused:
-            who.activate(north.public)
-        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
-        assert refused.value.details() == "this public key belongs to another node"
-    assert link.online() == 0
-    assert north.activate(north.public)
-    assert link.online() == 1
+    with speaker(link, "north") as north, speaker(link, "south") as south, speaker(link, "stranger") as stranger:
+        for who in (south, stranger):
+            with pytest.raises(speaking.CallFailed) as refused:
+                who.activate(north.public)
+            assert speaking.refusal(refused.value)[0]
+        assert link.online() == 0
+        assert north.activate(north.public)
+        assert link.online() == 1
 
 
 @pytest.mark.federation
 def test_nobody_can_answer_in_another_sites_name(link: SuperLink) -> None:
-    south = Speaker(link, "south")
-    own = south.activate(south.public)
     answer = Message()
-    answer.metadata.src_node_id = own + 1
-    with pytest.raises(grpc.RpcError) as refused:
-        south.ask.PushMessages(PushMessagesRequest(node=Node(node_id=own), messages_list=[answer]))
-    assert refused.value.details() == "this answer is from another node"
+    with speaker(link, "south") as south:
+        own = south.activate(south.public)
+        answer.metadata.src_node_id = own + 1
+        with pytest.raises(speaking.CallFailed) as refused:
+            south.ask.PushMessages(PushMessagesRequest(node=Node(node_id=own), messages_list=[answer]))
+    assert speaking.refusal(refused.value) == (True, "this answer is from another node")
 
 
 def pushed(own: int, *senders: int) -> PushMessagesRequest:

@@ -18,7 +18,6 @@ from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.cli.build import build_fab_from_files
 from flwr.common import now
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.common.typing import Fab, Run, RunNotRunningException
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode import start_client_internal as flower
@@ -26,6 +25,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from fedclip_flwr.base import files
 from fedclip_flwr.flower import pinned, supernode
+from tests.flower import parts
 
 NODE, RUN, NEW = 7, 11, 12
 take = supernode.taking(flower._pull_and_store_message)
@@ -39,7 +39,7 @@ class Site:
         self.store = ObjectStoreFactory().store()
         self.state = InMemoryNodeState(self.store)
         self.state.set_node_id(NODE)
-        self.state.store_run(Run.create_empty(RUN))
+        self.state.store_run(parts.Run.create_empty(RUN))
         self.sent: list[Message] = []
 
     def take(self, message: Message, **unlike: Callable[..., Any]) -> int | None:
@@ -77,7 +77,7 @@ class Site:
 
     def read(self) -> Message:
         """The app's process takes the message."""
-        (message,) = self.state.get_messages(run_ids=[RUN], is_reply=False)
+        message: Message = parts.read(self.state, RUN)
         self.state.record_message_processing_start(message.metadata.message_id)
         self.store.delete(message.metadata.message_id)
         return message
@@ -107,7 +107,7 @@ def asked(text: str = "", run: int = RUN) -> Message:
 
 def refused(*_: Any) -> NoReturn:
     """As Flower does once the server has said that the run is over."""
-    raise RunNotRunningException
+    raise parts.RunNotRunningException
 
 
 def broken(*_: Any) -> NoReturn:
@@ -181,8 +181,8 @@ def test_a_process_that_dies_is_reported(killed: str, site: Site) -> None:
 def test_a_run_with_the_installed_app_is_taken(site: Site) -> None:
     names = (*pinned.APPS, pinned.DESCRIBED)
     bundle, _ = build_fab_from_files({name: files.own_app() / name for name in names})
-    fab = Fab("", bundle, {})
-    assert site.take(asked(run=NEW), get_run=Run.create_empty, get_fab=lambda *_: fab) == NEW
+    fab = parts.Fab("", bundle, {})
+    assert site.take(asked(run=NEW), get_run=parts.Run.create_empty, get_fab=lambda *_: fab) == NEW
     assert site.state.get_run(NEW)
     (task,) = site.state.get_tasks(statuses=supernode.UNFINISHED)
     assert task.run_id == NEW
@@ -193,8 +193,8 @@ def test_a_run_with_another_app_is_refused_before_anything_of_it_is_read_or_kept
 ) -> None:
     monkeypatch.setattr(flower, "get_fused_config_from_fab", lambda *_: pytest.fail("it is unpacked"))
     message = asked(run=NEW)
-    fab = Fab("its hash", b"another app", {})
-    assert site.take(message, get_run=Run.create_empty, get_fab=lambda *_: fab) == NEW
+    fab = parts.Fab("its hash", b"another app", {})
+    assert site.take(message, get_run=parts.Run.create_empty, get_fab=lambda *_: fab) == NEW
     assert not site.state.get_run(NEW)
     assert not site.state.get_fab("its hash")
     assert not site.state.get_tasks(statuses=supernode.UNFINISHED)

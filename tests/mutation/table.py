@@ -388,7 +388,7 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/flower/pinned.py",
         "flower/test_pinned.py",
         ("if name == DESCRIBED else data == own)", "if name == DESCRIBED else True)"),
-        ("_client_app(data) == _client_app(own)", "True"),
+        ("_components(data) == _components(own)", "True"),
     ),
     *changes(
         "fedclip_flwr/flower/supernode.py",

@@ -8,7 +8,6 @@ from uuid import uuid4
 
 import torch
 from flwr.app import Error, Message, MessageType
-from flwr.common.typing import Run
 from flwr.serverapp import Grid
 
 from fedclip_flwr.base.settings import Settings
@@ -76,11 +75,11 @@ class FakeGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise AssertionError("not used")
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: Any) -> None:
         raise AssertionError("not used")
 
     @property
-    def run(self) -> Run:
+    def run(self) -> Any:
         raise AssertionError("not used")
 
     def create_message(self, *_: Any, **__: Any) -> Message:

@@ -33,7 +33,7 @@ class Address(NamedTuple):
 
 
 class Greeting(NamedTuple):
-    """The server's side of a connection: TLS, its certificate, its transport, and its version of Flower if it tells it."""
+    """The server's side of a connection: TLS, certificate, transport, and the version of Flower if it tells it."""
 
     tls: str
     certificate: x509.Certificate

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.client.grpc_rere_client import node_auth_client_interceptor as interceptor
 
 from deploy import processes
 from fedclip_flwr.base.errors import FaultError, UserError
+from fedclip_flwr.flower import lines
 from fedclip_flwr.operations import certificates, keys, simulation
 from fedclip_flwr.operations.doctor import endpoints
 from fedclip_flwr.operations.doctor.endpoints import Address
 from tests.authority import certify, serving
+from tests.flower import parts
 
 
 @contextmanager
@@ -31,15 +32,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "PATIENCE", 0.3)
 
 
-def test_a_server_with_tls_shows_its_certificate(tmp_path: Path) -> None:
+TRANSPORTS = tuple(line.transport for line in lines.LINES)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_server_with_tls_shows_its_certificate(tmp_path: Path, transport: str) -> None:
     files = certify(tmp_path / "own", ["localhost", "fl.example.org"])
-    with serving(files) as address:
+    with serving(files, transport) as address:
         greeting = endpoints.greet(address, files.ca, "localhost")
         assert (
             endpoints.greet(address, files.ca, "fl.example.org") == endpoints.greet(address, files.ca, None) == greeting
         )
         assert not endpoints.speaks_plainly(address)
-    assert greeting.version == "TLSv1.3"
+    assert (greeting.tls, greeting.transport, greeting.flower) == ("TLSv1.3", transport, "")
     assert certificates.names_of(greeting.certificate) == ["localhost", "fl.example.org"]
 
 
@@ -68,9 +73,10 @@ def test_another_authoritys_server_is_reported(tmp_path: Path, known: bool) -> N
         endpoints.greet(address, other.ca if known else None, "localhost")
 
 
-def test_a_server_without_tls_is_reported(tmp_path: Path) -> None:
-    with serving(None) as address:
-        assert endpoints.speaks_plainly(address)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_server_without_tls_is_reported(tmp_path: Path, transport: str) -> None:
+    with serving(None, transport) as address:
+        assert endpoints.speaks_plainly(address) == transport
         with pytest.raises(FaultError, match=r"does not use TLS.*not with --insecure"):
             endpoints.greet(address, certify(tmp_path / "own").ca, "localhost")
 
@@ -167,9 +173,8 @@ def test_another_api_is_reported(secured: processes.SuperLink) -> None:
 
 
 def test_a_clock_that_is_wrong_is_reported(secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = interceptor.now  # type: ignore[attr-defined]
     for wrong in (timedelta(minutes=10), timedelta(minutes=-10)):
-        monkeypatch.setattr(interceptor, "now", lambda wrong=wrong: now() + wrong)
+        parts.shift_clock(monkeypatch, wrong)
         with pytest.raises(FaultError, match=r"rejects this machine's signature.*set the clocks"):
             knows(secured, "north")
 
@@ -179,7 +184,9 @@ def test_whoever_does_not_answer_as_flower_does_is_reported(tmp_path: Path) -> N
     key = certificates.node_key(tmp_path / "keys" / "sites" / "north" / "node.key")
     with listening() as address:
         pass
-    with pytest.raises(FaultError, match=r"does not answer like Flower 1.31 .UNAVAILABLE"):
+    with pytest.raises(
+        FaultError, match=rf"does not answer like Flower {re.escape(lines.installed())} .(UNAVAILABLE|ConnectError)"
+    ):
         endpoints.knows(address, key, None, True)
 
 

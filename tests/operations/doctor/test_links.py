@@ -7,10 +7,11 @@ import pytest
 
 from deploy import processes
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.flower import lines
 from fedclip_flwr.operations import keys, simulation
 from fedclip_flwr.operations.doctor import endpoints, links
 from fedclip_flwr.operations.doctor.endpoints import Address
-from fedclip_flwr.operations.doctor.findings import Examination
+from fedclip_flwr.operations.doctor.findings import OK, Examination
 from tests.authority import certify, serving
 
 States = list[tuple[str, str]]
@@ -49,8 +50,37 @@ def options_of(link: processes.SuperLink, site: str) -> dict[str, Any]:
 
 def test_a_site_that_is_registered_has_all_that_it_needs(secured: processes.SuperLink) -> None:
     ex = of_site(**options_of(secured, "north"))
-    assert states(ex) == [("ok", "CA"), ("ok", "node key"), ("ok", "Fleet API"), ("ok", "registration")]
-    assert "TLSv1.3, h2, certificate for localhost, 127.0.0.1, ::1, until 20" in ex.findings[2].found
+    assert states(ex) == [(OK, what) for what in ("CA", "node key", "Fleet API", "Flower", "registration")]
+    transport = lines.line().transport
+    assert f"TLSv1.3, {transport}, certificate for localhost, 127.0.0.1, ::1, until 20" in ex.findings[2].found
+    assert ex.findings[3].found == f"{lines.installed()} there, {lines.installed()} here, {transport}"
+
+
+OTHER = next(line for line in lines.LINES if line is not lines.line())
+
+
+@pytest.mark.parametrize("secured", [True, False])
+def test_a_server_of_the_other_line_is_refused_with_the_command_that_mends_it(tmp_path: Path, secured: bool) -> None:
+    files = certify(tmp_path / "own") if secured else None
+    with serving(files, OTHER.transport) as address:
+        ex = of_site(superlink=address, root_certificates=files and files.ca, insecure=not secured)
+    failed = ex.findings[-1]
+    assert (failed.state, failed.what) == ("FAIL", "Fleet API")
+    assert f"another Flower ({OTHER.transport}), this machine Flower {lines.installed()} (" in failed.found
+    minor = lines.line().tested
+    assert failed.remedy == f"pip install 'flwr=={OTHER.tested}.*' here, or 'flwr=={minor}.*' there"
+
+
+def test_a_server_of_another_version_of_the_same_line_is_refused(
+    secured: processes.SuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = lines.installed()
+    monkeypatch.setattr(lines, "installed", lambda: f"{there.rsplit('.', 2)[0]}.77.1")
+    ex = of_site(**options_of(secured, "north"))
+    (failed,) = (finding for finding in ex.findings if finding.state == "FAIL")
+    assert f"has Flower {there} (" in failed.found
+    assert "this machine Flower 1.77.1 (" in failed.found
+    assert failed.remedy.startswith(f"pip install 'flwr=={lines.line().tested}.*' here")
 
 
 def test_a_site_that_is_not_registered_reads_what_to_ask_for(secured: processes.SuperLink) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from fedclip_flwr.base import content, plugins
+from fedclip_flwr.flower import lines
 from fedclip_flwr.operations.doctor import machine
 from fedclip_flwr.operations.doctor.findings import Examination
 
@@ -24,11 +26,11 @@ def test_the_machine_that_runs_these_tests_is_fit(fedclip_home: Path) -> None:
     found = examined()
     assert {state for state, *_ in found.values()} <= {"ok", "note"}
     assert found["Python"][1].startswith(platform.python_version())
-    assert "grpcio 1.74.0" in found["packages"][1]
+    assert f"flwr {lines.installed()}, grpcio {metadata.version('grpcio')}" in found["packages"][1]
     assert content.of_package(content.memory())[:12] in found["this package"][1]
     assert str(fedclip_home) in found["FEDCLIP_HOME"][1]
     assert found["disk"][1].endswith("encoding needs 1 MB")
-    assert list(found) == ["Python", "packages", "this package", "FEDCLIP_HOME", "GPU", "disk"]
+    assert list(found) == ["Python", "packages", "Flower", "this package", "FEDCLIP_HOME", "GPU", "disk"]
 
 
 def test_versions_that_do_not_fit_are_reported_with_the_command_that_mends_them(
@@ -38,7 +40,7 @@ def test_versions_that_do_not_fit_are_reported_with_the_command_that_mends_them(
     folder.mkdir()
     (folder / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: other-one\nVersion: 1.0\nRequires-Python: >=3.99\n"
-        "Requires-Dist: grpcio==1.0\nRequires-Dist: flwr[simulation]~=1.31.0\nRequires-Dist: not-there[fast]>=2\n"
+        "Requires-Dist: grpcio==1.0\nRequires-Dist: flwr[simulation]>=1.31\nRequires-Dist: not-there[fast]>=2\n"
         'Requires-Dist: never>=1; sys_platform == "plan9"\nRequires-Dist: tool>=1; extra == "dev"\n'
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -47,8 +49,19 @@ def test_versions_that_do_not_fit_are_reported_with_the_command_that_mends_them(
     assert found["Python"][0] == "FAIL"
     assert ">=3.99 is required" in found["Python"][1]
     state, text, remedy = found["packages"]
-    assert (state, text) == ("FAIL", "grpcio is 1.74.0, needed ==1.0, not-there is missing, needed >=2")
+    have = metadata.version("grpcio")
+    assert (state, text) == ("FAIL", f"grpcio is {have}, needed ==1.0, not-there is missing, needed >=2")
     assert remedy.endswith("-m pip install grpcio==1.0 'not-there[fast]>=2'")
+
+
+def test_the_version_of_flower_and_its_transport_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = lines.line()
+    assert examined()["Flower"] == ("ok", f"{lines.installed()}, {line.transport} between sites and server", "")
+    monkeypatch.setattr(lines, "installed", lambda: f"{line.tested[:-1]}7.1")
+    state, _, remedy = examined()["Flower"]
+    assert state == "note"
+    assert "has not been tried with fedclip-flwr: 1.31.x and 1.42.x were" in remedy
+    assert remedy.endswith(f"pip install 'flwr=={line.tested}.*'")
 
 
 def test_a_python_without_the_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
