@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from audit import files
 from fedclip_flwr.base import Settings
 from fedclip_flwr.cli import app
 
@@ -100,7 +101,26 @@ def commands() -> Iterator[str]:
             yield from (f"| `{option}` | {text.replace('|', chr(92) + '|')} |\n" for option, text in rows)
 
 
-PAGES: dict[str, Callable[[], str]] = {"settings.md": settings, "commands.md": lambda: "".join(commands())}
+def advisories() -> str:
+    """The page of advisories, with the exceptions of now in its table."""
+    excepted: dict[files.Excepted, list[str]] = {}
+    for one in files.read_exceptions(files.EXCEPTIONS):
+        excepted.setdefault(one._replace(line=""), []).append(f"`{one.line}`")
+    rows = [
+        f"| {one.id} | {one.package} | {', '.join(lines)} | {one.kept_by or '–'} | {one.reachable} | {one.reason} |\n"
+        for one, lines in excepted.items()
+    ]
+    before, ruler, after = (
+        (HERE / "advisories.md").read_text("utf-8").partition("| --- | --- | --- | --- | --- | --- |\n")
+    )
+    return before + ruler + "".join(rows) + "\n" + after.partition("\n\n")[2]
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "settings.md": settings,
+    "commands.md": lambda: "".join(commands()),
+    "advisories.md": advisories,
+}
 
 
 def main() -> None:

@@ -152,11 +152,13 @@ class _Table:
     def __init__(self, root: Path, columns: Columns, name: str) -> None:
         import datasets
 
+        _refuse_references()
         if any((root / file).exists() for file in SAVED):
             loaded = datasets.load_from_disk(str(root))
         else:
             loaded = datasets.load_dataset(str(root))
         self._root = root
+        self._within = [os.path.abspath(root), str(datasets.config.HF_DATASETS_CACHE)]  # there archives are unpacked
         splits = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
         alike = [split for split in splits if split.features == splits[0].features]
         table = datasets.concatenate_datasets(alike)
@@ -176,7 +178,23 @@ class _Table:
         stored = files.with_retries(name, lambda: self._images[row][self._image]) or {"bytes": b""}
         if stored["bytes"] is not None:
             return bytes(stored["bytes"])
-        return read(Path(stored["path"])) if stored["path"] else b""
+        if not stored["path"]:
+            return b""
+        path = Path(os.path.abspath(stored["path"]))
+        if not any(path.is_relative_to(place) for place in self._within):  # CVE-2026-66007, mended in datasets 5.0.1
+            raise UserError(f"row {row} names an image outside the data set: {stored['path']}")
+        return read(path)
+
+
+def _refuse_references() -> None:
+    """No file of a data set may be a reference to others: fsspec before 2026.6 runs code in these (CVE-2026-104851)."""
+    import fsspec
+
+    class Refused(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise UserError("it has references to files elsewhere (reference://), which may run code: remove them")
+
+    fsspec.register_implementation("reference", Refused, clobber=True)
 
 
 def _texts(table: Any, column: str) -> list[str | None]:

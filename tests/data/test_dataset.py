@@ -89,6 +89,38 @@ def test_images_with_a_file_that_describes_them(tree: Path, tmp_path: Path) -> N
     assert source.content("photo") == ImageFolder(tree).content("photo")
 
 
+@pytest.mark.parametrize("name", ["../elsewhere.png", "{}/elsewhere.png", "inner/../../elsewhere.png"])
+def test_an_image_outside_the_data_set_is_refused(tree: Path, tmp_path: Path, name: str) -> None:
+    """CVE-2026-66007: `datasets` before 5.0.1 opens it."""
+    (tmp_path / "set").mkdir()
+    for number, path in enumerate(sorted(tree.rglob("*.png"))[:2]):
+        shutil.copy(path, tmp_path / "set" / f"{number}.png")
+        shutil.copy(path, tmp_path / "elsewhere.png")
+    rows = f"file_name,label\n0.png,cat\n1.png,car\n{name.format(tmp_path)},car\n"
+    (tmp_path / "set" / "metadata.csv").write_text(rows)
+    with pytest.raises(UserError, match="row 2 names an image outside the data set"):
+        DataSet(tmp_path / "set", "set")
+
+
+RUNS = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}"
+"""A template that Jinja renders by making a folder."""
+
+
+def test_references_to_files_elsewhere_are_refused_and_run_no_code(tmp_path: Path) -> None:
+    """CVE-2026-104851: fsspec before 2026.6 renders the templates in them."""
+    made = {"key": RUNS % (tmp_path / "ran"), "url": "x", "dimensions": {"i": [1]}}
+    (tmp_path / "refs.json").write_text(json.dumps({"version": 1, "templates": {}, "gen": [made], "refs": {}}))
+    for number, chain in enumerate(("reference://data.csv::", "simplecache::reference://data.csv::")):
+        root = tmp_path / f"set-{number}"
+        root.mkdir()
+        files = f"configs:\n- config_name: default\n  data_files: {chain}file://{tmp_path}/refs.json\n"
+        (root / "README.md").write_text(f"---\n{files}---\n")
+        (root / "metadata.csv").write_text("file_name,label\n")
+        with pytest.raises(UserError, match="may run code"):
+            DataSet(root, "set")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_an_image_of_a_data_set_that_cannot_be_read_now_is_an_error_and_nothing_is_lost(
     tree: Path, after: int, monkeypatch: pytest.MonkeyPatch

@@ -68,9 +68,9 @@ def tracked() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """`build` and `twine`, which want newer things than Flower allows."""
+    """What a release is made with, and wants newer things than Flower allows."""
     with environment(tmp_path_factory.mktemp("tools")) as made:
-        made.install("build", "twine")
+        made.install("build", "twine", "cyclonedx-bom")
         yield made
 
 
