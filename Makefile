@@ -1,6 +1,6 @@
 PYTHON ?= python3
 # Flower's line, docs/flower.md: grpc (1.31), or http (the newest) with an environment of its own.
-FLOWER ?= grpc
+export FLOWER ?= grpc
 VENV := $(if $(filter http,$(FLOWER)),.venv-http,.venv)
 CONSTRAINTS := $(if $(filter http,$(FLOWER)),constraints-http.txt,constraints.txt)
 OTHER := $(if $(filter http,$(FLOWER)),grpc,http)

@@ -69,8 +69,10 @@ class Federation:
     def build(self) -> None:
         """Builds the image; `built` finds in its log which images to remove."""
         index = f"TORCH_INDEX={os.environ.get('TORCH_INDEX', '')}"
+        pinned = f"CONSTRAINTS={'constraints-http.txt' if os.environ.get('FLOWER') == 'http' else 'constraints.txt'}"
         command = ["docker", "build", "--force-rm", "--file", "docker/Dockerfile", "--tag", self.image]
-        self._do("building the image, minutes the first time", [*command, "--build-arg", index, "."])
+        command += ["--build-arg", index, "--build-arg", pinned, "."]
+        self._do("building the image, minutes the first time", command)
 
     def up(self) -> None:
         """Makes keys, starts the server, registers and starts the sites, and waits until they are connected."""

@@ -14,6 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import fedclip_flwr
+from fedclip_flwr.flower import lines
 
 PLACE = Path(sysconfig.get_path("purelib"))
 UNUSED = (
@@ -51,8 +52,9 @@ def main(variant: str) -> None:
 
 def use() -> None:
     """Imports what the server and a site import: this writes the bytecode, which pip has not written."""
+    unused = ("pretrain", *(f"_{line.name}" for line in lines.LINES if line is not lines.line()))
     for module in pkgutil.walk_packages(fedclip_flwr.__path__, "fedclip_flwr."):
-        if "pretrain" not in module.name:  # the script that made the bundled model
+        if not module.name.endswith(unused):  # the script that made the bundled model; the other line of Flower
             import_module(module.name)
     for script in distribution("flwr").entry_points.select(group="console_scripts"):
         script.load()

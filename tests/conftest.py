@@ -20,14 +20,18 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.flower import lines
+from fedclip_flwr.flower.grids import act_as_server
 from tests import budget
 from tests.learnt import saved_adapter
 
 HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUGGING_FACE, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # results are a CPU's, to the bit; GPUs: benchmarks/gpu.py
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # for a plain `flwr run`, too: see simulation.superlink
+os.environ |= {"GRPC_ENABLE_FORK_SUPPORT": "0", **lines.NO_INSTALLATION}  # for a plain `flwr run`, too: docs/flower.md
 atexit.register(shutil.rmtree, HUGGING_FACE, ignore_errors=True)
+
+act_as_server()
 
 set_hypothesis_home_dir(f"{HUGGING_FACE}/hypothesis")  # nothing is left in the tree
 settings.register_profile("patient", deadline=None, database=None, suppress_health_check=list(HealthCheck))

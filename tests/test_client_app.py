@@ -300,7 +300,9 @@ WARM = """
 import sys
 from dataclasses import replace
 from pathlib import Path
+from fedclip_flwr.flower.grids import act_as_server
 from tests.test_client_app import Settings, asked, new_adapter
+act_as_server()
 for kind in ("query", "train", "evaluate"):
     state = None if kind == "query" else new_adapter(Settings(), 128).state_dict()
     assert asked(kind, Path(sys.argv[1]), state).has_content()

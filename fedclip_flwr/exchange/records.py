@@ -35,6 +35,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange.codecs import packed_size, packs
 from fedclip_flwr.exchange.session import Session
+from fedclip_flwr.flower.grids import act_as_server
 from fedclip_flwr.flower.metadata import set_metadata
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.metrics import BINS, ClassCounts, Quality, Score
@@ -145,6 +146,7 @@ def round_size(state: State, codec: str, key: str, report: Report) -> int:
         arrays = {codec: torch.zeros(packed_size(codec, state), dtype=torch.uint8)}
         config["state"] = config["base"] = "0" * MARK
     content = RecordDict({"arrays": write_adapter(arrays), "config": config})
+    act_as_server()  # a sweep measures, too
     question = Message(content, dst_node_id=2**63, message_type=MessageType.TRAIN)
     set_metadata(question, run_id=2**63, src_node_id=1, message_id="0" * 64)  # as a grid does
     return message_size(question) + message_size(Message(write_answer(report, arrays), reply_to=question))

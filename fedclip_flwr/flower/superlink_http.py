@@ -74,13 +74,21 @@ def check(options: Sequence[str]) -> None:
             "sites, --control-api-address for Flower's commands, --serverappio-api-address for a run's processes"
         )
     for api, text in addresses.items():
-        if not (found := parse_address(text)):
+        if not (found := parse_address(text)) or not found[0]:
             raise UserError(f"--{api}-api-address {text!r}: expected HOST:PORT, such as {DEFAULTS[api]}")
-        if api != "fleet" and not (found[0] == "localhost" or ipaddress.ip_address(found[0]).is_loopback):
+        if api != "fleet" and not own(found[0]):
             raise UserError(
                 f"--{api}-api-address {text}: whoever reaches it can start runs; give an address of this machine only, "
                 f"such as {DEFAULTS[api]}, and reach it from elsewhere by `ssh -L`"
             )
+
+
+def own(host: str) -> bool:
+    """True if only this machine reaches what listens at that address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may lead anywhere
+        return False
 
 
 def bound(api: str, text: str) -> socket.socket:

@@ -48,7 +48,7 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/server/robust.py",
         "server/test_averaging.py",
         ("math.ceil(hostile_share * many)", "math.floor(hostile_share * many)"),
-        ("beta=(hostile + 0.5) / many", "beta=hostile / many"),
+        ("beta=(hostile + 0.25) / many", "beta=hostile / many"),
     ),
     *changes(
         "fedclip_flwr/server/strategy.py",
