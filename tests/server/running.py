@@ -40,6 +40,25 @@ HELLO: dict[str, Any] = {
 }
 
 
+class Clock:
+    """Stands for the module `time`: it goes on only while somebody sleeps, and what is due then happens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._due: list[tuple[float, Callable[[], None]]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        while self._due and min(self._due)[0] <= self.now:
+            self._due.pop(self._due.index(min(self._due)))[1]()
+
+    def later(self, seconds: float, do: Callable[[], None]) -> None:
+        self._due.append((self.now + seconds, do))
+
+
 class FakeGrid(Grid):
     """Nodes answer as soon as they are asked; None is no answer."""
 

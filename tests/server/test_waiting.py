@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import pytest
 from flwr.app import Message, MessageType
 
@@ -12,26 +9,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.records import Progress
 from fedclip_flwr.server import nodes, waiting
-from tests.server.running import Answer, Running, Site
-
-
-class Clock:
-    """Stands for the module `time`: it goes on only while somebody sleeps, and what is due then happens."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._due: list[tuple[float, Callable[[], None]]] = []
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        while self._due and min(self._due)[0] <= self.now:
-            self._due.pop(self._due.index(min(self._due)))[1]()
-
-    def later(self, seconds: float, do: Callable[[], None]) -> None:
-        self._due.append((self.now + seconds, do))
+from tests.server.running import Answer, Clock, Running, Site
 
 
 def answering_after(running: Running, clock: Clock, seconds: float, answer: Answer) -> Answer:
@@ -45,22 +23,15 @@ def answering_after(running: Running, clock: Clock, seconds: float, answer: Answ
     return slow
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    for module in (nodes, waiting):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
-
-
-def test_the_more_messages_are_under_way_the_seldomer_flower_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_more_messages_are_under_way_the_seldomer_flower_is_asked(clock: Clock) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
     wait = waiting.Wait(timeout=60.0)
     for under_way in (1, 40, 1000, 100_000):
         wait.answered()
+        before = clock.now
         wait.pause(under_way)
-    assert pauses == [0.01, 0.01, 0.25, 25.0]
+        pauses.append(clock.now - before)
+    assert pauses == pytest.approx([0.01, 0.01, 0.25, 25.0])
 
 
 def test_too_few_sites_end_the_run_in_words() -> None:
@@ -80,10 +51,10 @@ def test_holdout_sites_do_not_count_among_those_that_are_needed() -> None:
         Running({5: Site("north"), 9: west}, min_sites=2).run()
 
 
-def test_sites_that_encode_are_asked_again_and_waited_for_as_long_as_they_get_on() -> None:
+def test_sites_that_encode_are_asked_again_and_waited_for_as_long_as_they_get_on(clock: Clock) -> None:
     """The slow site needs 40 questions, more than fit into the time that a site without progress is given."""
     north, slow = Site("north"), Site("slow")
-    quick, clock = Site("quick"), time.monotonic()
+    quick = Site("quick")
 
     def encoding(site: Site, slices: int, images: int) -> Answer:
         asked = 0
@@ -101,7 +72,7 @@ def test_sites_that_encode_are_asked_again_and_waited_for_as_long_as_they_get_on
 
     running = Running({5: north, 7: encoding(quick, 1, 900), 9: encoding(slow, 40, 10)}, round_timeout=0.05)
     running.run()
-    assert time.monotonic() - clock > 0.05
+    assert clock.now > 0.05
     assert slow.trained_in == quick.trained_in == [1, 2, 3]
     assert not running.nodes.failures
 
