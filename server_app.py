@@ -19,6 +19,7 @@ from fedclip_flwr.exchange import Session
 from fedclip_flwr.exchange.link import Downlink, forget
 from fedclip_flwr.features import Features, models
 from fedclip_flwr.features.opening import new_learner
+from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.serverapp import add_exit_handler, refuse
 from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, examine
@@ -49,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     clock = Clock()
+    lines.warn()
     settings, features, holdout = open_run(run_config)
     package = content.of_package(content.memory())
     with RunFolder(settings, package) as folder:

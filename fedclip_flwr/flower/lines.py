@@ -96,6 +96,12 @@ def untested() -> str:
     )
 
 
+def warn() -> None:
+    """Print the warning about a version that nobody has tried, if this is one."""
+    if warning := untested():
+        print(warning, flush=True)
+
+
 def moved(module: str, name: str) -> Any:
     """A name of Flower, from the module that the table names."""
     return getattr(import_module(getattr(line(), module)), name)

@@ -43,6 +43,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 def start(options: Sequence[str]) -> NoReturn:
     """Replace this process by a SuperNode with these options; by default it listens only on this machine."""
+    lines.warn()
     own, theirs = _listening(options)
     given = _read(theirs)
     if given.isolation != "subprocess":

@@ -23,6 +23,7 @@ from fedclip_flwr.flower import lines
 
 def start(options: Sequence[str]) -> NoReturn:
     """Replace this process by a SuperLink with these options."""
+    lines.warn()
     lines.own("superlink").check(options)
     command = [sys.executable, "-P", "-m", __name__, *options]
     os.execve(command[0], command, {**os.environ, **lines.NO_INSTALLATION})

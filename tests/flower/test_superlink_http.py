@@ -25,7 +25,8 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from deploy.processes import SuperLink, superlink
 from fedclip_flwr.base import UserError
-from fedclip_flwr.flower import superlink_http
+from fedclip_flwr.flower import lines, superlink_http
+from fedclip_flwr.flower.connections import VERSION
 from fedclip_flwr.operations import keys, simulation
 
 MINE = public_key_to_bytes(generate_key_pairs()[1])
@@ -194,4 +195,4 @@ def test_what_a_guarded_application_gets_and_gives() -> None:
             return await client.get("/health")
 
     answer = asyncio.run(ask())
-    assert (answer.json(), answer.headers[superlink_http.VERSION]) == ("up", superlink_http.lines.installed())
+    assert (answer.json(), answer.headers[VERSION]) == ("up", lines.installed())
