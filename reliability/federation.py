@@ -213,7 +213,8 @@ class Run:
 
     def leave(self) -> None:
         """Looks at it no longer, as with Ctrl-C."""
-        simulation.stop(self.process)
+        self.process.terminate()
+        self.process.wait()
 
 
 @contextmanager

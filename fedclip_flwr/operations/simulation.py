@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,8 @@ from fedclip_flwr.runs import read_settings
 CONNECTION = "fedclip"
 """The name of our SuperLink in Flower's configuration."""
 RAY_IS_LATE = "The current node timed out during startup"
+STARTED = "FEDCLIP_STARTED"
+"""The variable by which all processes are found that a process of ours has started."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -222,15 +225,16 @@ def commands_found(env: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a process; ends it at the end, with all its children."""
-    process = None
+    """Runs a process; ends it at the end, with all that it has started."""
+    mark, process = secrets.token_hex(8), None
     try:
         with log.open("wb") as file, signals_deferred():
-            process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+            marked = {**env, STARTED: f"{env.get(STARTED, '')} {mark}"}
+            process = subprocess.Popen(command, env=marked, stdout=file, stderr=file, start_new_session=True)
         yield process
     finally:
         if process:
-            stop(process)
+            stop(process, mark)
 
 
 @contextlib.contextmanager
@@ -266,29 +270,38 @@ def last_words(log: Path) -> str:
     return (log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"])[0]
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process, then its children, which get time to clean up first."""
+def stop(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Ends the process, then all that it has started, which get time to clean up first."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)  # a simulation's SIGTERM is Ray's
+        _signal(_marked(mark), signal.SIGINT)  # a simulation's SIGTERM is Ray's
     deadline = time.monotonic() + 10
-    while _works(process.pid) and time.monotonic() < deadline:
+    while _marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
+    _signal(_marked(mark), signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # where there is no /proc
     process.wait()
 
 
-def _works(group: int) -> bool:
-    """True if a process of the group is still running; False if the system has no /proc."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def _signal(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes with that mark in their environment; none if the system has no /proc.
+
+    Flower's start their children in sessions of their own. A process that has ended has no environment.
+    """
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            state, _, of = stat.read_text().rpartition(") ")[2].split()[:3]
-            if int(of) == group and state not in "ZX":
-                return True
-    return False
+            if mark.encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+    return found
 
 
 def _show(command: list[str], env: Mapping[str, str]) -> str | None:
