@@ -103,15 +103,22 @@ def commands() -> Iterator[str]:
 
 def advisories() -> str:
     """The page of advisories, with the exceptions of now in its table."""
+    known = files.read_copy(files.ADVISORIES).advisories
+
+    def fixed_in(one: files.Excepted) -> str:
+        ranges = (span for advisory in known if one.id in (advisory.id, *advisory.aliases) for span in advisory.ranges)
+        return ", ".join(str(span["fixed"]) for span in ranges if "fixed" in span) or "no version"
+
     excepted: dict[files.Excepted, list[str]] = {}
     for one in files.read_exceptions(files.EXCEPTIONS):
         excepted.setdefault(one._replace(line=""), []).append(f"`{one.line}`")
     rows = [
-        f"| {one.id} | {one.package} | {', '.join(lines)} | {one.kept_by or '–'} | {one.reachable} | {one.reason} |\n"
+        f"| {one.id} | {one.package} | {fixed_in(one)} | {', '.join(lines)} | {one.kept_by or '–'} | {one.reachable} "
+        f"| {one.reason} |\n"
         for one, lines in excepted.items()
     ]
     before, ruler, after = (
-        (HERE / "advisories.md").read_text("utf-8").partition("| --- | --- | --- | --- | --- | --- |\n")
+        (HERE / "advisories.md").read_text("utf-8").partition("| --- | --- | --- | --- | --- | --- | --- |\n")
     )
     return before + ruler + "".join(rows) + "\n" + after.partition("\n\n")[2]
 

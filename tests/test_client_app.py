@@ -306,7 +306,7 @@ act_as_server()
 for kind in ("query", "train", "evaluate"):
     state = None if kind == "query" else new_adapter(Settings(), 128).state_dict()
     assert asked(kind, Path(sys.argv[1]), state).has_content()
-heavy = {"transformers", "datasets", "flwr_datasets", "ray", "torch._dynamo", "sklearn", "matplotlib"}
+heavy = {"transformers", "datasets", "ray", "torch._dynamo", "sklearn", "matplotlib"}
 heavy |= {"fedclip_flwr.server.nodes", "fedclip_flwr.server.strategy", "dp_accounting"}
 heavy |= {"fedclip_flwr.exchange.secure.site"}
 print(sorted(heavy & set(sys.modules)))

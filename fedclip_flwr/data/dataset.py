@@ -125,7 +125,8 @@ class DataSet:
         except UserError as error:
             raise UserError(f"{self._prefix}: {error}") from None
         except Exception as error:  # its many formats raise many types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None  # says nothing itself
+            reason = (str(cause or error).strip().splitlines() or [type(cause or error).__name__])[0]
             raise UserError(f"{self._prefix}: {self._root} can't be read as a data set ({reason})") from error
 
     @cached_property
@@ -181,13 +182,18 @@ class _Table:
         if not stored["path"]:
             return b""
         path = Path(os.path.abspath(stored["path"]))
-        if not any(path.is_relative_to(place) for place in self._within):  # CVE-2026-66007, mended in datasets 5.0.1
+        if not any(
+            path.is_relative_to(place) for place in self._within
+        ):  # CVE-2026-66007: datasets from 5.0.1 on refuses most
             raise UserError(f"row {row} names an image outside the data set: {stored['path']}")
         return read(path)
 
 
 def _refuse_references() -> None:
-    """No file of a data set may be a reference to others: fsspec before 2026.6 runs code in these (CVE-2026-104851)."""
+    """No file of a data set may be a reference to others: fsspec before 2026.6 runs code in these (CVE-2026-104851).
+
+    Newer ones run it in Jinja's sandbox, and still read files elsewhere.
+    """
     import fsspec
 
     class Refused(fsspec.AbstractFileSystem):  # type: ignore[misc]

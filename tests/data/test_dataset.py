@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -91,14 +92,27 @@ def test_images_with_a_file_that_describes_them(tree: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["../elsewhere.png", "{}/elsewhere.png", "inner/../../elsewhere.png"])
 def test_an_image_outside_the_data_set_is_refused(tree: Path, tmp_path: Path, name: str) -> None:
-    """CVE-2026-66007: `datasets` before 5.0.1 opens it."""
+    """CVE-2026-66007: `datasets` before 5.0.1 opens it, and later ones refuse it themselves."""
     (tmp_path / "set").mkdir()
     for number, path in enumerate(sorted(tree.rglob("*.png"))[:2]):
         shutil.copy(path, tmp_path / "set" / f"{number}.png")
         shutil.copy(path, tmp_path / "elsewhere.png")
     rows = f"file_name,label\n0.png,cat\n1.png,car\n{name.format(tmp_path)},car\n"
     (tmp_path / "set" / "metadata.csv").write_text(rows)
-    with pytest.raises(UserError, match="row 2 names an image outside the data set"):
+    with pytest.raises(UserError, match=r"row 2 names an image outside the data set|Invalid metadata file_name"):
+        DataSet(tmp_path / "set", "set")
+
+
+def test_a_table_may_not_name_images_outside_the_data_set(tree: Path, tmp_path: Path) -> None:
+    """Every version of `datasets` opens these."""
+    inside, outside = sorted(tree.rglob("*.png"))[:2]
+    (tmp_path / "set").mkdir()
+    shutil.copy(inside, tmp_path / "set" / "0.png")
+    images = [{"bytes": None, "path": str(path)} for path in (tmp_path / "set" / "0.png", outside)]
+    kinds = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
+    made = datasets.Dataset.from_dict({"image": images, "label": ["cat", "car"]}, features=kinds)
+    pyarrow.parquet.write_table(made.data.table, tmp_path / "set" / "train.parquet")
+    with pytest.raises(UserError, match=f"row 1 names an image outside the data set: {outside}"):
         DataSet(tmp_path / "set", "set")
 
 
@@ -213,6 +227,16 @@ def test_a_damaged_data_set_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match="can't be read as a data set") as error:
         open_source(f"folder:{tmp_path}")
+    assert "\n" not in str(error.value)
+
+
+def test_what_datasets_could_not_read_is_said_and_not_only_that_it_could_not(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "label": "cat"}\n{"file_name": 7, "label": 1}\n')
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match="can't be read as a data set") as error:
+        open_source(f"folder:{tmp_path}")
+    assert "An error occurred" not in str(error.value)
     assert "\n" not in str(error.value)
 
 

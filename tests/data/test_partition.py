@@ -1,11 +1,15 @@
 from __future__ import annotations
 
-import sys
+import hashlib
+import json
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.data.partition import Shard, shard
 from tests import forked
 
@@ -86,26 +90,94 @@ def test_more_sites_than_images_are_refused() -> None:
 
 
 def test_what_cannot_be_divided_by_classes_is_reported_in_one_line() -> None:
-    with pytest.raises(UserError, match="partition = 'classes': Label") as error:
+    """Five sites that hold both classes, and one image of the first."""
+    expected = "partition = 'classes': class number 0 goes to 5 sites, but has only 1 image; use fewer sites"
+    with pytest.raises(UserError, match=expected) as error:
         shard(0, {"a": torch.tensor([0, 1, 1, 1, 1, 1])}, 5, 0, "classes")
     assert "\n" not in str(error.value)
 
 
-def test_a_machine_of_a_real_site_says_what_it_lacks_for_a_division(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", None)
-    with pytest.raises(UserError, match="flwr-datasets is not installed here"):
-        shards(5, seed=77, partition="iid")
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_alpha_that_is_no_concentration_is_refused(alpha: float) -> None:
+    with pytest.raises(UserError, match="expected a number more than 0"):
+        shards(3, partition="dirichlet", alpha=alpha)
+
+
+EARLIER = [
+    ("iid", 1, 0, 0.5, 3, "8a5478602f1e8307"),
+    ("iid", 7, 5, 0.5, 10, "c00085ba5181fd2f"),
+    ("dirichlet", 1, 0, 0.5, 3, "ae25f57b613f08e4"),
+    ("dirichlet", 5, 1, 0.05, 10, "761fde840d49de84"),
+    ("dirichlet", 7, 5, 0.5, 10, "c2cd4fc91566349f"),
+    ("dirichlet", 40, 2, 0.1, 65, "aabeb91e175bd713"),
+    ("dirichlet", 16, 3, 100.0, 65, "a304864e8f05bf29"),
+    ("classes", 1, 0, 0.5, 3, "d7fec2e82c4109c5"),
+    ("classes", 3, 4, 0.5, 10, "f3e9ec4208abca25"),
+    ("classes", 20, 1, 0.5, 10, "e382ba714f3cf9a1"),
+    ("classes", 10, 9, 0.5, 65, "fd09052602b98df3"),
+    ("classes", 30, 2, 0.5, 10, "5e713cd39cd7bbcf"),
+]
+"""Partition, sites, seed, alpha, classes, and a digest of all rows as flwr-datasets 0.6.0 divided them."""
+
+
+@pytest.mark.parametrize(("partition", "sites", "seed", "alpha", "classes", "expected"), EARLIER)
+def test_sites_hold_the_rows_of_earlier_versions(
+    partition: str, sites: int, seed: int, alpha: float, classes: int, expected: str
+) -> None:
+    numbers = torch.arange(1000) * torch.arange(1000) // 7 % classes**2
+    labels = {"a": numbers.double().sqrt().long()}  # higher classes have more images
+    rows = [shard(site, labels, sites, seed, partition, alpha).rows["a"].tolist() for site in range(sites)]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == expected
+
+
+def test_iid_sites_hold_one_permutation_cut_evenly() -> None:
+    rows = [shard(site, {"a": torch.zeros(10)}, 4, 3, "iid").rows["a"].tolist() for site in range(4)]
+    assert [len(own) for own in rows] == [3, 3, 2, 2]
+    assert [row for own in rows for row in own] == np.random.default_rng(seed_of(3, "partition")).permutation(
+        10
+    ).tolist()
+
+
+def test_shares_of_a_class_are_drawn_and_cut_rounded_down() -> None:
+    """The first class's shares are the first draw, the second's the second one."""
+    draws = np.random.default_rng(seed_of(0, "partition"))
+    labels = torch.tensor([0] * 100 + [1] * 37)
+    rows = [shard(site, {"a": labels}, 3, 0, "dirichlet", 0.7).rows["a"] for site in range(3)]
+    for number, images in enumerate((100, 37)):
+        one, two, _ = (float(share) for share in draws.dirichlet([0.7] * 3))
+        cuts = [0, int(one * images), int((one + two) * images), images]
+        held = [int((labels[own] == number).sum()) for own in rows]
+        assert held == [end - start for start, end in pairwise(cuts)]
+
+
+def test_a_class_is_cut_evenly_for_the_sites_that_hold_it() -> None:
+    """Two classes, so every site holds both: of 11 images 4, 4 and 3, of 7 images 3, 2 and 2."""
+    labels = torch.tensor([0] * 11 + [1] * 7)
+    rows = [shard(site, {"a": labels}, 3, 0, "classes").rows["a"] for site in range(3)]
+    assert [torch.bincount(labels[own]).tolist() for own in rows] == [[4, 3], [4, 2], [3, 2]]
+    assert sorted(torch.cat(rows).tolist()) == list(range(18))
+
+
+def test_the_first_class_of_a_site_goes_by_its_number() -> None:
+    labels = torch.arange(120) % 6
+    for site in range(9):
+        held = set(labels[shard(site, {"a": labels}, 9, 1, "classes").rows["a"]].tolist())
+        assert site % 6 in held
+        assert len(held) == 2
 
 
 AGAIN = """
 import sys, torch
-from fedclip_flwr.data.partition import shard
-print(shard(1, {"a": torch.arange(60) % 4}, 3, 5, "dirichlet").rows["a"].tolist())
-print([name for name in ("datasets", "flwr_datasets", "pandas") if name in sys.modules])
+from fedclip_flwr.data import partition
+labels = {"a": torch.arange(60) % 4}
+anew = partition.shard(1, labels, 3, 6, "classes")
+partition._divide = None
+print(partition.shard(1, labels, 3, 5, "dirichlet").rows["a"].tolist())
+print([name for name in ("datasets", "pandas") if name in sys.modules])
 """
 
 
-def test_what_was_divided_once_is_not_divided_again() -> None:
+def test_what_was_divided_once_is_not_divided_again_and_nothing_heavy_is_imported() -> None:
     rows = shard(1, {"a": torch.arange(60) % 4}, 3, 5, "dirichlet").rows["a"].tolist()
     done = forked.run(AGAIN)
     assert done.stdout.splitlines() == [str(rows), "[]"], done.stderr

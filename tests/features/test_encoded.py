@@ -203,7 +203,7 @@ examples, classes = opened.examples("photo").ready(), opened.classes.ready()
 adapter = make_adapter("attention", classes.text.shape[1])
 train(adapter, examples, classes, RECIPES["default"], learning_rate=1e-3)
 evaluate(adapter, examples, classes)
-heavy = {"transformers", "datasets", "flwr_datasets", "flwr", "torch._dynamo", "sklearn", "matplotlib"}
+heavy = {"transformers", "datasets", "flwr", "torch._dynamo", "sklearn", "matplotlib"}
 print(sorted(heavy & set(sys.modules)))
 """
 
