@@ -6,14 +6,11 @@ import socket
 import ssl
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
-import grpc
 import pytest
 from flwr.app import Message, MessageType
-from flwr.proto import fleet_pb2
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -23,14 +20,17 @@ from deploy.processes import SuperLink, superlink, supernode
 from deploy.relay import Streams, relayed
 from fedclip_flwr.exchange.records import may_leave
 from fedclip_flwr.features.base import Features
+from fedclip_flwr.flower import lines
 from fedclip_flwr.learning.adapters import make_adapter, tensor_names
 from fedclip_flwr.operations import keys, simulation
 
 pytestmark = pytest.mark.federation
 
+calls_of: Any = import_module(f"tests.traffic_{lines.line().name}")
+"""How calls travel on the installed line of Flower."""
 SITE, ROUNDS = "art-0", 1
 ADAPTER = make_adapter("attention", 128).state_dict()
-NAMES = [name.encode() for name in (SITE, *ADAPTER, "num-examples", "ArrayRecord", "flwr.proto.Fleet")]
+NAMES = [name.encode() for name in (SITE, *ADAPTER, "num-examples", "ArrayRecord", calls_of.FLEET)]
 """What can be read of a run in its bytes, if they can be read."""
 BYTES = sum(tensor.nbytes for tensor in ADAPTER.values())
 HANDSHAKE, APPLICATION, KINDS = 22, 23, {20, 21, 22, 23}
@@ -138,7 +138,7 @@ def test_every_connection_is_tls_1_2_or_later_from_its_first_byte_to_its_last(re
     for streams in recorded.connections:
         (kind, hello), *sent = records(streams.sent)
         assert (kind, hello[0]) == (HANDSHAKE, HELLO)
-        assert b"\x02h2" in extensions(hello)[ALPN]
+        assert calls_of.OFFERED in extensions(hello)[ALPN]
         (kind, answer), *answered = records(streams.answered)
         assert (kind, answer[0]) == (HANDSHAKE, SERVER_HELLO)
         version = extensions(answer).get(SUPPORTED_VERSIONS, answer[4:6])
@@ -163,43 +163,6 @@ def test_a_client_that_knows_no_tls_1_2_is_refused(recorded: Recorded) -> None:
 # Without
 
 
-class Call(NamedTuple):
-    """A call of the Fleet API and what was asked, as it travelled."""
-
-    method: str
-    asked: bytes
-
-
-@contextmanager
-def middle(port: int) -> Iterator[tuple[list[Call], int]]:
-    """A man in the middle, who passes every call on: the calls so far, and where he listens."""
-    calls: list[Call] = []
-    (fleet,) = fleet_pb2.DESCRIPTOR.services_by_name.values()
-    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-    server = grpc.server(ThreadPoolExecutor(8))
-
-    def handler(method: str) -> grpc.RpcMethodHandler:
-        ask = channel.unary_unary(f"/{fleet.full_name}/{method}")
-
-        def pass_on(asked: bytes, context: grpc.ServicerContext) -> bytes:
-            calls.append(Call(method, asked))
-            metadata = [(key, value) for key, value in context.invocation_metadata() if key != "user-agent"]
-            answer: bytes = ask(asked, metadata=metadata)
-            return answer
-
-        return grpc.unary_unary_rpc_method_handler(pass_on)
-
-    handlers = {method.name: handler(method.name) for method in fleet.methods}
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(fleet.full_name, handlers)])
-    own = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield calls, own
-    finally:
-        server.stop(None).wait()
-        channel.close()
-
-
 class Pushed(NamedTuple):
     """A message that a site has sent, and the bytes of all that travelled for it."""
 
@@ -218,14 +181,14 @@ class Open(NamedTuple):
 def open_run(tmp_path_factory: pytest.TempPathFactory, drawn: Features) -> Open:
     with (
         superlink(tmp_path_factory.mktemp("open") / "flower") as link,
-        middle(link.fleet) as (calls, port),
+        calls_of.middle(link.fleet) as (calls, port),
         relayed(port, keep=True) as relay,
     ):
         run(link, relay.port)
     return Open(relay.kept, pushed(calls))
 
 
-def pushed(calls: list[Call]) -> list[Pushed]:
+def pushed(calls: list[Any]) -> list[Pushed]:
     objects = [PushObjectRequest.FromString(call.asked) for call in calls if call.method == "PushObject"]
     contents = {one.object_id: one.object_content for one in objects}
     found = []

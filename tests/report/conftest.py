@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import history
+from tests.extras import MODULES
 from tests.report.made import a_run, feature_folder
 
 HOSTILE = '<script>alert("1")</script> & \u202e\x07'
@@ -37,7 +39,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, drawn: Features, plain: Path
             holdouts=["west"],
             failures=failures,
             epsilon=3.2,
-            dp="central",
+            dp="central" if find_spec(MODULES["privacy"]) else "off",
         ),
         "failed": a_run(named, drawn, adapter="scale", ends="failed", failures=failures[:2]),
         "features": a_run(root / "features", data=f"features:{feature_folder(root / 'data', drawn)}", adapter="gate"),

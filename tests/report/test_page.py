@@ -12,6 +12,7 @@ import pytest
 from fedclip_flwr.report import compare, page, writing
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.runs import history
+from tests.extras import needs
 from tests.report.made import many_classes
 
 VOID = {"meta", "img", "br"}
@@ -84,6 +85,7 @@ def test_the_first_lines_say_what_was_run_and_what_came_of_it(pages: dict[str, P
     assert "privacy" not in text
 
 
+@needs("privacy")
 def test_privacy_personal_adapters_and_holdout_sites_have_their_places(pages: dict[str, Path]) -> None:
     text = words(pages["many"])
     assert "privacy of a site: ε 3.20 at δ = 1e-05, against anyone but the server" in text
@@ -108,6 +110,7 @@ def test_without_images_their_features_are_named(pages: dict[str, Path]) -> None
     assert "<img" not in pages["features"].read_text()
 
 
+@needs("privacy")
 def test_settings_that_differ_are_set_apart_and_all_can_be_unfolded(pages: dict[str, Path]) -> None:
     text = words(pages["many"])
     assert "personalize true false" in text
