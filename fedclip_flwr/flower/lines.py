@@ -39,9 +39,6 @@ class Line(NamedTuple):
         """The end of the names of this line's modules."""
         return self.transport.lower()
 
-    def __str__(self) -> str:
-        return f"{self.transport} ({self.tested})"
-
 
 GRPC = Line(
     transport="gRPC",

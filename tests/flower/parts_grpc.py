@@ -36,9 +36,6 @@ class GoneError(grpc.RpcError, grpc.Call):  # type: ignore[misc]
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.UNAVAILABLE
 
-    def __getattr__(self, name: str) -> Any:
-        raise NotImplementedError(name)
-
 
 class LargeError(GoneError):
     """What a call raises if its answer is too large."""
