@@ -33,7 +33,9 @@ def speaking(port: int, key: ec.EllipticCurvePrivateKey, ca: Path | None = None)
 
 def refusal(error: Any) -> tuple[bool, str]:
     """True if the call was refused because of who makes it; and the reason that was given."""
-    return error.response.status_code == httpx.codes.UNAUTHORIZED, str(error.response.json().get("detail"))
+    answer = error.response
+    said = answer.json().get("detail") if answer.headers["content-type"].endswith("json") else answer.text
+    return answer.status_code == httpx.codes.UNAUTHORIZED, str(said)
 
 
 def pusher(stub: Any, node: Node, run: int, answer: Any) -> Callable[[str, bytes], None]:

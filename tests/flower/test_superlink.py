@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest, RegisterNodeFleetRequest
-from flwr.proto.message_pb2 import Message
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
@@ -16,6 +16,8 @@ from deploy.processes import SuperLink, superlink
 from fedclip_flwr.flower.superlink import objection
 from fedclip_flwr.operations import certificates, keys, simulation
 from harness.fleet import speaking
+from tests.flower.stock import stock
+from tests.flower.test_inbox import Stub, answer
 
 
 class Speaker:
@@ -62,13 +64,27 @@ def test_nobody_can_be_there_in_another_sites_name(link: SuperLink) -> None:
 
 @pytest.mark.federation
 def test_nobody_can_answer_in_another_sites_name(link: SuperLink) -> None:
-    answer = Message()
     with speaker(link, "south") as south:
         own = south.activate(south.public)
-        answer.metadata.src_node_id = own + 1
         with pytest.raises(speaking.CallFailed) as refused:
-            south.ask.PushMessages(PushMessagesRequest(node=Node(node_id=own), messages_list=[answer]))
+            south.ask.PushMessages(pushed(own, own + 1))
     assert speaking.refusal(refused.value) == (True, "this answer is from another node")
+
+
+@pytest.mark.federation
+def test_with_flowers_own_superlink_one_can(link: SuperLink, tmp_path: Path) -> None:
+    """The reason for `objection`: if this fails, Flower has mended it. docs/upstream.md."""
+    assert link.keys
+    with stock(tmp_path / "stock", link.keys) as own, speaker(own, "south") as south:
+        own.register("south")
+        node = south.activate(south.public)
+        other = Stub(answer(src_node_id=node + 1))
+        request = PushMessagesRequest(
+            node=Node(node_id=node), messages_list=[other.head], message_object_trees=[other.tree]
+        )
+        with pytest.raises(speaking.CallFailed) as failed:
+            south.ask.PushMessages(request)
+    assert not speaking.refusal(failed.value)[0]  # it looked for that answer's run, which does not exist
 
 
 def pushed(own: int, *senders: int) -> PushMessagesRequest:

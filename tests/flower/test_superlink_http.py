@@ -27,7 +27,8 @@ from deploy.processes import SuperLink, superlink
 from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import lines, superlink_http
 from fedclip_flwr.flower.connections import VERSION
-from fedclip_flwr.operations import keys, simulation
+from fedclip_flwr.operations import keys
+from tests.flower.stock import stock
 
 MINE = public_key_to_bytes(generate_key_pairs()[1])
 NEVER = {
@@ -131,17 +132,9 @@ def test_a_request_that_is_too_large_is_not_read(link: SuperLink, place: Path) -
 @pytest.mark.federation
 def test_with_flowers_own_superlink_an_outsider_gets_all_of_it(place: Path, outsider: Outsider) -> None:
     """The reason for separate ports: if this fails, Flower has mended it, and `superlink_http` may go."""
-    (port,) = simulation.free_ports(1)
-    own = place / "keys" / "server"
-    files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
-    options = [f"--ssl-{name}={own / file}" for name, file in files.items()]
-    command = ["flower-superlink", "--enable-supernode-auth", *options, "--host=127.0.0.1", f"--port={port}"]
-    folder, log = place / "stock", place / "stock.log"
-    folder.mkdir()
-    with simulation.started(command, simulation.environment(folder), log) as process:
-        simulation.wait_for(port, process, log)
+    with stock(place / "stock", place / "keys") as link:
         for path in ("/v1/control/register-node", "/v1/control/list-nodes", "/v1/runtime/acquire-task"):
-            assert outsider.status(port, path, NEVER[path]) == 200
+            assert outsider.status(link.fleet, path, NEVER[path]) == 200
 
 
 @pytest.mark.parametrize(
