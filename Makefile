@@ -1,8 +1,9 @@
 PYTHON ?= python3
 # Flower's line, docs/flower.md: grpc (1.31), or http (the newest) with an environment of its own.
-export FLOWER ?= grpc
+FLOWER ?= grpc
+$(if $(filter grpc http,$(FLOWER)),,$(error FLOWER=$(FLOWER): expected grpc or http))
 VENV := $(if $(filter http,$(FLOWER)),.venv-http,.venv)
-CONSTRAINTS := $(if $(filter http,$(FLOWER)),constraints-http.txt,constraints.txt)
+export CONSTRAINTS := $(if $(filter http,$(FLOWER)),constraints-http.txt,constraints.txt)
 OTHER := $(if $(filter http,$(FLOWER)),grpc,http)
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
@@ -24,7 +25,7 @@ test: $(VENV)/tools  ## set up, then check style and types and run the tests, bu
 	$(BIN)/mypy --exclude '_$(OTHER)\.py$$'
 	$(PYTEST) -n 3 $(ARGS)
 
-federation-test: $(VENV)/tools  ## set up, then run the tests with further real federations, over Ray and over gRPC: some minutes
+federation-test: $(VENV)/tools  ## set up, then run the tests with further real federations, over Ray and over the network: some minutes
 	$(PYTEST) -n 4 -m 'federation and not soak' $(ARGS)
 
 docker-test: $(VENV)/all  ## set up, then run the tests with containers; needs Docker

@@ -22,14 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     wrong = check.problems(lines, copy, exceptions)
-    told = [*check.summary(lines, copy, exceptions, date.today())]
-    told += [f"{line} is not there, and not checked" for line in files.LINES.values() if line not in lines]
-    told += [] if program else ["pip-audit was not asked: --pip-audit PROGRAM"]
+    report = [*check.summary(lines, copy, exceptions, date.today())]
+    report += [] if program else ["pip-audit was not asked: --pip-audit PROGRAM"]
     for line in lines if program else ():
         text, found = scanner.scan(program, files.ROOT / line)
         wrong += check.uncovered(found, exceptions)
-        told.append(text)
-    print(*wrong, *told, sep="\n")
+        report.append(text)
+    print(*wrong, *report, sep="\n")
     return bool(wrong)
 
 

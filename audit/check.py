@@ -44,7 +44,6 @@ def problems(lines: Lines, copy: Copy, exceptions: Sequence[Excepted]) -> list[s
     return uncovered(found, exceptions) + [
         f"exceptions.toml: {one.id} of {one.package}, {one.line}: {why}"
         for one in exceptions
-        if one.line in lines
         for why in _faults(one, lines[one.line], [f for f in found if one.covers(f.line, f.advisory)], copy)
     ]
 
@@ -63,7 +62,7 @@ def _faults(one: Excepted, pins: Sequence[Pin], about: Sequence[Finding], copy: 
 
 
 def summary(lines: Lines, copy: Copy, exceptions: Sequence[Excepted], today: date) -> Iterator[str]:
-    """What was checked, against what, and what could not be."""
+    """The findings of each file, which packages could not be checked, and how old the copy is."""
     for line, pins in lines.items():
         own = findings({line: pins}, copy)
         excepted = len(own) - len(uncovered(own, exceptions))

@@ -15,7 +15,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from audit.files import LINES, ROOT, AuditError, read_lines
+from audit.files import LINES, ROOT, AuditError
 
 ENVIRONMENTS = {"grpc": ".venv", "http": ".venv-http"}
 VERSION = "1.6"
@@ -23,7 +23,7 @@ OPTIONS = ("--output-reproducible", "--no-validate", "--short-PURLs", "--mc-type
 
 
 def tool(*arguments: str | Path) -> dict[str, Any]:
-    """What cyclonedx-py writes."""
+    """Runs cyclonedx-py, and returns its SBOM."""
     command = [sys.executable, "-m", "cyclonedx_py", *arguments, *OPTIONS, "--pyproject", ROOT / "pyproject.toml"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -70,8 +70,6 @@ def main(out: Path = ROOT / "dist") -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     try:
         for line, name in LINES.items():
-            if name not in read_lines(ROOT):
-                continue
             python = ROOT / ENVIRONMENTS[line] / "bin" / "python"
             installed = tool("environment", python) if python.exists() else {"components": [], "dependencies": []}
             text = json.dumps(joined(tool("requirements", ROOT / name), installed), indent=1, sort_keys=True) + "\n"

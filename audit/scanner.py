@@ -1,9 +1,10 @@
-"""What pip-audit says of a constraints file, and whether it had a database to ask."""
+"""Asks pip-audit about a constraints file: its findings, and whether it had a database."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -30,10 +31,16 @@ def scan(program: str | Path, path: Path) -> tuple[str, list[Finding]]:
         Finding(
             path.name,
             Pin(name, Version(one["version"])),
-            Advisory(of["id"], tuple(of["aliases"]), name, of["description"], ()),
+            Advisory(of["id"], tuple(of["aliases"]), name, of["description"], _ranges(of["fix_versions"])),
         )
         for name, one in known
         for of in one["vulns"]
     ]
     none = "" if known else ": its database has none of them, so this proves nothing"
     return f"{path.name}: pip-audit checked {len(known)} of {len(every)} packages{none}; {len(found)} findings", found
+
+
+def _ranges(fixes: Sequence[str]) -> tuple[dict[str, Version], ...]:
+    """pip-audit names fixed versions only: affected is all before."""
+    begun = {"introduced": Version("0")}
+    return tuple({**begun, "fixed": Version(fix)} for fix in fixes) or (begun,)

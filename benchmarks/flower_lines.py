@@ -1,10 +1,11 @@
-"""The same work on several versions of Flower, in turn: what a run takes, and how long it is until its first round.
+"""Measures the same runs with several versions of Flower in turn: time, time until the first round, and CPU.
 
     python -m benchmarks.flower_lines .venv .venv-http [ENVIRONMENT]... [--runs 3] [--rounds 3]
 
-Each environment has a Flower of its own, and what fedclip-flwr needs beside it. Four kinds of runs: an app that only
-sends tensors back (no-op) and this project's own, each with ten simulated sites, and with two SuperNodes of Flower's
-own, without TLS. Seconds of computing are those of all processes that a run has started, to the last.
+Each environment has a Flower of its own, and what fedclip-flwr needs beside it; other versions than the supported ones
+can be measured, too. Four kinds of runs: an app that only sends tensors back (no-op) and this project's own, each with
+ten simulated sites, and with two SuperNodes of Flower's own, without TLS. CPU seconds are those of all processes that a
+run has started, to the last.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def deployment(place: Path, data: Path) -> Iterator[Mapping[str, str]]:
     if line is lines.GRPC:
         options = [f"--control-api-address=127.0.0.1:{control}", f"--serverappio-api-address=127.0.0.1:{apps}"]
     else:
-        options = lines.address(line.own_address, f"127.0.0.1:{control}")
+        options = lines.address(line.simulation_address, f"127.0.0.1:{control}")
     if version >= ALL_HTTP:
         fleet = control
     else:
@@ -68,7 +69,7 @@ def deployment(place: Path, data: Path) -> Iterator[Mapping[str, str]]:
 
 
 def one(kind: str, rounds: int, data: Path, place: Path) -> dict[str, float]:
-    """The seconds of a run, until its first round's line, and of computing."""
+    """Seconds of a run, until its first round's line, and of CPU."""
     libc = ctypes.CDLL(None)
     libc.prctl(SUBREAPER, 1, 0, 0, 0)
     ours, simulated = kind.startswith("own"), kind.endswith("simulated")
@@ -87,7 +88,7 @@ def one(kind: str, rounds: int, data: Path, place: Path) -> dict[str, float]:
 
 
 def measured(environment: Path, kind: str, rounds: int, data: Path) -> dict[str, float]:
-    """The same by that environment's Python, in a process of its own."""
+    """Runs `one` with that environment's Python, in a process of its own."""
     command = [str(environment / "bin" / "python"), "-m", "benchmarks.flower_lines", "--one", kind]
     command += ["--rounds", str(rounds), "--data", str(data)]
     done = subprocess.run(
@@ -136,11 +137,7 @@ def main() -> None:
             figures = {key: median(run[key] for run in every) for key in ("wall", "start", "cpu")}
             spread = f"{min(run['wall'] for run in every):.0f} to {max(run['wall'] for run in every):.0f} s"
             rows.append([kind, version, *(f"{seconds:.1f} s" for seconds in figures.values()), spread])
-    print(
-        table(
-            [f"a run of {given.rounds} rounds", "Flower", "in all", "first round after", "computing", "all runs"], rows
-        )
-    )
+    print(table([f"a run of {given.rounds} rounds", "Flower", "in all", "first round after", "CPU", "all runs"], rows))
     print(f"\nMedians of {given.runs} runs in turn; {machine()}")
 
 

@@ -2,8 +2,9 @@
 
     python3 docker/demo.py [--rounds N] [--keep]
 
-Needs only a Docker engine and Compose. It builds the image, lets `compose.yml` make the
-keys, start the server, register the sites and start them, runs a federation, and copies its run folder to docker-run/.
+Needs only a Docker engine and Compose. It builds the image, lets `compose.yml` make the keys, start the server,
+register the sites and start them, runs a federation, and copies its run folder to docker-run/. With
+CONSTRAINTS=constraints-http.txt in the environment it takes Flower's HTTP line.
 However it ends, only that folder remains; with --keep also the image, so that the next run is quick.
 """
 
@@ -69,7 +70,7 @@ class Federation:
     def build(self) -> None:
         """Builds the image; `built` finds in its log which images to remove."""
         index = f"TORCH_INDEX={os.environ.get('TORCH_INDEX', '')}"
-        pinned = f"CONSTRAINTS={'constraints-http.txt' if os.environ.get('FLOWER') == 'http' else 'constraints.txt'}"
+        pinned = f"CONSTRAINTS={os.environ.get('CONSTRAINTS', 'constraints.txt')}"
         command = ["docker", "build", "--force-rm", "--file", "docker/Dockerfile", "--tag", self.image]
         command += ["--build-arg", index, "--build-arg", pinned, "."]
         self._do("building the image, minutes the first time", command)

@@ -106,7 +106,7 @@ def advisories() -> str:
     known = files.read_copy(files.ADVISORIES).advisories
 
     def fixed_in(one: files.Excepted) -> str:
-        ranges = (span for advisory in known if one.id in (advisory.id, *advisory.aliases) for span in advisory.ranges)
+        ranges = (span for advisory in known if one.covers(one.line, advisory) for span in advisory.ranges)
         return ", ".join(str(span["fixed"]) for span in ranges if "fixed" in span) or "no version"
 
     excepted: dict[files.Excepted, list[str]] = {}

@@ -19,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
 CallFailed = grpc.RpcError
-"""What a call raises if it is refused."""
+"""The exception of a refused call."""
 
 
 @contextmanager
@@ -30,9 +30,12 @@ def speaking(port: int, key: ec.EllipticCurvePrivateKey, ca: Path | None = None)
         channel = grpc.secure_channel(f"localhost:{port}", grpc.ssl_channel_credentials(ca.read_bytes()), options)
     else:
         channel = grpc.insecure_channel(f"127.0.0.1:{port}", options)
-    told = RuntimeVersionClientInterceptor(component_name="SuperNode"), NodeAuthClientInterceptor(key, key.public_key())
+    interceptors = (
+        RuntimeVersionClientInterceptor(component_name="SuperNode"),
+        NodeAuthClientInterceptor(key, key.public_key()),
+    )
     try:
-        yield FleetStub(grpc.intercept_channel(channel, *told))
+        yield FleetStub(grpc.intercept_channel(channel, *interceptors))
     finally:
         channel.close()
 

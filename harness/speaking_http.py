@@ -19,15 +19,18 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 CallFailed = httpx.HTTPError
-"""What a call raises if it is refused."""
+"""The exception of a refused call."""
 
 
 @contextmanager
 def speaking(port: int, key: ec.EllipticCurvePrivateKey, ca: Path | None = None) -> Iterator[Any]:
     """The Fleet API of this machine's SuperLink at that port, asked with that key; without `ca` without TLS."""
-    told = RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())
+    interceptors = (
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(key, key.public_key()),
+    )
     root = ca.read_bytes() if ca else None
-    with FleetHttpClient.from_server_address(f"localhost:{port}", ca is None, root, told) as client:
+    with FleetHttpClient.from_server_address(f"localhost:{port}", ca is None, root, interceptors) as client:
         yield client
 
 

@@ -3,9 +3,10 @@
     python -m reliability [NAME…] [--seed N]
 
 NAME is a journey of faults.py, or kills, soak or fuzz; without names all of it is done, which takes an hour and a half
-on two cores. What was found is kept in docs/reliability.json part by part, so that single ones can be done again; the
-page is made of it. The exit status is 1 if anything that was promised did not hold; the page then says so, too. The
-small disks need root (or `unshare --map-root-user --mount` before the command), the clocks a C compiler.
+on two cores. What was found is kept part by part, so that single ones can be done again: in docs/reliability.json, or
+in docs/reliability-http.json with Flower's HTTP line. The page is made of both. The exit status is 1 if anything that
+was promised did not hold; the page then says so, too. The small disks need root (or `unshare --map-root-user --mount`
+before the command), the clocks a C compiler.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from xml.etree import ElementTree
 from filelock import FileLock
 
 from fedclip_flwr.base import UserError, content
+from fedclip_flwr.flower import lines
 from fedclip_flwr.operations import simulation
 from harness.machine import OURS, machine, table
 from reliability import faults, kills, trials
@@ -33,7 +35,7 @@ from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, fed
 from reliability.soak import GROWTH, HANDLES, LAST, Soak, flat, grown, named, soak
 
 PAGE = OURS / "docs" / "reliability.md"
-FOUND = PAGE.with_suffix(".json")
+FOUND = {"grpc": PAGE.with_suffix(".json"), "http": PAGE.with_name("reliability-http.json")}
 FUZZ = OURS / "tests" / "fuzz"
 JOURNEYS = {journey.name: journey for journey in faults.JOURNEYS}
 ALONE = {journey.name: journey for journey in faults.ALONE}
@@ -42,13 +44,17 @@ NAMES = [*JOURNEYS, *ALONE, "kills", "soak", "fuzz"]
 
 
 class Part(NamedTuple):
-    """What was found: a table's rows or a text, how many promises did not hold, with what package, in how long."""
+    """What was found: a table's rows or a text, how many promises did not hold, and with what, where, in how long."""
 
     rows: Sequence[Sequence[str]]
     text: str
     broken: int
     package: str = ""
     seconds: float = 0.0
+    machine: str = ""
+
+
+Found = Mapping[str, Part]
 
 
 def of_outcomes(outcomes: Sequence[trials.Outcome]) -> Part:
@@ -190,19 +196,16 @@ none may crash, take longer than a minute or make memory grow by half a gigabyte
 which the largest that is read has 89 million pixels)."""
 
 
-def page(found: Mapping[str, Part]) -> str:
-    """The complete page; it names what has not been done."""
+def page(found: Found, http: Found) -> str:
+    """The complete page; it names what has not been done. `http`: found with Flower's HTTP line."""
     parts = {name: found.get(name, Part([], f"**Not done: {name}.**", 1)) for name in NAMES}
-    packages = sorted({part.package[:12] for part in found.values() if part.package})
-    head = f"{machine()}\nall of it: {sum(part.seconds for part in found.values()):.0f} s"
-    faulty = [parts[name] for name in (*JOURNEYS, *ALONE)]
-    rows = [row for part in faulty for row in part.rows]
-    undone = " ".join(part.text for part in faulty if part.text)
+    faulty = [*JOURNEYS, *ALONE]
+    undone = " ".join(parts[name].text for name in faulty if parts[name].text)
     chunks = [
-        f"# Reliability\n\n{PROMISES}\n\n```text\n{head}\ncontent of the package: {', '.join(packages)}\n```",
-        f"## Faults\n\n{FAULTS}\n\n{table(['fault', 'outcome'], rows)}\n\n{undone}".rstrip(),
+        f"# Reliability\n\n{PROMISES}\n\n```text\n{head(found)}\n{head(http)}\n```",
+        f"## Faults\n\n{FAULTS}\n\n{beside('fault', faulty, parts, http)}\n\n{undone}".rstrip(),
         f"## Killed at random moments\n\n{KILLS} {parts['kills'].text}\n\n"
-        + table(["run, and what is killed", "outcome"], parts["kills"].rows),
+        + beside("run, and what is killed", ["kills"], parts, http),
         f"## Soak\n\n{SOAKED}\n\n{parts['soak'].text}",
         f"## Fuzzing\n\n{FUZZED} {parts['fuzz'].text}\n\n"
         + table(["inputs", "tried", "refused in words", "outcome"], parts["fuzz"].rows),
@@ -210,13 +213,32 @@ def page(found: Mapping[str, Part]) -> str:
     return "\n\n".join(chunks) + "\n"
 
 
+def head(found: Found) -> str:
+    """Where, with what and in how long that was found."""
+    machines, packages = ({getattr(part, key) for part in found.values()} - {""} for key in ("machine", "package"))
+    content_ = ", ".join(sorted(package[:12] for package in packages))
+    seconds = sum(part.seconds for part in found.values())
+    return f"{'; '.join(sorted(machines))}\nin all {seconds:.0f} s, content of the package: {content_}"
+
+
+def beside(what: str, names: Sequence[str], found: Found, http: Found) -> str:
+    """A table of these parts' outcomes on both lines."""
+    sides = [{row[0]: row[1] for name in names if name in of for row in of[name].rows} for of in (found, http)]
+    rows = [[fault, *(side.get(fault, "not done") for side in sides)] for fault in {**sides[0], **sides[1]}]
+    return table([what, "outcome, gRPC line", "HTTP line"], rows)
+
+
+def read(file: Path) -> dict[str, Part]:
+    return {name: Part(**facts) for name, facts in json.loads(file.read_text()).items()} if file.exists() else {}
+
+
 def keep(name: str, part: Part) -> None:
     """What was found takes the place of what was found before; the page follows."""
     with FileLock(Path(gettempdir()) / "fedclip-reliability.lock"):  # parts may be done side by side
-        known = json.loads(FOUND.read_text()) if FOUND.exists() else {}
-        known[name] = part._asdict()
-        FOUND.write_text(json.dumps({name: known[name] for name in NAMES if name in known}, indent=1) + "\n")
-        PAGE.write_text(page({name: Part(**facts) for name, facts in known.items()}))
+        own = FOUND[lines.line().name]
+        known = {**read(own), name: part}
+        own.write_text(json.dumps({name: known[name]._asdict() for name in NAMES if name in known}, indent=1) + "\n")
+        PAGE.write_text(page(*map(read, FOUND.values())))
 
 
 def main() -> None:
@@ -244,7 +266,7 @@ def main() -> None:
 
     say(f"seed {given.seed}")
     for name, part in parts():
-        keep(name, part._replace(package=package, seconds=time.monotonic() - since))
+        keep(name, part._replace(package=package, seconds=time.monotonic() - since, machine=machine()))
         since, broken = time.monotonic(), broken + part.broken
     print(f"\n{PAGE.read_text()}\nWritten: {PAGE}")
     if broken:

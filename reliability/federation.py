@@ -26,6 +26,7 @@ from deploy.processes import SuperLink, SuperNode, superlink, supernode
 from deploy.relay import Relay, relayed
 from fedclip_flwr.operations import keys, simulation
 from harness.features import write_features
+from harness.machine import processes
 
 SITES = ("art-0", "cartoon-0", "photo-0")
 """As three simulated nodes are called."""
@@ -76,7 +77,7 @@ def kill(process: int) -> None:
 
 def kill_leader(leader: subprocess.Popen[bytes]) -> None:
     """Kills it alone; what it had started sees that, and ends."""
-    others = [process for process in session_of(leader.pid) if process != leader.pid]
+    others = started_by(leader.pid)
     leader.kill()
     leader.wait()
     with suppress(BrokenError):
@@ -316,8 +317,10 @@ class Federation:
 
     def kill_all(self) -> None:
         """The power fails: everything ends at once."""
-        for leader in (self.link.process, *(node.process for node in self.nodes.values())):
-            os.killpg(leader.pid, signal.SIGKILL)
+        leaders = [self.link.process.pid, *(node.process.pid for node in self.nodes.values())]
+        for process in [*leaders, *(other for leader in leaders for other in started_by(leader))]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         for name in list(self._parts):
             self._parts.pop(name).close()
 
@@ -344,9 +347,8 @@ class Federation:
         self.points.let_go()
         for relay in self.relays.values():
             relay.mend()
-        for process in session_of(self.link.process.pid):
-            if b"flwr-serverapp" in words_of(process):
-                kill(process)
+        for process in processes("flwr-serverapp", f"RELIABILITY={self.points.place}"):
+            kill(process)
         if self.link.process.poll() is not None:
             self.stop_superlink()
             self.start_superlink()
@@ -382,21 +384,13 @@ class Federation:
         return self._seconds["_".join(f"{key}={value}" for key, value in sorted(settings.items())) or "plain"]
 
 
-def words_of(process: int) -> bytes:
-    """Its command."""
+def started_by(leader: int) -> list[int]:
+    """What a process has started, in whatever session: found by the mark that `simulation.started` gave it."""
+    variables = []
     with suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    return b""
-
-
-def session_of(leader: int) -> list[int]:
-    """The processes of a session, the living ones."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if os.getsid(int(entry.name)) == leader and runs(int(entry.name)):
-                found.append(int(entry.name))
-    return sorted(found)
+        variables = Path(f"/proc/{leader}/environ").read_text(errors="replace").split("\0")
+    marks = [text.split()[-1] for text in variables if text.startswith(f"{simulation.STARTED}=")]
+    return [process for mark in marks for process in simulation.marked(mark) if process != leader]
 
 
 @contextmanager

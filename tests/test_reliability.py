@@ -6,6 +6,7 @@ All of it: python -m reliability.
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from deploy.relay import relayed
+from fedclip_flwr.flower import lines
 from reliability import __main__ as page
 from reliability import faults, kills, trials
 from reliability.federation import BrokenError, Federation, Result, difference, federation, until
@@ -148,10 +150,11 @@ def test_a_promise_that_did_not_hold_stands_on_the_page() -> None:
     part = page.of_outcomes([Outcome("a", "held", True), Outcome("b", "it did not", False)])
     assert part.broken == 1
     text = page.page(
-        {"disk": part._replace(package="0123456789abcdef"), "kills": page.Part([["k", "held"]], "Seed 5.", 0)}
+        {"disk": part._replace(package="0123456789abcdef"), "kills": page.Part([["k", "held"]], "Seed 5.", 0)},
+        {"disk": page.of_outcomes([Outcome("b", "it did here", True)])},
     )
-    assert "| a | held |\n| b | **FAILED**: it did not |" in text
-    assert "Seed 5.\n\n| run, and what is killed | outcome |" in text
+    assert "| a | held | not done |\n| b | **FAILED**: it did not | it did here |" in text
+    assert "Seed 5.\n\n| run, and what is killed | outcome, gRPC line | HTTP line |" in text
     assert "content of the package: 0123456789ab\n" in text
     assert all((f"**Not done: {name}.**" in text) == (name not in ("disk", "kills")) for name in page.NAMES)
 
@@ -186,15 +189,16 @@ def test_of_the_fuzz_tests_those_that_count_or_fail_are_reported(tmp_path: Path)
 def test_what_is_done_again_takes_the_place_of_what_was_found_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "FOUND", tmp_path / "found.json")
+    monkeypatch.setattr(page, "FOUND", {name: tmp_path / f"{name}.json" for name in page.FOUND})
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     for text in ("it did not", "held at last"):
-        page.keep("soak", page.Part([], text, 0, "p", 1.5))
+        page.keep("kills", page.of_outcomes([Outcome("b", text, True)]))
         page.keep("disk", page.of_outcomes([Outcome("a", "held", True)]))
     written = (tmp_path / "page.md").read_text()
     assert "held at last" in written
     assert "it did not" not in written
-    assert "| a | held |" in written
+    assert re.search(r"\| a \|( not done \|)? held \|", written)
+    assert [file.name for file in tmp_path.glob("*.json")] == [page.FOUND[lines.line().name].name]
 
 
 def test_nothing_passes_a_relay_that_is_cut_until_it_is_mended() -> None:

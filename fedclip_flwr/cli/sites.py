@@ -38,7 +38,8 @@ def keys(
 def server(given: typer.Context) -> None:
     """Start the server: Flower's SuperLink, changed so that no site can speak for another.
 
-    The options are those of flower-superlink.
+    The options are those of flower-superlink, and on each of Flower's lines --fleet-api-address,
+    --control-api-address and --serverappio-api-address.
 
     Example: fedclip server --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key
     --enable-supernode-auth --database superlink.db --control-api-address 127.0.0.1:9093
@@ -52,8 +53,8 @@ def server(given: typer.Context) -> None:
 def site(given: typer.Context) -> None:
     """Start this site: Flower's SuperNode, changed so that it runs only the code installed on this machine.
 
-    The options are those of flower-supernode. A server sends the app that sites are to run; this site refuses any app
-    that is not identical to the installed one. It listens on this machine only.
+    The options are those of flower-supernode, and --clientappio-api-address. A server sends the app that sites are to
+    run; this site refuses any app that is not identical to the installed one. It listens on this machine only.
 
     Example: fedclip site --superlink fl.example.org:9092 --root-certificates ca.crt --auth-supernode-private-key
     node.key --node-config "site='north' data='folder:/data/north'"
@@ -75,9 +76,9 @@ def doctor(
     ssl_ca_certfile: Annotated[Path | None, option("At the server: ca.crt.")] = None,
     ssl_certfile: Annotated[Path | None, option("At the server: server.crt.")] = None,
     ssl_keyfile: Annotated[Path | None, option("At the server: server.key.")] = None,
-    fleet_api_address: Annotated[str, option("At the server (default: 0.0.0.0:9092).")] = "",
-    control_api_address: Annotated[str, option("At the server (default: 0.0.0.0:9093).")] = "",
-    serverappio_api_address: Annotated[str, option("At the server (default: 0.0.0.0:9091).")] = "",
+    fleet_api_address: Annotated[str, option("At the server (default: port 9092).")] = "",
+    control_api_address: Annotated[str, option("At the server (default: port 9093).")] = "",
+    serverappio_api_address: Annotated[str, option("At the server (default: port 9091).")] = "",
     host: Annotated[
         str, option("At the server: the name by which sites reach it, which must be in the certificate.")
     ] = "",

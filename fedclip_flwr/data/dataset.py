@@ -154,13 +154,16 @@ class _Table:
         import datasets
 
         _refuse_references()
+        self._root = root
+        self._inside = [os.path.abspath(root), os.path.realpath(root), str(datasets.config.HF_DATASETS_CACHE)]
         if any((root / file).exists() for file in SAVED):
             loaded = datasets.load_from_disk(str(root))
         else:
+            described = datasets.load_dataset_builder(str(root)).config.data_files or {}
+            self._require_inside(file for some in described.values() for file in some)
             loaded = datasets.load_dataset(str(root))
-        self._root = root
-        self._within = [os.path.abspath(root), str(datasets.config.HF_DATASETS_CACHE)]  # there archives are unpacked
         splits = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
+        self._require_inside(file["filename"] for split in splits for file in split.cache_files)
         alike = [split for split in splits if split.features == splits[0].features]
         table = datasets.concatenate_datasets(alike)
         image, label, domain = _find(table.features, columns)
@@ -181,12 +184,19 @@ class _Table:
             return bytes(stored["bytes"])
         if not stored["path"]:
             return b""
-        path = Path(os.path.abspath(stored["path"]))
-        if not any(
-            path.is_relative_to(place) for place in self._within
-        ):  # CVE-2026-66007: datasets from 5.0.1 on refuses most
+        if not self._is_inside(stored["path"]):  # CVE-2026-66007: datasets from 5.0.1 on refuses most of them itself
             raise UserError(f"row {row} names an image outside the data set: {stored['path']}")
-        return read(path)
+        return read(Path(stored["path"]))
+
+    def _is_inside(self, path: str) -> bool:
+        """True for a file of the data set, also one that `datasets` has unpacked or prepared in its cache."""
+        return any(Path(os.path.abspath(path)).is_relative_to(place) for place in self._inside)
+
+    def _require_inside(self, names: Iterable[str]) -> None:
+        """Raise if a file that the data set names is elsewhere; in an archive it is zip://NAME::ARCHIVE."""
+        for name in names:
+            if not self._is_inside(name.rpartition("::")[2].removeprefix("file://")):
+                raise UserError(f"it names a file outside the data set: {name}")
 
 
 def _refuse_references() -> None:

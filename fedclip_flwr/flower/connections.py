@@ -63,17 +63,17 @@ def knows(address: str, key: ec.EllipticCurvePrivateKey, ca: Path | None, patien
     It is asked to activate the node with an invalid heartbeat interval: Flower looks up the key before it refuses that,
     and changes nothing.
     """
-    found: bool = lines.own("connections").knows(address, key, ca, patience)
+    found: bool = lines.module("connections").knows(address, key, ca, patience)
     return found
 
 
 def version(address: str, key: ec.EllipticCurvePrivateKey, ca: Path | None, patience: float) -> str:
     """The SuperLink's version of Flower; empty if it does not tell it."""
-    found: str = lines.own("connections").version(address, key, ca, patience)
+    found: str = lines.module("connections").version(address, key, ca, patience)
     return found
 
 
 def nodes(connection: str, patience: float) -> Sequence[NodeInfo]:
     """The nodes known to the SuperLink of that name in Flower's configuration."""
-    found: Sequence[NodeInfo] = lines.own("connections").nodes(read_superlink_connection(connection), patience)
+    found: Sequence[NodeInfo] = lines.module("connections").nodes(read_superlink_connection(connection), patience)
     return found

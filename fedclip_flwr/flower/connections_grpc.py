@@ -78,8 +78,8 @@ def _open(channel: grpc.Channel) -> Iterator[grpc.Channel]:
 
 def _of(error: grpc.RpcError) -> Ended:
     assert isinstance(error, grpc.Call)  # true of all errors that a stub raises
-    told = dict(error.trailing_metadata() or ()).get(VERSION_INCOMPATIBILITY_MESSAGE_METADATA_KEY, "")
-    found = re.search(r"SuperLink version (\S+)", str(told))
+    warning = dict(error.trailing_metadata() or ()).get(VERSION_INCOMPATIBILITY_MESSAGE_METADATA_KEY, "")
+    found = re.search(r"SuperLink version (\S+)", str(warning))
     return error.code(), " ".join(str(error.details()).split()), found[1] if found else ""
 
 

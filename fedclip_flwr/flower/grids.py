@@ -8,7 +8,6 @@ from typing import cast
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.superlink import grid as grids  # no public way to distinguish the grids
 from flwr.superlink.grid import InMemoryGrid  # the one of a simulation
 
 from fedclip_flwr.flower import lines
@@ -55,12 +54,12 @@ def local_grid(nodes: Mapping[int, Node]) -> Grid:
 
 def act_as_server() -> None:
     """Let this process make messages, if it is not one of Flower's."""
-    lines.own("messages").act_as_server(RUN, SERVER)
+    lines.module("messages").act_as_server(RUN, SERVER)
 
 
 def remote(grid: Grid) -> bool:
     """True if the grid asks a SuperLink, which has real sites."""
-    return isinstance(grid, getattr(grids, lines.line().grid))
+    return isinstance(grid, lines.module("messages").RemoteGrid)
 
 
 def simulated(grid: Grid) -> bool:

@@ -58,8 +58,8 @@ class Inbox:
 
     @property
     def _calls(self) -> Any:
-        """What calls the SuperLink, by the names of its methods."""
-        return getattr(self._grid, lines.line().calls)
+        """The client of the SuperLink's API."""
+        return lines.module("messages").calls(self._grid)
 
     def take(self, asked: Collection[str], most: int) -> Iterator[tuple[Message, int]]:
         """The complete replies to these messages, with their sizes; an error replaces one larger than `most` bytes."""
@@ -87,8 +87,7 @@ class Inbox:
     def _announced(self, asked: Collection[str]) -> list[str]:
         """The messages that have a reply, of which parts may still be missing."""
         new = [key for key in asked if key not in self._waiting]  # each is announced once
-        request = lines.moved("runtime", "PullAppMessagesRequest")(message_ids=new)  # a grid would fetch the parts, too
-        answer = self._calls.PullMessages(request)
+        answer = self._calls.PullMessages(lines.module("messages").PullAppMessagesRequest(message_ids=new))
         for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             metadata = metadata_from_proto(head.metadata)
             parts = [part.object_id for part in iterate_object_tree(tree)]
@@ -105,8 +104,8 @@ class Inbox:
         except ObjectUnavailableError:
             self._waiting[key] = reply
             return None
-        except lines.own("messages").CallFailed as error:
-            if not lines.own("messages").too_large(error):
+        except lines.module("messages").CallFailed as error:
+            if not lines.module("messages").too_large(error):
                 raise
             why = "its answer is too large to fetch"
         except _TooLargeError as error:

@@ -1,11 +1,12 @@
 """The two lines of Flower that this package runs on, and all that differs between them by version.
 
 The gRPC line is 1.31: gRPC between all parts. The HTTP line is the newest: HTTP between all parts. Nothing else asks
-for Flower's version: what differs is an entry of the table, or a module of this wing with the line's name at its end.
+for Flower's version: what differs is in the table, or in a module of this wing with the line's name at its end.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -18,21 +19,14 @@ from fedclip_flwr.base import UserError
 
 
 class Line(NamedTuple):
-    """One line: its transport, the release that is tested, and the places of what moved in between."""
+    """One line: its transport, the release that is tested, and the options that differ."""
 
     transport: str
     tested: str
-    exits: str
-    """The module with `add_exit_handler`."""
-    runtime: str
-    """The module with what a ServerApp says to its SuperLink."""
-    grid: str
-    calls: str
-    """The class of a ServerApp's grid, and its attribute that makes calls."""
     site_address: Mapping[str, str]
-    """A SuperNode's options for the address at which it listens on its own machine, with their defaults here."""
-    own_address: Mapping[str, str]
-    """The same of a SuperLink that simulates sites."""
+    """A SuperNode's options for the address at which it listens on its own machine."""
+    simulation_address: Mapping[str, str]
+    """The options for the address of a SuperLink that simulates sites."""
 
     @property
     def name(self) -> str:
@@ -43,22 +37,14 @@ class Line(NamedTuple):
 GRPC = Line(
     transport="gRPC",
     tested="1.31",
-    exits="flwr.common.exit",
-    runtime="flwr.proto.appio_pb2",
-    grid="GrpcGrid",
-    calls="_stub",
     site_address={"--clientappio-api-address": "{address}"},
-    own_address={"--control-api-address": "{address}", "--serverappio-api-address": "{host}:0"},
+    simulation_address={"--control-api-address": "{address}", "--serverappio-api-address": "{host}:0"},
 )
 HTTP = Line(
     transport="HTTP",
     tested="1.42",
-    exits="flwr.supercore.exit",
-    runtime="flwr.proto.runtime_pb2",
-    grid="HttpGrid",
-    calls="_runtime_client",
     site_address={"--host": "{host}", "--port": "{port}"},
-    own_address={"--host": "{host}", "--port": "{port}"},
+    simulation_address={"--host": "{host}", "--port": "{port}"},
 )
 LINES = (GRPC, HTTP)
 FIRST_OF_HTTP = Version("1.36")
@@ -99,14 +85,9 @@ def warn() -> None:
         print(warning, flush=True)
 
 
-def moved(module: str, name: str) -> Any:
-    """A name of Flower, from the module that the table names."""
-    return getattr(import_module(getattr(line(), module)), name)
-
-
-def own(what: str) -> Any:
+def module(name: str) -> Any:
     """This wing's module of that name for the installed line."""
-    return import_module(f"{__package__}.{what}_{line().name}")
+    return import_module(f"{__package__}.{name}_{line().name}")
 
 
 def address(options: Mapping[str, str], address: str) -> list[str]:
@@ -115,3 +96,11 @@ def address(options: Mapping[str, str], address: str) -> list[str]:
     return [
         f"{name}={value.format(address=address, host=host.strip('[]'), port=port)}" for name, value in options.items()
     ]
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine reaches what listens at that address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may lead anywhere
+        return False

@@ -1,12 +1,22 @@
-"""Messages over HTTP: how a call fails, and who makes a message."""
+"""What a ServerApp needs for its messages over HTTP."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest as PullAppMessagesRequest  # a grid would fetch the parts, too
+from flwr.supercore.exit import add_exit_handler as add_exit_handler  # no other notice of a ServerApp's end
 from flwr.supercore.task_identity import TaskIdentity  # set by Flower in its own processes only
+from flwr.superlink.grid import HttpGrid as RemoteGrid  # no public way to distinguish the grids
 
 CallFailed = httpx.HTTPError
-"""What a ServerApp's failed call raises."""
+"""The exception of a ServerApp's failed call."""
+
+
+def calls(grid: RemoteGrid) -> Any:
+    """The grid's client of the SuperLink's API."""
+    return grid._runtime_client
 
 
 def too_large(error: httpx.HTTPError) -> bool:

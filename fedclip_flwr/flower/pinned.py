@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedclip_flwr.base import UserError, files
 from fedclip_flwr.flower import lines
+from fedclip_flwr.flower.patching import replace
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -44,8 +45,8 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 def start(options: Sequence[str]) -> NoReturn:
     """Replace this process by a SuperNode with these options; by default it listens only on this machine."""
     lines.warn()
-    own, theirs = _listening(options)
-    given = _read(theirs)
+    listening, others = _listening(options)
+    given = _read(others)
     if given.isolation != "subprocess":
         raise UserError(
             "--isolation: another program would answer for this site, with any code from the server; leave it out"
@@ -55,20 +56,30 @@ def start(options: Sequence[str]) -> NoReturn:
             "--allow-runtime-dependency-installation: the server would choose what is installed and run; leave it out"
         )
     folder = files.make_folder(files.home() / "bin")
-    for task in lines.own("programs").TASKS:
+    for task in lines.module("programs").TASKS:
         _write(folder / task, "pinned" if task == COMMAND else "refusing")
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    for task in lines.own("programs").TASKS:
+    for task in lines.module("programs").TASKS:
         _require(folder / task, path)
-    command = [sys.executable, "-P", "-m", "fedclip_flwr.flower.supernode", *theirs, *own]
+    command = [sys.executable, "-P", "-m", "fedclip_flwr.flower.supernode", *others, *listening]
     os.execve(command[0], command, {**os.environ, "PATH": path})
 
 
 def _listening(options: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options for the address at which the site listens, and all others."""
+    from flwr.supercore.address import parse_address  # addresses, as the flags are read
+
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--clientappio-api-address", dest="address", default=LISTENS)
     given, others = parser.parse_known_args(options)
+    found = parse_address(given.address)
+    if not found or not lines.is_loopback(found[0]):
+        raise UserError(
+            f"--clientappio-api-address {given.address}: anyone who reaches it can answer for this site; give an "
+            f"address of this machine only, such as {LISTENS}"
+        )
+    if twice := {option.partition("=")[0] for option in others} & {*lines.line().site_address}:
+        raise UserError(f"{' and '.join(sorted(twice))}: give --clientappio-api-address HOST:PORT instead")
     return lines.address(lines.line().site_address, given.address), others
 
 
@@ -109,7 +120,7 @@ def _started(task: str, path: str) -> str | None:
     popen = functions[name]
     functions[name] = lambda command, **more: started.append((command, more))
     try:
-        lines.own("programs").start(task)
+        lines.module("programs").start(task)
     finally:
         functions[name] = popen
     ((command, more),) = started
@@ -122,13 +133,11 @@ def answer() -> None:
     from flwr.supernode.cli import flwr_clientapp  # the command as a function
     from flwr.supernode.runtime import run_clientapp  # where it unpacks and loads an app: no hook to choose another
 
-    own = {
-        "install_from_fab": lambda bundle, **_: check(bundle),
-        "get_load_client_app_fn": lambda **_: lambda *_: own_client_app(),  # Flower's uses the server's path
-    }
-    for name, function in own.items():
-        getattr(run_clientapp, name)  # raises if Flower no longer has it
-        setattr(run_clientapp, name, function)
+    replace(
+        run_clientapp,
+        install_from_fab=lambda bundle, **_: check(bundle),
+        get_load_client_app_fn=lambda **_: lambda *_: own_client_app(),  # Flower's uses the server's path
+    )
     flwr_clientapp()
 
 

@@ -13,7 +13,7 @@ from fedclip_flwr.flower import lines
 
 def add_exit_handler(call: Callable[[], None]) -> None:
     """Call this when the ServerApp's process is stopped: Flower gives no other notice."""
-    lines.moved("exits", "add_exit_handler")(call)
+    lines.module("messages").add_exit_handler(call)
 
 
 def refuse(error: UserError) -> NoReturn:

@@ -24,7 +24,7 @@ from fedclip_flwr.flower import lines
 def start(options: Sequence[str]) -> NoReturn:
     """Replace this process by a SuperLink with these options."""
     lines.warn()
-    lines.own("superlink").check(options)
+    lines.module("superlink").check(options)
     command = [sys.executable, "-P", "-m", __name__, *options]
     os.execve(command[0], command, {**os.environ, **lines.NO_INSTALLATION})
 
@@ -41,4 +41,4 @@ def objection(request: Any, key: bytes) -> str | None:
 
 
 if __name__ == "__main__":
-    lines.own("superlink").main(sys.argv[1:])
+    lines.module("superlink").main(sys.argv[1:])

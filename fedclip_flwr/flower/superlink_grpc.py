@@ -13,6 +13,7 @@ from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import (
     NodeAuthServerInterceptor,  # checks signatures: a SuperLink accepts no custom interceptor
 )
 
+from fedclip_flwr.flower.patching import replace
 from fedclip_flwr.flower.superlink import objection
 
 
@@ -40,9 +41,8 @@ def owned(wrap: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main(options: Sequence[str]) -> None:
-    interceptor, functions = NodeAuthServerInterceptor, vars(app)
-    interceptor._wrap_method_handler = owned(interceptor._wrap_method_handler)  # type: ignore[method-assign]
+    replace(NodeAuthServerInterceptor, _wrap_method_handler=owned(NodeAuthServerInterceptor._wrap_method_handler))
     versions = "create_fleet_runtime_version_server_interceptor"
-    functions[versions] = functools.partial(functions[versions], send_warning_metadata=True)
+    replace(app, **{versions: functools.partial(vars(app)[versions], send_warning_metadata=True)})
     sys.argv = ["flower-superlink", *options]
     app.run_superlink()

@@ -1,11 +1,12 @@
 """The SuperLink of the HTTP line, with a listener of its own for each API.
 
-Flower serves all of its APIs on one port: whoever can reach it could register nodes, start runs, and take the tasks of
-a run, with nothing but the authority's certificate. Here each API has its own port and its own routes:
+Flower serves all of its APIs on one port: anyone who can reach it could register nodes, start runs, and take the tasks
+of a run, with nothing but the authority's certificate. Here each API has its own port, with no routes but its own and
+one that says that it is up:
 
-- Fleet, for the sites: nothing else is routed there, so no proxy, path or header leads from it to another API.
+- Fleet, for the sites: no proxy, path or header leads from its port to another API.
 - Control, for Flower's commands, and ServerAppIo (Flower calls it Runtime), for a run's processes: on this machine
-  only. Tasks are given only to who knows a secret, made anew at each start.
+  only. A task is given only to a process that knows a secret, made anew at each start.
 
 To the Fleet API are added: no node can answer in another's name, a request has a size limit, and answers tell Flower's
 version, for `fedclip doctor`.
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import ipaddress
 import logging
 import secrets
 import signal
@@ -45,6 +45,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers  # its functions: an an
 
 from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import lines
+from fedclip_flwr.flower.patching import replace
 from fedclip_flwr.flower.superlink import objection
 
 cli: Any = import_module("flwr.superlink.cli.flower_superlink")
@@ -53,6 +54,8 @@ LARGEST = 2**26
 """Maximum bytes of a request, which Flower reads before it checks who sends it; its own have 20 MB at most."""
 PATIENCE = 75
 """Seconds for which an idle connection is kept: longer than the 30 between two heartbeats."""
+LAST = 5
+"""Seconds that open requests get when the SuperLink is asked to stop."""
 DEFAULTS = {"fleet": "0.0.0.0:9092", "control": "127.0.0.1:9093", "serverappio": "127.0.0.1:9091"}
 
 
@@ -76,19 +79,11 @@ def check(options: Sequence[str]) -> None:
     for api, text in addresses.items():
         if not (found := parse_address(text)) or not found[0]:
             raise UserError(f"--{api}-api-address {text!r}: expected HOST:PORT, such as {DEFAULTS[api]}")
-        if api != "fleet" and not own(found[0]):
+        if api != "fleet" and not lines.is_loopback(found[0]):
             raise UserError(
-                f"--{api}-api-address {text}: whoever reaches it can start runs; give an address of this machine only, "
-                f"such as {DEFAULTS[api]}, and reach it from elsewhere by `ssh -L`"
+                f"--{api}-api-address {text}: anyone who reaches it can start runs; give an address of this machine "
+                f"only, such as {DEFAULTS[api]}, and reach it from elsewhere by `ssh -L`"
             )
-
-
-def own(host: str) -> bool:
-    """True if only this machine reaches what listens at that address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name may lead anywhere
-        return False
 
 
 def bound(api: str, text: str) -> socket.socket:
@@ -130,7 +125,7 @@ def guarded(app: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an application for requests from anywhere: their size is limited, and answers tell Flower's version."""
 
     async def call(scope: Any, receive: Any, send: Any) -> None:
-        async def told(message: Any) -> None:
+        async def send_with_version(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (VERSION.encode(), lines.installed().encode())]
             await send(message)
@@ -139,10 +134,11 @@ def guarded(app: Callable[..., Any]) -> Callable[..., Any]:
             headers = dict(scope["headers"])
             size = headers.get(b"content-length", b"0" if scope["method"] in ("GET", "HEAD") else b"")
             if not size.isdigit() or int(size) > LARGEST or b"transfer-encoding" in headers:
-                await told({"type": "http.response.start", "status": 413 if size.isdigit() else 411, "headers": []})
-                await told({"type": "http.response.body"})
+                status = 413 if size.isdigit() else 411
+                await send_with_version({"type": "http.response.start", "status": status, "headers": []})
+                await send_with_version({"type": "http.response.body"})
                 return
-        await app(scope, receive, told)
+        await app(scope, receive, send_with_version)
 
     return call
 
@@ -184,11 +180,14 @@ def run(addresses: dict[str, str], config: Any, secret: Path) -> None:
             access_log=console_handler.level <= logging.DEBUG,
             log_config=get_uvicorn_log_config(console_handler.level),
             timeout_keep_alive=PATIENCE,
+            timeout_graceful_shutdown=LAST,
             **secured,
         )
         listeners.append((Listener(settings), sockets[api]))
         logging.getLogger("flwr").info("The %s API listens at %s", api, addresses[api])
     asyncio.run(serve(listeners))
+    if not all(listener.started for listener, _ in listeners):
+        raise UserError("the SuperLink did not start: the lines above say why")
 
 
 def owned(push: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +204,6 @@ def owned(push: Callable[..., Any]) -> Callable[..., Any]:
 
 def main(options: Sequence[str]) -> None:
     addresses, theirs = parsed(options)
-    functions = vars(cli)
     with tempfile.TemporaryDirectory(prefix="fedclip-") as folder:
         secret = Path(folder, "secret")
 
@@ -213,10 +211,11 @@ def main(options: Sequence[str]) -> None:
             command = ["flower-superexec", "--insecure", "--runtime-api-address", runtime_address]
             return [*command, "--parent-pid", str(parent_pid), "--superexec-auth-secret-file", str(secret)]
 
-        vars(fleet_handlers)["push_messages"] = owned(fleet_handlers.push_messages)
-        functions["_get_superexec_command"]  # raises if Flower no longer has it
-        functions["_get_superexec_command"] = superexec
-        functions["_run_superlink_http_api"] = lambda lifespan_config: run(addresses, lifespan_config, secret)
+        def serve_apart(lifespan_config: Any) -> None:
+            run(addresses, lifespan_config, secret)
+
+        replace(fleet_handlers, push_messages=owned(fleet_handlers.push_messages))
+        replace(cli, _get_superexec_command=superexec, _run_superlink_http_api=serve_apart)
         sys.argv = ["flower-superlink", *theirs]
         try:
             cli.flower_superlink()

@@ -39,6 +39,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
 
 from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import pinned
+from fedclip_flwr.flower.patching import replace
 
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
@@ -133,9 +134,8 @@ def main() -> None:
     """Run `flower-supernode`; the process exits when it ends."""
     from flwr.supernode.cli import flower_supernode  # the command as a function
 
-    functions = vars(flower)
-    functions["_pull_and_store_message"] = taking(functions["_pull_and_store_message"])
-    functions["_push_messages"] = sending(functions["_push_messages"])
+    take, send = flower._pull_and_store_message, flower._push_messages
+    replace(flower, _pull_and_store_message=taking(take), _push_messages=sending(send))
     threading.excepthook = _end_with_a_thread
     threading.Thread(target=_end_with_a_child, daemon=True).start()
     sys.argv[0] = "flower-supernode"

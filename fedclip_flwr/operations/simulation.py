@@ -180,7 +180,7 @@ def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, 
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += lines.address(lines.line().own_address, f"127.0.0.1:{port}")
+    command += lines.address(lines.line().simulation_address, f"127.0.0.1:{port}")
     log = folder / "superlink.log"
     with started(command, env, log) as process:
         wait_for(port, process, log)
@@ -275,11 +275,11 @@ def stop(process: subprocess.Popen[bytes], mark: str) -> None:
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)
-        _signal(_marked(mark), signal.SIGINT)  # a simulation's SIGTERM is Ray's
+        _signal(marked(mark), signal.SIGINT)  # a simulation's SIGTERM is Ray's
     deadline = time.monotonic() + 10
-    while _marked(mark) and time.monotonic() < deadline:
+    while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
-    _signal(_marked(mark), signal.SIGKILL)
+    _signal(marked(mark), signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # where there is no /proc
     process.wait()
@@ -291,7 +291,7 @@ def _signal(processes: Iterable[int], number: int) -> None:
             os.kill(process, number)
 
 
-def _marked(mark: str) -> list[int]:
+def marked(mark: str) -> list[int]:
     """The processes with that mark in their environment; none if the system has no /proc.
 
     Flower's start their children in sessions of their own. A process that has ended has no environment.

@@ -116,6 +116,48 @@ def test_a_table_may_not_name_images_outside_the_data_set(tree: Path, tmp_path: 
         DataSet(tmp_path / "set", "set")
 
 
+@pytest.fixture
+def elsewhere(tree: Path, tmp_path: Path) -> Path:
+    """A table that is none of the data set's business, with two images in it."""
+    rows = [{"image": {"bytes": path.read_bytes(), "path": None}} for path in sorted(tree.rglob("*.png"))[:2]]
+    made = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    made = made.add_column("label", ["cat", "car"])
+    made.to_parquet(tmp_path / "elsewhere" / "private.parquet")
+    made.save_to_disk(tmp_path / "elsewhere" / "saved")
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["../elsewhere/private.parquet", "{}/private.parquet", "file://{}/private.parquet"])
+def test_a_data_set_may_not_name_files_outside_it(elsewhere: Path, name: str) -> None:
+    root = elsewhere.parent / "set"
+    root.mkdir()
+    files = f"configs:\n- config_name: default\n  data_files: {name.format(elsewhere)}\n"
+    (root / "README.md").write_text(f"---\n{files}---\n")
+    with pytest.raises(UserError, match="names a file outside the data set"):
+        DataSet(root, "set")
+
+
+def test_a_saved_data_set_may_not_name_files_outside_it(elsewhere: Path) -> None:
+    root = elsewhere.parent / "set"
+    shutil.copytree(elsewhere / "saved", root)
+    (file,) = root.glob("*.arrow")
+    file.unlink()
+    state = json.loads((root / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"../elsewhere/saved/{file.name}"}]
+    (root / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="names a file outside the data set"):
+        DataSet(root, "set")
+
+
+def test_a_data_set_may_be_a_link(elsewhere: Path) -> None:
+    (elsewhere / "link").symlink_to(elsewhere / "saved")
+    (elsewhere / "tables").mkdir()
+    (elsewhere / "tables" / "train.parquet").symlink_to(elsewhere / "private.parquet")
+    (elsewhere / "other-link").symlink_to(elsewhere / "tables")
+    for name in ("link", "other-link"):
+        assert DataSet(elsewhere / name, "set").class_names == ("car", "cat")
+
+
 RUNS = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}"
 """A template that Jinja renders by making a folder."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from fedclip_flwr.data.drawn import picture
+from fedclip_flwr.flower import lines
 from tests.documentation import session
 from tests.documentation.machine import SERVER, Hall, why_not
 from tests.documentation.pages import ROOT, blocks
@@ -26,6 +27,8 @@ from tests.documentation.shell import Course, Shell
 SITES = {"north": 2, "south": 3}
 """With the last number of their machines' addresses."""
 CLASSES = {"benign": "cat", "malignant": "fish"}
+CONSTRAINTS = "constraints-http.txt" if lines.line() is lines.HTTP else "constraints.txt"
+"""Of the line of Flower that is installed here, as on the machines: the page says where to write which."""
 NAME = ("-c", "user.name=a reader", "-c", "user.email=reader@example.org")
 
 
@@ -43,7 +46,7 @@ class Guide:
         """
         (block,) = [block for block in self.blocks if words in block.text and but not in block.text]
         self.asked.add(block.place)
-        text = block.text.rstrip().replace("north", site)
+        text = block.text.rstrip().replace("north", site).replace("constraints.txt", CONSTRAINTS)
         for placeholder, value in given.items():
             assert placeholder in text
             text = text.replace(placeholder, value)

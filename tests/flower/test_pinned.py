@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -28,7 +29,7 @@ from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange import records
-from fedclip_flwr.flower import lines, pinned
+from fedclip_flwr.flower import lines, pinned, superlink
 from tests.flower import parts
 
 MEGABYTE = 2**20
@@ -202,7 +203,7 @@ class BecameError(Exception):
 
     def __init__(self, path: str, command: list[str], env: dict[str, str]) -> None:
         super().__init__(path)
-        self.command, self.path = command, env["PATH"]
+        self.command, self.path, self.env = command, env["PATH"], env
 
     @classmethod
     def of(cls, path: str, command: list[str], env: dict[str, str]) -> NoReturn:
@@ -240,9 +241,23 @@ def test_a_site_starts_a_supernode_that_finds_its_own_command_first(python: str)
         assert started(option).command[4:] == lines.address(lines.line().site_address, "[::1]:7")
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0:9094", ":9094", "9094", "[::]:9094", "fl.example.org:9094"])
+def test_a_site_listens_on_its_own_machine_only(python: str, address: str) -> None:
+    with pytest.raises(UserError, match=rf"-address {re.escape(address)}: anyone who reaches it can answer for this"):
+        pinned.start(["--clientappio-api-address", address])
+
+
+def test_nothing_is_installed_at_a_run_of_a_server(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = lines.NO_INSTALLATION
+    monkeypatch.delenv(name)
+    with pytest.raises(BecameError) as became:
+        superlink.start([])
+    assert became.value.env[name] == "1"
+
+
 def test_no_other_program_of_flower_runs_at_a_site(python: str) -> None:
     """A server names the kind of a task, and for each kind Flower has a program that runs what the server sent."""
-    site, tasks = started(), lines.own("programs").TASKS
+    site, tasks = started(), lines.module("programs").TASKS
     assert pinned.COMMAND in tasks
     for task in tasks:
         program = shutil.which(task, path=site.path)

@@ -13,6 +13,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from deploy.processes import SuperLink, superlink
+from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.superlink import objection
 from fedclip_flwr.operations import certificates, keys, simulation
 from harness.fleet import speaking
@@ -75,8 +76,10 @@ def test_nobody_can_answer_in_another_sites_name(link: SuperLink) -> None:
 def test_with_flowers_own_superlink_one_can(link: SuperLink, tmp_path: Path) -> None:
     """The reason for `objection`: if this fails, Flower has mended it. docs/upstream.md."""
     assert link.keys
-    with stock(tmp_path / "stock", link.keys) as own, speaker(own, "south") as south:
-        own.register("south")
+    with stock(tmp_path / "stock", link.keys) as own, speaker(own, "south") as south, speaker(own, "north") as north:
+        own.register("north", "south")
+        if lines.line() is lines.GRPC:  # mended since
+            assert south.activate(north.public)
         node = south.activate(south.public)
         other = Stub(answer(src_node_id=node + 1))
         request = PushMessagesRequest(

@@ -9,8 +9,10 @@ import asyncio
 import http.client
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -133,14 +135,17 @@ def test_a_request_that_is_too_large_is_not_read(link: SuperLink, place: Path) -
 def test_with_flowers_own_superlink_an_outsider_gets_all_of_it(place: Path, outsider: Outsider) -> None:
     """The reason for separate ports: if this fails, Flower has mended it, and `superlink_http` may go."""
     with stock(place / "stock", place / "keys") as link:
-        for path in ("/v1/control/register-node", "/v1/control/list-nodes", "/v1/runtime/acquire-task"):
-            assert outsider.status(link.fleet, path, NEVER[path]) == 200
+        for path, request in NEVER.items():
+            assert outsider.status(link.fleet, path, request) not in (401, 403, 404)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--control-api-address", "0.0.0.0:9093"], "--control-api-address 0.0.0.0:9093: whoever reaches it can start"),
+        (
+            ["--control-api-address", "0.0.0.0:9093"],
+            "--control-api-address 0.0.0.0:9093: anyone who reaches it can start",
+        ),
         (["--serverappio-api-address=[::]:9091"], "an address of this machine only, such as 127.0.0.1:9091"),
         (["--control-api-address", "192.0.2.7:9093"], "reach it from elsewhere by `ssh -L`"),
         (["--host", "0.0.0.0", "--port=8000"], "--host and --port: each API has its own address here"),
@@ -166,6 +171,29 @@ def test_a_port_that_is_taken_is_reported() -> None:
             superlink_http.bound("fleet", address)
 
 
+def test_a_superlink_that_does_not_start_ends_with_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def failing() -> Any:
+        raise OSError
+
+    @asynccontextmanager
+    async def fails(_: FastAPI) -> AsyncIterator[None]:
+        yield await failing()
+
+    applications = {api: FastAPI(lifespan=fails if api == "serverappio" else None) for api in superlink_http.DEFAULTS}
+    monkeypatch.setattr(superlink_http, "applications", lambda _: applications)
+    config = SimpleNamespace(isolation="process", ssl_keyfile=None, ssl_certfile=None)
+    with pytest.raises(UserError, match="the SuperLink did not start"):
+        superlink_http.run(dict.fromkeys(applications, "127.0.0.1:0"), config, tmp_path / "secret")
+
+
+@pytest.mark.federation
+def test_a_superlink_ends_though_somebodys_request_has_no_end(tmp_path: Path) -> None:
+    with superlink(tmp_path / "link") as link, socket.create_connection(("127.0.0.1", link.fleet)) as outsider:
+        outsider.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+        link.process.terminate()
+        link.process.wait(45)
+
+
 def test_an_answer_in_another_name_is_refused_before_it_is_stored() -> None:
     stored: list[Any] = []
     push = superlink_http.owned(lambda request, state: stored.append(request))
@@ -178,14 +206,25 @@ def test_an_answer_in_another_name_is_refused_before_it_is_stored() -> None:
     assert stored == [own]
 
 
-def test_what_a_guarded_application_gets_and_gives() -> None:
-    app = FastAPI()
+def test_a_guarded_application_gets_no_large_request_and_tells_flowers_version() -> None:
+    app, read = FastAPI(), []
     app.get("/health")(lambda: "up")
+    app.post("/read")(lambda: read.append("all"))
     transport = httpx.ASGITransport(superlink_http.guarded(app))
 
-    async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            return await client.get("/health")
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"of unknown length"
 
-    answer = asyncio.run(ask())
-    assert (answer.json(), answer.headers[VERSION]) == ("up", lines.installed())
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            large = {"content-length": str(superlink_http.LARGEST + 1)}
+            return [
+                await client.get("/health"),
+                await client.post("/read", headers=large),
+                await client.post("/read", content=pieces()),
+            ]
+
+    answers = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [200, 413, 411]
+    assert {answer.headers[VERSION] for answer in answers} == {lines.installed()}
+    assert not read

@@ -263,6 +263,7 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/data/dataset.py",
         "data/test_dataset.py",
         ("value is not None and 0 <= value < len(names)", "value is not None and value < len(names)"),
+        ("if not self._is_inside(name.rpartition", "if False and not self._is_inside(name.rpartition"),
     ),
     *changes(
         "fedclip_flwr/data/vocabulary.py",
@@ -389,6 +390,7 @@ MUTATIONS: Sequence[Mutation] = (
         "flower/test_pinned.py",
         ("if name == DESCRIBED else data == own)", "if name == DESCRIBED else True)"),
         ("_components(data) == _components(own)", "True"),
+        ("or not lines.is_loopback(found[0])", "or False"),
     ),
     *changes(
         "fedclip_flwr/flower/supernode.py",

@@ -15,6 +15,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.cli import app
 from fedclip_flwr.features import models
+from fedclip_flwr.flower import lines
 from fedclip_flwr.operations import simulation
 from fedclip_flwr.runs.folder import RunFolder
 from tests.extras import needs
@@ -27,6 +28,12 @@ def test_a_machine_of_a_real_site_cannot_simulate_and_says_what_it_lacks(monkeyp
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="extra `simulation`, or give --on NAME"):
         simulation.prepared(3, [])
+
+
+def test_flowers_commands_install_nothing_at_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = lines.NO_INSTALLATION
+    monkeypatch.delenv(name)
+    assert simulation.environment(tmp_path)[name] == "1"
 
 
 @needs("simulation")

@@ -15,8 +15,6 @@ from tests.package.conftest import TREE, Environment, environment
 
 pytestmark = pytest.mark.package
 
-HERE = {line: name for line, name in LINES.items() if name in read_lines(ROOT)}
-
 
 def test_pip_audit_finds_nothing_without_an_exception(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its verdict is shown: without a database it has found nothing because it has looked at nothing."""
@@ -29,7 +27,7 @@ def test_pip_audit_finds_nothing_without_an_exception(tmp_path: Path, capsys: py
     with capsys.disabled():
         print(f"\n{told}")
     assert status == 0, told
-    assert told.count(": pip-audit ") == len(HERE)
+    assert told.count(": pip-audit ") == len(LINES)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +42,12 @@ def read(sboms: Path, line: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("line", HERE)
+@pytest.mark.parametrize("line", LINES)
 def test_an_sbom_lists_what_is_pinned_and_describes_our_package(sboms: Path, line: str) -> None:
     made = read(sboms, line)
     root = made["metadata"]["component"]
     assert (root["name"], root["version"]) == ("fedclip-flwr", __version__)
-    pinned = {f"pkg:pypi/{pin.name}@{pin.version}" for pin in read_lines(ROOT)[HERE[line]]}
+    pinned = {f"pkg:pypi/{pin.name}@{pin.version}" for pin in read_lines(ROOT)[LINES[line]]}
     assert {one["purl"] for one in made["components"]} == pinned
     assert {one["ref"] for one in made["dependencies"]} == pinned | {root["bom-ref"]}
 
@@ -67,7 +65,7 @@ def test_sboms_are_made_again_the_same(tools: Environment, sboms: Path, tmp_path
     tools.do("python", "-m", "audit.sbom", tmp_path, cwd=TREE)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert made == {path.name: path.read_bytes() for path in sboms.iterdir()}
-    assert len(made) == len(HERE)
+    assert len(made) == len(LINES)
 
 
 CHECK = """
@@ -85,5 +83,5 @@ def test_sboms_are_valid_by_the_schema(tools: Environment, sboms: Path, tmp_path
     spoilt["components"][0]["type"] = "thing"
     (tmp_path / "spoilt.json").write_text(json.dumps(spoilt))
     done = tools.run("python", "-c", CHECK, *sboms.iterdir(), tmp_path / "spoilt.json", cwd=TREE)
-    assert done.stdout.split() == ["valid"] * len(HERE)
+    assert done.stdout.split() == ["valid"] * len(LINES)
     assert "not valid CycloneDX" in done.stderr

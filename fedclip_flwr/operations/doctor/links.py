@@ -198,7 +198,7 @@ def _others(ex: Examination, host: str, ports: Mapping[str, int], remedy: str) -
 def _apps_served(ex: Examination, there: Address, ca: Path | None) -> None:
     if transport := endpoints.speaks_plainly(there):
         _match(there, transport)
-        ex.ok(APPS, f"{there} answers, without TLS (that needs --appio-ssl-certfile): for this machine only")
+        ex.ok(APPS, f"{there} answers, without TLS: keep it on this machine")
     else:
         _served(ex, APPS, there, ca, None)
 
