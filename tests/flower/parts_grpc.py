@@ -30,6 +30,10 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 __all__ = ["ExecPlugin"]
 
 
+UNKNOWN_KEY = "No SuperNode found with the given public key"
+"""The words with which a SuperNode ends whose key is not registered."""
+
+
 class GoneError(grpc.RpcError, grpc.Call):  # type: ignore[misc]
     """What a call raises if the SuperLink is gone."""
 

@@ -32,6 +32,10 @@ from fedclip_flwr.flower import connections_http
 __all__ = ["ExecPlugin"]
 
 
+UNKNOWN_KEY = "Failed to activate SuperNode"
+"""The words with which a SuperNode ends whose key is not registered."""
+
+
 class GoneError(httpx.ConnectError):
     """What a call raises if the SuperLink is gone."""
 
