@@ -337,7 +337,10 @@ class Federation:
         part.replace(self.home(name or "server") / "clock")
 
     def supervise(self) -> None:
-        """Starts SuperNodes again that have ended by themselves, as systemd does."""
+        """Starts a SuperLink and SuperNodes again that have ended by themselves, as systemd does."""
+        if self.link.process.poll() is not None:
+            self.stop_superlink()
+            self.start_superlink()
         for site, node in list(self.nodes.items()):
             if site in self._parts and node.process.poll() is not None:
                 self.start_site(site, wait=False)
@@ -349,9 +352,7 @@ class Federation:
             relay.mend()
         for process in processes("flwr-serverapp", f"RELIABILITY={self.points.place}"):
             kill(process)
-        if self.link.process.poll() is not None:
-            self.stop_superlink()
-            self.start_superlink()
+        self.supervise()
         for site, node in self.nodes.items():
             if node.process.poll() is not None:
                 self.start_site(site)

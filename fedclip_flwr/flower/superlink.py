@@ -2,7 +2,8 @@
 
 A SuperNode signs each request, and the SuperLink compares the key with the node, except for the sender named in an
 answer (and, in Flower 1.31, for the node to activate). So a registered site could answer in another's name. What is
-added to Flower is in this wing's modules `superlink_grpc` and `superlink_http`.
+added to Flower is in this wing's modules `superlink_grpc` and `superlink_http`. And it ends if its SuperExec has ended,
+where Flower's stays, and starts no run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flwr.proto.fleet_pb2 import (
 )
 
 from fedclip_flwr.flower import lines
+from fedclip_flwr.flower.ending import end_with_a_child
 
 
 def start(options: Sequence[str]) -> NoReturn:
@@ -41,4 +43,5 @@ def objection(request: Any, key: bytes) -> str | None:
 
 
 if __name__ == "__main__":
+    end_with_a_child("SuperLink")
     lines.module("superlink").main(sys.argv[1:])

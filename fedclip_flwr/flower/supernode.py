@@ -10,8 +10,6 @@ than the installed one before anything of it is unpacked.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import threading
 import time
@@ -28,7 +26,6 @@ from flwr.common.constant import (
 )
 from flwr.common.logger import log  # the SuperNode's own log
 from flwr.proto.message_pb2 import ObjectTree  # the parts of a message
-from flwr.supercore.constant import FORCE_EXIT_TIMEOUT_SECONDS  # the time limit of a SuperNode's exit
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree  # which parts a message has
 from flwr.supercore.object_store import ObjectStore  # the store of the parts
 from flwr.supernode import start_client_internal as flower  # the SuperNode's loop: no hooks
@@ -39,6 +36,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
 
 from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import pinned
+from fedclip_flwr.flower.ending import end, end_with_a_child
 from fedclip_flwr.flower.patching import replace
 
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
@@ -137,40 +135,22 @@ def main() -> None:
     take, send = flower._pull_and_store_message, flower._push_messages
     replace(flower, _pull_and_store_message=taking(take), _push_messages=sending(send))
     threading.excepthook = _end_with_a_thread
-    threading.Thread(target=_end_with_a_child, daemon=True).start()
+    end_with_a_child("SuperNode")
     sys.argv[0] = "flower-supernode"
     status: Any = 1  # it returns only if it could not continue
     try:
         flower_supernode()
-    except SystemExit as end:
-        status = end.code
+    except SystemExit as stop:
+        status = stop.code
     except BaseException:
         traceback.print_exc()
-    _end(status if isinstance(status, int) else 1)
+    end(status if isinstance(status, int) else 1)
 
 
 def _end_with_a_thread(failed: threading.ExceptHookArgs) -> None:
     """Exit if a thread fails: without the heartbeat thread, the node would stay but get no messages."""
     threading.__excepthook__(failed)
-    _end(1)
-
-
-def _end_with_a_child() -> None:
-    """Exit if the child process ends: it starts the processes that answer messages."""
-    while True:
-        with contextlib.suppress(ChildProcessError):  # no child yet
-            os.waitpid(-1, 0)
-            time.sleep(FORCE_EXIT_TIMEOUT_SECONDS)  # on a regular stop this process exits meanwhile
-            print("flower-superexec exited: stopping this SuperNode", file=sys.stderr)
-            _end(1)
-        time.sleep(1)
-
-
-def _end(status: int) -> None:
-    """Exit at once: Python would wait for open connections."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    end(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.superlink import objection
 from fedclip_flwr.operations import certificates, keys, simulation
 from harness.fleet import speaking
+from harness.machine import processes
 from tests.flower.stock import stock
 from tests.flower.test_inbox import Stub, answer
 
@@ -88,6 +92,18 @@ def test_with_flowers_own_superlink_one_can(link: SuperLink, tmp_path: Path) -> 
         with pytest.raises(speaking.CallFailed) as failed:
             south.ask.PushMessages(request)
     assert not speaking.refusal(failed.value)[0]  # it looked for that answer's run, which does not exist
+
+
+@pytest.mark.federation
+def test_a_superlink_ends_if_what_starts_its_runs_has_ended(tmp_path: Path) -> None:
+    """So that whoever starts it again does so: Flower's own stays, and starts no run."""
+    with superlink(tmp_path / "link") as link:
+        while not (found := processes("flower-superexec", f"FLWR_HOME={link.folder}")):
+            assert link.process.poll() is None
+            time.sleep(0.1)
+        os.kill(found[0], signal.SIGKILL)
+        assert link.process.wait(45) == 1
+    assert "flower-superexec exited: stopping this SuperLink" in (link.folder / "superlink.log").read_text()
 
 
 def pushed(own: int, *senders: int) -> PushMessagesRequest:
