@@ -166,8 +166,7 @@ def _received(work: Work, starts: Sequence[int], sockets: Sequence[socket.socket
 def serve() -> None:
     """Run a worker until the other side closes the socket, which is its standard input."""
     torch.set_num_threads(1)
-    channel = socket.socket(fileno=os.dup(0))
-    with contextlib.suppress(ConnectionError):
+    with socket.socket(fileno=os.dup(0)) as channel, contextlib.suppress(ConnectionError):
         work, starts = pickle.loads(_receive(channel))
         for start in starts:
             _send_batch(channel, work.batch(start))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
+import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from flwr.supercore.constant import FORCE_EXIT_TIMEOUT_SECONDS  # the time limit of a regular exit
+
+from fedclip_flwr.flower.patching import replace
+
+SUPEREXEC = "flower-superexec"
+"""What a SuperLink and a SuperNode start, and what starts all other processes."""
 
 
 def end(status: int) -> None:
@@ -18,16 +25,20 @@ def end(status: int) -> None:
     os._exit(status)
 
 
-def end_with_a_child(name: str) -> None:
-    """From now on exit if the child process ends: it is flower-superexec, which starts all others."""
+def end_with_superexec(name: str) -> None:
+    """From now on exit if the SuperExec ends that this process starts: no function of Flower's has it to give away."""
+    start = subprocess.Popen.__init__
 
-    def watch() -> None:
-        while True:
-            with contextlib.suppress(ChildProcessError):  # no child yet
-                os.waitpid(-1, 0)
-                time.sleep(FORCE_EXIT_TIMEOUT_SECONDS)  # on a regular stop this process exits meanwhile
-                print(f"flower-superexec exited: stopping this {name}", file=sys.stderr)
-                end(1)
-            time.sleep(1)
+    def watch(superexec: subprocess.Popen[Any]) -> None:
+        superexec.wait()
+        time.sleep(FORCE_EXIT_TIMEOUT_SECONDS)  # on a regular stop this process exits meanwhile
+        print(f"{SUPEREXEC} exited: stopping this {name}", file=sys.stderr)
+        end(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    @functools.wraps(start)
+    def started(self: Any, command: Any, *more: Any, **named: Any) -> None:
+        start(self, command, *more, **named)
+        if isinstance(command, list) and command[0] == SUPEREXEC:
+            threading.Thread(target=watch, args=[self], daemon=True).start()
+
+    replace(subprocess.Popen, __init__=started)

@@ -20,7 +20,7 @@ from flwr.proto.fleet_pb2 import (
 )
 
 from fedclip_flwr.flower import lines
-from fedclip_flwr.flower.ending import end_with_a_child
+from fedclip_flwr.flower.ending import end_with_superexec
 
 
 def start(options: Sequence[str]) -> NoReturn:
@@ -43,5 +43,5 @@ def objection(request: Any, key: bytes) -> str | None:
 
 
 if __name__ == "__main__":
-    end_with_a_child("SuperLink")
+    end_with_superexec("SuperLink")
     lines.module("superlink").main(sys.argv[1:])

@@ -36,7 +36,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
 
 from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import pinned
-from fedclip_flwr.flower.ending import end, end_with_a_child
+from fedclip_flwr.flower.ending import end, end_with_superexec
 from fedclip_flwr.flower.patching import replace
 
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
@@ -135,7 +135,7 @@ def main() -> None:
     take, send = flower._pull_and_store_message, flower._push_messages
     replace(flower, _pull_and_store_message=taking(take), _push_messages=sending(send))
     threading.excepthook = _end_with_a_thread
-    end_with_a_child("SuperNode")
+    end_with_superexec("SuperNode")
     sys.argv[0] = "flower-supernode"
     status: Any = 1  # it returns only if it could not continue
     try:

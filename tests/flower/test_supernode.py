@@ -5,11 +5,13 @@ For real ones: tests/test_deploy.py.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -233,16 +235,28 @@ supernode.main()
     ("what", "status", "expected"),
     [
         ("threading.Thread(target=fails).start(); stays()", 1, "no heartbeat"),
-        ("child = subprocess.Popen(['true']); stays()", 1, "flower-superexec exited"),
+        ("child = subprocess.Popen(['flower-superexec']); stays()", 1, "flower-superexec exited"),
+        ("subprocess.run(['true']); sys.exit(threading.active_count() - 1)", 0, ""),
         ("threading.Thread(target=stays).start(); sys.exit(0)", 0, ""),
         ("threading.Thread(target=stays).start(); sys.exit('why')", 1, ""),
         ("threading.Thread(target=stays).start(); fails()", 1, "no heartbeat"),
         ("threading.Thread(target=stays).start()", 1, ""),
     ],
-    ids=["a thread fails", "its child ends", "expected to end", "for a reason", "it fails", "it returns"],
+    ids=[
+        "a thread fails",
+        "its SuperExec ends",
+        "another child ends",
+        "expected to end",
+        "for a reason",
+        "it fails",
+        "it returns",
+    ],
 )
-def test_a_supernode_that_cannot_continue_ends(what: str, status: int, expected: str) -> None:
+def test_a_supernode_that_cannot_continue_ends(what: str, status: int, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "flower-superexec").write_text("#!/bin/sh\n")
+    (tmp_path / "flower-superexec").chmod(0o755)
     command = [sys.executable, "-c", END.format(what=what), "--an", "option"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert (done.returncode, done.stdout) == (status, "begun --an option\n")
     assert expected in done.stderr
