@@ -188,7 +188,7 @@ KILLS = """\
 `kill -9` at moments drawn at random from the whole run, not at chosen points; then the run is resumed."""
 SOAKED = """\
 Sites spoil their answers at random all the time, and processes are killed; the last ones then have two hundred rounds
-in which nothing may grow. Sites answer with the real ClientApp, all in one process."""
+in which nothing may grow. Sites answer with the real ClientApp, all in one process. This is the gRPC line's."""
 FUZZED = """\
 Files, messages and settings that strangers might make, most of them whole ones that were changed at random:
 `pytest tests/fuzz -m "" --hypothesis-profile soak`. Each is taken, left out and counted, or refused in one plain line;
