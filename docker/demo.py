@@ -105,7 +105,8 @@ class Federation:
 
     def flwr(self, *words: str) -> Any:
         """The answer of one of Flower's commands on the server; empty while the server is not running."""
-        output = self.execute("superlink", "flwr", *words, "--format", "json").stdout
+        command = ["timeout", "30", "flwr", *words, "--format", "json"]  # it may wait for ever on a server that restarts
+        output = self.execute("superlink", *command).stdout
         with contextlib.suppress(ValueError):
             return json.loads(output[output.index("{") :])
         return {}
