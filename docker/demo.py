@@ -105,7 +105,7 @@ class Federation:
 
     def flwr(self, *words: str) -> Any:
         """The answer of one of Flower's commands on the server; empty while the server is not running."""
-        command = ["timeout", "30", "flwr", *words, "--format", "json"]  # it may wait for ever on a server that restarts
+        command = ["timeout", "30", "flwr", *words, "--format", "json"]  # a server that restarts may never answer
         output = self.execute("superlink", *command).stdout
         with contextlib.suppress(ValueError):
             return json.loads(output[output.index("{") :])
