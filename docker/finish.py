@@ -20,9 +20,9 @@ PLACE = Path(sysconfig.get_path("purelib"))
 UNUSED = (
     *("torch/bin/[!t]*", "torch/bin/test_*", "torch/include", "torch/test", "**/tests"),
     *("pyarrow/include", "pyarrow/*flight*", "pyarrow/*s3*", "pyarrow/_pyarrow_cpp_tests*"),
-    "matplotlib/mpl-data/sample_data",
+    *("matplotlib/mpl-data/sample_data", "Crypto/SelfTest", "**/*.pyi", "**/*.pyx", "**/*.c"),
 )
-"""Other projects' tests and headers, and pyarrow's parts for Flight servers and for Amazon S3."""
+"""Other projects' tests, headers, stubs and sources, and pyarrow's parts for Flight servers and for Amazon S3."""
 
 
 def main(variant: str) -> None:

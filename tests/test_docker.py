@@ -133,7 +133,7 @@ def test_the_image_is_small_and_complete_and_its_user_has_no_rights(federation: 
         demo.quietly(["docker", "image", "inspect", "--format", path, federation.image]).stdout.strip()
         for path in ("{{.Size}}", "{{.Config.User}}")
     )
-    assert int(size) < 1.65e9
+    assert int(size) < 1.6e9
     assert user == "10001:10001"
     for service in ("superlink", *SITES):
         assert federation.execute(service, "id", "-u").stdout.strip() == "10001"
