@@ -42,13 +42,10 @@ SUBREAPER = 36
 @contextmanager
 def deployment(place: Path, data: Path) -> Iterator[Mapping[str, str]]:
     """Flower's own SuperLink and two SuperNodes: the environment for Flower's commands."""
-    control, fleet, apps = simulation.free_ports(3)
-    line, version = lines.line(), Version(lines.installed())
-    if line is lines.GRPC:
-        options = [f"--control-api-address=127.0.0.1:{control}", f"--serverappio-api-address=127.0.0.1:{apps}"]
-    else:
-        options = lines.address(line.simulation_address, f"127.0.0.1:{control}")
-    if version >= ALL_HTTP:
+    control, fleet = simulation.free_ports(2)
+    line = lines.line()
+    options = lines.address(line.simulation_address, f"127.0.0.1:{control}")
+    if Version(lines.installed()) >= ALL_HTTP:
         fleet = control
     else:
         options.append(f"--fleet-api-address=127.0.0.1:{fleet}")

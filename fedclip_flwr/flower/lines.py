@@ -1,7 +1,7 @@
 """The two lines of Flower that this package runs on, and all that differs between them by version.
 
-The gRPC line is 1.31: gRPC between all parts. The HTTP line is the newest: HTTP between all parts. Nothing else asks
-for Flower's version: what differs is in the table, or in a module of this wing with the line's name at its end.
+The gRPC line is 1.31: gRPC between all parts. The HTTP line is the newest: HTTP between all parts. Nothing else here
+asks for Flower's version: what differs is in the table, or in a module of this wing with the line's name at its end.
 """
 
 from __future__ import annotations

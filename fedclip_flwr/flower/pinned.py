@@ -78,8 +78,8 @@ def _listening(options: Sequence[str]) -> tuple[list[str], list[str]]:
             f"--clientappio-api-address {given.address}: anyone who reaches it can answer for this site; give an "
             f"address of this machine only, such as {LISTENS}"
         )
-    if twice := {option.partition("=")[0] for option in others} & {*lines.line().site_address}:
-        raise UserError(f"{' and '.join(sorted(twice))}: give --clientappio-api-address HOST:PORT instead")
+    if given_too := {option.partition("=")[0] for option in others} & {*lines.line().site_address}:
+        raise UserError(f"{' and '.join(sorted(given_too))}: give --clientappio-api-address HOST:PORT instead")
     return lines.address(lines.line().site_address, given.address), others
 
 

@@ -104,10 +104,11 @@ class Listener(uvicorn.Server):
 
 
 async def serve(listeners: Sequence[tuple[Listener, socket.socket]]) -> None:
-    """Run the servers until this process is asked to stop, or one of them ends."""
+    """Run the servers until this process is asked to stop, or one of them ends; the last one ends last."""
+    *others, last = listeners
 
     def stop() -> None:
-        for listener, _ in listeners:
+        for listener, _ in others:
             listener.should_exit = True
 
     async def run(listener: Listener, at: socket.socket) -> None:
@@ -116,9 +117,15 @@ async def serve(listeners: Sequence[tuple[Listener, socket.socket]]) -> None:
         finally:
             stop()
 
+    async def run_others() -> None:
+        try:
+            await asyncio.gather(*(run(*one) for one in others))
+        finally:
+            last[0].should_exit = True
+
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop)
-    await asyncio.gather(*(run(*one) for one in listeners))
+    await asyncio.gather(run_others(), run(*last))
 
 
 def guarded(app: Callable[..., Any]) -> Callable[..., Any]:

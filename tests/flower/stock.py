@@ -18,16 +18,15 @@ def stock(folder: Path, keys: Path) -> Iterator[SuperLink]:
     own = keys / "server"
     files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
     options = ["--enable-supernode-auth", *(f"--ssl-{name}={own / file}" for name, file in files.items())]
-    apps, fleet, control = simulation.free_ports(3)
+    fleet, control = simulation.free_ports(2)
+    options += lines.address(lines.line().simulation_address, f"127.0.0.1:{control}")
     if lines.line() is lines.HTTP:
         fleet = control
-        options += ["--host=127.0.0.1", f"--port={control}"]
     else:
-        ports = {"serverappio": apps, "fleet": fleet, "control": control}
-        options += [f"--{name}-api-address=127.0.0.1:{port}" for name, port in ports.items()]
+        options.append(f"--fleet-api-address=127.0.0.1:{fleet}")
     simulation.connect(folder, control, f'root-certificates = "{own / "ca.crt"}"')
     env, log = simulation.environment(folder), folder / "superlink.log"
     with simulation.started(["flower-superlink", *options], env, log) as process:
         for port in {control, fleet}:
             simulation.wait_for(port, process, log)
-        yield SuperLink(folder, env, fleet, control, apps, keys, process)
+        yield SuperLink(folder, env, fleet, control, 0, keys, process)
