@@ -26,7 +26,7 @@ def end(status: int) -> None:
 
 
 def end_with_superexec(name: str) -> None:
-    """From now on exit if the SuperExec ends that this process starts: no function of Flower's has it to give away."""
+    """From now on exit if the SuperExec that this process starts has ended: Flower has no hook for that."""
     start = subprocess.Popen.__init__
 
     def watch(superexec: subprocess.Popen[Any]) -> None:
