@@ -28,6 +28,7 @@ from packaging.version import Version
 from benchmarks.common import ECHO, at_least, nothing, run_app, simulate, workplace
 from fedclip_flwr.flower import lines
 from fedclip_flwr.operations import simulation
+from fedclip_flwr.operations.ports import free_ports
 from harness.features import write_features
 from harness.machine import OURS, machine, table
 
@@ -42,7 +43,7 @@ SUBREAPER = 36
 @contextmanager
 def deployment(place: Path, data: Path) -> Iterator[Mapping[str, str]]:
     """Flower's own SuperLink and two SuperNodes: the environment for Flower's commands."""
-    control, fleet = simulation.free_ports(2)
+    control, fleet = free_ports(2)
     line = lines.line()
     options = lines.address(line.simulation_address, f"127.0.0.1:{control}")
     if Version(lines.installed()) >= ALL_HTTP:
@@ -57,7 +58,7 @@ def deployment(place: Path, data: Path) -> Iterator[Mapping[str, str]]:
         for port in {control, fleet}:
             simulation.wait_for(port, link, log)
         for number in range(DEPLOYED):
-            (own,) = simulation.free_ports(1)
+            (own,) = free_ports(1)
             command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{fleet}"]
             command += lines.address(line.site_address, f"127.0.0.1:{own}")
             command += ["--node-config", f"site='site-{number}' data='features:{data}' domains='site-{number}'"]

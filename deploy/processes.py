@@ -19,6 +19,7 @@ from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.connections import IN_MEMORY
 from fedclip_flwr.operations import simulation
+from fedclip_flwr.operations.ports import free_ports
 
 WAIT = 90.0
 """Seconds within which SuperNodes must connect."""
@@ -99,7 +100,7 @@ def superlink(
     A restarted one needs its previous `ports`: those for apps, sites and users.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    apps, fleet, control = ports or simulation.free_ports(3)
+    apps, fleet, control = ports or free_ports(3)
     if keys:
         own = keys / "server"
         trust = f'root-certificates = "{own / "ca.crt"}"'
@@ -134,7 +135,7 @@ def supernode(
 
     `options` replace those that the SuperLink's keys require.
     """
-    (own,) = simulation.free_ports(1)
+    (own,) = free_ports(1)
     command = ["fedclip", "site"] if link.keys else ["flower-supernode"]
     command += ["--superlink", f"127.0.0.1:{port or link.fleet}", "--node-config", config]
     listens = {"--clientappio-api-address": "{address}"} if link.keys else lines.line().site_address

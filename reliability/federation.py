@@ -25,6 +25,7 @@ from safetensors import safe_open
 from deploy.processes import SuperLink, SuperNode, superlink, supernode
 from deploy.relay import Relay, relayed
 from fedclip_flwr.operations import keys, simulation
+from fedclip_flwr.operations.ports import free_ports
 from harness.features import write_features
 from harness.machine import processes
 
@@ -237,7 +238,7 @@ class Federation:
         self.points = Points(place / "points")
         self.features = write_features(place / "features", dict.fromkeys(DOMAINS, ROWS))
         keys.make(place / "keys", "localhost", SITES)
-        self.ports = simulation.free_ports(3)
+        self.ports = free_ports(3)
         self._parts: dict[str, ExitStack] = {}
         self.relays: dict[str, Relay] = {}
         self.nodes: dict[str, SuperNode] = {}

@@ -36,7 +36,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, i
 
 from deploy.processes import SuperLink, superlink
 from fedclip_flwr.exchange import records
-from fedclip_flwr.operations import simulation
+from fedclip_flwr.operations.ports import free_ports
 from harness import fleet
 from harness.features import write_features
 from harness.machine import OURS, memory, processes
@@ -259,7 +259,7 @@ def beginnings(rounds: int) -> dict[int, str]:
 
 def soak(of: Soak, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs all rounds; the run's summary in the end."""
-    flower, results, ports = of.place / "flower", of.place / "results", simulation.free_ports(3)
+    flower, results, ports = of.place / "flower", of.place / "results", free_ports(3)
     todo, over = beginnings(of.rounds), threading.Event()
     sites = threading.Thread(target=of.live, args=(ports[1], over))
     stack, link = _started(flower, ports)

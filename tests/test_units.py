@@ -12,6 +12,7 @@ import pytest
 
 from deploy.processes import SuperLink, SuperNode
 from fedclip_flwr.operations import keys, simulation
+from fedclip_flwr.operations.ports import free_ports
 from tests import units
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -52,7 +53,7 @@ def started_by(name: str, more: Mapping[str, str]) -> tuple[list[str], dict[str,
 def test_what_the_units_start_finds_each_other(tmp_path: Path) -> None:
     """With the folders and ports of a test, but else as they are."""
     keys.make(tmp_path / "keys", "localhost", ["north"])
-    fleet, control, apps, own = simulation.free_ports(4)
+    fleet, control, apps, own = free_ports(4)
     config = tmp_path / "etc"
     config.mkdir()
     for file in [*(tmp_path / "keys" / "server").iterdir(), *(tmp_path / "keys" / "sites" / "north").iterdir()]:

@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.settings import unusable
 from fedclip_flwr.flower import lines
+from fedclip_flwr.operations.ports import free_ports
 from fedclip_flwr.runs import read_settings
 
 CONNECTION = "fedclip"
@@ -185,15 +186,6 @@ def superlink(folder: Path, sites_see_gpus: bool = False) -> Iterator[dict[str, 
     with started(command, env, log) as process:
         wait_for(port, process, log)
         yield env
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports of this machine, to be used at once."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def connect(folder: Path, port: int, trust: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from deploy.processes import SuperLink
 from fedclip_flwr.flower import lines
 from fedclip_flwr.operations import simulation
+from fedclip_flwr.operations.ports import free_ports
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def stock(folder: Path, keys: Path) -> Iterator[SuperLink]:
     own = keys / "server"
     files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
     options = ["--enable-supernode-auth", *(f"--ssl-{name}={own / file}" for name, file in files.items())]
-    fleet, control = simulation.free_ports(2)
+    fleet, control = free_ports(2)
     options += lines.address(lines.line().simulation_address, f"127.0.0.1:{control}")
     if lines.line() is lines.HTTP:
         fleet = control
