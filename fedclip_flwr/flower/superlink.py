@@ -8,9 +8,11 @@ where Flower's stays, and starts no run.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from flwr.proto.fleet_pb2 import (
@@ -19,6 +21,7 @@ from flwr.proto.fleet_pb2 import (
     RegisterNodeFleetRequest,  # registers a node: the named key is compared
 )
 
+from fedclip_flwr.base import UserError
 from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.ending import end_with_superexec
 
@@ -27,8 +30,18 @@ def start(options: Sequence[str]) -> NoReturn:
     """Replace this process by a SuperLink with these options."""
     lines.warn()
     lines.module("superlink").check(options)
+    _check_database(options)
     command = [sys.executable, "-P", "-m", __name__, *options]
     os.execve(command[0], command, {**os.environ, **lines.NO_INSTALLATION})
+
+
+def _check_database(options: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--database", default="")
+    database = parser.parse_known_args(options)[0].database
+    folder = Path(database).parent
+    if "://" not in database and not folder.is_dir():
+        raise UserError(f"--database {database}: there is no folder {folder}; make it, or give a file in another one")
 
 
 def objection(request: Any, key: bytes) -> str | None:

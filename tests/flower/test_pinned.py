@@ -255,6 +255,15 @@ def test_nothing_is_installed_at_a_run_of_a_server(python: str, monkeypatch: pyt
     assert became.value.env[name] == "1"
 
 
+def test_a_database_in_no_folder_is_refused(python: str, tmp_path: Path) -> None:
+    for option in (["--database", f"{tmp_path}/none/superlink.db"], [f"--database={tmp_path}/none/superlink.db"]):
+        with pytest.raises(UserError, match=f"superlink.db: there is no folder {tmp_path}/none; make it"):
+            superlink.start(option)
+    for database in (f"{tmp_path}/superlink.db", "superlink.db", ":flwr-in-memory:", f"sqlite:///{tmp_path}/x.db"):
+        with pytest.raises(BecameError):
+            superlink.start(["--database", database])
+
+
 def test_no_other_program_of_flower_runs_at_a_site(python: str) -> None:
     """A server names the kind of a task, and for each kind Flower has a program that runs what the server sent."""
     site, tasks = started(), lines.module("programs").TASKS
