@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -45,7 +44,7 @@ class Python:
         return self._process.exitcode
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        self._process.kill()  # unless it has ended meanwhile
 
     def wait(self) -> int:
         self._process.join()
@@ -64,8 +63,7 @@ class Python:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.returncode is None:
-            self.kill()
+        self.kill()
         self.wait()
 
 

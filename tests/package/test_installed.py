@@ -176,5 +176,5 @@ def test_its_own_tests_pass(end: Environment) -> None:
     for name in ("docs", "tests"):
         shutil.copytree(TREE / name, place / name)
     shutil.copy(TREE / "pyproject.toml", place)
-    names = [*TESTS, *(["test_onnx_file.py"] if writes_onnx(end) else [])]
+    names = [*TESTS, *(["inference/test_onnx_file.py"] if writes_onnx(end) else [])]
     end.do("python", "-m", "pytest", "-n", "2", *(f"tests/{name}" for name in names), cwd=place)
