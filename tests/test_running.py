@@ -139,7 +139,7 @@ def test_what_can_be_set_does_the_same_in_a_run_as_in_one_process(
     plain = in_one_process(drawn, 5, Settings(seed=given.get("seed", 0)))
     assert truth.rounds[1:] != plain.rounds[1:]
     if "fraction_train" not in given:  # then all messages of a round are alike, as a sweep takes them to be
-        settings = Settings(**given, holdout="sketch", num_server_rounds=1)
+        settings = Settings(**(given | {"holdout": "sketch", "num_server_rounds": 1}))
         predicted = solve(Cell("attention", settings, 5), drawn).bytes
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert predicted == pytest.approx(last["bytes"] / 5, rel=0.02)

@@ -50,8 +50,9 @@ CLIPPED = """() => {
 }"""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    """For these tests only: while it runs, Playwright's event loop is this thread's."""
     from playwright.sync_api import sync_playwright
 
     from benchmarks.screenshots import browser as installed
@@ -71,7 +72,7 @@ class Tab(NamedTuple):
     heard: list[str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tabs(chromium: Browser, pages: dict[str, Path]) -> dict[str, Tab]:
     """Each page opened once: for another window it is made wider or narrower, for another scheme it gets that."""
     return {name: opened(chromium, pages[name]) for name in PAGES}
