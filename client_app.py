@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 
 from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.base.errors import ReadError, one_line
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.exchange import ExchangeError, Hello, Progress, records
 from fedclip_flwr.exchange.codecs import packs
 from fedclip_flwr.exchange.link import SiteCache, StatesOnDisk, forget
@@ -28,6 +29,7 @@ from fedclip_flwr.features import encoding
 from fedclip_flwr.flower.clientapp import RAISED, ClientAppCallable
 from fedclip_flwr.learning import Adapter
 from fedclip_flwr.learning.adapters import tensor_names
+from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.saved import save_adapter
 from fedclip_flwr.site import OpenedContext, open_context
 from fedclip_flwr.site.context import in_simulation
@@ -160,7 +162,7 @@ def opened_for(message: Message, context: Context) -> OpenedContext:
         task.session.remember(content.memory())
     session = task.session or recall(task.key, content.memory())
     opened = open_context(context.run_config, context.node_config, session, simulated)
-    if opened.settings.method == "adapter" and len(opened.site.train.labels) < MANY_IMAGES:
+    if opened.settings.method != "full-model" and len(opened.site.train.labels) < MANY_IMAGES:
         torch.set_num_threads(1)
     return opened
 
@@ -180,12 +182,14 @@ def masks(context: Context) -> bool:
 
 
 def tensors_to_send(message: Message, context: Context) -> Collection[str]:
-    """The names of the tensors that may be sent: the adapter's, the whole model's or, if packed, the codec's."""
+    """The names of the tensors that may be sent: the adapter's, the whole model's, sums or, if packed, the codec's."""
     if masks(context):
         return [protocol.MASKED]
     codec, method, adapter = (str(context.run_config.get(key, "")) for key in ("codec", "method", "adapter"))
     if packs(codec or "float32"):
         return [codec]
+    if method == ONE_ROUND:
+        return SUMS
     if method == "adapter":
         return tensor_names(adapter)
     return message.content.array_records.get("arrays", {}).keys()

@@ -51,7 +51,7 @@ def main() -> None:
         state = make_adapter(kind, DIM).state_dict()
         for codec in ("float32", *CODECS):
             one_way = packed_size(codec, state) if codec in CODECS else sum(t.nbytes for t in state.values())
-            whole = records.round_size(state, codec, "0" * records.MARK, report)
+            whole = records.round_size(state, state, codec, "0" * records.MARK, report)
             less, goal = WHOLE / whole, GOALS.get((kind, codec))
             sizes = [f"{size:,}" for size in (2 * one_way, bare(), whole - bare() - 2 * one_way, whole)]
             rows.append([kind, codec, *sizes, f"{less:,.0f}", f"{goal:,}" if goal else ""])

@@ -347,7 +347,7 @@ def load(adapter: str, codec: str, trains: bool) -> Load:
     answer = records.write_answer(REPORT, arrays if trains else None)
     asked = RecordDict({"arrays": records.write_adapter(arrays), "config": records.write_task("0" * records.MARK)})
     down, up = (objects(record) for record in (asked, answer))
-    size = records.round_size(state, codec, "0" * records.MARK, REPORT)
+    size = records.round_size(state, state, codec, "0" * records.MARK, REPORT)
     if not trains:
         size -= answered(records.write_answer(REPORT, arrays)) - answered(answer)
     return Load(size, (1 + down + 1) + (1 + up) + 1 + (1 + up + 1))

@@ -31,8 +31,11 @@ from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.flower import lines
 from fedclip_flwr.learning.adapters import tensor_names
+from fedclip_flwr.learning.one_round import SUMS
+from fedclip_flwr.learning.sums import sums_of
 from fedclip_flwr.operations import simulation
 from fedclip_flwr.runs.saved import load_adapter
+from fedclip_flwr.site.holdings import SiteConfig, own_site
 from harness.features import write_features
 from tests.processes import alive, kill, until_gone
 
@@ -106,6 +109,29 @@ def test_any_number_of_nodes_has_the_result_of_one_process(nodes: int, tmp_path:
     folder = completed(nodes, tmp_path)
     assert_same_result(folder, in_one_process(drawn, nodes))
     assert len(read(folder, "summary.json")["adapted"]["sites"]) == nodes
+
+
+def same_tensors(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    saved = load_file(folder / "adapter.safetensors")
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[name], state[name]) for name in state)
+
+
+def test_one_round_has_the_file_of_one_process_to_the_bit(tmp_path: Path, drawn: Features) -> None:
+    settings = Settings(method="one-round")
+    sites, unseen = make_sites(drawn, settings.holdout, 5, settings.seed)
+    truth = simulate(sites, drawn.classes, unseen, settings)
+    done = fedclip("run", "--nodes", "5", "method=one-round", f"results-dir={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = run_folder(tmp_path)
+    same_tensors(folder, truth.state)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1]
+    summary = read(folder, "summary.json")
+    assert summary["rounds"] == 1
+    assert summary["adapted"]["unseen"] == pytest.approx(truth.selected.unseen, abs=0.002)
+    assert summary["adapted"]["unseen"] > summary["zero_shot"]["unseen"] + 0.02
+    assert "one round, in closed form; every image counts the same" in done.stdout
 
 
 @pytest.mark.soak  # some of them: the run folder below
@@ -423,6 +449,33 @@ def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
         == {"inner.weight": [128, 128], "inner.bias": [128], "outer.weight": [128, 128], "outer.bias": [128]}
         for content in trained
     )
+
+
+def test_one_round_of_real_sites_is_the_sum_of_their_own_images(tree: Path, tmp_path: Path) -> None:
+    """Each has another domain, and one lacks a class; the sum is the one of all their training images, to the bit."""
+    shutil.rmtree(tree / "photo" / "cat")
+    with ExitStack() as stack:
+        home = str(tmp_path / "home")
+        link = stack.enter_context(superlink(tmp_path / "flower", FEDCLIP_HOME=home, OMP_NUM_THREADS="1"))
+        configs = {name: f"site='{name}' data='folder:{tree}' domains='{name}'" for name in ("cartoon", "photo")}
+        nodes = [stack.enter_context(supernode(link, site, config)) for site, config in configs.items()]
+        link.wait_for(nodes)
+        command = ["fedclip", "run", "--on", simulation.CONNECTION, "data=none", "class-names=car,cat,fish"]
+        command += ["method=one-round", "statistics=full", "holdout=", "min-sites=2", f"results-dir={tmp_path}/results"]
+        done = subprocess.run(command, env=link.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = run_folder(tmp_path / "results")
+    adapter, _ = load_adapter(folder)
+    features = open_features(Settings(data=f"folder:{tree}"), progress=False)
+    expected = adapter.state_dict()
+    for name in SUMS:
+        expected[name] = torch.zeros_like(expected[name])
+    for domain in ("cartoon", "photo"):
+        site = own_site(features, SiteConfig(domain, "train", [domain]), 0, torch.device("cpu"))
+        for name, tensor in sums_of(site.train, expected["basis"], 3).items():
+            expected[name] += tensor
+    same_tensors(folder, expected)
+    assert expected["counts"].sum() == sum(train for train, *_ in read(folder, "summary.json")["examples"].values())
 
 
 def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path) -> None:

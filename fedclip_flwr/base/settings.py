@@ -35,6 +35,10 @@ ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 """The strategies that compare the sites' updates with each other."""
 CODECS = ("float32", "bfloat16", "int8")
 """How tensors travel: in full, or as differences that `exchange/codecs.py` compresses."""
+ONE_ROUND = "one-round"
+"""The method without training: sites send sums, and the model follows from them in closed form."""
+FORMS = ("span", "full")
+"""The directions in which `one-round` measures second moments."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Experiment trackers that a run can report to."""
 STORED = "features:"
@@ -67,7 +71,14 @@ class Settings:
         "auto",
         "the domain no site trains on, or several with + between; `auto` is the last in sorted order, empty for none",
     )
-    method: str = _setting("adapter", "what is trained and sent", choices=("adapter", "full-model"))
+    method: str = _setting(
+        "adapter",
+        "`adapter` and `full-model` are trained in rounds; `one-round` is a closed form from sums over all images",
+        choices=("adapter", "full-model", ONE_ROUND),
+    )
+    statistics: str = _setting(
+        "span", "with one-round: second moments in the span of the class prompts, or in the full space", choices=FORMS
+    )
     adapter: str = _setting("attention", "the trainable part", choices=ADAPTERS)
     adapter_rank: int = _setting(4, "rank of adapters that have one (`gate`)", least=1, most=2**14)
     blend: float | str = _setting(
@@ -165,6 +176,11 @@ class Settings:
             problems["batch-size"] = "batch-size = 1: the paper's recipe skips a batch of one; expected at least 2"
         problems |= {key: f"{key} = {_value(settings, key)!r}: {why}" for key, why in _contradictions(settings).items()}
         return settings, problems
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds."""
+        return 1 if self.method == ONE_ROUND else self.num_server_rounds
 
     @property
     def proximal(self) -> float:
@@ -276,10 +292,25 @@ def _contradictions(settings: Settings) -> dict[str, str]:
             found["codec"] = how + "tensors are masked and can't be compressed; leave it out"
         if settings.site_weights != "equal":
             found["site-weights"] = how + "sites count the same; leave it out"
+    if settings.method == ONE_ROUND:
+        found |= _of_rounds(settings)
     if settings.method == "full-model":
         plain = {"feature-norm": 0.0, "blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
         for key in [key for key, value in plain.items() if _value(settings, key) != value]:
             found[key] = "it is for adapters; leave it out with method = 'full-model'"
+    return found
+
+
+def _of_rounds(settings: Settings) -> dict[str, str]:
+    """Settings of methods that train, which `one-round` can't follow."""
+    found = {}
+    if settings.num_server_rounds not in (1, Settings.num_server_rounds):
+        found["num-server-rounds"] = f"method = {ONE_ROUND!r} has a single round; leave it out"
+    trained = ("recipe", "feature-norm", "blend", "personalize", "codec", "dp", "secure-aggregation")
+    for key in (*trained, "fraction-train", "strategy"):
+        if _value(settings, key) == _value(Settings(), key):
+            continue
+        found[key] = f"it is for adapters that are trained; leave it out with method = {ONE_ROUND!r}"
     return found
 
 

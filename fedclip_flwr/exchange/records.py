@@ -6,6 +6,7 @@
     QUERY     the session            →  the site's name, role and sizes; or its progress, while it is encoding
               (with secure aggregation three more, see `secure/`)
     TRAIN     an adapter             →  the adapter's scores at the site, and the adapter after training
+              (in one round: a basis →  zero-shot's scores, and sums over the site's images)
     EVALUATE  an adapter             →  its scores; or, on request, those of the personal adapter trained from it
 
 An adapter is sent complete, or as a payload (`codecs.py`) relative to a base, or, from the server, only as the mark of
@@ -139,17 +140,17 @@ def reason(message: Message) -> str:
     return one_line(text)
 
 
-def round_size(state: State, codec: str, key: str, report: Report) -> int:
+def round_size(down: State, up: State, codec: str, key: str, report: Report) -> int:
     """The bytes of a round with one site, in both directions."""
-    config, arrays = ConfigRecord({**write_task(key), "server-round": 1}), state
+    config = ConfigRecord({**write_task(key), "server-round": 1})
     if packs(codec):
-        arrays = {codec: torch.zeros(packed_size(codec, state), dtype=torch.uint8)}
+        down = up = {codec: torch.zeros(packed_size(codec, down), dtype=torch.uint8)}
         config["state"] = config["base"] = "0" * MARK
-    content = RecordDict({"arrays": write_adapter(arrays), "config": config})
+    content = RecordDict({"arrays": write_adapter(down), "config": config})
     act_as_server()  # a sweep measures, too
     question = Message(content, dst_node_id=2**63, message_type=MessageType.TRAIN)
     set_metadata(question, run_id=2**63, src_node_id=1, message_id="0" * 64)  # as a grid does
-    return message_size(question) + message_size(Message(write_answer(report, arrays), reply_to=question))
+    return message_size(question) + message_size(Message(write_answer(report, up), reply_to=question))
 
 
 # What the server sends
@@ -160,7 +161,8 @@ class Task(NamedTuple):
 
     A hello has the session and no adapter; later messages have only the session's key. `personal`: train a personal
     adapter. `blend` is the share of the adapted feature if it differs from the settings. The adapter is in `arrays`; or
-    `state` is its mark, and the site has it or decodes it from `arrays` and the adapter with the mark `base`.
+    `state` is its mark, and the site has it or decodes it from `arrays` and the adapter with the mark `base`. `bits`
+    says in which unit sums are wanted (`learning/sums.py`).
     """
 
     round: int
@@ -171,6 +173,7 @@ class Task(NamedTuple):
     state: str
     base: str
     arrays: ArrayRecord | None
+    bits: int = 0
 
 
 def write_greeting(session: Session) -> ConfigRecord:
@@ -215,6 +218,7 @@ def read_task(content: RecordDict) -> Task:
         field("state", ""),
         field("base", ""),
         content.array_records.get("arrays"),
+        field("bits", 0),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.experiments.simulate import Accuracies, accuracies_of, simulate
 from fedclip_flwr.learning import Classes, Examples, Learner
 from fedclip_flwr.learning.metrics import Score, mean_of
@@ -96,6 +97,8 @@ METHODS = {
     "fedavg": Method("FedAVG, whole model, as we read the paper", together, _WHOLE),
     "fedprox": Method("FedProx, whole model, as we read the paper", together, {**_WHOLE, "strategy": "fedprox"}),
     "paper": Method("FedCLIP, the paper's recipe", together, {"recipe": "paper"}),
+    "one-round": Method("ours, one round", together, {"method": ONE_ROUND}),
+    "one-round-full": Method("ours, one round, full", together, {"method": ONE_ROUND, "statistics": "full"}),
     "attention": Method("ours, attention", together),
     "gate": Method("ours, gate", together, {"adapter": "gate"}),
     "scale": Method("ours, scale", together, {"adapter": "scale"}),
@@ -109,7 +112,7 @@ def method_of(name: str) -> Method:
     return METHODS.get(name) or Method(f"plug-in, {name}", together, {"adapter": name})
 
 
-OWN = frozenset({"method", "adapter", "recipe", "strategy"})
+OWN = frozenset({"method", "statistics", "adapter", "recipe", "strategy"})
 """Settings that differ between methods."""
 
 

@@ -26,11 +26,11 @@ from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node, local_grid
 from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, evaluate, examine
 from fedclip_flwr.learning.metrics import Quality, Score, mean_accuracy
-from fedclip_flwr.learning.recipes import new_adapter
+from fedclip_flwr.learning.recipes import new_part
 from fedclip_flwr.server import Outcome, RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.strategy import AdapterFedAvg
+from fedclip_flwr.server.one_round import strategy_of
 from fedclip_flwr.site import Site, SiteContext
 from fedclip_flwr.site.holdings import simulated_site
 from fedclip_flwr.site.work import answer_evaluate, answer_train
@@ -104,7 +104,7 @@ def simulate(
     """
     settings = settings or Settings()
     classes = classes.ready(classes.text.device)
-    learner = copy.deepcopy(start) if start else new_adapter(settings, classes.dim)
+    learner = copy.deepcopy(start) if start else new_part(settings, classes)
     learner = learner.to(classes.text.device)
     if not any(len(site.train.labels) for site in sites):
         raise UserError("no site has an example to learn from: use more data or fewer sites")
@@ -174,7 +174,7 @@ class _Federation:
         grid = local_grid({number: self.wrap(one.context.site.name, one) for number, one in answering.items()})
         link = Downlink(start, self.settings.codec, self.settings.seed)
         nodes = Nodes(grid, link, session=session, package="", timeout=math.inf, say=lambda text: None)
-        strategy = AdapterFedAvg(start, nodes.names, self.settings, nodes.examples)
+        strategy = strategy_of(start, nodes.names, self.settings, nodes.examples)
         with _quiet():
             nodes.wait_for(self.settings.least_sites)
             return RoundLoop(nodes, strategy, self.settings, start, self._quality, self).run()

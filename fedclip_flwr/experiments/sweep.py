@@ -21,12 +21,16 @@ import torch
 from tqdm import tqdm
 
 from fedclip_flwr.base import Settings, UserError, content, files
+from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Report, records
 from fedclip_flwr.experiments.baselines import Case, method_of
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, models, open_features
 from fedclip_flwr.features.opening import new_learner
+from fedclip_flwr.learning import Learner
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
+from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.opening import load_plugins
 
 
@@ -44,8 +48,8 @@ class Cell(NamedTuple):
     @property
     def rounds(self) -> int:
         """The number of rounds that it runs, for the progress bar."""
-        rounds = {"zero-shot": 0, "local": self.sites * self.settings.num_server_rounds}
-        return rounds.get(self.method, self.settings.num_server_rounds)
+        rounds = {"zero-shot": 0, "local": self.sites * self.settings.rounds}
+        return rounds.get(self.method, self.settings.rounds)
 
     def key(self, features: Features) -> str:
         """A digest of all that the result depends on. Data and model count by their content, wherever they are."""
@@ -101,7 +105,9 @@ class Plan:
     def rounds_of(self, method: str) -> int:
         if method == "zero-shot":
             return 0
-        return self.whole_rounds if method_of(method).whole_model else self.settings.num_server_rounds
+        if method_of(method).whole_model:
+            return self.whole_rounds
+        return replace(self.settings, **method_of(method).settings).rounds
 
 
 def solve(cell: Cell, features: Features, after_round: Callable[[], object] = lambda: None) -> Found:
@@ -117,10 +123,18 @@ def solve(cell: Cell, features: Features, after_round: Callable[[], object] = la
     if method.sends:
         score = Score(1000, 1000, 1.0)
         report = Report(1000, score, Quality(score, 1.0, 1.0, [0.5] * BINS))
-        size = records.round_size(start.state_dict(), settings.codec, "0" * 16, report)
+        size = records.round_size(*sent_by(start, settings), settings.codec, "0" * 16, report)
     line = method.run(case)
     tests = [(name, score.examples, score.correct) for name, score in line.tests.items()]
     return Found(line.seen, line.unseen, line.round, size, tests)
+
+
+def sent_by(start: Learner, settings: Settings) -> tuple[State, State]:
+    """The tensors that a site gets in a round, and those that it sends."""
+    state = start.state_dict()
+    if settings.method == ONE_ROUND:
+        return {"basis": state["basis"]}, {name: state[name] for name in SUMS}
+    return state, state
 
 
 def sweep(plan: Plan, jobs: int) -> tuple[Results, int]:

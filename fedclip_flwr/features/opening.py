@@ -14,7 +14,7 @@ from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.encoded import Encoded, Pixels
 from fedclip_flwr.features.folder import FeatureFolder
 from fedclip_flwr.learning import RECIPES, Learner
-from fedclip_flwr.learning.recipes import new_adapter
+from fedclip_flwr.learning.recipes import new_part
 
 
 def open_features(
@@ -75,5 +75,7 @@ def server_vocabulary(settings: Settings) -> Vocabulary | None:
 
 
 def new_learner(settings: Settings, features: Features) -> Learner:
-    """The initial state of what the run trains and sends: an adapter, or the whole model."""
-    return features.whole_model() if isinstance(features, Pixels) else new_adapter(settings, features.classes.dim)
+    """The initial state of what the run makes: an adapter, the whole model, or the closed form."""
+    if isinstance(features, Pixels):
+        return features.whole_model()
+    return new_part(settings, features.classes.ready())

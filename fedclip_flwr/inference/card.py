@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedclip_flwr.base import files
-from fedclip_flwr.base.settings import place_of
+from fedclip_flwr.base.settings import ONE_ROUND, place_of
 from fedclip_flwr.base.text import gain, percent, some
 from fedclip_flwr.data.presets import PRESETS
 from fedclip_flwr.learning.adapters import ADAPTERS, adapter_class, of_rank
@@ -58,6 +58,8 @@ def _model(facts: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(facts.get("kind"))
     if kind == "full-model":
         return found | {"whole": True}
+    if kind == ONE_ROUND:
+        return found | {"one_round": True, "learnt": saved.learnt_classes(facts)}
     return found | {
         "name": adapter_class(kind).name,
         "rank": of_rank(kind, facts["rank"]),

@@ -122,11 +122,13 @@ def _examined(plain: Features, adapted: Features, learnt: Learnt, settings: Sett
     """The scores by domain, of domains that have images."""
     device = models.pick_device(settings.device)
     adapter = learnt.adapter.to(device) if learnt.adapter else None
+    classes = plain.classes.ready(device)
+    learnt_classes = learnt.numbered(adapted.classes.ready(device), adapted.vocabulary.class_names)
     found = {}
     for domain in plain.domains:
         qualities = [
-            examine(learner, features.examples(domain).ready(device), features.classes.ready(device))
-            for learner, features in ((None, plain), (adapter, adapted))
+            examine(learner, features.examples(domain).ready(device), known)
+            for learner, features, known in ((None, plain, classes), (adapter, adapted, learnt_classes))
         ]
         if qualities[0].score.examples:
             found[domain] = Pair(*qualities)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from fedclip_flwr.base import UserError, content, files, hub
 from fedclip_flwr.base.text import some
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.features import FeatureFolder, models
-from fedclip_flwr.learning import Adapter
+from fedclip_flwr.learning import Adapter, Classes, OneRound
 from fedclip_flwr.runs import history, saved
 
 log = logging.getLogger(__name__)
@@ -25,12 +25,17 @@ class Learnt(NamedTuple):
 
     folder: Path
     facts: Mapping[str, Any]
-    adapter: Adapter | None
+    adapter: Adapter | OneRound | None
     whole: Path | None
 
     @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(tuple(self.facts["class_names"]), tuple(self.facts["templates"]))
+
+    def numbered(self, classes: Classes, names: Sequence[str]) -> Classes:
+        """The classes of these names, with the numbers that the adapter knows them by."""
+        known = {name: number for number, name in enumerate(saved.learnt_classes(self.facts))}
+        return classes._replace(numbers=tuple(known.get(name, -1) for name in names))
 
     def check_features(self, place: str, folder: FeatureFolder) -> None:
         """Raises unless the features in the folder fit the adapter and have its classes."""
@@ -42,7 +47,7 @@ class Learnt(NamedTuple):
                 f"{place}: its features were made by {folder.model} and have {folder.dim} numbers; the adapter is for "
                 f"{own}, with {self.facts['dim']}"
             )
-        if self.adapter and not self.adapter.length and folder.has_unit_length(folder.domains):
+        if isinstance(self.adapter, Adapter) and not self.adapter.length and folder.has_unit_length(folder.domains):
             log.warning(
                 "%s: its features have unit length, but the adapter needs them as CLIP gives them: predictions may "
                 "differ; set feature_norm in features.json to their original length",

@@ -31,7 +31,7 @@ from fedclip_flwr.data.vocabulary import templates_of, usable
 from fedclip_flwr.features import Clip, ahead, clip, encoding, models
 from fedclip_flwr.inference import card
 from fedclip_flwr.inference.learnt import find_learnt
-from fedclip_flwr.learning import Adapter, Classes
+from fedclip_flwr.learning import Adapter, Classes, OneRound
 from fedclip_flwr.runs import saved
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class FedCLIP(
         self,
         loaded: clip.Clip,
         vocabulary: Vocabulary,
-        adapter: Adapter | None = None,
+        adapter: Adapter | OneRound | None = None,
         facts: Mapping[str, Any] | None = None,
         origin: Path | None = None,
     ) -> None:
@@ -85,6 +85,7 @@ class FedCLIP(
         self.loaded, self.origin = loaded, origin
         self._scale, self._bias = loaded.scale, loaded.bias
         self.register_buffer("text", encoding.class_features(loaded, vocabulary), persistent=False)
+        self.head = adapter.head(self._classes(self.text)) if isinstance(adapter, OneRound) else None
         self.eval().to(loaded.device)
 
     @classmethod
@@ -112,6 +113,10 @@ class FedCLIP(
             learnt.check_dim(made.text.shape[1], found.name)
         return made
 
+    def _classes(self, text: Tensor) -> Classes:
+        known = {name: number for number, name in enumerate(saved.learnt_classes(self.facts))}
+        return Classes(text, self._scale, self._bias, tuple(known.get(name, -1) for name in self.class_names))
+
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.vocabulary.class_names
@@ -136,6 +141,8 @@ class FedCLIP(
         vocabulary = usable(Vocabulary(self.class_names if names is None else tuple(names), templates))
         names = vocabulary.class_names
         facts = {**self.facts, "class_names": list(names), "templates": list(templates), "prompts": vocabulary.prompts}
+        if isinstance(self.adapter, OneRound):
+            facts["learnt_classes"] = saved.learnt_classes(self.facts)
         return type(self)(self.loaded, vocabulary, self.adapter, facts, self.origin)
 
     # Images
@@ -179,11 +186,13 @@ class FedCLIP(
 
     def forward(self, pixel_values: Tensor, **more: Tensor) -> Tensor:
         features = self.loaded.encode({"pixel_values": pixel_values, **more})
+        if self.head is not None:
+            return self.head.forward(features)
         if self.adapter is None:
             features = F.normalize(features, dim=-1)
         else:
             features = self.adapter(features.to(next(self.adapter.parameters()).dtype))
-        return Classes(self.text.to(features), self._scale, self._bias).logits(features)
+        return self._classes(self.text.to(features)).logits(features)
 
     @torch.no_grad()
     def _see(self, inputs: clip.Inputs) -> Tensor:

@@ -55,7 +55,7 @@ class Tower(nn.Module):
 
     def __init__(self, model: FedCLIP) -> None:
         super().__init__()
-        self.net, self.adapter = copy.deepcopy(model.net), copy.deepcopy(model.adapter)
+        self.net, self.adapter, self.head = map(copy.deepcopy, (model.net, model.adapter, model.head))
         self.register_buffer("text", model.text.detach().clone())
         loaded = model.loaded
         self._scale, self._bias = loaded.scale, loaded.bias
@@ -64,7 +64,7 @@ class Tower(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = clip.given(self.net.get_image_features(pixel_values=pixel_values))
         features = F.normalize(features, dim=-1) if self.adapter is None else self.adapter(features)
-        logits = Classes(self.text, self._scale, self._bias).logits(features)
+        logits = self.head(features) if self.head else Classes(self.text, self._scale, self._bias).logits(features)
         return logits, logits.softmax(dim=1), features
 
 

@@ -26,7 +26,7 @@ from fedclip_flwr.data.vocabulary import read_names
 from fedclip_flwr.features import FeatureFolder
 from fedclip_flwr.inference.learnt import Learnt, find_learnt
 from fedclip_flwr.inference.model import FedCLIP, Prediction, check_top
-from fedclip_flwr.learning import Adapter, Classes, Examples
+from fedclip_flwr.learning import Classes, Examples, Learner
 from fedclip_flwr.learning.training import logits_of
 
 Rows = Iterator[tuple[str, Prediction | None]]
@@ -153,13 +153,13 @@ def _of_rows(examples: dict[str, Examples], folder: FeatureFolder, learnt: Learn
     """The predictions of all rows; a row is named by its domain and number."""
     names = folder.vocabulary.class_names
     for domain, own in examples.items():
-        probabilities, numbers = likeliest(learnt.adapter, own, folder.classes.ready(), top)
+        probabilities, numbers = likeliest(learnt.adapter, own, learnt.numbered(folder.classes.ready(), names), top)
         for row, (found, shares) in enumerate(zip(numbers.tolist(), probabilities.tolist(), strict=True)):
             yield f"{domain}/{row}", Prediction(tuple(names[number] for number in found), tuple(shares))
 
 
 @torch.no_grad()
-def likeliest(adapter: Adapter | None, examples: Examples, classes: Classes, top: int) -> tuple[Tensor, Tensor]:
+def likeliest(adapter: Learner | None, examples: Examples, classes: Classes, top: int) -> tuple[Tensor, Tensor]:
     """The greatest probabilities of each example, and the numbers of their classes."""
     count, top = len(examples.labels), min(top, len(classes.text))
     parts = [

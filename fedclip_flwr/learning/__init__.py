@@ -5,6 +5,7 @@ Independent of files, of CLIP and of Flower. May import: base.
 
 from fedclip_flwr.learning.adapters import Adapter, make_adapter
 from fedclip_flwr.learning.base import Classes, Examples, Learner
+from fedclip_flwr.learning.one_round import OneRound
 from fedclip_flwr.learning.recipes import RECIPES, Recipe
 from fedclip_flwr.learning.training import evaluate, examine, train
 
@@ -14,6 +15,7 @@ __all__ = [
     "Classes",
     "Examples",
     "Learner",
+    "OneRound",
     "Recipe",
     "evaluate",
     "examine",

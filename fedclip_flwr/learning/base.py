@@ -30,11 +30,15 @@ class Examples(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """The text features of the classes [C, dim], with the logits' scale and bias."""
+    """The text features of the classes [C, dim], with the logits' scale and bias.
+
+    `numbers` are those that the classes had in the run that a learner comes from, -1 for a new one; None: the same.
+    """
 
     text: Tensor
     scale: float | Tensor
     bias: float | Tensor = 0.0
+    numbers: tuple[int, ...] | None = None
 
     @property
     def dim(self) -> int:
@@ -56,6 +60,9 @@ class Learner(nn.Module):
     def against(self, classes: Classes) -> Classes:
         """The classes to compare its features with; an adapter returns them unchanged."""
         return classes
+
+    def logits(self, features: Tensor, classes: Classes) -> Tensor:
+        return self.against(classes).logits(self(features))
 
     def on_cpu(self) -> dict[str, Tensor]:
         """A copy of its state on the CPU, whatever its own device is: states travel from there."""

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.base import Settings
-from fedclip_flwr.learning.adapters import Adapter, adapter_class, make_adapter
+from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.learning.adapters import Adapter, adapter_class, blank_adapter, make_adapter
 from fedclip_flwr.learning.base import Classes
+from fedclip_flwr.learning.one_round import OneRound
 
 
 def class_loss(features: Tensor, labels: Tensor, classes: Classes) -> Tensor:
@@ -96,7 +98,22 @@ def learning_rate(settings: Settings, dim: int, examples: int) -> float:
 
 def starts_as_zero_shot(settings: Settings) -> bool:
     """True if the learner predicts exactly as the frozen model before training, and not only nearly so."""
-    return settings.method == "full-model" or settings.recipe != "paper" or adapter_class(settings.adapter).exact
+    return settings.method != "adapter" or settings.recipe != "paper" or adapter_class(settings.adapter).exact
+
+
+def new_part(settings: Settings, classes: Classes) -> Adapter | OneRound:
+    """What is learnt beside the frozen model: a new adapter, or the closed form without images."""
+    if settings.method == ONE_ROUND:
+        return OneRound.new(settings.statistics, classes.text)
+    return new_adapter(settings, classes.dim)
+
+
+def blank_part(settings: Settings, classes: int, dim: int) -> Adapter | OneRound:
+    """The same, to load a state into."""
+    if settings.method == ONE_ROUND:
+        return OneRound(settings.statistics, classes, dim)
+    options = {"blend": settings.trained_blend, "length": length_of(settings)}
+    return blank_adapter(settings.adapter, dim, rank=settings.adapter_rank, **options)
 
 
 def new_adapter(settings: Settings, dim: int) -> Adapter:

@@ -93,7 +93,7 @@ def logits_of(learner: Learner | None, examples: Examples, classes: Classes) -> 
     """The logits of each class, from the learner's features, or from CLIP's own without a learner."""
     if learner is None:
         return classes.logits(F.normalize(examples.features, dim=-1))
-    return learner.against(classes).logits(learner(examples.features))
+    return learner.logits(examples.features, classes)
 
 
 def evaluate(learner: Learner | None, examples: Examples, classes: Classes) -> Score:

@@ -22,6 +22,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDi
 
 from fedclip_flwr.base import Settings, UserError, content, files, tensorfile
 from fedclip_flwr.base.roles import TRAIN
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import bytes_of, counted
 from fedclip_flwr.exchange import Hello, Report, Session, records
@@ -36,7 +37,7 @@ from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.strategy import AdapterFedAvg
+from fedclip_flwr.server.one_round import strategy_of
 from fedclip_flwr.site.context import settings_at
 
 NODE = 2**63
@@ -57,6 +58,9 @@ MEANINGS = {
     "images": "images in all",
     "num-examples": "number of images trained on",
     "test-classes": "for each class: test images, correct ones, number of predictions",
+    "counts": "images of each class that it trains on",
+    "sums": "for each class the sum of their features; of a class with one image, that image's feature",
+    "moments": "for each two directions the sum of products, over all images",
     "public": "two public keys, for this round only",
     "to": "numbers of the recipients",
     "letters": "encrypted for the recipients",
@@ -71,7 +75,7 @@ FIGURES = {
     "test": f"{SCORE}, balanced accuracy, macro F1, and for each of 15 bins: confidence minus correct answers",
 }
 NOTHING_ELSE = """\
-Nothing else derived from this site's images leaves it: no image, no feature, no image's label, no file name. Bytes are
+Nothing else derived from this site's images leaves it: no image, {}, no image's label, no file name. Bytes are
 those of the messages as Flower serialises them. Flower itself also sends the ids of node and run, its public key with a
 signature, heartbeats, and how long an answer took. If something goes wrong, one line of error replaces the answer; it
 may name a file. Each answer is checked against one list before it leaves: may_leave, in
@@ -153,7 +157,8 @@ def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str],
         if folder:
             _write(folder / f"{number}-{message.kind.replace('.', '-')}", message)
     total = sum(message.leaves for message in sent)
-    tell(f"\n{counted(len(sent), 'message')}, {bytes_of(total)}.\n{NOTHING_ELSE}")
+    feature = "no feature but in these sums" if run.method == ONE_ROUND else "no feature"
+    tell(f"\n{counted(len(sent), 'message')}, {bytes_of(total)}.\n{NOTHING_ELSE.format(feature)}")
     if folder:
         tell(f"All values are in {folder}")
     return not any(message.error for message in sent)
@@ -184,7 +189,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         if nodes.hellos and not nodes.failures:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off", strategy="fedavg")
             with suppress(UserError):  # no site has trained: this site only evaluates, or its answer is an error
-                strategy = AdapterFedAvg(start, nodes.names, once)
+                strategy = strategy_of(start, nodes.names, once, nodes.examples)
                 RoundLoop(nodes, strategy, once, start, lambda *_: {}, _Nobody()).run()
     return [message for message, later in zip(sent, [*sent[1:], None], strict=True) if not _again(message, later)]
 
@@ -211,9 +216,11 @@ def _described(message: Sent) -> str:
         "query.keys": "What are your public keys for this round?",
         "query.shares": "Which shares of your secrets do you send to others, encrypted for them?",
         "train": "How good is this adapter, and what is your update?",
+        ONE_ROUND: "How good is zero-shot, and what are the sums over your training images?",
         "query.unmask": "Which shares of others' secrets do you have, to remove the masks from the sum?",
     }
-    ask = asks.get(message.kind, "How good is this adapter?")
+    kind = ONE_ROUND if "moments" in message.records.get("arrays", ()) else message.kind
+    ask = asks.get(kind, "How good is this adapter?")
     came, leaves = bytes_of(message.came), f"{message.leaves:,} bytes leave"
     lines = [f"{ask} ({message.kind.upper()}, {came} come, {leaves})"]
     if message.error:

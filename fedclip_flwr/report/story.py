@@ -9,7 +9,7 @@ from typing import Any
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.errors import shown
-from fedclip_flwr.base.settings import place_of
+from fedclip_flwr.base.settings import ONE_ROUND, place_of
 from fedclip_flwr.base.text import bytes_of, counted
 from fedclip_flwr.data import held_out
 from fedclip_flwr.runs import Run
@@ -119,6 +119,8 @@ class Story:
         """The trained part in words."""
         if self.settings.method == "full-model":
             return "the whole model"
+        if self.settings.method == ONE_ROUND:
+            return "a closed form"
         name, rank = self.run.adapter
         return f"{'an' if name[0] in 'aeiou' else 'a'} {name} adapter" + (f" of rank {rank}" if rank else "")
 
@@ -138,8 +140,10 @@ class Story:
         model = self.settings.model.rstrip("/").rpartition("/")[2]
         of = "the bundled CLIP" if model == "bundled" else model
         what = self.what[0].upper() + self.what[1:]
+        one = self.settings.method == ONE_ROUND
         prefix = "of" if self.settings.method == "full-model" else "for"
-        text = f"{what} {prefix} {of} was trained at {counted(self.sites, 'site')} in {counted(self.run.done, 'round')}"
+        made = "made from the sums of" if one else "trained at"
+        text = f"{what} {prefix} {of} was {made} {counted(self.sites, 'site')} in {counted(self.run.done, 'round')}"
         text += f", with {self.holdout} held out" if self.holdout else ""
         parts: list[str] = []
         for key, where in (

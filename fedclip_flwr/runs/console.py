@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr.base import Settings, files
 from fedclip_flwr.base.roles import HOLDOUT
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 from fedclip_flwr.data import Vocabulary, held_out
 
@@ -39,8 +40,6 @@ def plan(
     folder: Path,
 ) -> str:
     """The text before round 1: settings, data, sites."""
-    trainable = sum(tensor.numel() for tensor in tensors.values())
-    rounds, epochs = settings.num_server_rounds, settings.local_epochs
     weights = "sites weighted equally" if settings.site_weights == "equal" else "sites weighted by their examples"
     part, pull = settings.fraction_train, f" with mu {settings.proximal:g}" if settings.proximal else ""
     share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
@@ -53,17 +52,20 @@ def plan(
         ("data", settings.data + partition),
         ("classes", f"{len(names)}: {some(names)}"),
         ("held out", _held_out(features, holdout, hellos)),
-        ("trained", _trained(settings, features, trainable, len(tensors))),
+        ("trained", _trained(settings, features, tensors)),
         ("traffic", _traffic(settings, tensors)),
-        ("learning", f"{counted(rounds, 'round')} of {counted(epochs, 'epoch')} in batches of {settings.batch_size}"),
-        ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
+        *_learning(settings, features, hellos),
         *([("", f"features scaled to length {settings.feature_norm:g}")] if settings.feature_norm else []),
         *(
             [("warning", f"this can't be the paper's result: {NOT_THE_PAPERS}")]
             if settings.sees_given_length and any(hello.unit_length for hello in hellos)
             else []
         ),
-        ("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites),
+        *(
+            []
+            if settings.method == ONE_ROUND
+            else [("averaging", f"{settings.strategy}{pull}, {weights}" + share_of_sites)]
+        ),
         *_privacy(settings),
         ("features", str(files.home() / "features")),
         ("run folder", str(folder)),
@@ -79,6 +81,16 @@ def plan(
     rows = [(h.site, _domain(h), f"{h.train:,}", f"{h.validation:,}", f"{h.test:,}", len(h.classes)) for h in sites]
     shown = table([(counted(len(sites), "site"), "domain", "train", "val", "test", "classes"), *rows])
     return "\n".join([*(f"{name:<10}  {text}" for name, text in facts), "", shown, ""])
+
+
+def _learning(settings: Settings, features: Features, hellos: Collection[Hello]) -> list[tuple[str, str]]:
+    if settings.method == ONE_ROUND:
+        return [("learning", f"one round, in closed form; every image counts the same; seed {settings.seed}")]
+    rounds, epochs = counted(settings.rounds, "round"), counted(settings.local_epochs, "epoch")
+    return [
+        ("learning", f"{rounds} of {epochs} in batches of {settings.batch_size}"),
+        ("", f"recipe {settings.recipe}, {_rate(settings, features, hellos)}, seed {settings.seed}"),
+    ]
 
 
 def _privacy(settings: Settings) -> list[tuple[str, str]]:
@@ -107,10 +119,14 @@ def _domain(hello: Hello) -> str:
     return f"{hello.domain}, unseen" if hello.role == HOLDOUT else hello.domain
 
 
-def _trained(settings: Settings, features: Features, numbers: int, tensors: int) -> str:
-    total, holds = features.parameters, f"{numbers:,} numbers in {counted(tensors, 'tensor')}"
+def _trained(settings: Settings, features: Features, tensors: State) -> str:
+    total, numbers = features.parameters, sum(tensor.numel() for tensor in tensors.values())
+    holds = f"{numbers:,} numbers in {counted(len(tensors), 'tensor')}"
     if settings.method == "full-model":
         return f"the whole model: {holds}"
+    if settings.method == ONE_ROUND:
+        classes, width = tensors["sums"].shape
+        return f"nothing: sums for {counted(classes, 'class')} in {width} of {features.classes.dim} directions"
     from fedclip_flwr.learning.adapters import adapter_class, of_rank  # see above
 
     name = adapter_class(settings.adapter).name + of_rank(settings.adapter, settings.adapter_rank)
@@ -120,6 +136,11 @@ def _trained(settings: Settings, features: Features, numbers: int, tensors: int)
 
 
 def _traffic(settings: Settings, tensors: State) -> str:
+    if settings.method == ONE_ROUND:
+        from fedclip_flwr.learning.one_round import SUMS  # see above
+
+        up, all_of_it = (sum(tensors[name].nbytes for name in names) for names in (SUMS, tuple(tensors)))
+        return f"{bytes_of(tensors['basis'].nbytes)} to a site, {bytes_of(up)} back, then {bytes_of(all_of_it)} to it"
     from fedclip_flwr.exchange.codecs import packed_size, packs  # see above
 
     packed = packs(settings.codec)
@@ -200,7 +221,7 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
         *(["Own: adapters that the sites personalised from the adapted one, and keep."] if own else []),
         *(
             [f"Stopped early, after round {summary['rounds']}: no gain in {counted(settings.early_stop, 'round')}."]
-            if summary["rounds"] < settings.num_server_rounds
+            if summary["rounds"] < settings.rounds
             else []
         ),
         f"Round {adapted['round']} of {summary['rounds']} {how}{blend}; tests are on images set apart before training.",

@@ -31,6 +31,7 @@ from typing import Any
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.plugins import GROUPS as PLUGINS
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.features import Features, Pixels
 from fedclip_flwr.learning.adapters import adapter_class
@@ -58,18 +59,13 @@ class RunFolder:
     def __init__(self, settings: Settings, package: str) -> None:
         root, self._setting = history.results(settings)
         self._settings, self._lines = settings, list[str]()
-        adapter = adapter_class(settings.adapter)
         self._facts = {
             **settings.as_run_config(),
             "resume": "",
             "versions": _versions(),
             "package": package,
             "plugins": settings.packages(*PLUGINS),
-            "adapter-facts": {
-                "name": adapter.name,
-                "ranked": adapter.ranked,
-                "zero-shot": starts_as_zero_shot(settings),
-            },
+            "adapter-facts": _adapter_facts(settings),
         }
         self.with_other_package = False
         self._round, self._failures = 0, list[Failure]()
@@ -196,6 +192,14 @@ class RunFolder:
             if self._stopped:
                 raise SystemExit
             yield
+
+
+def _adapter_facts(settings: Settings) -> dict[str, Any]:
+    """What commands that can't load the adapter's class show of it."""
+    adapter, exact = adapter_class(settings.adapter), starts_as_zero_shot(settings)
+    if settings.method == ONE_ROUND:
+        return {"name": ONE_ROUND, "ranked": False, "zero-shot": exact}
+    return {"name": adapter.name, "ranked": adapter.ranked, "zero-shot": exact}
 
 
 def _existing(root: Path, name: str) -> Path:

@@ -95,7 +95,7 @@ class Run:
     @property
     def wanted(self) -> int:
         """The number of rounds in the settings."""
-        return int(self.settings["num-server-rounds"])
+        return self.known.rounds
 
     @property
     def done(self) -> int:

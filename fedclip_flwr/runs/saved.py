@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from safetensors import SafetensorError
 
 from fedclip_flwr.base import Settings, UserError, content, files, store, tensorfile
 from fedclip_flwr.base.errors import one_line
-from fedclip_flwr.base.settings import MOST_NORM
+from fedclip_flwr.base.settings import FORMS, MOST_NORM, ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.data.vocabulary import check_classes
 from fedclip_flwr.features import Features, Pixels, models
-from fedclip_flwr.learning import Adapter
+from fedclip_flwr.learning import Adapter, OneRound
 from fedclip_flwr.learning.adapters import adapter_class, blank_adapter
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.runs.history import FACTS as FACTS
@@ -53,9 +54,11 @@ def save_adapter(
     """Saves the adapter of round `number`; errors name the `setting` that determines the folder."""
     own = {"blend": settings.trained_blend if blend is None else blend, **more}
     write_tensors(folder / TENSORS, state, number, setting, **{key: json.dumps(value) for key, value in own.items()})
+    one_round = settings.method == ONE_ROUND
     facts = {
-        "kind": settings.adapter,
+        "kind": ONE_ROUND if one_round else settings.adapter,
         "rank": settings.adapter_rank,
+        **({"statistics": settings.statistics} if one_round else {}),
         "dim": features.classes.text.shape[1],
         **_made_for(features),
         "prompts": features.vocabulary.prompts,
@@ -106,7 +109,7 @@ def write_tensors(path: Path, state: State, number: int, setting: str = "FEDCLIP
     files.write_atomic(path, lambda part: tensorfile.save(state, part, header), setting)
 
 
-def load_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
+def load_adapter(folder: Path) -> tuple[Adapter | OneRound, dict[str, Any]]:
     """The adapter in a folder, such as that of a run or one for the hub, and its facts."""
     described, tensors = folder / FACTS, folder / TENSORS
     if folder.is_dir() and not described.exists():
@@ -158,13 +161,14 @@ def load_whole(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _blank(facts: dict[str, Any]) -> Adapter:
+def _blank(facts: dict[str, Any]) -> Adapter | OneRound:
     """An empty adapter as `adapter.json` describes it. It takes no memory yet: the file may claim any size."""
     kind, dim, rank, blend = (facts[key] for key in ("kind", "dim", "rank", "blend"))
-    try:
-        adapter_class(kind)
-    except UserError as error:
-        raise ValueError(str(error)) from None
+    if kind != ONE_ROUND:
+        try:
+            adapter_class(kind)
+        except UserError as error:
+            raise ValueError(str(error)) from None
     if any(type(size) is not int or not 0 < size <= LARGEST for size in (dim, rank)):
         raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
     if type(blend) not in (int, float) or not 0 <= blend <= 1:
@@ -173,7 +177,16 @@ def _blank(facts: dict[str, Any]) -> Adapter:
     if type(length) not in (int, float) or not 0 <= length <= MOST_NORM:
         raise ValueError(f"its feature_norm is {length!r}, expected a number from 0 to {MOST_NORM:,.0f}")
     _check_texts(facts)
+    if kind == ONE_ROUND:
+        if (statistics := facts["statistics"]) not in FORMS:
+            raise ValueError(f"its statistics is {statistics!r}, expected one of {', '.join(FORMS)}")
+        return OneRound(statistics, len(learnt_classes(facts)), dim)
     return blank_adapter(kind, dim, rank=rank, blend=float(blend), length=float(length))
+
+
+def learnt_classes(facts: Mapping[str, Any]) -> Sequence[str]:
+    """The classes that the adapter was learnt with: others may have been given since."""
+    return [str(name) for name in facts.get("learnt_classes", facts["class_names"])]
 
 
 def _check_texts(facts: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class RoundLoop:
     def run(self) -> Outcome:
         """Runs all rounds and the closing evaluations."""
         self._begin()
-        for number in range(self._at.round + 1, self._settings.num_server_rounds + 1):
+        for number in range(self._at.round + 1, self._settings.rounds + 1):
             if self._stops_early():
                 break
             self._round(number)

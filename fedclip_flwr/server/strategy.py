@@ -107,10 +107,21 @@ class AdapterFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        return self._addressed(server_round, arrays, read_adapter(arrays, self.like), config, grid)
+
+    def _addressed(
+        self, server_round: int, arrays: ArrayRecord, sent: State, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The messages with these arrays, and what they stand for, `sent`, kept for the aggregation."""
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._sent = read_adapter(arrays, self.like)
+        self._sent = sent
         self._asked = [self.names[message.metadata.dst_node_id] for message in messages]
         return messages
+
+    @property
+    def answered(self) -> State:
+        """What the tensors in the answers to TRAIN must be like."""
+        return self.like
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -126,7 +137,7 @@ class AdapterFedAvg(FedAvg):
             if report.examples:
                 gathering.add(site, state, weights[site])
 
-        self.screen(replies, self.like, take)
+        self.screen(replies, self.answered, take)
         made, left_out, self.scaled = gathering.close()
         self.dropped |= left_out
         self.reports = {site: report for site, report in self.reports.items() if site not in left_out}

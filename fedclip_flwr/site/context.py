@@ -19,8 +19,8 @@ from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, Pixels, models, open_features
 from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Classes, Learner
-from fedclip_flwr.learning.adapters import adapter_class, blank_adapter
-from fedclip_flwr.learning.recipes import length_of
+from fedclip_flwr.learning.adapters import adapter_class
+from fedclip_flwr.learning.recipes import blank_part
 from fedclip_flwr.site.holdings import Site, own_site, owners_config, simulated_site
 
 OWNER_KEYS = (
@@ -61,9 +61,7 @@ class OpenedContext(SiteContext):
     def blank(self) -> Learner:
         if isinstance(self.features, Pixels):
             return self.features.whole_model()
-        settings = self.settings
-        options = {"blend": settings.trained_blend, "length": length_of(settings)}
-        return blank_adapter(settings.adapter, self.classes.dim, rank=settings.adapter_rank, **options)
+        return blank_part(self.settings, *self.classes.text.shape)
 
     def require_same_model(self) -> None:
         """Raises if this site's model is known to differ from the server's: their features would not be comparable."""

@@ -9,12 +9,14 @@ from flwr.app import RecordDict
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.exchange import Report, Task, privacy
+from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.exchange import ExchangeError, Report, Task, privacy
 from fedclip_flwr.exchange.link import SiteCache
 from fedclip_flwr.exchange.records import read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
 from fedclip_flwr.learning import RECIPES, Adapter, Classes, Learner, evaluate, examine, train
 from fedclip_flwr.learning.recipes import learning_rate
+from fedclip_flwr.learning.sums import BITS, sums_of
 from fedclip_flwr.learning.training import personalize
 from fedclip_flwr.site.context import SiteContext
 from fedclip_flwr.site.holdings import Site
@@ -28,6 +30,8 @@ def answer_train(
     With `by_class` the scores include counts by class. `memory` holds the secrets of a site that masks its updates.
     """
     task, settings = read_task(content), context.settings
+    if settings.method == ONE_ROUND:
+        return answer_sums(task, context, cache, by_class)
     learner = received(task, context, cache)
     report = report_on(learner, context, by_class)
     before = learner.on_cpu() if memory is not None or settings.dp != "off" else {}
@@ -39,6 +43,15 @@ def answer_train(
     from fedclip_flwr.exchange.secure import site  # imports cryptography, which few runs need
 
     return write_answer(report, site.masked(content, memory, trained, before))
+
+
+def answer_sums(task: Task, context: SiteContext, cache: SiteCache, by_class: bool) -> RecordDict:
+    """Zero-shot's scores on this site's images, and the sums over its training images."""
+    basis = cache.take(task, {"basis": context.blank().state_dict()["basis"]}, context.start)["basis"]
+    if not 0 < task.bits <= BITS:
+        raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits, expected 1 to {BITS}")
+    sums = sums_of(context.site.train, basis, len(context.classes.text), task.bits)
+    return write_answer(report_on(None, context, by_class), sums)
 
 
 def answer_evaluate(
@@ -72,8 +85,8 @@ def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
     return learner.to(context.device)
 
 
-def report_on(learner: Learner, context: SiteContext, by_class: bool) -> Report:
-    """The learner's scores on the site's validation and test images."""
+def report_on(learner: Learner | None, context: SiteContext, by_class: bool) -> Report:
+    """The learner's scores, or zero-shot's, on the site's validation and test images."""
     site, test = context.site, examine(learner, context.site.test, context.classes)
     validation = evaluate(learner, site.validation, context.classes)
     return Report(len(site.train.labels), validation, test if by_class else replace(test, classes=None))

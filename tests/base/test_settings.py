@@ -26,6 +26,7 @@ CONTRACT: dict[str, Any] = {
     "domain-column": "",
     "holdout": "auto",
     "method": "adapter",
+    "statistics": "span",
     "adapter": "attention",
     "adapter-rank": 4,
     "blend": 1.0,
@@ -128,7 +129,8 @@ def test_a_whole_number_is_accepted_where_a_number_is_meant() -> None:
         ("model", "./clip", "/clip"),
         ("results-dir", "results", "/results"),
         ("codec", "int4", "expected one of float32, bfloat16, int8"),
-        ("method", "whole", "adapter, full-model"),
+        ("method", "whole", "adapter, full-model, one-round"),
+        ("statistics", "half", "expected one of span, full"),
         ("strategy", "fedsum", "fedavg, fedprox"),
         ("blend", "best", "a number or auto"),
         ("prompt", "a {}|a thing", "one {}"),
@@ -157,6 +159,33 @@ def test_what_is_for_adapters_is_refused_for_the_full_model(what: dict[str, Any]
     with pytest.raises(UserError, match="it is for adapters"):
         Settings.from_run_config({"method": "full-model", **what})
     assert Settings.from_run_config({"method": "full-model", "blend": 1, "personalize": False})
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"recipe": "paper"},
+        {"feature-norm": 10},
+        {"blend": "auto"},
+        {"personalize": True},
+        {"codec": "int8"},
+        {"dp": "local"},
+        {"secure-aggregation": True},
+        {"fraction-train": 0.5},
+        {"strategy": "fedadam"},
+    ],
+)
+def test_what_is_for_training_is_refused_for_one_round(what: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="it is for adapters that are trained"):
+        Settings.from_run_config({"method": "one-round", **what})
+
+
+def test_one_round_has_one_round() -> None:
+    assert Settings.from_run_config({"method": "one-round"}).rounds == 1
+    assert Settings.from_run_config({"method": "one-round", "num-server-rounds": 1}).rounds == 1
+    assert Settings(num_server_rounds=7).rounds == 7
+    with pytest.raises(UserError, match="has a single round"):
+        Settings.from_run_config({"method": "one-round", "num-server-rounds": 5})
 
 
 def test_batches_of_one_are_refused_for_the_papers_recipe_which_skips_them() -> None:

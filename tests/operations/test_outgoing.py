@@ -18,6 +18,7 @@ from fedclip_flwr.exchange.records import BY_CLASS, FIGURES, HELLO, PROGRESS
 from fedclip_flwr.exchange.secure import protocol
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.adapters import ADAPTERS, tensor_names
+from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.operations import outgoing
 from tests import forked
 from tests.test_client_app import asked
@@ -156,7 +157,22 @@ def test_an_error_is_shown_as_it_would_leave(tree: Path) -> None:
 
 def test_every_value_has_a_meaning() -> None:
     meanings = outgoing.MEANINGS | outgoing.FIGURES
-    assert meanings.keys() == HELLO | PROGRESS | FIGURES | BY_CLASS | frozenset().union(*protocol.ANSWERS.values())
+    masked = frozenset().union(*protocol.ANSWERS.values())
+    assert meanings.keys() == HELLO | PROGRESS | FIGURES | BY_CLASS | masked | {*SUMS}
+
+
+@pytest.mark.parametrize("statistics", ["span", "full"])
+def test_the_sums_of_one_round_are_shown(tree: Path, statistics: str) -> None:
+    run = replace(RUN, method="one-round", statistics=statistics)
+    hello, summed, scored = sent(tree, run)
+    assert [message.kind for message in (hello, summed, scored)] == ["query", "train", "evaluate"]
+    assert set(summed.records) == {"metrics", "arrays"}
+    assert set(summed.records["arrays"]) == {*SUMS}
+    assert int(summed.records["arrays"]["counts"].numpy().sum()) == 14
+    assert set(scored.records) == {"metrics"}
+    _, text = shown(tree, run)
+    assert "what are the sums over your training images?" in text
+    assert "of a class with one image, that image's feature" in text
 
 
 def test_with_secure_aggregation_there_are_its_steps_and_no_adapter(tree: Path, tmp_path: Path) -> None:
