@@ -27,7 +27,7 @@ from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.exchange.session import recall
 from fedclip_flwr.features import encoding
 from fedclip_flwr.flower.clientapp import RAISED, ClientAppCallable
-from fedclip_flwr.learning import Adapter
+from fedclip_flwr.learning import Adapter, Learner
 from fedclip_flwr.learning.adapters import tensor_names
 from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.saved import save_adapter
@@ -134,8 +134,8 @@ def score(message: Message, context: Context) -> Message:
     """The scores of the received adapter; at the end of a run that personalises, of the site's own adapter."""
     opened = opened_for(message, context)
 
-    def keep(adapter: Adapter, number: int, epoch: int) -> None:
-        save_own(adapter, opened, number, epoch)
+    def keep(adapter: Learner, number: int, chosen: float) -> None:
+        save_own(adapter, opened, number, chosen)
 
     by_class = shares_classes(context)
     return Message(
@@ -143,12 +143,16 @@ def score(message: Message, context: Context) -> Message:
     )
 
 
-def save_own(adapter: Adapter, opened: OpenedContext, number: int, epoch: int) -> None:
+def save_own(adapter: Learner, opened: OpenedContext, number: int, chosen: float) -> None:
     """Saves the site's own adapter, which is never sent."""
     run, name = content.file_name(opened.session.run), opened.site.name
     folder = files.home() / "personal" / run / content.file_name(name)
     state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
-    about: dict[str, Any] = {"blend": adapter.blend, "site": name, "personal_epoch": epoch}
+    about: dict[str, Any] = {"site": name}
+    if isinstance(adapter, Adapter):
+        about |= {"blend": adapter.blend, "personal_epoch": chosen}
+    else:
+        about["personal_weight"] = chosen
     save_adapter(folder, state, opened.settings, opened.features, number, **about)
 
 

@@ -121,7 +121,7 @@ def test_one_round_has_the_file_of_one_process_to_the_bit(tmp_path: Path, drawn:
     settings = Settings(method="one-round")
     sites, unseen = make_sites(drawn, settings.holdout, 5, settings.seed)
     truth = simulate(sites, drawn.classes, unseen, settings)
-    done = fedclip("run", "--nodes", "5", "method=one-round", f"results-dir={tmp_path}")
+    done = fedclip("run", "--nodes", "5", "method=one-round", "personalize=true", f"results-dir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = run_folder(tmp_path)
     same_tensors(folder, truth.state)
@@ -131,6 +131,7 @@ def test_one_round_has_the_file_of_one_process_to_the_bit(tmp_path: Path, drawn:
     assert summary["rounds"] == 1
     assert summary["adapted"]["unseen"] == pytest.approx(truth.selected.unseen, abs=0.002)
     assert summary["adapted"]["unseen"] > summary["zero_shot"]["unseen"] + 0.02
+    assert summary["adapted"]["personal"].keys() == {site.name for site in sites}
     assert "one round, in closed form; every image counts the same" in done.stdout
 
 

@@ -147,7 +147,9 @@ class Settings:
         "domain", "how simulated sites divide the data", choices=("domain", "dirichlet", "iid", "classes")
     )
     alpha: float = _setting(0.5, "concentration of the dirichlet partition", above=0.0)
-    personalize: bool = _setting(False, "each site trains its own adapter after the last round; never sent")
+    personalize: bool = _setting(
+        False, "each site makes an adapter of its own after the last round, which it never sends"
+    )
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
     precision: str = _setting("auto", "precision of encoding", choices=("auto", "float32", "bfloat16", "float16"))
     name: str = _setting("", "name of the run and its folder; empty for one made from the time", **_NAME)
@@ -306,7 +308,7 @@ def _of_rounds(settings: Settings) -> dict[str, str]:
     found = {}
     if settings.num_server_rounds not in (1, Settings.num_server_rounds):
         found["num-server-rounds"] = f"method = {ONE_ROUND!r} has a single round; leave it out"
-    trained = ("recipe", "feature-norm", "blend", "personalize", "codec", "dp", "secure-aggregation")
+    trained = ("recipe", "feature-norm", "blend", "codec", "dp", "secure-aggregation")
     for key in (*trained, "fraction-train", "strategy"):
         if _value(settings, key) == _value(Settings(), key):
             continue

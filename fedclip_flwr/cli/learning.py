@@ -106,7 +106,10 @@ def sweep(
         ),
     ] = "",
     holdouts: Annotated[
-        str, option("Comma list of domains to hold out in turn, several at once with + (default: each one).")
+        str,
+        option(
+            "Comma list of domains to hold out in turn, several at once with +; pairs; classes (default: each domain)."
+        ),
     ] = "",
     nodes: Annotated[int, option("Number of sites (default: one for each seen domain).", "--nodes", "-n")] = 0,
     seeds: Annotated[int, option("Number of seeds, each with its own splits and initial weights (default: 3).")] = 3,

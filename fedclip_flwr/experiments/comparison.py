@@ -15,9 +15,9 @@ from pathlib import Path
 from fedclip_flwr.base import Settings, UserError, content, files, plugins
 from fedclip_flwr.base.settings import STORED, unusable
 from fedclip_flwr.base.text import counted
-from fedclip_flwr.data import pick_holdout
+from fedclip_flwr.data import held_out
 from fedclip_flwr.data.presets import PRESETS, fitting
-from fedclip_flwr.experiments import printed
+from fedclip_flwr.experiments import printed, unseen
 from fedclip_flwr.experiments.baselines import METHODS, OWN, PUBLISHED, Published, method_of
 from fedclip_flwr.experiments.sweep import Plan, sweep
 from fedclip_flwr.experiments.tables import Row, as_csv, markdown, rows
@@ -202,7 +202,7 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
     seed = options.first_seed + options.seeds - 1
     settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)
     try:
-        holdouts = [pick_holdout(name, features.domains) or "" for name in _listed(options.holdouts)]
+        holdouts = unseen.named(_listed(options.holdouts), features.domains)
     except UserError as error:
         raise unusable([str(error).replace("holdout =", "--holdouts")]) from None
     if not holdouts:
@@ -210,9 +210,9 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
     plan = Plan(
         settings,
         ["zero-shot", *(name for name in methods if name != "zero-shot")],
-        list(dict.fromkeys(holdouts)),
+        holdouts,
         range(options.first_seed, options.first_seed + options.seeds),
-        options.nodes or max(1, len(features.domains) - (holdouts != [""])),
+        options.nodes or max(1, len(features.domains) - min(len(held_out(h, features.domains)) for h in holdouts)),
         options.full_model_rounds,
         options.full_model_seeds,
     )

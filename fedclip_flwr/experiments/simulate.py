@@ -22,6 +22,7 @@ from fedclip_flwr.data import Vocabulary, held_out, pick_holdout
 from fedclip_flwr.exchange import Hello, Session
 from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesInMemory
 from fedclip_flwr.exchange.records import write_hello
+from fedclip_flwr.experiments.unseen import THIRDS, third, without
 from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node, local_grid
 from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, evaluate, examine
@@ -78,7 +79,11 @@ def make_sites(
     alpha: float = 0.5,
     device: str | torch.device = "cpu",
 ) -> tuple[list[Site], dict[str, Examples]]:
-    """The sites sorted by name, and the examples of the held-out domains."""
+    """The sites sorted by name, and the examples of what is held out: domains, or one of `unseen.THIRDS`."""
+    if holdout in THIRDS:
+        every, _ = make_sites(features, "", sites, seed, partition=partition, alpha=alpha, device=device)
+        kept, examples = without(every, third(holdout, len(features.vocabulary.class_names), seed))
+        return kept, {holdout: examples}
     unseen = pick_holdout(holdout, features.domains)
     how: dict[str, Any] = {"partition": partition, "alpha": alpha}
     made = [simulated_site(features, unseen, number, sites, seed, device, **how) for number in range(sites)]

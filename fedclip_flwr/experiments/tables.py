@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.experiments.baselines import Published, method_of
 from fedclip_flwr.experiments.sweep import Found, Plan, Results
+from fedclip_flwr.experiments.unseen import THIRDS
 
 MEAN = "mean"
 """The column for the mean over all held-out domains."""
@@ -55,7 +56,8 @@ def columns_of(plan: Plan) -> dict[str, list[str]]:
 def rows(plan: Plan, results: Results, domains: int) -> list[Row]:
     """Rows grouped by method: each held-out domain, then their mean. `domains` is the number of domains in the data."""
     found, columns = by_key(results), columns_of(plan)
-    by_domain = plan.sites == domains - 1 and plan.settings.partition == "domain"  # all seen domains have equal weight
+    single = not any("+" in holdout or holdout in THIRDS for holdout in plan.holdouts)
+    by_domain = single and plan.sites == domains - 1 and plan.settings.partition == "domain"  # all have equal weight
     made = []
     for method in plan.methods:
         own = {(seed, holdout): result for (name, seed, holdout), result in found.items() if name == method}

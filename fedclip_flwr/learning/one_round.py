@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedclip_flwr.learning.base import Classes, Learner
+from fedclip_flwr.learning.base import Classes, Examples, Learner
 from fedclip_flwr.learning.sums import BASIS, BITS, coordinates, unit_of
 
 SUMS = ("counts", "sums", "moments")
@@ -152,6 +152,26 @@ class OneRound(Learner):
                     fit(means, covariance, prompts, whole, cosines, chosen),
                 )
         return self._fits
+
+
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+"""The weights of a site's own class frequencies to choose from."""
+
+
+def personalize(learner: OneRound, examples: Examples, validation: Examples, classes: Classes) -> float:
+    """Gives the learner the prior of one site: a weight times log(1 + its training images of the class).
+
+    The weight with the lowest validation loss is kept, the smallest of equal ones, and returned. A class that the site
+    has no images of gets 0, as a new one does.
+    """
+    frequencies = torch.bincount(examples.labels.cpu(), minlength=len(learner.counts)).double().log1p()
+    if not len(validation.labels):
+        return 0.0
+    plain = learner.logits(validation.features, classes)
+    losses = [float(F.cross_entropy(plain + (weight * frequencies).to(plain), validation.labels)) for weight in WEIGHTS]
+    weight = WEIGHTS[losses.index(min(losses))]
+    learner.prior = (weight * frequencies).to(learner.prior.device)
+    return weight
 
 
 class Head(nn.Module):

@@ -14,7 +14,7 @@ from fedclip_flwr.exchange import ExchangeError, Report, Task, privacy
 from fedclip_flwr.exchange.link import SiteCache
 from fedclip_flwr.exchange.records import read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
-from fedclip_flwr.learning import RECIPES, Adapter, Classes, Learner, evaluate, examine, train
+from fedclip_flwr.learning import RECIPES, Adapter, Classes, Learner, OneRound, evaluate, examine, one_round, train
 from fedclip_flwr.learning.recipes import learning_rate
 from fedclip_flwr.learning.sums import BITS, sums_of
 from fedclip_flwr.learning.training import personalize
@@ -60,18 +60,17 @@ def answer_evaluate(
     cache: SiteCache,
     *,
     by_class: bool = False,
-    keep: Callable[[Adapter, int, int], None] = lambda adapter, number, epoch: None,
+    keep: Callable[[Learner, int, float], None] = lambda adapter, number, chosen: None,
 ) -> RecordDict:
     """The scores of the received adapter; if the server asks to personalise, of the adapter that this site makes of it.
 
-    `keep` is called with the personalised adapter, the round that it starts from, and the selected epoch.
+    `keep` is called with the personalised adapter, the round that it starts from, and what was selected by validation:
+    the epoch, or with one round the weight of the site's class frequencies.
     """
     task = read_task(content)
     learner = received(task, context, cache)
     if task.personal:
-        assert isinstance(learner, Adapter)  # guaranteed by the settings
-        epoch = learn_alone(learner, context.site, context.classes, context.settings)
-        keep(learner, task.round, epoch)
+        keep(learner, task.round, learn_alone(learner, context.site, context.classes, context.settings))
     return write_answer(report_on(learner, context, by_class))
 
 
@@ -107,8 +106,10 @@ def learn(learner: Learner, site: Site, classes: Classes, settings: Settings, nu
     )
 
 
-def learn_alone(learner: Learner, site: Site, classes: Classes, settings: Settings) -> int:
-    """Personalises the learner in place, for as many epochs as in the whole run; returns the selected epoch."""
+def learn_alone(learner: Learner, site: Site, classes: Classes, settings: Settings) -> float:
+    """Personalises the learner in place, an adapter for as many epochs as in the run; returns what was selected."""
+    if isinstance(learner, OneRound):
+        return one_round.personalize(learner, site.train, site.validation, classes)
     return personalize(
         learner,
         site.train,

@@ -167,7 +167,6 @@ def test_what_is_for_adapters_is_refused_for_the_full_model(what: dict[str, Any]
         {"recipe": "paper"},
         {"feature-norm": 10},
         {"blend": "auto"},
-        {"personalize": True},
         {"codec": "int8"},
         {"dp": "local"},
         {"secure-aggregation": True},

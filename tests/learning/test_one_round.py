@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.learning.base import Classes, Examples
-from fedclip_flwr.learning.one_round import SUMS, Constants, OneRound, basis_of, symmetric, width_of
+from fedclip_flwr.learning.one_round import (
+    SUMS,
+    WEIGHTS,
+    Constants,
+    OneRound,
+    basis_of,
+    personalize,
+    symmetric,
+    width_of,
+)
 from fedclip_flwr.learning.sums import BASIS, BITS, sums_of, unit_of
 from fedclip_flwr.learning.training import logits_of
 
@@ -173,6 +182,38 @@ def test_a_sites_prior_is_added_to_its_classes() -> None:
     difference = own.logits(examples.features, classes) - plain.logits(examples.features, classes)
     prior[list(UNSEEN)] = 0
     torch.testing.assert_close(difference, prior.expand_as(difference), rtol=0, atol=1e-9)
+
+
+def skewed(examples: Examples) -> Examples:
+    """Those of few classes, and of one most."""
+    kept = (examples.labels == 19) | ((examples.labels == 18) & (torch.arange(len(examples.labels)) % 8 == 0))
+    return examples.rows(kept)
+
+
+def test_a_site_adds_its_own_class_frequencies_where_they_help() -> None:
+    examples, classes = data()
+    made = learnt(examples, classes)
+    own, other = skewed(examples), skewed(data(each=60, every=True)[0])
+    before = float(F.cross_entropy(made.logits(other.features, classes), other.labels))
+    weight = personalize(made, own, other, classes)
+    assert weight in WEIGHTS[1:]
+    counts = torch.bincount(own.labels, minlength=CLASSES).double()
+    torch.testing.assert_close(made.prior, weight * torch.log(1 + counts))
+    assert float(F.cross_entropy(made.logits(other.features, classes), other.labels)) < before
+    for better in WEIGHTS:
+        tried = learnt(examples, classes, prior=better * torch.log(1 + counts))
+        loss = float(F.cross_entropy(tried.logits(other.features, classes), other.labels))
+        assert loss >= float(F.cross_entropy(made.logits(other.features, classes), other.labels)) - 1e-9
+
+
+def test_without_a_reason_a_site_adds_nothing() -> None:
+    examples, classes = data()
+    made = learnt(examples, classes)
+    evenly = torch.arange(CLASSES).repeat(3)
+    assert personalize(made, Examples(examples.features[:60], evenly), examples.rows(slice(0)), classes) == 0.0
+    assert not made.prior.any()
+    wrong = Examples(examples.features, (examples.labels + 1) % CLASSES)
+    assert personalize(made, skewed(examples), wrong, classes) == 0.0
 
 
 def odd(name: str) -> tuple[Examples, Classes]:
