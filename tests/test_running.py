@@ -117,10 +117,18 @@ def same_tensors(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     assert all(torch.equal(saved[name], state[name]) for name in state)
 
 
-def test_one_round_has_the_file_of_one_process_to_the_bit(tmp_path: Path, drawn: Features) -> None:
+@pytest.fixture(scope="module")
+def encoded(drawn: Features) -> Features:
+    """The drawn pictures, stored: what takes half a minute is done here, and not in a test."""
+    for domain in drawn.domains:
+        drawn.examples(domain)
+    return drawn
+
+
+def test_one_round_has_the_file_of_one_process_to_the_bit(tmp_path: Path, encoded: Features) -> None:
     settings = Settings(method="one-round")
-    sites, unseen = make_sites(drawn, settings.holdout, 5, settings.seed)
-    truth = simulate(sites, drawn.classes, unseen, settings)
+    sites, unseen = make_sites(encoded, settings.holdout, 5, settings.seed)
+    truth = simulate(sites, encoded.classes, unseen, settings)
     done = fedclip("run", "--nodes", "5", "method=one-round", "personalize=true", f"results-dir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = run_folder(tmp_path)
