@@ -34,7 +34,7 @@ from fedclip_flwr.runs.summary import summary_of
 from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.one_round import strategy_of
+from fedclip_flwr.server.one_round import strategy_class
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 app = ServerApp()
@@ -68,7 +68,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
         link = Downlink(start, settings.codec, settings.seed)
         nodes = nodes_of(grid, link, session, settings, package)
-        strategy = strategy_of(start, nodes.names, settings, nodes.examples, len(session.vocabulary.class_names))
+        strategy = strategy_class(settings)(
+            start, nodes.names, settings, nodes.examples, len(session.vocabulary.class_names)
+        )
         before = folder.before
         if before:
             resume(before, settings, session, nodes, strategy)

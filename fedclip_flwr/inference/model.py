@@ -85,7 +85,7 @@ class FedCLIP(
         self.loaded, self.origin = loaded, origin
         self._scale, self._bias = loaded.scale, loaded.bias
         self.register_buffer("text", encoding.class_features(loaded, vocabulary), persistent=False)
-        self.head = adapter.head(self._classes(self.text)) if isinstance(adapter, OneRound) else None
+        self.head = adapter.head(self._numbered()) if isinstance(adapter, OneRound) else None
         self.eval().to(loaded.device)
 
     @classmethod
@@ -113,9 +113,10 @@ class FedCLIP(
             learnt.check_dim(made.text.shape[1], found.name)
         return made
 
-    def _classes(self, text: Tensor) -> Classes:
+    def _numbered(self) -> Classes:
+        """The classes, with the numbers that the closed form knows them by."""
         known = {name: number for number, name in enumerate(saved.learnt_classes(self.facts))}
-        return Classes(text, self._scale, self._bias, tuple(known.get(name, -1) for name in self.class_names))
+        return Classes(self.text, self._scale, self._bias, tuple(known.get(name, -1) for name in self.class_names))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -192,7 +193,7 @@ class FedCLIP(
             features = F.normalize(features, dim=-1)
         else:
             features = self.adapter(features.to(next(self.adapter.parameters()).dtype))
-        return self._classes(self.text.to(features)).logits(features)
+        return Classes(self.text.to(features), self._scale, self._bias).logits(features)
 
     @torch.no_grad()
     def _see(self, inputs: clip.Inputs) -> Tensor:

@@ -37,7 +37,7 @@ from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.one_round import strategy_of
+from fedclip_flwr.server.one_round import strategy_class
 from fedclip_flwr.site.context import settings_at
 
 NODE = 2**63
@@ -189,7 +189,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         if nodes.hellos and not nodes.failures:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off", strategy="fedavg")
             with suppress(UserError):  # no site has trained: this site only evaluates, or its answer is an error
-                strategy = strategy_of(start, nodes.names, once, nodes.examples)
+                strategy = strategy_class(once)(start, nodes.names, once, nodes.examples)
                 RoundLoop(nodes, strategy, once, start, lambda *_: {}, _Nobody()).run()
     return [message for message, later in zip(sent, [*sent[1:], None], strict=True) if not _again(message, later)]
 

@@ -56,16 +56,9 @@ class OneRoundStrategy(AdapterFedAvg):
         return {name: self.like[name] for name in SUMS}
 
 
-def strategy_of(
-    like: State,
-    names: Mapping[int, str],
-    settings: Settings,
-    claims: Callable[[str], float],
-    classes: int | None = None,
-) -> AdapterFedAvg:
-    """The strategy that the settings ask for; see `AdapterFedAvg`."""
-    make = OneRoundStrategy if settings.method == ONE_ROUND else AdapterFedAvg
-    return make(like, names, settings, claims, classes)
+def strategy_class(settings: Settings) -> type[AdapterFedAvg]:
+    """The strategy that the method asks for."""
+    return OneRoundStrategy if settings.method == ONE_ROUND else AdapterFedAvg
 
 
 class Total:

@@ -21,7 +21,7 @@ from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.folder import ImageFolder
-from fedclip_flwr.features import clip
+from fedclip_flwr.features import clip, models
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.inference.model import Prediction
@@ -53,6 +53,14 @@ def assert_same(found: Sequence[Prediction], wanted: Sequence[Prediction]) -> No
     assert [one.labels for one in found] == [one.labels for one in wanted]
     for one, other in zip(found, wanted, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_a_clip_alone_needs_no_facts(features: Features, tree: Path) -> None:
+    loaded = clip.Clip(models.find("bundled"), "cpu", "float32")
+    model = FedCLIP(loaded, features.vocabulary)
+    wanted = logits_of(None, features.examples("photo").ready(), features.classes.ready()).softmax(dim=1)
+    found = table(model.predict(paths_of(tree), top=3), model.class_names)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_images_are_found_to_show_what_their_stored_features_say(folder: Path, features: Features, tree: Path) -> None:
