@@ -22,7 +22,8 @@ from demo import RUNS, SITES, Federation
 SMALL = "adapter=scale"
 LISTEN = "import socket; s = socket.create_server(('0.0.0.0', 8000)); [s.accept() for _ in range(9)]"
 CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
-SUPERNODE = "exec flower-supernode --superlink superlink:9092 --max-retries 2"
+SUPERNODE = "exec timeout -s KILL 60 flower-supernode --superlink superlink:9092 --max-retries 2"
+"""Flower's own program, which may stay when it is refused; `fedclip site` ends."""
 TRUST = "--root-certificates /etc/fedclip/ca.crt"
 HTTP = "http" in os.environ.get("CONSTRAINTS", "")
 """True if the image has Flower's HTTP line."""
