@@ -39,6 +39,8 @@ ONE_ROUND = "one-round"
 """The method without training: sites send sums, and the model follows from them in closed form."""
 FORMS = ("span", "full")
 """The directions in which `one-round` measures second moments."""
+ROBUST_SUMS = ("fedavg", "fedmedian", "fedtrimmedavg")
+"""The strategies of `one-round`: the exact sum, and what bounds each site instead."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Experiment trackers that a run can report to."""
 STORED = "features:"
@@ -78,6 +80,9 @@ class Settings:
     )
     statistics: str = _setting(
         "span", "with one-round: second moments in the span of the class prompts, or in the full space", choices=FORMS
+    )
+    one_round_choose: bool = _setting(
+        False, "with one-round: sites score a grid of its constants on validation images, in one more message"
     )
     adapter: str = _setting("attention", "the trainable part", choices=ADAPTERS)
     adapter_rank: int = _setting(4, "rank of adapters that have one (`gate`)", least=1, most=2**14)
@@ -296,6 +301,10 @@ def _contradictions(settings: Settings) -> dict[str, str]:
             found["site-weights"] = how + "sites count the same; leave it out"
     if settings.method == ONE_ROUND:
         found |= _of_rounds(settings)
+    else:
+        for key in ("statistics", "one-round-choose"):
+            if _value(settings, key) != _value(Settings(), key):
+                found[key] = f"it is for method = {ONE_ROUND!r}; leave it out, or set that method"
     if settings.method == "full-model":
         plain = {"feature-norm": 0.0, "blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
         for key in [key for key, value in plain.items() if _value(settings, key) != value]:
@@ -309,7 +318,9 @@ def _of_rounds(settings: Settings) -> dict[str, str]:
     if settings.num_server_rounds not in (1, Settings.num_server_rounds):
         found["num-server-rounds"] = f"method = {ONE_ROUND!r} has a single round; leave it out"
     trained = ("recipe", "feature-norm", "blend", "codec", "dp", "secure-aggregation")
-    for key in (*trained, "fraction-train", "strategy"):
+    if settings.strategy not in ROBUST_SUMS:
+        found["strategy"] = f"with method = {ONE_ROUND!r} expected one of {', '.join(ROBUST_SUMS)}"
+    for key in (*trained, "fraction-train"):
         if _value(settings, key) == _value(Settings(), key):
             continue
         found[key] = f"it is for adapters that are trained; leave it out with method = {ONE_ROUND!r}"

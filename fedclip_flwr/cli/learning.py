@@ -101,8 +101,8 @@ def sweep(
     methods: Annotated[
         str,
         option(
-            "Comma list of zero-shot, local, fedavg, fedprox, paper, one-round, one-round-full, attention, gate, "
-            "scale, blend, centralised (default: all)."
+            "Comma list of zero-shot, local, fedavg, fedprox, paper, one-round, one-round-chosen, one-round-full, "
+            "attention, gate, scale, blend, centralised (default: all)."
         ),
     ] = "",
     holdouts: Annotated[

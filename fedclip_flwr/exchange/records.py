@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -85,11 +85,15 @@ class LacksError(ExchangeError):
 
 
 class Report(NamedTuple):
-    """The scores at a site of the adapter that it received, and the number of examples it trained on."""
+    """The scores at a site of the adapter that it received, and the number of examples it trained on.
+
+    `choices`: losses on validation images with other constants, if the server has asked for them.
+    """
 
     examples: int
     validation: Score
     test: Quality
+    choices: Sequence[float] = ()
 
 
 class Answer(NamedTuple):
@@ -99,6 +103,7 @@ class Answer(NamedTuple):
     state: State
 
 
+MOST_CHOICES = 1000
 MOST_IMAGES = 10**9
 """Maximum number of images that a site may report."""
 HELLO = frozenset(field.name for field in dataclasses.fields(Hello))
@@ -106,6 +111,8 @@ PROGRESS = frozenset(Progress._fields)
 FIGURES = frozenset({"num-examples", "validation", "test"})
 """`validation`: examples, correct ones, summed loss; `test` too, with balanced accuracy, macro F1 and gaps. Lists take
 a third of the bytes of named values."""
+CHOICES = frozenset({"choices"})
+"""For each of several choices the summed loss of the validation images (`learning/choosing.py`)."""
 BY_CLASS = frozenset({"test-classes"})
 """The examples of each class, then the correct ones of each, then the predictions of each."""
 
@@ -116,7 +123,7 @@ def may_leave(adapter: Iterable[str], by_class: bool) -> dict[str, frozenset[str
     `adapter` has the names of the adapter's tensors, or of the codec that packed them. `by_class`: the site's owner
     shares the counts by class.
     """
-    figures = FIGURES | BY_CLASS if by_class else FIGURES
+    figures = FIGURES | CHOICES | (BY_CLASS if by_class else frozenset())
     return {"hello": HELLO, "progress": PROGRESS, "metrics": figures, "arrays": frozenset(adapter)}
 
 
@@ -162,7 +169,7 @@ class Task(NamedTuple):
     A hello has the session and no adapter; later messages have only the session's key. `personal`: train a personal
     adapter. `blend` is the share of the adapted feature if it differs from the settings. The adapter is in `arrays`; or
     `state` is its mark, and the site has it or decodes it from `arrays` and the adapter with the mark `base`. `bits`
-    says in which unit sums are wanted (`learning/sums.py`).
+    says in which unit sums are wanted (`learning/sums.py`); `choose`: score the choices of constants, too.
     """
 
     round: int
@@ -174,6 +181,7 @@ class Task(NamedTuple):
     base: str
     arrays: ArrayRecord | None
     bits: int = 0
+    choose: bool = False
 
 
 def write_greeting(session: Session) -> ConfigRecord:
@@ -183,13 +191,15 @@ def write_greeting(session: Session) -> ConfigRecord:
     return ConfigRecord({**facts, "classes": classes, "prompts": prompts})
 
 
-def write_task(key: str, personal: bool = False, blend: float | None = None) -> ConfigRecord:
+def write_task(key: str, personal: bool = False, blend: float | None = None, choose: bool = False) -> ConfigRecord:
     """The config record common to all sites; Flower's strategies add `server-round`."""
     config = ConfigRecord({"session": key})
     if personal:
         config["personal"] = True
     if blend is not None:
         config["blend"] = blend
+    if choose:
+        config["choose"] = True
     return config
 
 
@@ -219,6 +229,7 @@ def read_task(content: RecordDict) -> Task:
         field("base", ""),
         content.array_records.get("arrays"),
         field("bits", 0),
+        field("choose", False),
     )
 
 
@@ -373,6 +384,8 @@ def write_answer(report: Report, state: Mapping[str, Tensor] | None = None) -> R
     )
     if test.classes:
         figures["test-classes"] = [count for counts in test.classes for count in counts]
+    if report.choices:
+        figures["choices"] = [float(loss) for loss in report.choices]
     content = RecordDict({"metrics": figures})
     if state is not None:
         content["arrays"] = write_adapter(state)
@@ -392,7 +405,7 @@ def read_answer(content: RecordDict, like: Mapping[str, Tensor] | None = None, c
 
 
 def _report(record: MetricRecord) -> Report:
-    if set(record) not in (FIGURES, FIGURES | BY_CLASS):
+    if set(record) - CHOICES not in (FIGURES, FIGURES | BY_CLASS):
         raise ExchangeError("the answer's figures are not those that were asked for")
     examples = record["num-examples"]
     if type(examples) is not int or examples < 0:
@@ -405,7 +418,17 @@ def _report(record: MetricRecord) -> Report:
     if not sum(map(abs, gaps)) <= test.examples + 1e-6:  # also refuses NaN
         raise ExchangeError("test: the calibration gaps exceed the number of examples")
     by_class = _by_class(test, record["test-classes"]) if "test-classes" in record else None
-    return Report(examples, validation, Quality(test, balanced, f1, gaps, by_class))
+    quality = Quality(test, balanced, f1, gaps, by_class)
+    return Report(examples, validation, quality, _choices(record, validation.examples))
+
+
+def _choices(record: MetricRecord, examples: int) -> Sequence[float]:
+    losses: Any = record.get("choices", [])
+    if type(losses) is not list or len(losses) > MOST_CHOICES:
+        raise ExchangeError(f"choices is {_shortened(losses)}, expected at most {MOST_CHOICES} losses")
+    if not all(type(loss) is float and 0 <= loss <= 1e6 * max(examples, 1) for loss in losses):
+        raise ExchangeError("choices: expected finite losses")
+    return losses or ()
 
 
 def _shortened(figure: object) -> str:

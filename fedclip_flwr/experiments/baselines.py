@@ -98,6 +98,9 @@ METHODS = {
     "fedprox": Method("FedProx, whole model, as we read the paper", together, {**_WHOLE, "strategy": "fedprox"}),
     "paper": Method("FedCLIP, the paper's recipe", together, {"recipe": "paper"}),
     "one-round": Method("ours, one round", together, {"method": ONE_ROUND}),
+    "one-round-chosen": Method(
+        "ours, one round, constants chosen", together, {"method": ONE_ROUND, "one_round_choose": True}
+    ),
     "one-round-full": Method("ours, one round, full", together, {"method": ONE_ROUND, "statistics": "full"}),
     "attention": Method("ours, attention", together),
     "gate": Method("ours, gate", together, {"adapter": "gate"}),
@@ -112,7 +115,7 @@ def method_of(name: str) -> Method:
     return METHODS.get(name) or Method(f"plug-in, {name}", together, {"adapter": name})
 
 
-OWN = frozenset({"method", "statistics", "adapter", "recipe", "strategy"})
+OWN = frozenset({"method", "statistics", "one-round-choose", "adapter", "recipe", "strategy"})
 """Settings that differ between methods."""
 
 

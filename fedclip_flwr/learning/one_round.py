@@ -96,6 +96,12 @@ class OneRound(Learner):
         self._fits = None
         return super().load_state_dict(state_dict, strict, assign)
 
+    def choose(self, constants: Constants) -> None:
+        """Takes other constants; what of the solution does not depend on them is kept."""
+        if Constants(*self.constants.tolist())[:3] != constants[:3]:
+            self._fits = None
+        self.constants = torch.tensor(constants, dtype=torch.float64)
+
     def forward(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,6 +81,12 @@ RECIPES = {
         length=0.0,
     ),
 }
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """The recipe of these settings. One round is not selected: sites' seen classes say nothing of what it is for."""
+    recipe = RECIPES[settings.recipe]
+    return replace(recipe, first_choice=1) if settings.method == ONE_ROUND else recipe
 
 
 def length_of(settings: Settings) -> float:

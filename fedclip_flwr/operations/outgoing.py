@@ -57,6 +57,7 @@ MEANINGS = {
     "encoded": "images encoded so far",
     "images": "images in all",
     "num-examples": "number of images trained on",
+    "choices": "summed losses of the validation images with other constants",
     "test-classes": "for each class: test images, correct ones, number of predictions",
     "counts": "images of each class that it trains on",
     "sums": "for each class the sum of their features; of a class with one image, that image's feature",

@@ -204,7 +204,9 @@ def closing(summary: dict[str, Any], settings: Settings, holdout: str | None, va
     """The text after the last round: zero-shot beside the adapted result, and its cost."""
     zero, adapted, traffic, seconds = (summary[key] for key in ("zero_shot", "adapted", "traffic", "seconds"))
     own = adapted["personal"]
-    if not validated:
+    if settings.method == ONE_ROUND:
+        how = "is the closed form of all sums: nothing was selected"
+    elif not validated:
         how = "is used, because no site has validation images to select by"
     elif adapted["round"]:
         how = "was selected by validation"

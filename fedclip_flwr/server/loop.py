@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
@@ -23,9 +24,9 @@ from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Report, privacy, records
 from fedclip_flwr.exchange.secure.protocol import MaskingError
-from fedclip_flwr.learning import RECIPES
+from fedclip_flwr.learning import choosing
 from fedclip_flwr.learning.metrics import Quality
-from fedclip_flwr.learning.recipes import starts_as_zero_shot
+from fedclip_flwr.learning.recipes import recipe_of, starts_as_zero_shot
 from fedclip_flwr.learning.selection import BLENDS, better, chosen
 from fedclip_flwr.server import noised
 from fedclip_flwr.server.nodes import Nodes
@@ -78,7 +79,7 @@ class RoundLoop:
     ) -> None:
         self._nodes, self._strategy, self._settings = nodes, strategy, settings
         self._start, self._unseen, self._watcher = start, unseen, watcher
-        self._recipe = RECIPES[settings.recipe]
+        self._recipe = recipe_of(settings)
         self._at = resumed or RunState(0, start, start, bytes=nodes.traffic.both)  # bytes of the hellos
         self._resumed = resumed is not None
 
@@ -89,6 +90,8 @@ class RoundLoop:
             if self._stops_early():
                 break
             self._round(number)
+        if self._settings.one_round_choose and self._at.round:
+            self._at.state = self._chosen()
         zero, best = self._record(self._evaluate(self._at.round, self._at.state, self._nodes.good()))
         return self._finish(zero, best)
 
@@ -198,11 +201,26 @@ class RoundLoop:
             self._watcher.on_selected(result.round, at.state, blend)
         return at.zero, at.best
 
+    def _chosen(self) -> State:
+        """The closed form with the constants that do best at the sites."""
+        at, nodes = self._at, self._nodes
+        reports = self._evaluate(at.round, at.state, nodes.good(without=nodes.by_role.holdouts), choose=True)
+        found = choosing.best((report.validation.examples, report.choices) for report in reports.values())
+        nodes.say(f"chosen by validation: {', '.join(f'{name} {value:g}' for name, value in found._asdict().items())}")
+        return {**at.state, "constants": torch.tensor(found, dtype=torch.float64)}
+
     def _evaluate(
-        self, number: int, state: State, asked: Sequence[int], *, personal: bool = False, blend: float | None = None
+        self,
+        number: int,
+        state: State,
+        asked: Sequence[int],
+        *,
+        personal: bool = False,
+        blend: float | None = None,
+        choose: bool = False,
     ) -> Reports:
         """The reports of these nodes on the adapter, or on those that they personalise from it (`personal`)."""
-        config = self._nodes.config(personal, blend)
+        config = self._nodes.config(personal, blend, choose)
         messages = self._messages(self._strategy.configure_evaluate, number, state, asked, config)
         self._strategy.aggregate_evaluate(number, self._nodes.ask(number, messages, state))
         return self._nodes.collect_reports(number, self._strategy)

@@ -338,9 +338,9 @@ class Nodes:
         present = set(self._grid.get_node_ids())
         return {name: node for node, name in self.names.items() if node in present}
 
-    def config(self, personal: bool = False, blend: float | None = None) -> ConfigRecord:
+    def config(self, personal: bool = False, blend: float | None = None, choose: bool = False) -> ConfigRecord:
         """The config record for an adapter; a new one each time, as messages under way must not change."""
-        return records.write_task(self.key, personal, blend)
+        return records.write_task(self.key, personal, blend, choose)
 
     def examples(self, site: str) -> int:
         """The number of training examples in the site's hello."""

@@ -6,8 +6,10 @@ found: docs/security.md says what it can do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -19,7 +21,7 @@ from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.exchange.records import read_adapter, write_adapter
-from fedclip_flwr.learning.one_round import SUMS, symmetric
+from fedclip_flwr.learning.one_round import SUMS, means_of, symmetric
 from fedclip_flwr.learning.sums import bits_for, unit_of
 from fedclip_flwr.server.averaging import Gathered
 from fedclip_flwr.server.strategy import AdapterFedAvg
@@ -40,7 +42,8 @@ class OneRoundStrategy(AdapterFedAvg):
         classes: int | None = None,
     ) -> None:
         super().__init__(like, names, replace(settings, site_weights="examples", max_site_weight=0.0), claims, classes)
-        self._gather = Total
+        share = {"fedmedian": 0.5, "fedtrimmedavg": settings.hostile_share}.get(settings.strategy)
+        self._gather = Total if share is None else partial(Bounded, share=share)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -76,6 +79,60 @@ class Total:
 
     def close(self) -> Gathered:
         return Gathered({**self._sent, **self._total} if self._total["counts"].any() else None, {})
+
+
+class Bounded:
+    """Sums in which no site decides: of each class and direction the trimmed mean, or the median, of what sites say.
+
+    A site's claim of images counts for at most `MOST` times the median, its mean of a class as that of one site. That
+    is no longer the sum of all images, and no protection for a class that only one or two sites have.
+    """
+
+    MOST = 3.0
+
+    def __init__(self, sent: State, share: float) -> None:
+        self._sent, self._share, self._unit = sent, share, unit_of(int(sent["bits"]))
+        self._full = not len(sent["basis"])
+        self._sites: dict[str, Mapping[str, Tensor]] = {}
+
+    def add(self, site: str, state: Mapping[str, Tensor], weight: float) -> None:
+        check(state, int(weight), self._unit, self._full)
+        self._sites[site] = state
+
+    def close(self) -> Gathered:
+        if not self._sites:
+            return Gathered(None, {})
+        found = [self._sites[site] for site in sorted(self._sites)]
+        each = [means_of(one["counts"], one["sums"], one["moments"], self._unit) for one in found]
+        counts = torch.stack([one.counts for one in each])
+        usual = counts.sum(1).quantile(0.5, interpolation="lower")
+        counts = counts * (self.MOST * usual / counts.sum(1)).clamp_max(1.0)[:, None]
+        means = torch.zeros_like(each[0].classes)
+        for number in range(counts.shape[1]):
+            if len(own := [one.classes[number] for one in each if one.seen[number]]):
+                means[number] = trimmed(torch.stack(own), self._share)
+        total = counts.sum(0).round()
+        scatters = [scatter for one in each if (scatter := one.covariance()) is not None]
+        within = (
+            positive(trimmed(torch.stack(scatters), self._share)) if scatters else torch.zeros_like(each[0].moments)
+        )
+        products = within * (total.sum() - (total > 0).sum()) + (total[:, None] * means).T @ means
+        upper = torch.triu_indices(*products.shape)
+        made = {"counts": total, "sums": total[:, None] * means / self._unit}
+        made["moments"] = products[upper[0], upper[1]] / self._unit
+        return Gathered({**self._sent, **{name: tensor.round().long() for name, tensor in made.items()}}, {})
+
+
+def positive(matrix: Tensor) -> Tensor:
+    """The matrix without its negative eigenvalues."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return torch.as_tensor(vectors * values.clamp_min(0) @ vectors.T)
+
+
+def trimmed(values: Tensor, share: float) -> Tensor:
+    """The mean without this share of the values at each end, number by number; with 0.5 the median."""
+    cut = min(math.ceil(share * len(values)), (len(values) - 1) // 2)
+    return values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0)
 
 
 def check(sums: Mapping[str, Tensor], images: int, unit: float, full: bool) -> None:

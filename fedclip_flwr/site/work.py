@@ -14,7 +14,18 @@ from fedclip_flwr.exchange import ExchangeError, Report, Task, privacy
 from fedclip_flwr.exchange.link import SiteCache
 from fedclip_flwr.exchange.records import read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
-from fedclip_flwr.learning import RECIPES, Adapter, Classes, Learner, OneRound, evaluate, examine, one_round, train
+from fedclip_flwr.learning import (
+    RECIPES,
+    Adapter,
+    Classes,
+    Learner,
+    OneRound,
+    choosing,
+    evaluate,
+    examine,
+    one_round,
+    train,
+)
 from fedclip_flwr.learning.recipes import learning_rate
 from fedclip_flwr.learning.sums import BITS, sums_of
 from fedclip_flwr.learning.training import personalize
@@ -71,7 +82,10 @@ def answer_evaluate(
     learner = received(task, context, cache)
     if task.personal:
         keep(learner, task.round, learn_alone(learner, context.site, context.classes, context.settings))
-    return write_answer(report_on(learner, context, by_class))
+    report = report_on(learner, context, by_class)
+    if task.choose and isinstance(learner, OneRound):
+        report = report._replace(choices=choosing.scores(learner, context.site.validation, context.classes))
+    return write_answer(report)
 
 
 def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:

@@ -27,6 +27,7 @@ CONTRACT: dict[str, Any] = {
     "holdout": "auto",
     "method": "adapter",
     "statistics": "span",
+    "one-round-choose": False,
     "adapter": "attention",
     "adapter-rank": 4,
     "blend": 1.0,
@@ -171,7 +172,6 @@ def test_what_is_for_adapters_is_refused_for_the_full_model(what: dict[str, Any]
         {"dp": "local"},
         {"secure-aggregation": True},
         {"fraction-train": 0.5},
-        {"strategy": "fedadam"},
     ],
 )
 def test_what_is_for_training_is_refused_for_one_round(what: dict[str, Any]) -> None:
@@ -180,6 +180,9 @@ def test_what_is_for_training_is_refused_for_one_round(what: dict[str, Any]) -> 
 
 
 def test_one_round_has_one_round() -> None:
+    with pytest.raises(UserError, match="expected one of fedavg, fedmedian, fedtrimmedavg"):
+        Settings.from_run_config({"method": "one-round", "strategy": "krum"})
+    assert Settings.from_run_config({"method": "one-round", "strategy": "fedmedian"})
     assert Settings.from_run_config({"method": "one-round"}).rounds == 1
     assert Settings.from_run_config({"method": "one-round", "num-server-rounds": 1}).rounds == 1
     assert Settings(num_server_rounds=7).rounds == 7

@@ -236,17 +236,30 @@ def test_a_single_number_keeps_its_shape() -> None:
     assert records.read_adapter(records.write_adapter(state), state)["scale"].shape == ()
 
 
+def test_losses_of_choices_come_back() -> None:
+    chosen = REPORT._replace(choices=[0.25, 3.5])
+    assert records.read_answer(records.write_answer(chosen)).report.choices == [0.25, 3.5]
+    assert records.read_answer(records.write_answer(REPORT)).report == REPORT
+
+
+@pytest.mark.parametrize("losses", [[-1.0], [float("nan")], [1], [1e9], [0.5] * 1001, 0.5])
+def test_losses_that_cannot_be_are_refused(losses: Any) -> None:
+    figures = dict(records.write_answer(REPORT).metric_records["metrics"])
+    with pytest.raises(ExchangeError, match="choices"):
+        records.read_answer(RecordDict({"metrics": MetricRecord({**figures, "choices": losses})}))
+
+
 def test_a_task_comes_back_and_nonsense_is_refused() -> None:
     config = records.write_task("0123", True)
     config["server-round"] = 3
     arrays = records.write_adapter(GOOD)
     task = records.read_task(RecordDict({"config": config, "arrays": arrays}))
-    assert task == (3, None, "0123", True, None, "", "", arrays, 0)
+    assert task == (3, None, "0123", True, None, "", "", arrays, 0, False)
     blended = records.write_task("0123", blend=0.25)
     assert records.read_task(RecordDict({"config": blended})).blend == 0.25
     session = Session("sketch", Vocabulary(("cat", "dog"), ("a {}", "the {}")), "0123", "run-7")
     greeting = records.write_greeting(session)
-    assert records.read_task(RecordDict({"config": greeting})) == (0, session, "", False, None, "", "", None, 0)
+    assert records.read_task(RecordDict({"config": greeting})) == (0, session, "", False, None, "", "", None, 0, False)
     wrong = dict[str, Any](holdout=3, classes="cat", blend="auto", personal=1, state=7)
     wrong["server-round"] = 1.5
     for key, value in wrong.items():
@@ -266,7 +279,7 @@ def test_equal_numbers_have_one_mark_and_others_another() -> None:
         assert records.mark_of(other) != mark
 
 
-FIGURES = {"num-examples", "validation", "test"}
+FIGURES = {"num-examples", "validation", "test", "choices"}
 
 
 def test_the_list_of_what_may_leave_a_site() -> None:

@@ -14,7 +14,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.cli import app
 from fedclip_flwr.exchange.codecs import CODECS
-from fedclip_flwr.exchange.records import BY_CLASS, FIGURES, HELLO, PROGRESS
+from fedclip_flwr.exchange.records import BY_CLASS, CHOICES, FIGURES, HELLO, PROGRESS
 from fedclip_flwr.exchange.secure import protocol
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.adapters import ADAPTERS, tensor_names
@@ -158,7 +158,7 @@ def test_an_error_is_shown_as_it_would_leave(tree: Path) -> None:
 def test_every_value_has_a_meaning() -> None:
     meanings = outgoing.MEANINGS | outgoing.FIGURES
     masked = frozenset().union(*protocol.ANSWERS.values())
-    assert meanings.keys() == HELLO | PROGRESS | FIGURES | BY_CLASS | masked | {*SUMS}
+    assert meanings.keys() == HELLO | PROGRESS | FIGURES | CHOICES | BY_CLASS | masked | {*SUMS}
 
 
 @pytest.mark.parametrize("statistics", ["span", "full"])

@@ -17,9 +17,12 @@ from fedclip_flwr.exchange.records import read_answer, write_answer
 from fedclip_flwr.experiments.simulate import Result, Wrap, simulate
 from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning.base import Classes, Examples
-from fedclip_flwr.learning.one_round import SUMS, OneRound
+from fedclip_flwr.learning.choosing import best, scores
+from fedclip_flwr.learning.one_round import SUMS, Constants, OneRound
 from fedclip_flwr.learning.sums import BITS, sums_of, unit_of
-from fedclip_flwr.server.one_round import check
+from fedclip_flwr.learning.training import evaluate
+from fedclip_flwr.server.averaging import Gathering
+from fedclip_flwr.server.one_round import Bounded, Total, check, trimmed
 from fedclip_flwr.site.holdings import Site
 
 CLASSES, DIM = 10, 80
@@ -100,6 +103,37 @@ def test_a_site_is_asked_three_times_and_sends_sums_once() -> None:
     assert found.selected.seen > found.zero_shot.seen
 
 
+def test_constants_are_chosen_by_the_sites_in_one_more_message() -> None:
+    asked: Counter[str] = Counter()
+
+    def counting(name: str, node: Node) -> Node:
+        def answer(message: Message) -> Message:
+            asked[message.metadata.message_type] += 1
+            return node(message)
+
+        return answer
+
+    train, rows = images(300, 0), list(torch.arange(300).chunk(3))
+    plain = federation(train, rows)
+    found = federation(train, rows, replace(SETTINGS, one_round_choose=True), counting)
+    assert asked == Counter({MessageType.QUERY: 3, MessageType.TRAIN: 3, MessageType.EVALUATE: 6})
+    learner = OneRound("span", CLASSES, DIM)
+    learner.load_state_dict(plain.state)
+    own = images(60, 7)
+    chosen = best([(len(own.labels), scores(learner, own, classes()))] * 3)
+    assert chosen != Constants()
+    assert Constants(*found.state["constants"].tolist()) == chosen
+    assert all(torch.equal(found.state[name], plain.state[name]) for name in SUMS)
+
+
+def test_zero_shot_is_not_selected_instead() -> None:
+    """Where sites' seen classes gain nothing, an unseen domain may."""
+    train, rows = images(300, 0), list(torch.arange(300).chunk(3))
+    own = flipped(images(60, 7))  # validation that speaks against it
+    lying = [replace(site, validation=own, test=own) for site in sites(train, rows)]
+    assert simulate(lying, classes(), None, SETTINGS).selected.round == 1
+
+
 def lying(names: set[str], change: dict[str, State]) -> Wrap:
     """Sites of these names send other sums; each name has its own."""
 
@@ -123,6 +157,54 @@ def test_a_site_with_impossible_sums_is_left_out_and_the_others_count() -> None:
     found = federation(train, rows, wrap=lying({"site-1"}, {"site-1": wrong}))
     honest = federation(train, [rows[0], rows[2]])
     assert all(torch.equal(found.state[key], honest.state[key]) for key in SUMS)
+
+
+def flipped(examples: Examples) -> Examples:
+    return examples._replace(labels=(examples.labels + 1) % (CLASSES - 1))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_two_sites_of_ten_that_claim_many_images_with_wrong_labels_change_little(share: float) -> None:
+    sent, asked = OneRound.new("span", classes().text).state_dict(), images(300, 50)
+    honest = [sums_of(images(100, n), sent["basis"], CLASSES) for n in range(10)]
+    hostile = sums_of(flipped(images(100, 11)), sent["basis"], CLASSES)
+    lying = [*honest[:8], *[{name: 100 * tensor for name, tensor in hostile.items()}] * 2]
+
+    def accuracy(gathering: Gathering, of: list[State]) -> float:
+        for n, state in enumerate(of):
+            gathering.add(f"site-{n}", state, int(state["counts"].sum()))
+        found = gathering.close().state
+        assert found is not None
+        learner = OneRound("span", CLASSES, DIM)
+        learner.load_state_dict(found)
+        return evaluate(learner, asked, classes()).accuracy or 0.0
+
+    clean = accuracy(Total(sent), honest)
+    assert accuracy(Total(sent), lying) < clean - 0.3
+    assert accuracy(Bounded(sent, share), honest) > clean - 0.03
+    assert accuracy(Bounded(sent, share), lying) > clean - 0.05
+
+
+def test_a_claim_of_many_images_counts_for_three_sites() -> None:
+    sent = OneRound.new("span", classes().text).state_dict()
+    bounded = Bounded(sent, 0.5)
+    for n in range(5):
+        bounded.add(f"site-{n}", sums_of(images(100, n), sent["basis"], CLASSES), 100)
+    many = {name: 1000 * tensor for name, tensor in sums_of(images(100, 9), sent["basis"], CLASSES).items()}
+    bounded.add("many", many, 100_000)
+    state = bounded.close().state
+    assert state is not None
+    assert int(state["counts"].sum()) == pytest.approx(800, abs=CLASSES)
+    check({name: state[name] for name in SUMS}, int(state["counts"].sum()), unit_of(BITS), False)
+
+
+def test_the_trimmed_mean_leaves_out_both_ends() -> None:
+    values = torch.tensor([[9.0, -9.0], [1.0, 1.0], [2.0, 3.0], [3.0, 2.0]])
+    assert trimmed(values, 0.25).tolist() == [2.5, 1.5]
+    assert trimmed(values, 0.5).tolist() == [2.5, 1.5]
+    assert trimmed(values[:3], 0.5).tolist() == [2.0, 1.0]
+    assert trimmed(values[:1], 0.5).tolist() == [9.0, -9.0]
+    assert torch.equal(trimmed(values, 0.0), values.mean(0))
 
 
 def good(full: bool = False) -> tuple[State, int]:
