@@ -134,6 +134,19 @@ class OneRound(Learner):
             prior[seen] = self.prior.cpu()[own[seen]]
         return Head(models, seen, prior + float(classes.bias)).to(classes.text.device)
 
+    def guesses(self) -> list[Guess]:
+        """What the prompts of classes without images predict; empty if nothing was learnt."""
+        if (fits := self._solved()) is None:
+            return []
+        means, seen = fits[0].means, self.counts.cpu() > 0
+        found = []
+        for number in (~seen).nonzero()[:, 0].tolist():
+            apart = means - means[number]
+            squares = ((apart @ fits[0].precision) * apart).sum(1).masked_fill(~seen, math.inf)
+            nearest = int(squares.argmin())
+            found.append(Guess(number, nearest, math.sqrt(max(float(squares[nearest]), 0.0))))
+        return found
+
     @property
     def images(self) -> int:
         """The number of images in the sums."""
@@ -158,6 +171,17 @@ class OneRound(Learner):
                     fit(means, covariance, prompts, whole, cosines, chosen),
                 )
         return self._fits
+
+
+class Guess(NamedTuple):
+    """Of a class without images, the class with images whose mean is nearest to the predicted one.
+
+    `distance`: how far, in standard deviations within classes (Mahalanobis), in the span of the prompts.
+    """
+
+    number: int
+    nearest: int
+    distance: float
 
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.text import counted, percent
-from fedclip_flwr.report import heldout_plots
+from fedclip_flwr.report import heldout_plots, sums
 from fedclip_flwr.report.output import Figures
 from fedclip_flwr.report.rendering import gain, render, setting
 from fedclip_flwr.report.story import Story
@@ -40,6 +40,7 @@ def of_run(story: Story, figures: Figures, found: dict[str, Any] | None, problem
         not_the_papers=NOT_THE_PAPERS,
         tiles=tiles(story),
         sites=by_site(story),
+        sums=sums.of_run(story),
         metrics=metrics(story),
         found=found,
         problem=problem,

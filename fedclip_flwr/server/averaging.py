@@ -18,6 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median_high, median_low
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -106,11 +107,15 @@ class Mean:
 
 
 class Gathered(NamedTuple):
-    """The aggregate of a round's updates (None without any), the sites left out with the reason, and those scaled."""
+    """The aggregate of a round's updates (None without any), the sites left out with the reason, and those scaled.
+
+    `classes`: the number of classes that each site's sums have images of.
+    """
 
     state: State | None
     left_out: Mapping[str, str]
     scaled: Sequence[str] = ()
+    classes: Mapping[str, int] = MappingProxyType({})
 
 
 class Gathering(Protocol):

@@ -97,6 +97,8 @@ class Nodes:
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
         self.scaled: Counter[str] = Counter()
+        self.classes: dict[str, int] = {}
+        """For each site whose sums were added, the number of classes that it has images of."""
         self.trained: Counter[str] = Counter()
         """How often each site was asked to train, whether it succeeded or not."""
         self.distrusted: set[str] = set()
@@ -133,6 +135,7 @@ class Nodes:
             "failures": list(map(list, self.failures)),
             "last_failed": sorted(self._last_failed),
             "scaled": dict(self.scaled),
+            "classes": self.classes,
             "trained": dict(self.trained),
             "distrusted": sorted(self.distrusted),
             "down": self.traffic.down,
@@ -155,6 +158,7 @@ class Nodes:
         self.failures[:0] = [Failure(*facts) for facts in record["failures"]]
         self._last_failed |= {*record["last_failed"]}
         self.scaled.update(record["scaled"])
+        self.classes.update(record.get("classes", {}))
         self.trained.update(record["trained"])
         self.distrusted.update(record["distrusted"])
         self.traffic.down += record["down"]
@@ -407,6 +411,7 @@ class Nodes:
             if site not in self.scaled:
                 self.say(f"round {number}: {site}'s update is much longer than the others': it is scaled down")
         self.scaled.update(strategy.scaled)
+        self.classes.update(strategy.classes)
         self._last_failed -= strategy.reports.keys()
         return strategy.reports
 

@@ -70,15 +70,18 @@ class Total:
     def __init__(self, sent: State) -> None:
         self._sent = sent
         self._total = {name: torch.zeros_like(sent[name]) for name in SUMS}
+        self._classes: dict[str, int] = {}
         self._unit, self._full = unit_of(int(sent["bits"])), not len(sent["basis"])
 
     def add(self, site: str, state: Mapping[str, Tensor], weight: float) -> None:
         check(state, int(weight), self._unit, self._full)
         for name, total in self._total.items():
             total += state[name]
+        self._classes[site] = classes_of(state)
 
     def close(self) -> Gathered:
-        return Gathered({**self._sent, **self._total} if self._total["counts"].any() else None, {})
+        made = {**self._sent, **self._total} if self._total["counts"].any() else None
+        return Gathered(made, {}, classes=self._classes)
 
 
 class Bounded:
@@ -120,7 +123,13 @@ class Bounded:
         upper = torch.triu_indices(*products.shape)
         made = {"counts": total, "sums": total[:, None] * means / self._unit}
         made["moments"] = products[upper[0], upper[1]] / self._unit
-        return Gathered({**self._sent, **{name: tensor.round().long() for name, tensor in made.items()}}, {})
+        state = {**self._sent, **{name: tensor.round().long() for name, tensor in made.items()}}
+        return Gathered(state, {}, classes={site: classes_of(one) for site, one in self._sites.items()})
+
+
+def classes_of(sums: Mapping[str, Tensor]) -> int:
+    """The number of classes with images."""
+    return int(sums["counts"].count_nonzero())
 
 
 def positive(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_flwr.base import tensorfile
-from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.base.settings import ONE_ROUND, Settings
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data.holdout import pick_holdout
 from fedclip_flwr.experiments.simulate import make_sites, simulate
@@ -107,6 +107,8 @@ def a_run(
             "resumed": [],
             "failures": list(failures),
             "scaled": {},
+            "examples": {name: [60 + 20 * n, 10, 10] for n, name in enumerate(names)},
+            "classes": dict.fromkeys(names, 5) if settings.method == ONE_ROUND else {},
         }
         if ends == "completed":
             folder.finish(summary)
