@@ -134,17 +134,18 @@ class OneRound(Learner):
             prior[seen] = self.prior.cpu()[own[seen]]
         return Head(models, seen, prior + float(classes.bias)).to(classes.text.device)
 
-    def guesses(self) -> list[Guess]:
-        """What the prompts of classes without images predict; empty if nothing was learnt."""
+    def neighbours(self) -> list[Neighbour]:
+        """Of each class the nearest other one that has images; empty if nothing was learnt."""
         if (fits := self._solved()) is None:
             return []
-        means, seen = fits[0].means, self.counts.cpu() > 0
+        means, others = fits[0].means, self.counts.cpu() > 0
         found = []
-        for number in (~seen).nonzero()[:, 0].tolist():
-            apart = means - means[number]
-            squares = ((apart @ fits[0].precision) * apart).sum(1).masked_fill(~seen, math.inf)
+        for number, mean in enumerate(means):
+            apart = means - mean
+            squares = ((apart @ fits[0].precision) * apart).sum(1).masked_fill(~others, math.inf)
+            squares[number] = math.inf
             nearest = int(squares.argmin())
-            found.append(Guess(number, nearest, math.sqrt(max(float(squares[nearest]), 0.0))))
+            found.append(Neighbour(nearest, math.sqrt(float(squares[nearest]))))
         return found
 
     @property
@@ -173,14 +174,10 @@ class OneRound(Learner):
         return self._fits
 
 
-class Guess(NamedTuple):
-    """Of a class without images, the class with images whose mean is nearest to the predicted one.
-
-    `distance`: how far, in standard deviations within classes (Mahalanobis), in the span of the prompts.
-    """
+class Neighbour(NamedTuple):
+    """A class, and how far away its mean is: in standard deviations within classes, in the span of the prompts."""
 
     number: int
-    nearest: int
     distance: float
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import NamedTuple
 
 from fedclip_flwr.base import UserError
@@ -13,11 +14,15 @@ from fedclip_flwr.runs.saved import learnt_classes, load_adapter
 
 
 class Sums(NamedTuple):
-    """Rows of a table of the sites, and of one of the classes without images; the number of those with images."""
+    """Rows of a table of the sites, and of one of the classes without images.
+
+    Of the classes with images their number, and the median of their distances to the nearest other one.
+    """
 
     sites: list[list[str]]
-    predicted: list[list[str]]
+    without: list[list[str]]
     seen: int
+    usual: str
 
 
 def of_run(story: Story) -> Sums | None:
@@ -30,15 +35,14 @@ def of_run(story: Story) -> Sums | None:
         return None
     if not isinstance(learner, OneRound):
         return None
-    classes, examples = story.run.summary["classes"], story.run.summary["examples"]
+    classes, examples = story.run.summary.get("classes", {}), story.run.summary["examples"]
     images = {site: int(examples[site][0]) for site in classes}
     total = sum(images.values())
-    names = learnt_classes(facts)
+    names, seen = learnt_classes(facts), (learner.counts > 0).tolist()
+    nearest = sorted(zip(learner.neighbours(), seen, names, strict=False), key=lambda each: each[0].distance)
     return Sums(
         [[site, f"{count:,}", percent(count / total), str(classes[site])] for site, count in images.items()],
-        [
-            [names[guess.number], names[guess.nearest], f"{guess.distance:.1f}"]
-            for guess in sorted(learner.guesses(), key=lambda guess: guess.distance)
-        ],
-        int((learner.counts > 0).sum()),
+        [[name, names[other.number], f"{other.distance:.1f}"] for other, has, name in nearest if not has],
+        sum(seen),
+        f"{median(other.distance for other, has, _ in nearest if has):.1f}" if nearest else "",
     )

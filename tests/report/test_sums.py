@@ -50,7 +50,7 @@ def test_the_class_without_images_and_its_nearest(folder: Path) -> None:
     assert found
     learner, facts = load_adapter(folder)
     assert isinstance(learner, OneRound)
-    ((name, nearest, distance),) = found.predicted
+    ((name, nearest, distance),) = found.without
     assert name == facts["class_names"][WITHOUT]
     fits = learner._solved()
     assert fits
@@ -61,6 +61,9 @@ def test_the_class_without_images_and_its_nearest(folder: Path) -> None:
     assert nearest == facts["class_names"][int(apart.argmin())]
     assert distance == f"{apart.min():.1f}"
     assert found.seen == len(facts["class_names"]) - 1
+    between = torch.cdist(whitened, whitened).fill_diagonal_(math.inf)[:, torch.arange(len(whitened)) != WITHOUT]
+    usual = sorted(row.min() for number, row in enumerate(between) if number != WITHOUT)
+    assert found.usual == f"{usual[len(usual) // 2]:.1f}"
 
 
 @pytest.mark.usefixtures("undrawn")
