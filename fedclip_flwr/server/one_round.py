@@ -87,8 +87,9 @@ class Total:
 class Bounded:
     """Sums in which no site decides: of each class and direction the trimmed mean, or the median, of what sites say.
 
-    A site's claim of images counts for at most `MOST` times the median, its mean of a class as that of one site. That
-    is no longer the sum of all images, and no protection for a class that only one or two sites have.
+    The share that is left out at each end is one of all sites, as all hostile ones may have the same class. A site's
+    claim of images counts for at most `MOST` times the median, its mean of a class as that of one site. That is no
+    longer the sum of all images, and no protection for a class that only one or two sites have.
     """
 
     MOST = 3.0
@@ -105,6 +106,7 @@ class Bounded:
     def close(self) -> Gathered:
         if not self._sites:
             return Gathered(None, {})
+        cut = math.ceil(self._share * len(self._sites))
         found = [self._sites[site] for site in sorted(self._sites)]
         each = [means_of(one["counts"], one["sums"], one["moments"], self._unit) for one in found]
         counts = torch.stack([one.counts for one in each])
@@ -113,12 +115,10 @@ class Bounded:
         means = torch.zeros_like(each[0].classes)
         for number in range(counts.shape[1]):
             if len(own := [one.classes[number] for one in each if one.seen[number]]):
-                means[number] = trimmed(torch.stack(own), self._share)
+                means[number] = trimmed(torch.stack(own), cut)
         total = counts.sum(0).round()
         scatters = [scatter for one in each if (scatter := one.covariance()) is not None]
-        within = (
-            positive(trimmed(torch.stack(scatters), self._share)) if scatters else torch.zeros_like(each[0].moments)
-        )
+        within = positive(trimmed(torch.stack(scatters), cut)) if scatters else torch.zeros_like(each[0].moments)
         products = within * (total.sum() - (total > 0).sum()) + (total[:, None] * means).T @ means
         upper = torch.triu_indices(*products.shape)
         made = {"counts": total, "sums": total[:, None] * means / self._unit}
@@ -138,9 +138,9 @@ def positive(matrix: Tensor) -> Tensor:
     return torch.as_tensor(vectors * values.clamp_min(0) @ vectors.T)
 
 
-def trimmed(values: Tensor, share: float) -> Tensor:
-    """The mean without this share of the values at each end, number by number; with 0.5 the median."""
-    cut = min(math.ceil(share * len(values)), (len(values) - 1) // 2)
+def trimmed(values: Tensor, cut: int) -> Tensor:
+    """The mean without so many values at each end, number by number; the median of too few."""
+    cut = min(cut, (len(values) - 1) // 2)
     return values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0)
 
 

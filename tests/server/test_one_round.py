@@ -198,13 +198,29 @@ def test_a_claim_of_many_images_counts_for_three_sites() -> None:
     check({name: state[name] for name in SUMS}, int(state["counts"].sum()), unit_of(BITS), False)
 
 
+def test_hostile_sites_may_all_have_the_same_class() -> None:
+    sent = OneRound.new("span", classes().text).state_dict()
+    train = [images(100, n) for n in range(10)]
+    kept = [own if n < 5 else own.rows((own.labels > 0).nonzero()[:, 0]) for n, own in enumerate(train)]
+    kept[3:5] = [own._replace(features=-own.features) for own in kept[3:5]]
+    sums = [sums_of(own, sent["basis"], CLASSES) for own in kept]
+    bounded = Bounded(sent, 0.2)
+    for n, one in enumerate(sums):
+        bounded.add(f"site-{n}", one, int(one["counts"].sum()))
+    state = bounded.close().state
+    assert state is not None
+    means = torch.stack([one["sums"][0].double() / one["counts"][0] for one in sums[:3]])
+    found = state["sums"][0].double() / state["counts"][0]
+    assert bool((found >= means.amin(0) - 1).all() and (found <= means.amax(0) + 1).all())
+
+
 def test_the_trimmed_mean_leaves_out_both_ends() -> None:
     values = torch.tensor([[9.0, -9.0], [1.0, 1.0], [2.0, 3.0], [3.0, 2.0]])
-    assert trimmed(values, 0.25).tolist() == [2.5, 1.5]
-    assert trimmed(values, 0.5).tolist() == [2.5, 1.5]
-    assert trimmed(values[:3], 0.5).tolist() == [2.0, 1.0]
-    assert trimmed(values[:1], 0.5).tolist() == [9.0, -9.0]
-    assert torch.equal(trimmed(values, 0.0), values.mean(0))
+    assert trimmed(values, 1).tolist() == [2.5, 1.5]
+    assert trimmed(values, 2).tolist() == [2.5, 1.5]
+    assert trimmed(values[:3], 2).tolist() == [2.0, 1.0]
+    assert trimmed(values[:1], 1).tolist() == [9.0, -9.0]
+    assert torch.equal(trimmed(values, 0), values.mean(0))
 
 
 def good(full: bool = False) -> tuple[State, int]:
