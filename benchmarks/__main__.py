@@ -93,6 +93,12 @@ BENCHMARKS = (
         "header of 128 bytes each), three lists of figures, and the keys of the session and of what the sites have.",
     ),
     Benchmark(
+        "one_round",
+        (),
+        "One round beside twenty",
+        "Of `method=one-round` what all messages of a run weigh, and how long all its computing takes, in one process.",
+    ),
+    Benchmark(
         "codecs",
         ("--seeds", "1"),
         "Predictions under the codecs",

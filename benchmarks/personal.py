@@ -1,9 +1,10 @@
 """The seen sites' accuracy: zero-shot, with the run's adapter, and with the adapters that sites make for themselves.
 
-    python benchmarks/personal.py [--data drawn] [--model bundled] [--seeds 3] [--rounds 20] [--sites 10]
+    python benchmarks/personal.py [--method one-round] [--data drawn] [--model bundled] [--seeds 3] [--rounds 20]
+        [--sites 10] [--alpha 0.5]
 
-Once for each way of dividing the data. Prints a Markdown table of test accuracies in per cent, means over sites and
-seeds; the last domain is held out.
+With `one-round` what a site makes for itself is its own class frequencies. Once for each way of dividing the data.
+Prints a Markdown table of test accuracies in per cent, means over sites and seeds; the last domain is held out.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from statistics import mean
 import torch
 
 from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import open_features
 from fedclip_flwr.learning import evaluate
 from fedclip_flwr.learning.metrics import mean_accuracy
-from fedclip_flwr.learning.recipes import new_adapter
+from fedclip_flwr.learning.recipes import new_part
 from fedclip_flwr.site.work import learn_alone
 
 
@@ -32,7 +34,7 @@ def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, f
     parts, _ = make_sites(features, "auto", sites, settings.seed, partition=partition, alpha=settings.alpha)
     classes = features.classes.ready()
     result = simulate(parts, classes, None, settings)
-    shared = new_adapter(settings, classes.dim)
+    shared = new_part(settings, classes)
     shared.load_state_dict(result.state)
     scores = []
     for site in parts:
@@ -44,6 +46,7 @@ def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=("adapter", ONE_ROUND), default="adapter")
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--seeds", type=int, default=3)
@@ -62,7 +65,8 @@ def main() -> None:
                     "data": f"drawn:{seed}" if given.data == "drawn" else given.data,
                     "model": given.model,
                     "seed": seed,
-                    "num-server-rounds": given.rounds,
+                    "method": given.method,
+                    **({} if given.method == ONE_ROUND else {"num-server-rounds": given.rounds}),
                     "alpha": given.alpha,
                 }
             )
@@ -70,7 +74,8 @@ def main() -> None:
         cells = " | ".join(f"{100 * mean(values):.1f}" for values in zip(*runs, strict=True))
         print(f"| {partition} | {cells} |", flush=True)
     print(
-        f"\n{given.data}, {given.sites} sites, {given.rounds} rounds, {given.seeds} seeds, alpha {given.alpha:g}; "
+        f"\n{given.method}, {given.data}, {given.sites} sites, {given.rounds} rounds, {given.seeds} seeds, "
+        f"alpha {given.alpha:g}; "
         f"{time.perf_counter() - start:.0f} s on {os.cpu_count()} cores, {platform.machine()}"
     )
 

@@ -62,7 +62,11 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
 @pytest.mark.parametrize(
     "name",
     dict.fromkeys(
-        [*(benchmark.name for benchmark in BENCHMARKS), "flower_lines", "gpu", "real_features", "released", "scale"]
+        [
+            *(benchmark.name for benchmark in BENCHMARKS),
+            *("attacks", "attacks_on_sums", "constants", "lessons"),
+            *("flower_lines", "gpu", "real_features", "released", "scale"),
+        ]
     ),
 )
 def test_every_benchmark_has_help_and_refuses_what_it_does_not_know(

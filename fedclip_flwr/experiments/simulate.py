@@ -56,12 +56,16 @@ class Accuracies:
 
 @dataclass(frozen=True)
 class Result:
-    """The accuracies after each round and of the selected round, with that round's blend and adapter."""
+    """The accuracies after each round and of the selected round, with that round's blend and adapter.
+
+    `bytes`: what all messages of the run weigh, there and back.
+    """
 
     rounds: list[Accuracies]
     selected: Accuracies
     blend: float
     state: State
+    bytes: int
 
     @property
     def zero_shot(self) -> Accuracies:
@@ -127,13 +131,13 @@ def simulate(
     outcome = federation.run()
     if test_every_round:
         rounds = [_accuracies(result) for result in federation.results]
-        return Result(rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state)
+        return Result(rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state, federation.bytes)
     zero = accuracies_of(learner, sites, classes, apart, federation.results[0])
     learner.load_state_dict(outcome.state)
     if isinstance(learner, Adapter):
         learner.blend = outcome.blend
     selected = accuracies_of(learner, sites, classes, apart, outcome.adapted)
-    return Result([zero], selected, outcome.blend, outcome.state)
+    return Result([zero], selected, outcome.blend, outcome.state, federation.bytes)
 
 
 def accuracies_of(
@@ -170,6 +174,7 @@ class _Federation:
     wrap: Wrap
     scratch: Learner
     results: list[RoundResult] = field(default_factory=list)
+    bytes: int = 0
 
     def run(self) -> Outcome:
         start, session = self.learner.on_cpu(), Session("", Vocabulary((), ()), "", "simulate")
@@ -182,7 +187,9 @@ class _Federation:
         strategy = strategy_class(self.settings)(start, nodes.names, self.settings, nodes.examples)
         with _quiet():
             nodes.wait_for(self.settings.least_sites)
-            return RoundLoop(nodes, strategy, self.settings, start, self._quality, self).run()
+            outcome = RoundLoop(nodes, strategy, self.settings, start, self._quality, self).run()
+        self.bytes = nodes.traffic.both
+        return outcome
 
     def _context(self, site: Site) -> _LocalContext:
         return _LocalContext(self.settings, site, self.classes, self.classes.text.device, self.learner, self.scratch)
