@@ -73,9 +73,9 @@ def main() -> None:
             runs.append(accuracies(settings, partition, given.sites))
         cells = " | ".join(f"{100 * mean(values):.1f}" for values in zip(*runs, strict=True))
         print(f"| {partition} | {cells} |", flush=True)
+    how = given.method if given.method == ONE_ROUND else f"{given.rounds} rounds"
     print(
-        f"\n{given.method}, {given.data}, {given.sites} sites, {given.rounds} rounds, {given.seeds} seeds, "
-        f"alpha {given.alpha:g}; "
+        f"\n{given.data}, {given.sites} sites, {how}, {given.seeds} seeds, alpha {given.alpha:g}; "
         f"{time.perf_counter() - start:.0f} s on {os.cpu_count()} cores, {platform.machine()}"
     )
 

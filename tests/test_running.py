@@ -125,13 +125,21 @@ def encoded(drawn: Features) -> Features:
     return drawn
 
 
-def test_one_round_has_the_file_of_one_process_to_the_bit(tmp_path: Path, encoded: Features) -> None:
+@pytest.fixture(scope="module")
+def one_round(tmp_path_factory: pytest.TempPathFactory, encoded: Features) -> tuple[Path, str, Result]:
+    """The results of a simulation, what it printed, and the same federation in one process."""
     settings = Settings(method="one-round")
     sites, unseen = make_sites(encoded, settings.holdout, 5, settings.seed)
     truth = simulate(sites, encoded.classes, unseen, settings)
-    done = fedclip("run", "--nodes", "5", "method=one-round", "personalize=true", f"results-dir={tmp_path}")
+    results = tmp_path_factory.mktemp("one-round")
+    done = fedclip("run", "--nodes", "5", "method=one-round", "personalize=true", f"results-dir={results}")
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = run_folder(tmp_path)
+    return results, done.stdout, truth
+
+
+def test_one_round_has_the_file_of_one_process_to_the_bit(one_round: tuple[Path, str, Result]) -> None:
+    results, said, truth = one_round
+    folder = run_folder(results)
     same_tensors(folder, truth.state)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1]
@@ -139,8 +147,22 @@ def test_one_round_has_the_file_of_one_process_to_the_bit(tmp_path: Path, encode
     assert summary["rounds"] == 1
     assert summary["adapted"]["unseen"] == pytest.approx(truth.selected.unseen, abs=0.002)
     assert summary["adapted"]["unseen"] > summary["zero_shot"]["unseen"] + 0.02
-    assert summary["adapted"]["personal"].keys() == {site.name for site in sites}
-    assert "one round, in closed form; every image counts the same" in done.stdout
+    assert summary["adapted"]["personal"].keys() == summary["adapted"]["sites"].keys()
+    assert "one round, in closed form; every image counts the same" in said
+
+
+def test_one_round_is_resumed_with_its_evaluation(one_round: tuple[Path, str, Result]) -> None:
+    results, _, truth = one_round
+    folder = run_folder(results)
+    summary = read(folder, "summary.json")
+    stopped = {"status": "stopped", "why": "before its evaluation", "round": 1, "failures": []}
+    (folder / "summary.json").write_text(json.dumps(stopped))
+    done = fedclip("run", f"results-dir={results}", "resume=latest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_tensors(folder, truth.state)
+    again = read(folder, "summary.json")
+    assert {**again, **SPENT} == {**summary, **SPENT}
+    assert again["resumed"] == [1]
 
 
 @pytest.mark.soak  # some of them: the run folder below
