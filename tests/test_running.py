@@ -147,7 +147,10 @@ def test_one_round_has_the_file_of_one_process_to_the_bit(one_round: tuple[Path,
     assert summary["rounds"] == 1
     assert summary["adapted"]["unseen"] == pytest.approx(truth.selected.unseen, abs=0.002)
     assert summary["adapted"]["unseen"] > summary["zero_shot"]["unseen"] + 0.02
-    assert summary["adapted"]["personal"].keys() == summary["adapted"]["sites"].keys()
+    assert (
+        summary["adapted"]["personal"].keys() == summary["adapted"]["sites"].keys() == summary["contributions"].keys()
+    )
+    assert sum(images for images, _ in summary["contributions"].values()) == truth.state["counts"].sum()
     assert "one round, in closed form; every image counts the same" in said
 
 

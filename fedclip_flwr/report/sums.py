@@ -35,13 +35,12 @@ def of_run(story: Story) -> Sums | None:
         return None
     if not isinstance(learner, OneRound):
         return None
-    classes, examples = story.run.summary.get("classes", {}), story.run.summary["examples"]
-    images = {site: int(examples[site][0]) for site in classes}
-    total = sum(images.values())
+    sites = story.run.summary.get("contributions", {})
+    total = sum(images for images, _ in sites.values())
     names, seen = learnt_classes(facts), (learner.counts > 0).tolist()
     nearest = sorted(zip(learner.neighbours(), seen, names, strict=False), key=lambda each: each[0].distance)
     return Sums(
-        [[site, f"{count:,}", percent(count / total), str(classes[site])] for site, count in images.items()],
+        [[site, f"{images:,}", percent(images / total), str(classes)] for site, (images, classes) in sites.items()],
         [[name, names[other.number], f"{other.distance:.1f}"] for other, has, name in nearest if not has],
         sum(seen),
         f"{median(other.distance for other, has, _ in nearest if has):.1f}" if nearest else "",

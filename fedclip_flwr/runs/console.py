@@ -85,7 +85,9 @@ def plan(
 
 def _learning(settings: Settings, features: Features, hellos: Collection[Hello]) -> list[tuple[str, str]]:
     if settings.method == ONE_ROUND:
-        return [("learning", f"one round, in closed form; every image counts the same; seed {settings.seed}")]
+        exact = "every image counts the same"
+        how = exact if settings.strategy == "fedavg" else f"{settings.strategy} of the sites' sums"
+        return [("learning", f"one round, in closed form; {how}; seed {settings.seed}")]
     rounds, epochs = counted(settings.rounds, "round"), counted(settings.local_epochs, "epoch")
     return [
         ("learning", f"{rounds} of {epochs} in batches of {settings.batch_size}"),

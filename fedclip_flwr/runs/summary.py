@@ -51,7 +51,7 @@ def summary_of(
         "resumed": resumed,
         "failures": [failure._asdict() for failure in nodes.failures],
         "scaled": dict(sorted(nodes.scaled.items())),
-        "classes": dict(sorted(nodes.classes.items())),
+        "contributions": dict(sorted(nodes.contributions.items())),
         "unknown_norm": settings.sees_given_length and any(hello.unit_length for hello in nodes.hellos.values()),
     }
 

@@ -109,13 +109,13 @@ class Mean:
 class Gathered(NamedTuple):
     """The aggregate of a round's updates (None without any), the sites left out with the reason, and those scaled.
 
-    `classes`: the number of classes that each site's sums have images of.
+    `contributions`: the numbers of images, and of classes that have some, in each site's sums.
     """
 
     state: State | None
     left_out: Mapping[str, str]
     scaled: Sequence[str] = ()
-    classes: Mapping[str, int] = MappingProxyType({})
+    contributions: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 
 class Gathering(Protocol):

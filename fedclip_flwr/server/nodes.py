@@ -97,8 +97,8 @@ class Nodes:
         self.names: dict[int, str] = {}
         self.failures: list[Failure] = []
         self.scaled: Counter[str] = Counter()
-        self.classes: dict[str, int] = {}
-        """For each site whose sums were added, the number of classes that it has images of."""
+        self.contributions: dict[str, tuple[int, int]] = {}
+        """For each site whose sums were added, the numbers of images and of classes in them."""
         self.trained: Counter[str] = Counter()
         """How often each site was asked to train, whether it succeeded or not."""
         self.distrusted: set[str] = set()
@@ -135,7 +135,7 @@ class Nodes:
             "failures": list(map(list, self.failures)),
             "last_failed": sorted(self._last_failed),
             "scaled": dict(self.scaled),
-            "classes": self.classes,
+            "contributions": self.contributions,
             "trained": dict(self.trained),
             "distrusted": sorted(self.distrusted),
             "down": self.traffic.down,
@@ -158,7 +158,7 @@ class Nodes:
         self.failures[:0] = [Failure(*facts) for facts in record["failures"]]
         self._last_failed |= {*record["last_failed"]}
         self.scaled.update(record["scaled"])
-        self.classes.update(record.get("classes", {}))
+        self.contributions.update(record.get("contributions", {}))
         self.trained.update(record["trained"])
         self.distrusted.update(record["distrusted"])
         self.traffic.down += record["down"]
@@ -411,7 +411,7 @@ class Nodes:
             if site not in self.scaled:
                 self.say(f"round {number}: {site}'s update is much longer than the others': it is scaled down")
         self.scaled.update(strategy.scaled)
-        self.classes.update(strategy.classes)
+        self.contributions.update(strategy.contributions)
         self._last_failed -= strategy.reports.keys()
         return strategy.reports
 

@@ -70,18 +70,18 @@ class Total:
     def __init__(self, sent: State) -> None:
         self._sent = sent
         self._total = {name: torch.zeros_like(sent[name]) for name in SUMS}
-        self._classes: dict[str, int] = {}
+        self._contributions: dict[str, tuple[int, int]] = {}
         self._unit, self._full = unit_of(int(sent["bits"])), not len(sent["basis"])
 
     def add(self, site: str, state: Mapping[str, Tensor], weight: float) -> None:
         check(state, int(weight), self._unit, self._full)
         for name, total in self._total.items():
             total += state[name]
-        self._classes[site] = classes_of(state)
+        self._contributions[site] = contribution(state)
 
     def close(self) -> Gathered:
         made = {**self._sent, **self._total} if self._total["counts"].any() else None
-        return Gathered(made, {}, classes=self._classes)
+        return Gathered(made, {}, contributions=self._contributions)
 
 
 class Bounded:
@@ -124,12 +124,12 @@ class Bounded:
         made = {"counts": total, "sums": total[:, None] * means / self._unit}
         made["moments"] = products[upper[0], upper[1]] / self._unit
         state = {**self._sent, **{name: tensor.round().long() for name, tensor in made.items()}}
-        return Gathered(state, {}, classes={site: classes_of(one) for site, one in self._sites.items()})
+        return Gathered(state, {}, contributions={site: contribution(one) for site, one in self._sites.items()})
 
 
-def classes_of(sums: Mapping[str, Tensor]) -> int:
-    """The number of classes with images."""
-    return int(sums["counts"].count_nonzero())
+def contribution(sums: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The numbers of images and of classes in a site's sums."""
+    return int(sums["counts"].sum()), int(sums["counts"].count_nonzero())
 
 
 def positive(matrix: Tensor) -> Tensor:

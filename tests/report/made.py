@@ -82,7 +82,7 @@ def a_run(
         apart = {name: 0.5 + 0.05 * n for n, name in enumerate(holdouts)}
         adapted = results(best.seen or 0.0, best.unseen, after, {name: value + 0.06 for name, value in apart.items()})
         own = {name: min(1.0, value + 0.03) for name, value in after.items()}
-        parameters = features.parameters
+        parameters, one_round = features.parameters, settings.method == ONE_ROUND
         summary = {
             "status": "completed",
             "holdout": pick_holdout(settings.holdout, features.domains),
@@ -107,8 +107,7 @@ def a_run(
             "resumed": [],
             "failures": list(failures),
             "scaled": {},
-            "examples": {name: [60 + 20 * n, 10, 10] for n, name in enumerate(names)},
-            "classes": dict.fromkeys(names, 5) if settings.method == ONE_ROUND else {},
+            "contributions": {name: [60 + 20 * n, 5] for n, name in enumerate(names)} if one_round else {},
         }
         if ends == "completed":
             folder.finish(summary)

@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange.records import Hello, Report
 from fedclip_flwr.features.base import Features
+from fedclip_flwr.learning import OneRound
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.runs import console
 from fedclip_flwr.server.nodes import Failure
@@ -107,6 +109,8 @@ def test_how_the_round_was_chosen_is_said() -> None:
     assert "Round 3 of 20 is used, because no site has validation images" in text
     zero = {**SUMMARY, "adapted": {**SUMMARY["adapted"], "round": 0}}
     assert "no gain over zero-shot" in console.closing(zero, Settings(), None, True)
+    closed = console.closing(SUMMARY, Settings(method="one-round"), None, True)
+    assert "is the closed form of all sums: nothing was selected" in closed
 
 
 def test_gains_are_those_of_the_figures_shown_and_sites_are_in_counting_order() -> None:
@@ -188,6 +192,17 @@ def test_the_plan_and_the_result_say_where_the_papers_recipe_lacks_the_length_of
     result = console.closing({**SUMMARY, "unknown_norm": True}, Settings(recipe="paper"), "sketch", True)
     assert "This is not the paper's result: its adapter expects features of CLIP's own length" in result
     assert "paper's result" not in console.closing(SUMMARY, Settings(recipe="paper"), "sketch", True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "how"), [("fedavg", "every image counts the same"), ("fedmedian", "fedmedian of")]
+)
+def test_the_plan_says_how_sums_are_added(drawn: Features, strategy: str, how: str) -> None:
+    settings = Settings(method="one-round", strategy=strategy)
+    hello = [Hello("a", "train", "art", 1200, 400, 400, [0], "")]
+    state = OneRound.new("span", drawn.classes.text).state_dict()
+    text = console.plan(settings, drawn, "sketch", hello, state, Path("/runs/x"))
+    assert f"one round, in closed form; {how}" in text
 
 
 def test_the_plan_names_the_full_model_fedprox_and_blends(drawn: Features) -> None:
