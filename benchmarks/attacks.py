@@ -48,7 +48,6 @@ SETTINGS: Mapping[str, dict[str, str | float]] = {
     DEFAULT: {},
     **{strategy: {"strategy": strategy} for strategy in ROBUST},
 }
-RECIPES["heard"] = replace(RECIPES["default"], most_gain=1.0)  # selection by the plain mean of what sites claim
 REACH = 2.9
 
 
@@ -154,6 +153,7 @@ def accuracy(features: Features, sites: Sequence[Site], settings: Settings, atta
 
 def compare(features: Features, many: int, seeds: int, rounds: int, adapter: str) -> str:
     """The table, and below it what holds of it."""
+    RECIPES["heard"] = replace(RECIPES["default"], most_gain=1.0)  # selection by the plain mean of what sites claim
     columns = ["none", *ATTACKS]
     found: dict[tuple[str, str], float] = {}
     zero = 0.0
