@@ -55,7 +55,8 @@ def guard(message: Message, context: Context, answer: ClientAppCallable) -> Mess
         if (step := message.metadata.message_type.removeprefix("query.")) in protocol.ANSWERS:
             records.check_leaving(reply.content, {step: protocol.ANSWERS[step]})
         else:
-            records.check_outgoing(reply.content, tensors_to_send(message, context), shares_classes(context))
+            shared = shares_classes(context), chooses(context)
+            records.check_outgoing(reply.content, tensors_to_send(message, context), *shared)
         return reply
     except LacksError as error:
         return Message(Error(LACKS, str(error)), reply_to=message)
@@ -178,6 +179,11 @@ def cache_of(opened: OpenedContext) -> SiteCache:
 def shares_classes(context: Context) -> bool:
     """True if the site's owner shares counts by class."""
     return context.node_config.get("share-class-counts") is True
+
+
+def chooses(context: Context) -> bool:
+    """True if sites score constants in this run."""
+    return context.run_config.get("method") == ONE_ROUND and context.run_config.get("one-round-choose") is True
 
 
 def masks(context: Context) -> bool:

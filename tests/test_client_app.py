@@ -26,9 +26,10 @@ from fedclip_flwr.exchange.codecs import CODECS
 from fedclip_flwr.exchange.link import Downlink
 from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.features import clip
-from fedclip_flwr.features.opening import new_learner
+from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.flower.sizes import message_size
-from fedclip_flwr.learning.recipes import RECIPES, new_adapter
+from fedclip_flwr.learning.choosing import GRID
+from fedclip_flwr.learning.recipes import RECIPES, new_adapter, new_part
 from fedclip_flwr.learning.training import evaluate, examine, train
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site import work
@@ -50,6 +51,7 @@ def asked(
     names: tuple[str, ...] = NAMES,
     personal: str = "",
     blend: float | None = None,
+    choose: bool = False,
     settings: Settings = SETTINGS,
     mark: str = "",
     **node: Any,
@@ -57,7 +59,7 @@ def asked(
     """What the site with the images in `tree` answers."""
     session = session_of(names, personal, node.pop("model_content", ""))
     session.remember(content.memory())
-    config = records.write_task(session.key, bool(personal), blend)
+    config = records.write_task(session.key, bool(personal), blend, choose)
     if kind == "query":
         config = records.write_greeting(session)
     config["server-round"] = 4
@@ -192,6 +194,20 @@ def test_a_site_asks_for_the_complete_adapter_if_it_has_no_base(tree: Path) -> N
 def test_evaluating_sends_no_adapter(tree: Path) -> None:
     state = new_adapter(Settings(), 128).state_dict()
     assert set(asked("evaluate", tree, state).content) == {"metrics"}
+
+
+def test_a_site_scores_constants_only_in_a_run_that_lets_sites_choose(tree: Path) -> None:
+    closed = replace(SETTINGS, method="one-round")
+    learner = new_part(closed, open_features(replace(closed, data=f"folder:{tree}"), progress=False).classes.ready())
+    state = {**learner.state_dict(), "counts": torch.tensor([3, 4, 5])}
+    report = records.read_answer(asked("evaluate", tree, state, settings=closed).content).report
+    assert report.choices == ()
+    chooses = replace(closed, one_round_choose=True)
+    report = records.read_answer(asked("evaluate", tree, state, choose=True, settings=chooses).content).report
+    assert len(report.choices) == 2 * len(GRID)
+    refused = asked("evaluate", tree, state, choose=True, settings=closed).error.reason or ""
+    assert "choices" in refused
+    assert "must not leave this site" in refused
 
 
 def test_counts_by_class_are_sent_only_if_the_owner_shares_them(tree: Path) -> None:

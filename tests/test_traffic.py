@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from deploy.processes import SuperLink, superlink, supernode
 from deploy.relay import Streams, relayed
-from fedclip_flwr.exchange.records import CHOICES, may_leave
+from fedclip_flwr.exchange.records import may_leave
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.flower import lines
 from fedclip_flwr.learning.adapters import make_adapter, tensor_names
@@ -211,7 +211,7 @@ def test_an_answer_to_train_is_the_adapter_and_the_listed_figures_and_nothing_el
     allowed = may_leave(tensor_names("attention"), by_class=False)
     for message, travelled in trained:
         assert message.content.keys() == {"metrics", "arrays"}
-        assert message.content["metrics"].keys() == allowed["metrics"] - CHOICES
+        assert message.content["metrics"].keys() == allowed["metrics"]
         arrays = message.content.array_records["arrays"]
         shapes = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
         assert shapes == {name: ("float32", tuple(tensor.shape)) for name, tensor in ADAPTER.items()}
@@ -231,7 +231,7 @@ def test_nothing_else_is_sent_but_who_the_site_is_and_its_figures(open_run: Open
     for kind, record in ((MessageType.QUERY, "hello"), (MessageType.EVALUATE, "metrics")):
         ((message, travelled),) = replies(open_run, kind)
         assert message.content.keys() == {record}
-        assert message.content[record].keys() == allowed[record] - CHOICES
+        assert message.content[record].keys() == allowed[record]
         assert travelled < 4096
 
 

@@ -104,6 +104,7 @@ class Answer(NamedTuple):
 
 
 MOST_CHOICES = 1000
+"""Maximum number of losses that a site may report for choices of constants."""
 MOST_IMAGES = 10**9
 """Maximum number of images that a site may report."""
 HELLO = frozenset(field.name for field in dataclasses.fields(Hello))
@@ -117,19 +118,19 @@ BY_CLASS = frozenset({"test-classes"})
 """The examples of each class, then the correct ones of each, then the predictions of each."""
 
 
-def may_leave(adapter: Iterable[str], by_class: bool) -> dict[str, frozenset[str]]:
+def may_leave(adapter: Iterable[str], by_class: bool, choices: bool = False) -> dict[str, frozenset[str]]:
     """Everything that may leave a site in a hello, TRAIN or EVALUATE, besides an error's one line: records and keys.
 
     `adapter` has the names of the adapter's tensors, or of the codec that packed them. `by_class`: the site's owner
-    shares the counts by class.
+    shares the counts by class. `choices`: the run lets sites choose constants.
     """
-    figures = FIGURES | CHOICES | (BY_CLASS if by_class else frozenset())
+    figures = FIGURES | (BY_CLASS if by_class else frozenset()) | (CHOICES if choices else frozenset())
     return {"hello": HELLO, "progress": PROGRESS, "metrics": figures, "arrays": frozenset(adapter)}
 
 
-def check_outgoing(content: RecordDict, adapter: Iterable[str], by_class: bool) -> None:
+def check_outgoing(content: RecordDict, adapter: Iterable[str], by_class: bool, choices: bool = False) -> None:
     """Raise unless all of the content may leave the site."""
-    check_leaving(content, may_leave(adapter, by_class))
+    check_leaving(content, may_leave(adapter, by_class, choices))
 
 
 def check_leaving(content: RecordDict, allowed: Mapping[str, frozenset[str]]) -> None:

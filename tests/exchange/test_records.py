@@ -279,7 +279,7 @@ def test_equal_numbers_have_one_mark_and_others_another() -> None:
         assert records.mark_of(other) != mark
 
 
-FIGURES = {"num-examples", "validation", "test", "choices"}
+FIGURES = {"num-examples", "validation", "test"}
 
 
 def test_the_list_of_what_may_leave_a_site() -> None:
@@ -307,6 +307,7 @@ def test_the_list_of_what_may_leave_a_site() -> None:
         "progress": records.PROGRESS,
         "metrics": FIGURES | {"test-classes"},
     }
+    assert records.may_leave([], by_class=False, choices=True)["metrics"] == FIGURES | {"choices"}
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -315,6 +316,10 @@ def test_what_a_site_writes_may_leave_it(kind: str) -> None:
     records.check_outgoing(records.write_answer(REPORT, adapter.state_dict()), tensor_names(kind), False)
     records.check_outgoing(records.write_answer(SHARED, adapter.state_dict()), tensor_names(kind), True)
     records.check_outgoing(records.write_hello(HELLO), tensor_names(kind), False)
+    chosen = records.write_answer(REPORT._replace(choices=[0.5]))
+    records.check_outgoing(chosen, tensor_names(kind), False, True)
+    with pytest.raises(ExchangeError, match="choices"):
+        records.check_outgoing(chosen, tensor_names(kind), False)
 
 
 @pytest.mark.parametrize(
