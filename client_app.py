@@ -33,6 +33,7 @@ from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.saved import save_adapter
 from fedclip_flwr.site import OpenedContext, open_context
 from fedclip_flwr.site.context import in_simulation
+from fedclip_flwr.site.holdings import mark_of_images
 from fedclip_flwr.site.work import answer_evaluate, answer_train
 
 gc.freeze()
@@ -93,6 +94,7 @@ def hello(message: Message, context: Context) -> Message:
     site = opened.site
     opened.require_same_model()
     forget()
+    sums = opened.settings.method == ONE_ROUND
     answer = Hello(
         site=site.name,
         role=site.role,
@@ -104,6 +106,7 @@ def hello(message: Message, context: Context) -> Message:
         package=content.of_package(content.memory()),
         unit_length=opened.features.has_unit_length(),
         plugins=opened.settings.shared_packages,
+        content=mark_of_images(site, opened.session.vocabulary.class_names) if sums else "",
     )
     return Message(records.write_hello(answer), reply_to=message)
 

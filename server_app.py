@@ -13,6 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedclip_flwr.base import Settings, UserError, content
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import held_out
 from fedclip_flwr.exchange import Session
@@ -29,12 +30,13 @@ from fedclip_flwr.report import writing
 from fedclip_flwr.runs import console
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.runs.folder import RunFolder
+from fedclip_flwr.runs.ledger import Earlier, SumsOnDisk, read_sites
 from fedclip_flwr.runs.opening import open_run
 from fedclip_flwr.runs.summary import summary_of
 from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.one_round import strategy_class
+from fedclip_flwr.server.one_round import Given, strategy_of
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 app = ServerApp()
@@ -63,20 +65,26 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         unseen = encoded(grid, features, holdout, device)
         clock.encoded = time.monotonic()
 
-        learner = new_learner(settings, features)
+        earlier = Earlier.open(folder.before_update, features) if folder.before_update else None
+        learner = earlier.start if earlier else new_learner(settings, features)
         start = learner.on_cpu()
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
         link = Downlink(start, settings.codec, settings.seed)
         nodes = nodes_of(grid, link, session, settings, package)
-        strategy = strategy_class(settings)(
-            start, nodes.names, settings, nodes.examples, len(session.vocabulary.class_names)
-        )
+        names = session.vocabulary.class_names
+        ledger = SumsOnDisk(folder.path, names, earlier, folder.setting) if settings.method == ONE_ROUND else None
+        strategy = strategy_of(settings, start, nodes.names, nodes.examples, len(names), ledger)
+        nodes.earlier = earlier.sites if earlier else {}
         before = folder.before
         if before:
             resume(before, settings, session, nodes, strategy)
             clock.before = before.seconds
         else:
             nodes.wait_for(settings.least_sites)
+        if earlier and not before and not nodes.news and earlier.is_complete:
+            folder.discard()
+            console.say(f"No site has anything new since {earlier.path.name}: there is no new version.")
+            return
         folder.begin(nodes.failures, len(list(grid.get_node_ids())))
         folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
         clock.met = time.monotonic()
@@ -88,15 +96,21 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         resumed = [*before.resumed, before.state.round] if before else []
 
         def checkpoint(state: RunState) -> Checkpoint:
+            if ledger:
+                given = strategy.contributions.items()
+                ledger.settle({site: Given(*of, nodes.hellos[site].content) for site, of in given})
             made = state, link.residual, strategy.memory, nodes.record, session.key, clock.seconds()
             return Checkpoint(*made, resumed, folder.metrics)
 
         watch = Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start", checkpoint)
         quality = Unseen(learner.to(device), classes, unseen)
-        loop = RoundLoop(nodes, strategy, settings, start, quality, watch, before.state if before else None)
+        known = earlier.scores(nodes.unchanged) if earlier else {}
+        loop = RoundLoop(nodes, strategy, settings, start, quality, watch, before.state if before else None, known)
         try:
             outcome = loop.run()
             summary = summary_of(outcome, nodes, holdout, features, settings, clock.seconds(), resumed)
+            if earlier:
+                summary["update"] = earlier.changes(read_sites(folder.path))
             folder.finish(summary)
         except UserError as error:
             console.say("\n".join(console.left_out(nodes.failures)))

@@ -159,6 +159,11 @@ class Settings:
     precision: str = _setting("auto", "precision of encoding", choices=("auto", "float32", "bfloat16", "float16"))
     name: str = _setting("", "name of the run and its folder; empty for one made from the time", **_NAME)
     resume: str = _setting("", "the run to resume after its last complete round, or `latest`", **_NAME)
+    update: str = _setting(
+        "",
+        "with one-round: the run to go on from: only sites whose images have changed are asked for sums; or `latest`",
+        **_NAME,
+    )
     results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
     track: str = _setting("", "experiment trackers to report to: tensorboard, wandb, mlflow; with commas", **_TRACK)
 
@@ -302,7 +307,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
     if settings.method == ONE_ROUND:
         found |= _of_rounds(settings)
     else:
-        for key in ("statistics", "one-round-choose"):
+        for key in ("statistics", "one-round-choose", "update"):
             if _value(settings, key) != _value(Settings(), key):
                 found[key] = f"it is for method = {ONE_ROUND!r}; leave it out, or set that method"
     if settings.method == "full-model":

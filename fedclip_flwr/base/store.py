@@ -69,8 +69,7 @@ def _write(path: Path, tensors: State, facts: dict[str, str]) -> None:
     """Called by one process at a time. Removes half-written files of killed processes."""
     for part in path.parent.glob(f".{path.name}.*"):
         part.unlink()
-    sums = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
-    facts = {**facts, "checksum": tensorfile.checksum(facts, sums)}
+    facts = tensorfile.with_checksum(facts, tensors)
     files.write_atomic(path, lambda part: tensorfile.save(tensors, part, facts))
 
 
@@ -100,6 +99,15 @@ def passes_once(path: Path, what: str, look: Callable[[], bool]) -> bool:
     if settled and name == content.state_of(path.parent, [path.name], what):
         content.remember(name, what, content.memory())
     return True
+
+
+def checked(path: Path) -> tuple[State, dict[str, str]]:
+    """As `mapped`; a `SafetensorError` if the file does not have the checksum in its metadata."""
+    tensors, facts = mapped(path)
+    claimed = facts.pop("checksum", "")
+    if tensorfile.checksum_of_file(path, facts) != claimed:
+        raise SafetensorError("checksum mismatch")
+    return tensors, facts
 
 
 def mapped(path: Path) -> tuple[State, dict[str, str]]:

@@ -92,6 +92,12 @@ def checksum(facts: Mapping[str, str], tensors: Mapping[str, tuple[TensorSpec, i
     return f"{zlib.crc32(json.dumps(covered).encode()):08x}"
 
 
+def with_checksum(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The facts, and the `checksum` of them and of the tensors."""
+    crcs = {name: (spec_of(tensor), crc_of(tensor)) for name, tensor in tensors.items()}
+    return {**facts, "checksum": checksum(facts, crcs)}
+
+
 def crc_of(tensor: Tensor) -> int:
     value = 0
     for piece in pieces(tensor):

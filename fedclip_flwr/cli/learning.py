@@ -55,6 +55,33 @@ def run(
 
 
 @command()
+def update(
+    name: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    nodes: Annotated[
+        int | None, option("Number of simulated sites (default: as in the run).", "--nodes", "-n", metavar="N")
+    ] = None,
+    on: Annotated[
+        str, option("Update on a SuperLink, by its name in Flower's configuration, with its sites.", metavar="NAME")
+    ] = "",
+) -> None:
+    """Update a result of one round: only sites whose images are new or have changed are asked for their sums.
+
+    A run with method=one-round is a sum over its sites. A site that comes later, or has other images, is added with
+    one message; the sums of the others stay, whether they are connected or not. New classes are named by class-names.
+    The result is the next version, a run of its own (RUN.2, RUN.3, …), with the settings of RUN. Every version can be
+    used and compared, and updated again: to go back, update an earlier one. If nothing is new, there is no new version.
+
+    Examples: fedclip update latest; fedclip update study --on hospitals; fedclip update study class-names=classes.txt
+    """
+    from fedclip_flwr.operations import simulation  # not for --help: it brings torch
+
+    if on and nodes is not None:
+        raise UserError(f"--nodes {nodes}: the SuperLink {on} has its own sites; leave it out")
+    raise typer.Exit(simulation.update(on, nodes, [f"update={name}", *(settings or [])]))
+
+
+@command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,

@@ -74,6 +74,29 @@ def report(
 
 
 @command()
+def forget(
+    run: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
+    site: Annotated[str, option("The site whose images are to be forgotten.", "--site", metavar="NAME")],
+    earlier: Annotated[
+        bool, option("Only what it gave before the newest version: images that it has deleted since.", "--earlier")
+    ] = False,
+    results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
+) -> None:
+    """Take what a site has given out of a result of one round, exactly, in all versions.
+
+    A run with method=one-round is a sum over its sites. Afterwards each version is the result of a federation without
+    that site, to the bit, and no file of the run has anything of it. This can't be undone. Sites need not be connected.
+    For single images: their site deletes them, `fedclip update RUN` replaces its sums, and `fedclip forget --earlier`
+    takes the old ones out of the versions before. Adapters that were trained in rounds can't forget.
+
+    Examples: fedclip forget study --site north; fedclip forget study.3 --site north --earlier
+    """
+    from fedclip_flwr.operations import forget  # not for --help: it brings torch
+
+    typer.echo(forget.forget(run, site, results_dir, earlier, typer.echo))
+
+
+@command()
 def clean(
     kinds: Annotated[list[str] | None, typer.Argument(metavar="[KIND]...", show_default=False)] = None,
     older_than: Annotated[

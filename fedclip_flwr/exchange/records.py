@@ -70,6 +70,7 @@ class Hello:
     package: str
     unit_length: bool = False  # whether its features were normalized
     plugins: list[str] = field(default_factory=list)  # each one's package, version and content hash
+    content: str = ""  # with one round: a mark that changes when the site's images do
 
 
 class Progress(NamedTuple):
@@ -346,14 +347,14 @@ def read_hello(content: RecordDict) -> Hello | Progress:
         raise ExchangeError("invalid hello: a class is listed more than once")
     if type(facts["unit_length"]) is not bool:
         raise ExchangeError("invalid hello: unit_length must be true or false")
-    if any(not isinstance(facts[key], str) for key in ("role", "domain", "package")):
-        raise ExchangeError("invalid hello: role, domain and package must be text")
+    if any(not isinstance(facts[key], str) for key in ("role", "domain", "package", "content")):
+        raise ExchangeError("invalid hello: role, domain, package and content must be text")
     plugins = facts["plugins"]
     if not isinstance(plugins, list) or any(type(text) is not str or text != one_line(text, 200) for text in plugins):
         raise ExchangeError("invalid hello: plugins must be short texts")
     if facts["role"] not in ROLES or (facts["role"] == HOLDOUT and facts["train"] + facts["validation"]):
         raise ExchangeError(f"invalid hello: invalid role: {one_line(facts['role'], 40)}")
-    return Hello(**{**facts, "domain": one_line(facts["domain"], 64)})
+    return Hello(**{**facts, "domain": one_line(facts["domain"], 64), "content": one_line(facts["content"], 64)})
 
 
 def _progress(content: RecordDict) -> Progress:

@@ -31,7 +31,7 @@ from fedclip_flwr.learning.recipes import new_part
 from fedclip_flwr.server import Outcome, RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.one_round import strategy_class
+from fedclip_flwr.server.one_round import strategy_of
 from fedclip_flwr.site import Site, SiteContext
 from fedclip_flwr.site.holdings import simulated_site
 from fedclip_flwr.site.work import answer_evaluate, answer_train
@@ -184,7 +184,7 @@ class _Federation:
         grid = local_grid({number: self.wrap(one.context.site.name, one) for number, one in answering.items()})
         link = Downlink(start, self.settings.codec, self.settings.seed)
         nodes = Nodes(grid, link, session=session, package="", timeout=math.inf, say=lambda text: None)
-        strategy = strategy_class(self.settings)(start, nodes.names, self.settings, nodes.examples)
+        strategy = strategy_of(self.settings, start, nodes.names, nodes.examples)
         with _quiet():
             nodes.wait_for(self.settings.least_sites)
             outcome = RoundLoop(nodes, strategy, self.settings, start, self._quality, self).run()

@@ -55,7 +55,7 @@ def without(learner: OneRound, classes: Tensor) -> OneRound:
         state["counts"][number] = 0
         state["sums"][number] = 0
     width = state["basis"].shape[1]
-    made = OneRound("span" if len(state["basis"]) else "full", len(state["counts"]), width)
+    made = OneRound("", len(state["counts"]), width, state["prompts"].shape[1])
     made.load_state_dict(state, assign=True)
     return made
 

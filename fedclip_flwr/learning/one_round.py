@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedclip_flwr.base.tensors import State
 from fedclip_flwr.learning.base import Classes, Examples, Learner
 from fedclip_flwr.learning.sums import BASIS, BITS, coordinates, unit_of
 
@@ -66,9 +67,10 @@ class OneRound(Learner):
     moments: Tensor
     prior: Tensor
 
-    def __init__(self, statistics: str, classes: int, dim: int) -> None:
+    def __init__(self, statistics: str, classes: int, dim: int, width: int = 0) -> None:
+        """`width`: the number of directions, if more classes have been added since they were chosen."""
         super().__init__()
-        width = width_of(statistics, classes, dim)
+        width = width or width_of(statistics, classes, dim)
         tensors = {
             "basis": torch.zeros(0 if width == dim else width, dim, dtype=torch.int32),
             "prompts": torch.zeros(classes, width, dtype=torch.float64),
@@ -89,6 +91,14 @@ class OneRound(Learner):
         made = cls(statistics, *text.shape)
         if len(made.basis):
             made.basis = basis_of(text, len(made.basis))
+        made.prompts = coordinates(text.cpu(), made.basis)
+        return made
+
+    def for_classes(self, text: Tensor) -> OneRound:
+        """The same directions, in the same unit, for the classes with these text features; without images."""
+        classes, dim = text.shape
+        made = OneRound("", classes, dim, self.prompts.shape[1])
+        made.basis, made.bits = self.basis.cpu(), self.bits.cpu()
         made.prompts = coordinates(text.cpu(), made.basis)
         return made
 
@@ -172,6 +182,16 @@ class OneRound(Learner):
                     fit(means, covariance, prompts, whole, cosines, chosen),
                 )
         return self._fits
+
+
+def renumbered(sums: Mapping[str, Tensor], numbers: Sequence[int], classes: int) -> State:
+    """The sums with their classes as rows `numbers` of so many; the images of a class without a row must be none."""
+    made = dict(sums)
+    rows = torch.tensor(numbers)
+    for name in ("counts", "sums"):
+        made[name] = sums[name].new_zeros(classes, *sums[name].shape[1:])
+        made[name][rows[rows >= 0]] = sums[name][rows >= 0]
+    return made
 
 
 class Neighbour(NamedTuple):

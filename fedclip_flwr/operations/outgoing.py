@@ -37,7 +37,7 @@ from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.one_round import strategy_class
+from fedclip_flwr.server.one_round import strategy_of
 from fedclip_flwr.site.context import settings_at
 
 NODE = 2**63
@@ -53,6 +53,7 @@ MEANINGS = {
     "classes": "numbers of the classes that it has images of",
     "package": "content hash of the software here",
     "plugins": "plug-ins used here, each with its version and content hash",
+    "content": "with one round: a mark that changes with its images, made with a secret of this machine",
     "unit_length": "true if its features have unit length",
     "encoded": "images encoded so far",
     "images": "images in all",
@@ -190,7 +191,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         if nodes.hellos and not nodes.failures:
             once = replace(run, num_server_rounds=1, fraction_train=1.0, min_sites=0, dp="off", strategy="fedavg")
             with suppress(UserError):  # no site has trained: this site only evaluates, or its answer is an error
-                strategy = strategy_class(once)(start, nodes.names, once, nodes.examples)
+                strategy = strategy_of(once, start, nodes.names, nodes.examples)
                 RoundLoop(nodes, strategy, once, start, lambda *_: {}, _Nobody()).run()
     return [message for message, later in zip(sent, [*sent[1:], None], strict=True) if not _again(message, later)]
 

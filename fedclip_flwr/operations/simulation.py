@@ -64,8 +64,8 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
             "give --on NAME for a SuperLink with real sites"
         )
     settings, problems = read_settings(given)
-    if settings.get("resume") and not {"resume", "results-dir"} & problems.keys():
-        saved, sites = saved_settings(Settings(resume=settings["resume"], results_dir=settings.get("results-dir", "")))
+    if earlier := _named(settings, problems):
+        saved, sites = saved_settings(earlier)
         settings, nodes = saved | settings, nodes or sites
         if nodes is None:
             problems["nodes"] = (
@@ -79,6 +79,33 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
         setting = "min-sites" if least == checked.min_sites else "secure-aggregation = true, which needs min-sites"
         raise unusable([f"{setting} = {least}: there are {nodes} sites; give at least {least} with --nodes"])
     return settings, checked, nodes
+
+
+def _named(settings: Mapping[str, Any], problems: Mapping[str, str]) -> Settings | None:
+    """The settings that name an earlier run, to resume or to update."""
+    keys = ("resume", "update", "results-dir")
+    if {*keys} & problems.keys() or not (settings.get("resume") or settings.get("update")):
+        return None
+    return Settings(**{key.replace("-", "_"): settings[key] for key in keys if key in settings})
+
+
+def update(on: str, nodes: int | None, given: Sequence[str]) -> int:
+    """Updates a run, with simulated sites or on a SuperLink; returns as `run`.
+
+    On a SuperLink the run has the settings of the one to update if that is on this machine, too.
+    """
+    if not on:
+        return run(nodes, given)
+    settings, problems = read_settings(given, here=False)
+    if earlier := _named(settings, problems):
+        from fedclip_flwr.runs.folder import saved_settings  # see above
+
+        with contextlib.suppress(UserError):  # the SuperLink's machine has it, and says which settings differ
+            saved = {**saved_settings(earlier)[0], **settings}
+            default = Settings().as_run_config()
+            needed = {key: value for key, value in saved.items() if key in settings or value != default[key]}
+            given = [f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in needed.items()]
+    return run_on(on, given)
 
 
 def run_on(connection: str, given: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import ExchangeError, Report
 from fedclip_flwr.exchange.records import read_answer, write_answer
 from fedclip_flwr.learning.metrics import Score
+from fedclip_flwr.runs.history import TENSORS
 from fedclip_flwr.server import RoundResult, RunState
 
 PARTS = ("best", "left", "strategy")
@@ -43,6 +44,11 @@ class Checkpoint(NamedTuple):
     metrics: list[dict[str, Any]]
 
 
+def path_of(run: Path) -> Path:
+    """The checkpoint in a run's folder."""
+    return run / "checkpoint" / TENSORS
+
+
 def write(path: Path, made: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
     run = made.state
     parts = dict(zip(PARTS, (run.best_state, made.residual, made.strategy), strict=True))
@@ -55,19 +61,14 @@ def write(path: Path, made: Checkpoint, setting: str = "FEDCLIP_HOME") -> None:
         **{key: value for key, value in made._asdict().items() if key not in ("state", "residual", "strategy")},
     }
     tensors["facts/json"] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-    header = {"round": str(run.round)}
-    sums = {name: (tensorfile.spec_of(tensor), tensorfile.crc_of(tensor)) for name, tensor in tensors.items()}
-    header["checksum"] = tensorfile.checksum(header, sums)
+    header = tensorfile.with_checksum({"round": str(run.round)}, tensors)
     files.write_atomic(path, lambda part: tensorfile.save(tensors, part, header), setting)
 
 
 def read(path: Path) -> Checkpoint | None:
     """The checkpoint; None if there is none, a `UserError` if it can't be read."""
     try:
-        tensors, header = store.mapped(path)
-        claimed = header.pop("checksum", "")
-        if tensorfile.checksum_of_file(path, header) != claimed:
-            raise SafetensorError("checksum mismatch")
+        tensors, _ = store.checked(path)
         facts = tensors.pop("facts/json")
         return _checkpoint_of(tensors, json.loads(tensorfile.bytes_of(facts).tobytes()))
     except FileNotFoundError:

@@ -19,10 +19,12 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +40,7 @@ from fedclip_flwr.learning.adapters import adapter_class
 from fedclip_flwr.learning.recipes import starts_as_zero_shot
 from fedclip_flwr.runs import checkpoint, history
 from fedclip_flwr.runs.checkpoint import Checkpoint
-from fedclip_flwr.runs.saved import TENSORS, save_adapter, save_model, write_json
+from fedclip_flwr.runs.saved import save_adapter, save_model, write_json
 from fedclip_flwr.runs.trackers import Trackers
 from fedclip_flwr.server import RoundResult
 from fedclip_flwr.server.nodes import Failure
@@ -46,6 +48,13 @@ from fedclip_flwr.server.nodes import Failure
 PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "track", *history.WHERE})
 """Settings that may differ when a run is resumed."""
+MAY_CHANGE = frozenset(
+    {"update", "data", "image-column", "label-column", "domain-column", "class-names", "strategy", "hostile-share"}
+    | {"one-round-choose", "personalize", "model", "model-revision", "partition", "alpha"}
+)
+"""Settings that may differ when a run is updated, too; of the model its content is compared."""
+VERSION = ("family", "version")
+"""Facts in settings.json of a run that goes on from another: the run that all began with, and the version's number."""
 LOCK_ATTEMPTS = 5
 """More than one, because a process that only checks the lock (`history.held`) holds it for a moment."""
 
@@ -57,7 +66,7 @@ class RunFolder:
     """
 
     def __init__(self, settings: Settings, package: str) -> None:
-        root, self._setting = history.results(settings)
+        root, self.setting = history.results(settings)
         self._settings, self._lines = settings, list[str]()
         self._facts = {
             **settings.as_run_config(),
@@ -73,16 +82,21 @@ class RunFolder:
         self._running, self._stopped = False, False
         self.before: Checkpoint | None = None
         self.trackers = Trackers(settings.track)
+        self.before_update: Path | None = None
+        if settings.update:
+            self.before_update = _existing(root, settings.update, "update")
+            self._facts["update"] = self.before_update.name
         if settings.resume:
             self.path = _existing(root, settings.resume)
         else:
-            with files.writing_to(root, self._setting):
-                self.path = _new_folder(root, settings)
+            with files.writing_to(root, self.setting):
+                self.path = self._new_version(root) if self.before_update else _new_folder(root, settings)
         with contextlib.ExitStack() as held:
-            held.enter_context(_locked(self.path))
+            held.enter_context(locked(self.path, f"resume = {self.path.name!r}"))
             if settings.resume:
-                original = _check_settings(self.path, self._facts)
+                original = _check_settings(self.path, self._facts, FREE, "resume")
                 self._facts |= {"run": original.get("run", self.path.name), "name": original["name"]}
+                self._facts |= {key: original[key] for key in VERSION if key in original}
                 now = [package, self._facts["plugins"]]
                 self.with_other_package = [original.get("package", package), original.get("plugins", [])] != now
                 self.before = checkpoint.read(self._checkpoint)
@@ -91,6 +105,22 @@ class RunFolder:
                 self.begin([])
             self._held = held.pop_all()
 
+    def _new_version(self, root: Path) -> Path:
+        """Makes the folder of the next version of the run to update; this run's settings must fit it."""
+        assert self.before_update
+        _check_settings(self.before_update, self._facts, FREE | MAY_CHANGE, "update")
+        family, name, version = history.next_version(self.before_update)
+        self._facts |= {"family": family, "version": version}
+        return _new_folder(root, self._settings if self._settings.name else replace(self._settings, name=name))
+
+    def discard(self) -> None:
+        """Removes the folder of a run that turned out to be needless."""
+        with self._writing:
+            self._stopped, self._running = True, False
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self.before_update:
+            _link(self.path.parent / "latest", self.before_update.name)
+
     @property
     def run(self) -> str:
         """A name that no other run has, in any folder: sites store what belongs to the run under it."""
@@ -98,13 +128,13 @@ class RunFolder:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.path / "checkpoint" / TENSORS
+        return checkpoint.path_of(self.path)
 
     def begin(self, failures: list[Failure], sites: int | None = None) -> None:
         """Marks the run as running, with that number of sites. `failures` may grow afterwards."""
         self._running, self._failures, self._facts["sites"] = True, failures, sites
-        for folder in (self.path, self._checkpoint.parent, self.path / "model"):
-            files.tidy(folder, self._setting)
+        for folder in (self.path, self._checkpoint.parent, self.path / "model", self.path / "sums"):
+            files.tidy(folder, self.setting)
         if self.before:
             self._round = self.before.state.round
             self._lines = [json.dumps(line) + "\n" for line in self.before.metrics]
@@ -131,7 +161,7 @@ class RunFolder:
     def checkpoint(self, made: Checkpoint) -> None:
         """Saves the last complete round."""
         with self._writable():
-            checkpoint.write(self._checkpoint, made, self._setting)
+            checkpoint.write(self._checkpoint, made, self.setting)
         self._round = made.state.round
         self._write_status("running")
 
@@ -139,9 +169,9 @@ class RunFolder:
         """Saves the selected round so far, `number`: its adapter, or the whole model if that is trained."""
         with self._writable():
             if isinstance(features, Pixels):
-                save_model(self.path / "model", state, features, number, self._setting)
+                save_model(self.path / "model", state, features, number, self.setting)
             else:
-                save_adapter(self.path, state, self._settings, features, number, self._setting, blend=blend)
+                save_adapter(self.path, state, self._settings, features, number, self.setting, blend=blend)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._json(history.SUMMARY, summary)
@@ -179,11 +209,11 @@ class RunFolder:
 
     def _json(self, name: str, facts: dict[str, Any]) -> None:
         with self._writable():
-            write_json(self.path / name, facts, self._setting)
+            write_json(self.path / name, facts, self.setting)
 
     def _write_lines(self) -> None:
         with self._writable():
-            files.write_text(self.path / history.METRICS, "".join(self._lines), self._setting)
+            files.write_text(self.path / history.METRICS, "".join(self._lines), self.setting)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -202,19 +232,22 @@ def _adapter_facts(settings: Settings) -> dict[str, Any]:
     return {"name": adapter.name, "ranked": adapter.ranked, "zero-shot": exact}
 
 
-def _existing(root: Path, name: str) -> Path:
-    """The folder of an earlier run."""
+def _existing(root: Path, name: str, key: str = "resume") -> Path:
+    """The folder of an earlier run, which the setting `key` names."""
     path = root / name
     if not (path / history.SETTINGS).is_file():
         runs = history.names(root)
         there = f"the latest are {', '.join(runs[-3:])}" if runs else "it has no runs yet"
-        raise UserError(f"resume = {name!r}: there is no such run in {root}; {there}")
+        raise UserError(f"{key} = {name!r}: there is no such run in {root}; {there}")
     return path.resolve()
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from resuming the run meanwhile; ends with this process at the latest."""
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Keeps other processes from writing to the run meanwhile; ends with this process at the latest.
+
+    If another process has it, the error begins with `what`.
+    """
     folder = os.open(path, os.O_RDONLY)
     for attempt in range(1, LOCK_ATTEMPTS + 1):
         try:
@@ -224,7 +257,7 @@ def _locked(path: Path) -> Iterator[None]:
                 break  # the file system has no locks
             if attempt == LOCK_ATTEMPTS:
                 os.close(folder)
-                raise UserError(f"resume = {path.name!r}: that run is still under way; stop it first") from None
+                raise UserError(f"{what}: that run is still under way; stop it first") from None
             time.sleep(0.1)
         else:
             break
@@ -234,23 +267,25 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _check_settings(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The run's original settings. Raises if any that is not in `FREE` differs."""
+def _check_settings(path: Path, wanted: dict[str, Any], free: Collection[str], how: str) -> dict[str, Any]:
+    """The run's original settings. Raises if any that is not in `free` differs; `how` is the setting that names it."""
     saved = history.Reader(path).settings()
-    changed = {key: saved[key] for key in Settings.keys() if key not in FREE and saved.get(key) != wanted[key]}  # noqa: SIM118
+    changed = {key: saved[key] for key in Settings.keys() if key not in free and saved.get(key) != wanted[key]}  # noqa: SIM118
     if changed:
         raise UserError(
-            f"resume = {path.name!r}: that run has different settings; give the same: "
+            f"{how} = {path.name!r}: that run has different settings; give the same: "
             + " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
         )
     return saved
 
 
 def saved_settings(settings: Settings) -> tuple[dict[str, Any], int | None]:
-    """The settings of the run to resume, and its number of sites if it is known."""
-    facts = history.Reader(_existing(history.results(settings)[0], settings.resume)).settings()
+    """The settings of the run to resume or to update, and its number of sites if it is known."""
+    named = ("resume", settings.resume) if settings.resume else ("update", settings.update)
+    facts = history.Reader(_existing(history.results(settings)[0], named[1], named[0])).settings()
     sites = facts.get("sites")
-    original = {key: facts[key] for key in Settings.keys() if key not in history.WHERE}  # noqa: SIM118
+    own = {*history.WHERE, *(() if settings.resume else ("update", "min-sites"))}
+    original = {key: facts[key] for key in Settings.keys() if key not in own}  # noqa: SIM118
     return original, sites if isinstance(sites, int) else None
 
 

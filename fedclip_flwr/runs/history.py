@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.base.text import counted
 
 MOST_BYTES = 2**28
 """The largest of a run's files that is read."""
@@ -48,6 +49,36 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def family(self) -> str:
+        """What all versions of the same result have in common."""
+        return str(self.settings.get("family", self.settings.get("run", self.path)))
+
+    @property
+    def version(self) -> int:
+        number = self.settings.get("version", 1)
+        return number if isinstance(number, int) else 1
+
+    @property
+    def forgotten(self) -> str:
+        """A sentence on sites that were forgotten, and when; empty if there were none."""
+        when = [str(each["when"])[:10] for each in self.summary.get("forgotten", [])]
+        which = "A site was forgotten, and this is the result without it"
+        if len(when) > 1:
+            which = f"{len(when)} sites were forgotten, and this is the result without them"
+        return f"{which} ({', '.join(dict.fromkeys(when))})" if when else ""
+
+    @property
+    def updated(self) -> str:
+        """A sentence on the version that this one goes on from; empty for a first version."""
+        if not (facts := self.summary.get("update")):
+            return ""
+        new, changed = len(facts["new"]), len(facts["changed"])
+        return (
+            f"Version {self.version}, from {facts['of']}: {counted(new, 'new site')}, {changed} changed, "
+            f"{facts['sites'] - new - changed} as before"
+        )
 
     @property
     def recorded(self) -> str:
@@ -272,6 +303,24 @@ def _begun(name: str, changed: float) -> tuple[str, float]:
     return named[0] if named else time.strftime("%Y%m%d-%H%M%S", time.localtime(changed)), changed
 
 
+def next_version(path: Path) -> tuple[str, str, int]:
+    """What the next version of that run gets: the family, a name and a number."""
+    run, number = read(path), versions(path)[-1].version + 1
+    first = run.name.removesuffix(f".{run.version}") if run.version > 1 else run.name
+    return run.family, f"{first}.{number}", number
+
+
+def versions(path: Path) -> list[Run]:
+    """All versions of that run, the oldest first; others in the folder that are damaged are left out."""
+    run = read(path)
+    found = [run]
+    for name in names(path.parent):
+        with contextlib.suppress(UserError):
+            other = read(path.parent / name)
+            found += [other] if other.family == run.family and name != run.name else []
+    return sorted(found, key=lambda each: each.version)
+
+
 def check_name(settings: Settings) -> None:
     """Raises if the run's name is taken."""
     root = results(settings)[0]
@@ -331,6 +380,12 @@ def _summary(data: bytes | None) -> dict[str, Any]:
         raise ValueError("expected a number of rounds")
     if not isinstance(summary.get("privacy") or {}, dict):
         raise ValueError("privacy is malformed")
+    forgotten = summary.get("forgotten", [])
+    if not (isinstance(forgotten, list) and all(isinstance(each, dict) and "when" in each for each in forgotten)):
+        raise ValueError("forgotten is malformed")
+    update = summary.get("update", {"of": "", "new": [], "changed": [], "sites": 0})
+    if not (isinstance(update, dict) and update.keys() >= {"of", "new", "changed", "sites"}):
+        raise ValueError("update is malformed")
     if summary.get("status") == "completed":
         _check_results(summary)
     return summary

@@ -58,7 +58,7 @@ def save_adapter(
     facts = {
         "kind": ONE_ROUND if one_round else settings.adapter,
         "rank": settings.adapter_rank,
-        **({"statistics": settings.statistics} if one_round else {}),
+        **({"statistics": settings.statistics, "directions": state["prompts"].shape[1]} if one_round else {}),
         "dim": features.classes.text.shape[1],
         **_made_for(features),
         "prompts": features.vocabulary.prompts,
@@ -180,7 +180,10 @@ def _blank(facts: dict[str, Any]) -> Adapter | OneRound:
     if kind == ONE_ROUND:
         if (statistics := facts["statistics"]) not in FORMS:
             raise ValueError(f"its statistics is {statistics!r}, expected one of {', '.join(FORMS)}")
-        return OneRound(statistics, len(learnt_classes(facts)), dim)
+        width = facts.get("directions", 0)  # earlier versions never added classes
+        if type(width) is not int or not 0 <= width <= dim:
+            raise ValueError(f"its directions are {width!r}, expected a number from 0 to {dim}")
+        return OneRound(statistics, len(learnt_classes(facts)), dim, width)
     return blank_adapter(kind, dim, rank=rank, blend=float(blend), length=float(length))
 
 

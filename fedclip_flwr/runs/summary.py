@@ -29,9 +29,9 @@ def summary_of(
         "status": "completed",
         "holdout": holdout,
         "examples": {site: [hello.train, hello.validation, hello.test] for site, hello in sorted(nodes.hellos.items())},
-        "zero_shot": _results(outcome.zero_shot, names),
+        "zero_shot": results_of(outcome.zero_shot, names),
         "adapted": {
-            **_results(outcome.adapted, names),
+            **results_of(outcome.adapted, names),
             "round": outcome.adapted.round,
             "blend": outcome.blend,
             **_personal(outcome, names),
@@ -56,7 +56,7 @@ def summary_of(
     }
 
 
-def _results(result: RoundResult, class_names: Sequence[str]) -> dict[str, Any]:
+def results_of(result: RoundResult, class_names: Sequence[str]) -> dict[str, Any]:
     """Accuracies, and all other figures under `metrics`."""
     tests = {site: report.test for site, report in result.reports.items()}
     apart = {site: report.test for site, report in result.holdouts.items()}

@@ -76,12 +76,14 @@ class RoundLoop:
         unseen: Unseen,
         watcher: Watcher,
         resumed: RunState | None = None,
+        known: Reports | None = None,
     ) -> None:
+        """`known` are reports on `start` of sites that need not be asked for them."""
         self._nodes, self._strategy, self._settings = nodes, strategy, settings
         self._start, self._unseen, self._watcher = start, unseen, watcher
         self._recipe = recipe_of(settings)
         self._at = resumed or RunState(0, start, start, bytes=nodes.traffic.both)  # bytes of the hellos
-        self._resumed = resumed is not None
+        self._resumed, self._known = resumed is not None, known or {}
 
     def run(self) -> Outcome:
         """Runs all rounds and the closing evaluations."""
@@ -122,7 +124,8 @@ class RoundLoop:
             raise UserError("no site has an example to learn from: use more data or fewer sites")
         spent = nodes.traffic.both - before
         at.question_bytes += spent
-        self._record({**made.trained, **made.evaluated})  # of the adapter that they were sent, not of the next
+        known = self._known if number == 1 else {}
+        self._record({**known, **made.trained, **made.evaluated})  # of the adapter that they were sent, not of the next
         at.state = nodes.link.advance(records.read_adapter(made.aggregate, at.state), number)
         at.round, at.bytes, at.seconds = number, spent, time.monotonic() - begun
         at.epsilon = privacy.spent(self._settings, nodes.trained.values())
@@ -131,6 +134,8 @@ class RoundLoop:
     def _attempts(self, number: int) -> Attempt:
         """Repeats the round, as if it had not been tried, until enough sites have answered."""
         nodes, needed, memory = self._nodes, self._settings.least_sites, self._strategy.memory
+        if self._settings.update:
+            needed = min(needed, len(nodes.news))
         tried, without = 0, frozenset[str]()
         while True:
             distrusted = len(nodes.distrusted)
@@ -150,6 +155,7 @@ class RoundLoop:
         """Asks the sites, some to train and the others to evaluate, and averages what comes back."""
         settings, nodes, state = self._settings, self._nodes, self._at.state
         training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.least_sites, without)
+        others = [node for node in others if nodes.names[node] not in self._known]
         nodes.trains(training)
         masks = SecureSum(nodes, number, state, training, settings) if settings.secure_aggregation else None
         evaluations: list[Message] = []

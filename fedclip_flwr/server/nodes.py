@@ -98,7 +98,9 @@ class Nodes:
         self.failures: list[Failure] = []
         self.scaled: Counter[str] = Counter()
         self.contributions: dict[str, tuple[int, int]] = {}
-        """For each site whose sums were added, the numbers of images and of classes in them."""
+        """For each site whose sums count, the numbers of images and of classes in them."""
+        self.earlier: Mapping[str, tuple[int, int, str]] = {}
+        """The same of the version that this run updates, and the mark of the site's images then."""
         self.trained: Counter[str] = Counter()
         """How often each site was asked to train, whether it succeeded or not."""
         self.distrusted: set[str] = set()
@@ -314,11 +316,29 @@ class Nodes:
         Sites in `without` do not train if enough others can.
         """
         sites = self._connected()
-        able = [name for name in sites if self.hellos[name].train and name not in self.distrusted]
+        able = [name for name in sites if self._has_news(name) and name not in self.distrusted]
         if len(others := [name for name in able if name not in without]) >= least:
             able = others
         names = sample_sites(able, share, seed, number, least)
         return [sites[name] for name in names], [sites[name] for name in sorted({*sites} - {*names})]
+
+    def _has_news(self, site: str) -> bool:
+        """True if the site has something to learn from, or to take back, that does not count yet."""
+        hello = self.hellos[site]
+        if site in self.earlier:
+            return hello.role != HOLDOUT and hello.content != self.earlier[site][2]
+        return hello.train > 0
+
+    @property
+    def news(self) -> list[str]:
+        """The connected sites of which something does not count yet."""
+        return sorted(filter(self._has_news, self._connected()))
+
+    @property
+    def unchanged(self) -> set[str]:
+        """The connected sites whose images are those that the earlier version has."""
+        marks = {site: mark for site, (_, _, mark) in self.earlier.items()}
+        return {site for site in self._connected() if self.hellos[site].content == marks.get(site)}
 
     def trains(self, nodes: Iterable[int]) -> None:
         """Counts that these nodes are asked to train."""
@@ -411,7 +431,9 @@ class Nodes:
             if site not in self.scaled:
                 self.say(f"round {number}: {site}'s update is much longer than the others': it is scaled down")
         self.scaled.update(strategy.scaled)
-        self.contributions.update(strategy.contributions)
+        if strategy.contributions:
+            before = {site: (images, classes) for site, (images, classes, _) in self.earlier.items()}
+            self.contributions = {**before, **strategy.contributions}
         self._last_failed -= strategy.reports.keys()
         return strategy.reports
 

@@ -7,9 +7,10 @@ found: docs/security.md says what it can do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -20,18 +21,52 @@ from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import counted
+from fedclip_flwr.exchange import Report
 from fedclip_flwr.exchange.records import read_adapter, write_adapter
 from fedclip_flwr.learning.one_round import SUMS, means_of, symmetric
 from fedclip_flwr.learning.sums import bits_for, unit_of
 from fedclip_flwr.server.averaging import Gathered
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
+MOST = 3.0
+"""With a robust strategy, a site's images count for at most this many times the sites' median."""
 SLACK = 1e-6
 """Rounding that the checks let pass, as a share of the number of images."""
 
 
+class Given(NamedTuple):
+    """What a site has given: the numbers of images and of classes in its sums, and the mark of its images."""
+
+    images: int
+    classes: int
+    content: str
+
+
+class Ledger:
+    """What sites gave to an earlier version of the result, and what they give now. This one keeps nothing."""
+
+    total: State | None = None
+    """The earlier version's sums, over all its sites."""
+    bits: int = 0
+
+    @property
+    def sites(self) -> Mapping[str, Given]:
+        """The sites of the earlier version."""
+        return {}
+
+    def earlier(self, site: str) -> State:
+        """The sums that this site gave to the earlier version."""
+        raise NotImplementedError
+
+    def keep(self, site: str, sums: Mapping[str, Tensor]) -> None:
+        """Keeps the sums that this site gives now."""
+
+
 class OneRoundStrategy(AdapterFedAvg):
-    """As `AdapterFedAvg`, but the sites answer with sums, which are added exactly: every image counts the same."""
+    """As `AdapterFedAvg`, but the sites answer with sums, which are added exactly: every image counts the same.
+
+    Sums take the place of those that the site gave to an earlier version, which the `ledger` has.
+    """
 
     def __init__(
         self,
@@ -40,36 +75,62 @@ class OneRoundStrategy(AdapterFedAvg):
         settings: Settings,
         claims: Callable[[str], float],
         classes: int | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         super().__init__(like, names, replace(settings, site_weights="examples", max_site_weight=0.0), claims, classes)
-        share = {"fedmedian": 0.5, "fedtrimmedavg": settings.hostile_share}.get(settings.strategy)
-        self._gather = Total if share is None else partial(Bounded, share=share)
+        share = share_of(settings)
+        self._ledger = ledger or Ledger()
+        self._gather = partial(Total, ledger=self._ledger)
+        if share is not None:
+            self._gather = partial(Bounded, ledger=self._ledger, share=share)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         sent = read_adapter(arrays, self.like)
-        images = sum(int(self._claims(self.names[node])) for node in grid.get_node_ids())
-        config["bits"] = bits_for(images)
+        asked = {self.names[node] for node in grid.get_node_ids()}
+        others = sum(given.images for site, given in self._ledger.sites.items() if site not in asked)
+        bits = bits_for(others + sum(int(self._claims(site)) for site in asked))
+        if self._ledger.bits > bits:
+            raise UserError("with these sites there are too many images for the unit of the earlier sums: start anew")
+        config["bits"] = self._ledger.bits or bits
         sent["bits"] = torch.tensor(config["bits"])
         return self._addressed(server_round, write_adapter({"basis": sent["basis"]}), sent, config, grid)
+
+    def counts(self, site: str, report: Report) -> bool:
+        return super().counts(site, report) or site in self._ledger.sites
 
     @property
     def answered(self) -> State:
         return {name: self.like[name] for name in SUMS}
 
 
-def strategy_class(settings: Settings) -> type[AdapterFedAvg]:
+def strategy_of(
+    settings: Settings,
+    like: State,
+    names: Mapping[int, str],
+    claims: Callable[[str], float],
+    classes: int | None = None,
+    ledger: Ledger | None = None,
+) -> AdapterFedAvg:
     """The strategy that the method asks for."""
-    return OneRoundStrategy if settings.method == ONE_ROUND else AdapterFedAvg
+    if settings.method == ONE_ROUND:
+        return OneRoundStrategy(like, names, settings, claims, classes, ledger)
+    return AdapterFedAvg(like, names, settings, claims, classes)
+
+
+def share_of(settings: Settings) -> float | None:
+    """The share of the sites that a robust strategy leaves out at each end; None for the exact sum."""
+    return {"fedmedian": 0.5, "fedtrimmedavg": settings.hostile_share}.get(settings.strategy)
 
 
 class Total:
     """The sum of the sites' sums. Whole numbers: it is the same to the bit in any order."""
 
-    def __init__(self, sent: State) -> None:
-        self._sent = sent
-        self._total = {name: torch.zeros_like(sent[name]) for name in SUMS}
+    def __init__(self, sent: State, ledger: Ledger | None = None) -> None:
+        self._sent, self._ledger = sent, ledger or Ledger()
+        before = self._ledger.total or sent  # what is sent has no images
+        self._total = {name: before[name].clone() for name in SUMS}
         self._contributions: dict[str, tuple[int, int]] = {}
         self._unit, self._full = unit_of(int(sent["bits"])), not len(sent["basis"])
 
@@ -77,6 +138,10 @@ class Total:
         check(state, int(weight), self._unit, self._full)
         for name, total in self._total.items():
             total += state[name]
+        if site in self._ledger.sites:
+            for name, tensor in self._ledger.earlier(site).items():
+                self._total[name] -= tensor
+        self._ledger.keep(site, state)
         self._contributions[site] = contribution(state)
 
     def close(self) -> Gathered:
@@ -92,39 +157,44 @@ class Bounded:
     longer the sum of all images, and no protection for a class that only one or two sites have.
     """
 
-    MOST = 3.0
-
-    def __init__(self, sent: State, share: float) -> None:
-        self._sent, self._share, self._unit = sent, share, unit_of(int(sent["bits"]))
+    def __init__(self, sent: State, share: float, ledger: Ledger | None = None) -> None:
+        self._sent, self._ledger = sent, ledger or Ledger()
+        self._share, self._unit = share, unit_of(int(sent["bits"]))
         self._full = not len(sent["basis"])
         self._sites: dict[str, Mapping[str, Tensor]] = {}
 
     def add(self, site: str, state: Mapping[str, Tensor], weight: float) -> None:
         check(state, int(weight), self._unit, self._full)
+        self._ledger.keep(site, state)
         self._sites[site] = state
 
     def close(self) -> Gathered:
-        if not self._sites:
+        earlier = {site: self._ledger.earlier(site) for site in self._ledger.sites if site not in self._sites}
+        if not (counted := {site: one for site, one in {**earlier, **self._sites}.items() if one["counts"].any()}):
             return Gathered(None, {})
-        cut = math.ceil(self._share * len(self._sites))
-        found = [self._sites[site] for site in sorted(self._sites)]
-        each = [means_of(one["counts"], one["sums"], one["moments"], self._unit) for one in found]
-        counts = torch.stack([one.counts for one in each])
-        usual = counts.sum(1).quantile(0.5, interpolation="lower")
-        counts = counts * (self.MOST * usual / counts.sum(1)).clamp_max(1.0)[:, None]
-        means = torch.zeros_like(each[0].classes)
-        for number in range(counts.shape[1]):
-            if len(own := [one.classes[number] for one in each if one.seen[number]]):
-                means[number] = trimmed(torch.stack(own), cut)
-        total = counts.sum(0).round()
-        scatters = [scatter for one in each if (scatter := one.covariance()) is not None]
-        within = positive(trimmed(torch.stack(scatters), cut)) if scatters else torch.zeros_like(each[0].moments)
-        products = within * (total.sum() - (total > 0).sum()) + (total[:, None] * means).T @ means
-        upper = torch.triu_indices(*products.shape)
-        made = {"counts": total, "sums": total[:, None] * means / self._unit}
-        made["moments"] = products[upper[0], upper[1]] / self._unit
-        state = {**self._sent, **{name: tensor.round().long() for name, tensor in made.items()}}
-        return Gathered(state, {}, contributions={site: contribution(one) for site, one in self._sites.items()})
+        made = {**self._sent, **bounded_sums([counted[site] for site in sorted(counted)], self._share, self._unit)}
+        return Gathered(made, {}, contributions={site: contribution(one) for site, one in self._sites.items()})
+
+
+def bounded_sums(sites: Sequence[Mapping[str, Tensor]], share: float, unit: float) -> State:
+    """Sums with the trimmed means of what these sites say; see `Bounded`."""
+    cut = math.ceil(share * len(sites))
+    each = [means_of(one["counts"], one["sums"], one["moments"], unit) for one in sites]
+    counts = torch.stack([one.counts for one in each])
+    usual = counts.sum(1).quantile(0.5, interpolation="lower")
+    counts = counts * (MOST * usual / counts.sum(1)).clamp_max(1.0)[:, None]
+    means = torch.zeros_like(each[0].classes)
+    for number in range(counts.shape[1]):
+        if len(own := [one.classes[number] for one in each if one.seen[number]]):
+            means[number] = trimmed(torch.stack(own), cut)
+    total = counts.sum(0).round()
+    scatters = [scatter for one in each if (scatter := one.covariance()) is not None]
+    within = positive(trimmed(torch.stack(scatters), cut)) if scatters else torch.zeros_like(each[0].moments)
+    products = within * (total.sum() - (total > 0).sum()) + (total[:, None] * means).T @ means
+    upper = torch.triu_indices(*products.shape)
+    made = {"counts": total, "sums": total[:, None] * means / unit}
+    made["moments"] = products[upper[0], upper[1]] / unit
+    return {name: tensor.round().long() for name, tensor in made.items()}
 
 
 def contribution(sums: Mapping[str, Tensor]) -> tuple[int, int]:

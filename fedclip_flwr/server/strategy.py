@@ -119,6 +119,10 @@ class AdapterFedAvg(FedAvg):
         self._asked = [self.names[message.metadata.dst_node_id] for message in messages]
         return messages
 
+    def counts(self, site: str, report: Report) -> bool:
+        """True if the site's answer is to be aggregated."""
+        return report.examples > 0
+
     @property
     def answered(self) -> State:
         """What the tensors in the answers to TRAIN must be like."""
@@ -135,7 +139,7 @@ class AdapterFedAvg(FedAvg):
         def take(site: str, report: Report, state: State) -> None:
             if site not in weights:
                 raise ExchangeError("it was not asked")
-            if report.examples:
+            if self.counts(site, report):
                 gathering.add(site, state, weights[site])
 
         self.screen(replies, self.answered, take)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hmac
+import json
+import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fedclip_flwr.base import UserError
+from fedclip_flwr.base import UserError, files
 from fedclip_flwr.base.roles import HOLDOUT, ROLES, TRAIN
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.data import held_out
@@ -35,6 +41,29 @@ class Site:
         """The classes that the site has examples of, sorted."""
         labels = torch.cat([self.train.labels, self.validation.labels, self.test.labels])
         return sorted(set(labels.tolist()))
+
+
+def mark_of_images(site: Site, class_names: Sequence[str]) -> str:
+    """A mark of the site's examples: it changes when they do, and tells nothing to who lacks this site's secret."""
+    made = hmac.new(_secret(), digestmod="sha256")
+    for part in (site.train, site.validation, site.test):
+        made.update(json.dumps([class_names[number] for number in part.labels.tolist()]).encode())
+        made.update(part.features.cpu().contiguous().numpy().data)
+    return made.hexdigest()[:32]
+
+
+def _secret() -> bytes:
+    """This machine's secret, made on first use."""
+    path = files.home() / "secret"
+    with contextlib.suppress(FileExistsError):
+        if not path.exists():
+            files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)), put=os.link)
+    return files.read_bytes(path, 64)
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
 
 
 def divide(name: str, domain: str, examples: Examples, seed: int, device: str | torch.device = "cpu") -> Site:

@@ -58,7 +58,7 @@ def answer_train(
 
 def answer_sums(task: Task, context: SiteContext, cache: SiteCache, by_class: bool) -> RecordDict:
     """Zero-shot's scores on this site's images, and the sums over its training images."""
-    basis = cache.take(task, {"basis": context.blank().state_dict()["basis"]}, context.start)["basis"]
+    basis = cache.take(task, {"basis": blank(task, context).state_dict()["basis"]}, context.start)["basis"]
     if not 0 < task.bits <= BITS:
         raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits, expected 1 to {BITS}")
     sums = sums_of(context.site.train, basis, len(context.classes.text), task.bits)
@@ -88,9 +88,19 @@ def answer_evaluate(
     return write_answer(report)
 
 
+def blank(task: Task, context: SiteContext) -> Learner:
+    """A learner for the state in the message: classes may have been added since the directions were chosen."""
+    learner = context.blank()
+    if isinstance(learner, OneRound) and task.arrays and "basis" in task.arrays:
+        width, dim = (*task.arrays["basis"].shape, 0)[0], learner.basis.shape[1]
+        if width and width != len(learner.basis) and width < dim:
+            return OneRound("", len(learner.counts), dim, width)
+    return learner
+
+
 def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
     """The adapter in the message, or the whole model."""
-    learner = context.blank()
+    learner = blank(task, context)
     state = cache.take(task, learner.state_dict(), context.start)
     learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     if task.blend is not None and isinstance(learner, Adapter):

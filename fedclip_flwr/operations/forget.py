@@ -1,0 +1,164 @@
+"""`fedclip forget`: takes what a site has given out of a result of one round, in all its versions, exactly.
+
+The result is a sum over the sites, so that of the others is the result of a federation without the site, to the bit.
+Every file of a version is written again without it, removed, or made anew. The site's own sums go last: a `forget` that
+was interrupted can be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedclip_flwr.base import UserError, content, files
+from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.text import some
+from fedclip_flwr.data import held_out
+from fedclip_flwr.features import models
+from fedclip_flwr.learning import OneRound, examine
+from fedclip_flwr.learning.metrics import mean_of
+from fedclip_flwr.learning.one_round import SUMS, Constants
+from fedclip_flwr.learning.sums import unit_of
+from fedclip_flwr.report import writing
+from fedclip_flwr.report.heldout import open_held_out
+from fedclip_flwr.runs import Run, history, ledger
+from fedclip_flwr.runs.folder import locked
+from fedclip_flwr.runs.saved import FACTS, TENSORS, learnt_classes, load_adapter, write_json, write_tensors
+from fedclip_flwr.runs.summary import results_of
+from fedclip_flwr.server import RoundResult
+from fedclip_flwr.server.one_round import bounded_sums, share_of
+
+MADE_ANEW = ("report.html", "held_out.json", "plots", "tensorboard", "checkpoint")
+"""What is removed of a version: it was made with the site. The report is made again, the rest isn't needed."""
+
+
+def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable[[str], None]) -> str:
+    """Forgets the site in all versions of the run; with `earlier` only what it gave before the newest one."""
+    run = history.find(name, root)
+    if run.known.method != ONE_ROUND:
+        raise UserError(
+            f"{run.name} was trained in rounds: each round's adapter depends on all updates before it, so what came "
+            f"from {site} can't be taken out. Train again without it, from the start; or use method=one-round, whose "
+            "results can forget a site exactly"
+        )
+    found = history.versions(run.path)
+    complete = [one for one in found if one.completed]
+    affected = [one for one in complete if holds(one, site)]
+    if earlier:
+        latest = mark_of(complete[-1], site) if complete else ""
+        affected = [one for one in affected if mark_of(one, site) != latest]
+    if not affected:
+        none = "no earlier version has other sums of it" if earlier else f"no version of {run.name} has anything of it"
+        raise UserError(f"{site}: {none}; the sites of {run.name} are {some(sorted(run.summary.get('examples', {})))}")
+    for one in [*affected, *(one for one in found if not one.completed)]:
+        with locked(one.path, one.name):
+            if one.completed:
+                rewrite(one, site)
+                say(f"{one.name}: now the result of its other sites")
+            else:
+                shutil.rmtree(one.path)
+                say(f"{one.name}: removed, as it was not complete")
+        own = files.home() / "personal" / content.file_name(str(one.settings.get("run"))) / content.file_name(site)
+        shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
+    return (
+        f"{site} is forgotten. The other sites' scores were of the earlier result, and are gone, too: `fedclip update "
+        f"{found[-1].name}` asks for new ones. Copies, exports and trackers outside the run folder still have the "
+        "earlier result: replace them."
+    )
+
+
+def holds(run: Run, site: str) -> bool:
+    """True if a completed run has anything of the site."""
+    named = site in run.summary["examples"] or any(site == failed for _, failed, _ in run.failures)
+    return named or site in ledger.read_sites(run.path) or ledger.path_of(run.path, site).exists()
+
+
+def mark_of(run: Run, site: str) -> str:
+    """The mark of the images that the site gave its sums of."""
+    sites = ledger.read_sites(run.path)
+    return sites[site].content if site in sites else ""
+
+
+def rewrite(run: Run, site: str) -> None:
+    """Writes all files of a completed run as those of one without the site."""
+    sites = {name: given for name, given in ledger.read_sites(run.path).items() if name != site}
+    learner, names = write_result(run, sorted(sites))
+    write_records(run, site, unseen_of(run, learner))
+    for name in MADE_ANEW:
+        path = run.path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    writing.write(history.read(run.path))
+    ledger.path_of(run.path, site).unlink(missing_ok=True)
+    ledger.write_sites(run.path, sites, names)
+
+
+def write_result(run: Run, sites: Sequence[str]) -> tuple[OneRound, Sequence[str]]:
+    """Writes the result of these sites in place of the run's; returns it, and its class names."""
+    learner, facts = load_adapter(run.path)
+    assert isinstance(learner, OneRound)
+    state = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+    state |= {name: torch.zeros_like(state[name]) for name in SUMS}
+    state["constants"] = torch.tensor(Constants(), dtype=torch.float64)  # the site may have helped to choose others
+    given = (ledger.read_sums(run.path, site) for site in sites)
+    if (share := share_of(run.known)) is None:
+        for sums in given:
+            for name, tensor in sums.items():
+                state[name] += tensor
+    elif sites:
+        state |= bounded_sums([*given], share, unit_of(int(state["bits"])))
+    header = files.read_header(run.path / TENSORS)
+    write_tensors(run.path / TENSORS, state, int(header.pop("round")), **header)
+    write_json(run.path / FACTS, {**facts, "tensors": content.of_file(run.path / TENSORS)})
+    learner.load_state_dict(state)
+    return learner, learnt_classes(facts)
+
+
+def unseen_of(run: Run, learner: OneRound) -> RoundResult:
+    """What the server's own held-out images say of the result, if they are here."""
+    unseen = {}
+    with contextlib.suppress(UserError):
+        features, holdout = open_held_out(run.known)
+        device = models.pick_device(run.known.device)
+        classes, learner = features.classes.ready(device), learner.to(device)
+        for domain in held_out(holdout, features.domains):
+            unseen[domain] = examine(learner, features.examples(domain).ready(device), classes)
+    return RoundResult(run.summary["adapted"]["round"], {}, unseen, 0, 0.0)
+
+
+def write_records(run: Run, site: str, result: RoundResult) -> None:
+    """Writes settings, metrics and summary without the site, and without scores of the earlier result."""
+    summary: dict[str, Any] = json.loads(json.dumps(run.summary))  # a copy
+    zero, adapted, known = summary["zero_shot"], summary["adapted"], site in summary["examples"]
+    for part in (summary["examples"], summary["contributions"], summary["scaled"], zero["sites"]):
+        part.pop(site, None)
+    figures = zero["metrics"]["sites"]
+    figures.pop(site, None)
+    zero["seen"] = mean_of(share for share in zero["sites"].values() if share is not None)
+    zero["metrics"]["seen"] = {
+        name: mean_of(of[name] for of in figures.values() if name in of) for name in zero["metrics"]["seen"] if figures
+    }
+    personal = {"personal": None, "personal_metrics": None}
+    again = results_of(result, learnt_classes(files.read_json(run.path / FACTS)))
+    summary["adapted"] = {**again, "round": adapted["round"], "blend": adapted["blend"], **personal}
+    summary["failures"] = [failure for failure in summary["failures"] if failure["site"] != site]
+    if "update" in summary:
+        for kind in ("new", "changed"):
+            summary["update"][kind] = [name for name in summary["update"][kind] if name != site]
+        summary["update"]["sites"] = len(summary["contributions"])
+    if known:  # else this continues one that was interrupted
+        when = datetime.now().astimezone().isoformat(timespec="seconds")
+        summary["forgotten"] = [*summary.get("forgotten", []), {"when": when, "sites": 1}]
+    lines = [{**line, "val": None, "loss": None, "sites": len(zero["sites"])} for line in run.metrics]
+    for line, seen, unseen in zip(lines, (zero["seen"], None), (zero["unseen"], again["unseen"]), strict=False):
+        line |= {"seen": seen, "unseen": unseen}
+    settings = json.loads((run.path / history.SETTINGS).read_text(encoding="utf-8"))
+    write_json(run.path / history.SETTINGS, {**settings, "sites": len(summary["examples"])})
+    files.write_text(run.path / history.METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    write_json(run.path / history.SUMMARY, summary)
