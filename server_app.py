@@ -56,6 +56,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     lines.warn()
     settings, features, holdout = open_run(run_config)
     package = content.of_package(content.memory())
+    earlier = Earlier.open(settings, features) if settings.update else None
     with RunFolder(settings, package) as folder:
         add_exit_handler(folder.stop)
         if simulated(grid) and not features.domains:
@@ -65,7 +66,6 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         unseen = encoded(grid, features, holdout, device)
         clock.encoded = time.monotonic()
 
-        earlier = Earlier.open(folder.before_update, features) if folder.before_update else None
         learner = earlier.start if earlier else new_learner(settings, features)
         start = learner.on_cpu()
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
@@ -81,7 +81,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             clock.before = before.seconds
         else:
             nodes.wait_for(settings.least_sites)
-        if earlier and not before and not nodes.news and earlier.is_complete:
+        if earlier and not before and not nodes.news and earlier.answers(settings):
             folder.discard()
             console.say(f"No site has anything new since {earlier.path.name}: there is no new version.")
             return

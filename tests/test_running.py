@@ -485,20 +485,24 @@ def test_five_bad_sites_are_named_and_change_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_one_round_of_real_sites_is_the_sum_of_their_own_images(tree: Path, tmp_path: Path) -> None:
+def test_one_round_of_real_sites_goes_on_with_those_that_come_later_and_forgets(tree: Path, tmp_path: Path) -> None:
     """Each has another domain, and one lacks a class; the sum is the one of all their training images, to the bit."""
     shutil.rmtree(tree / "photo" / "cat")
+    results = f"results-dir={tmp_path}/results"
     with ExitStack() as stack:
         home = str(tmp_path / "home")
         link = stack.enter_context(superlink(tmp_path / "flower", FEDCLIP_HOME=home, OMP_NUM_THREADS="1"))
         configs = {name: f"site='{name}' data='folder:{tree}' domains='{name}'" for name in ("cartoon", "photo")}
-        nodes = [stack.enter_context(supernode(link, site, config)) for site, config in configs.items()]
-        link.wait_for(nodes)
-        command = ["fedclip", "run", "--on", simulation.CONNECTION, "data=none", "class-names=car,cat,fish"]
-        command += ["method=one-round", "statistics=full", "holdout=", "min-sites=2", f"results-dir={tmp_path}/results"]
-        done = subprocess.run(command, env=link.env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+        made = ["data=none", "class-names=car,cat,fish", "method=one-round", "statistics=full", "holdout=", "name=study"]
+        for command, site in ((["run", *made], "cartoon"), (["update", "study"], "photo")):
+            node = stack.enter_context(supernode(link, site, configs[site]))
+            link.wait_for([node])
+            command += ["--on", simulation.CONNECTION, results]
+            done = subprocess.run(["fedclip", *command], env=link.env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     folder = run_folder(tmp_path / "results")
+    summary = read(folder, "summary.json")
+    assert summary["update"] == {"of": "study", "new": ["photo"], "changed": [], "sites": 2}
     adapter, _ = load_adapter(folder)
     features = open_features(Settings(data=f"folder:{tree}"), progress=False)
     expected = adapter.state_dict()
@@ -509,7 +513,11 @@ def test_one_round_of_real_sites_is_the_sum_of_their_own_images(tree: Path, tmp_
         for name, tensor in sums_of(site.train, expected["basis"], 3).items():
             expected[name] += tensor
     same_tensors(folder, expected)
-    assert expected["counts"].sum() == sum(train for train, *_ in read(folder, "summary.json")["examples"].values())
+    assert expected["counts"].sum() == sum(train for train, *_ in summary["examples"].values())
+    alone = (tmp_path / "results" / "study" / "adapter.safetensors").read_bytes()
+    done = fedclip("forget", "study.2", "--site", "photo", "--results-dir", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "adapter.safetensors").read_bytes() == alone
 
 
 def test_real_sites_over_grpc_with_data_of_their_own(tree: Path, tmp_path: Path) -> None:

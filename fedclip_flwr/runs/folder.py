@@ -84,10 +84,10 @@ class RunFolder:
         self.trackers = Trackers(settings.track)
         self.before_update: Path | None = None
         if settings.update:
-            self.before_update = _existing(root, settings.update, "update")
+            self.before_update = existing(root, settings.update, "update")
             self._facts["update"] = self.before_update.name
         if settings.resume:
-            self.path = _existing(root, settings.resume)
+            self.path = existing(root, settings.resume)
         else:
             with files.writing_to(root, self.setting):
                 self.path = self._new_version(root) if self.before_update else _new_folder(root, settings)
@@ -232,7 +232,7 @@ def _adapter_facts(settings: Settings) -> dict[str, Any]:
     return {"name": adapter.name, "ranked": adapter.ranked, "zero-shot": exact}
 
 
-def _existing(root: Path, name: str, key: str = "resume") -> Path:
+def existing(root: Path, name: str, key: str = "resume") -> Path:
     """The folder of an earlier run, which the setting `key` names."""
     path = root / name
     if not (path / history.SETTINGS).is_file():
@@ -282,7 +282,7 @@ def _check_settings(path: Path, wanted: dict[str, Any], free: Collection[str], h
 def saved_settings(settings: Settings) -> tuple[dict[str, Any], int | None]:
     """The settings of the run to resume or to update, and its number of sites if it is known."""
     named = ("resume", settings.resume) if settings.resume else ("update", settings.update)
-    facts = history.Reader(_existing(history.results(settings)[0], named[1], named[0])).settings()
+    facts = history.Reader(existing(history.results(settings)[0], named[1], named[0])).settings()
     sites = facts.get("sites")
     own = {*history.WHERE, *(() if settings.resume else ("update", "min-sites"))}
     original = {key: facts[key] for key in Settings.keys() if key not in own}  # noqa: SIM118

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedclip_flwr.base import UserError, content, files, store, tensorfile
+from fedclip_flwr.base import Settings, UserError, content, files, store, tensorfile
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import some
@@ -26,11 +26,14 @@ from fedclip_flwr.features import Features
 from fedclip_flwr.learning import OneRound
 from fedclip_flwr.learning.one_round import SUMS, renumbered
 from fedclip_flwr.runs import checkpoint, history
+from fedclip_flwr.runs.folder import existing
 from fedclip_flwr.runs.history import Run
 from fedclip_flwr.runs.saved import learnt_classes, load_adapter, write_json
 from fedclip_flwr.server.one_round import Given, Ledger
 
 FOLDER, SITES = "sums", "sites.json"
+DECISIVE = ("strategy", "hostile-share", "one-round-choose", "personalize")
+"""Settings that change the result, or what is made of it, even if no site has anything new."""
 
 
 def read_sites(run: Path) -> dict[str, Given]:
@@ -86,8 +89,9 @@ class Earlier:
     """For each of its classes its number in the run, or -1."""
 
     @classmethod
-    def open(cls, path: Path, features: Features) -> Earlier:
-        """Raises a `UserError` unless a run with these features can go on from it."""
+    def open(cls, settings: Settings, features: Features) -> Earlier:
+        """Raises a `UserError` unless a run with these settings and features can go on from it."""
+        path = existing(history.results(settings)[0], settings.update, "update")
         run = history.read(path)
         if not run.completed:
             raise UserError(f"{path} is not complete ({run.status}): resume it, or update another version")
@@ -113,10 +117,11 @@ class Earlier:
     def path(self) -> Path:
         return self.run.path
 
-    @property
-    def is_complete(self) -> bool:
-        """True if it has the scores of its sites, for the classes of the run."""
-        return self.same_classes and bool(self.run.summary["adapted"]["sites"])
+    def answers(self, settings: Settings) -> bool:
+        """True if it is what a run with these settings would make, and has the scores of its sites."""
+        now = settings.as_run_config()
+        same = all(self.run.settings[key] == now[key] for key in DECISIVE)
+        return same and self.same_classes and bool(self.run.summary["adapted"]["sites"])
 
     def scores(self, sites: Collection[str]) -> dict[str, Report]:
         """Zero-shot's scores at these sites, as far as they are known."""

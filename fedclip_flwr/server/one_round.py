@@ -7,7 +7,8 @@ found: docs/security.md says what it can do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from fedclip_flwr.exchange.records import read_adapter, write_adapter
 from fedclip_flwr.learning.one_round import SUMS, means_of, symmetric
 from fedclip_flwr.learning.sums import bits_for, unit_of
 from fedclip_flwr.server.averaging import Gathered
-from fedclip_flwr.server.strategy import AdapterFedAvg
+from fedclip_flwr.server.strategy import AdapterFedAvg, LedgerError
 
 MOST = 3.0
 """With a robust strategy, a site's images count for at most this many times the sites' median."""
@@ -40,6 +41,15 @@ class Given(NamedTuple):
     images: int
     classes: int
     content: str
+
+
+@contextmanager
+def at_the_server() -> Iterator[None]:
+    """An error with the ledger is not the site's whose sums are added."""
+    try:
+        yield
+    except UserError as error:
+        raise LedgerError(*error.args) from error
 
 
 class Ledger:
@@ -138,10 +148,11 @@ class Total:
         check(state, int(weight), self._unit, self._full)
         for name, total in self._total.items():
             total += state[name]
-        if site in self._ledger.sites:
-            for name, tensor in self._ledger.earlier(site).items():
-                self._total[name] -= tensor
-        self._ledger.keep(site, state)
+        with at_the_server():
+            earlier = self._ledger.earlier(site) if site in self._ledger.sites else {}
+            self._ledger.keep(site, state)
+        for name, tensor in earlier.items():
+            self._total[name] -= tensor
         self._contributions[site] = contribution(state)
 
     def close(self) -> Gathered:
@@ -165,7 +176,8 @@ class Bounded:
 
     def add(self, site: str, state: Mapping[str, Tensor], weight: float) -> None:
         check(state, int(weight), self._unit, self._full)
-        self._ledger.keep(site, state)
+        with at_the_server():
+            self._ledger.keep(site, state)
         self._sites[site] = state
 
     def close(self) -> Gathered:

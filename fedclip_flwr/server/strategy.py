@@ -66,6 +66,10 @@ class Optimizer:
             setattr(self._strategy, moment, parts or None)
 
 
+class LedgerError(UserError):
+    """The ledger can't be read or written: no site is to blame."""
+
+
 class AdapterFedAvg(FedAvg):
     """Averages adapters that have the names, shapes and types of `like`, the run's initial adapter.
 
@@ -180,6 +184,8 @@ class AdapterFedAvg(FedAvg):
                 report, state = read_answer(reply.content, like, self._classes)
                 take(site, report, state)
                 self.reports[site] = report
+            except LedgerError:
+                raise
             except (ExchangeError, UserError) as error:
                 self.dropped[site or f"node {node}"] = str(error)
         self.reports = dict(sorted(self.reports.items()))

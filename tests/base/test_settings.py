@@ -54,6 +54,7 @@ CONTRACT: dict[str, Any] = {
     "precision": "auto",
     "name": "",
     "resume": "",
+    "update": "",
     "early-stop": 0,
     "server-learning-rate": 0.0,
     "results-dir": "",

@@ -1,0 +1,290 @@
+"""Updates of a result of one round: who is asked, what is added, and that the sum is the one of a single round."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import MessageType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.learning.base import Examples
+from fedclip_flwr.learning.one_round import OneRound
+from fedclip_flwr.report import writing
+from fedclip_flwr.runs import history, ledger, runlist
+from fedclip_flwr.runs.folder import RunFolder
+from fedclip_flwr.runs.saved import load_adapter
+from fedclip_flwr.site.holdings import divide, mark_of_images
+from tests.versions import CLASSES, Federation, images, tensors
+
+
+@pytest.fixture
+def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
+    monkeypatch.setattr(writing, "at_end", lambda *_: "no report")  # it takes longer than all else
+    return Federation(tmp_path, sites={"north": images(90, 1), "south": images(60, 2), "west": images(75, 3)})
+
+
+def trained(federation: Federation) -> list[str]:
+    """The sites that were asked for sums in the last run."""
+    return [site for site, kind in federation.asked if kind == MessageType.TRAIN]
+
+
+def test_a_site_that_comes_later_is_added_with_one_message_and_the_others_are_not_asked(
+    federation: Federation,
+) -> None:
+    flat = federation.run("flat")
+    federation.run("study", ["north", "south"])
+    made = federation.update("study")
+    assert made.name == "study.2"
+    assert trained(federation) == ["west"]
+    assert [site for site, kind in federation.asked if kind == MessageType.EVALUATE] == ["north", "south", "west"]
+    assert tensors(made) == tensors(flat)
+    one, other = (json.loads((run / "summary.json").read_text()) for run in (made, flat))
+    assert one["zero_shot"] == other["zero_shot"]  # of the sites that were not asked, too
+    assert one["adapted"] == other["adapted"]
+    assert one["contributions"] == other["contributions"]
+    assert one["update"] == {"of": "study", "new": ["west"], "changed": [], "sites": 3}
+
+
+def test_the_order_in_which_sites_come_changes_no_bit(federation: Federation) -> None:
+    flat = tensors(federation.run("flat"))
+    federation.run("a", ["west"])
+    federation.update("a", connected=["south"])
+    assert tensors(federation.update("a.2", connected=["north"])) == flat
+    federation.run("b", ["north"])
+    federation.update("b", connected=["west", "north"])
+    assert tensors(federation.update("b.2", connected=["south"])) == flat
+
+
+def test_sites_that_are_not_connected_still_count(federation: Federation) -> None:
+    flat = tensors(federation.run("flat"))
+    federation.run("study", ["north", "south"])
+    made = federation.update("study", connected=["west"])
+    assert tensors(made) == flat
+    assert ledger.read_sites(made).keys() == {"north", "south", "west"}
+    assert json.loads((made / "summary.json").read_text())["adapted"]["sites"].keys() == {"west"}
+
+
+def test_a_site_that_deleted_images_or_has_new_ones_gives_other_sums_in_place_of_the_old(
+    federation: Federation,
+) -> None:
+    federation.run("study")
+    federation.sites["south"] = federation.sites["south"].rows(slice(10, None))
+    more = images(50, 7)
+    federation.sites["west"] = Examples(*map(torch.cat, zip(federation.sites["west"], more, strict=True)))
+    made = federation.update("study")
+    assert trained(federation) == ["south", "west"]
+    assert tensors(made) == tensors(federation.run("flat"))
+    assert json.loads((made / "summary.json").read_text())["update"]["changed"] == ["south", "west"]
+
+
+def test_a_site_without_any_training_image_left_takes_back_what_it_gave(federation: Federation) -> None:
+    federation.run("study")
+    federation.sites["south"] = federation.sites["south"].rows(slice(0, 0))
+    federation.sites["west"] = federation.sites["west"].rows(slice(0, 1))  # a single image is trained on
+    made = federation.update("study", connected=["north", "west"])
+    assert ledger.read_sites(made)["west"].images == 1
+    assert ledger.read_sites(made)["south"].images == 36  # it was not connected
+
+
+def test_without_anything_new_there_is_no_new_version(
+    federation: Federation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federation.run("study")
+    capsys.readouterr()
+    federation.run("", update="study")
+    assert "No site has anything new since study: there is no new version." in capsys.readouterr().out
+    assert {path.name for path in federation.results.iterdir()} == {"study", "latest"}
+    assert (federation.results / "latest").resolve().name == "study"
+    assert trained(federation) == []
+
+
+@pytest.mark.parametrize("statistics", ["span", "full"])
+@pytest.mark.parametrize("count", [6, 90])
+def test_a_class_may_be_added_in_any_place_of_the_list(federation: Federation, statistics: str, count: int) -> None:
+    """Of the other classes, the sums stay; the directions that are measured stay, too."""
+    federation.run("study", statistics=statistics)
+    before = load_adapter(federation.results / "study")[0].state_dict()
+    names = ["aardvark", *CLASSES[:3], "cow", *CLASSES[3:], *(f"{number:03}" for number in range(count - 7))]
+    numbers = [names.index(name) for name in CLASSES]
+    federation.names = names
+    federation.sites = {
+        site: Examples(found.features, torch.tensor(numbers)[found.labels]) for site, found in federation.sites.items()
+    }
+    federation.sites["east"] = images(40, 8, names, of=[0, 4])
+    made = federation.update("study", statistics=statistics)
+    assert trained(federation) == ["east"]
+    learner, facts = load_adapter(made)
+    assert isinstance(learner, OneRound)
+    assert facts["class_names"] == names
+    after = learner.state_dict()
+    assert torch.equal(after["basis"], before["basis"])
+    assert torch.equal(after["counts"][numbers], before["counts"])
+    assert torch.equal(after["sums"][numbers], before["sums"])
+    assert after["counts"][[0, 4]].sum() == 24
+    assert not torch.equal(after["moments"], before["moments"])
+    again = federation.update(made.name, connected=["east", "north"], statistics=statistics, one_round_choose=True)
+    assert again.name == "study.3"
+
+
+def test_an_earlier_version_can_be_gone_back_to(federation: Federation) -> None:
+    federation.run("study", ["north", "south"])
+    federation.update("study")
+    federation.sites["south"] = images(30, 9)
+    third = federation.update("study", connected=["south"])
+    assert third.name == "study.3"
+    assert ledger.read_sites(third).keys() == {"north", "south"}
+    assert tensors(third) == tensors(federation.run("flat", ["north", "south"]))
+    found = history.versions(third)
+    assert [(run.name, run.version, run.settings["update"]) for run in found] == [
+        ("study", 1, ""),
+        ("study.2", 2, "study"),
+        ("study.3", 3, "study"),
+    ]
+    shown = runlist.show(["study", "study.3"], federation.results, False)
+    assert "seen: gain" in shown
+    assert "Version 3, from study: 0 new sites, 1 changed, 1 as before" in runlist.show([str(third)], None, False)
+
+
+@pytest.mark.parametrize("strategy", ["fedmedian", "fedtrimmedavg"])
+def test_robust_sums_go_on_from_what_each_site_gave(federation: Federation, strategy: str) -> None:
+    federation.run("study", ["north", "south"], strategy=strategy)
+    made = federation.update("study", connected=["west"], strategy=strategy)
+    assert tensors(made) == tensors(federation.run("flat", strategy=strategy))
+
+
+def test_an_update_that_was_interrupted_resumes(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = federation.run("flat")
+    federation.run("study", ["north", "south"])
+
+    class PowerCutError(Exception):
+        pass
+
+    def cut(*_: Any) -> None:
+        raise PowerCutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "finish", cut)
+        with pytest.raises(PowerCutError):
+            federation.update("study")
+    federation.run("", update="study", resume="study.2")
+    made = federation.results / "study.2"
+    assert trained(federation) == []
+    assert tensors(made) == tensors(flat)
+    assert history.read(made).version == 2
+    assert json.loads((made / "summary.json").read_text())["update"]["new"] == ["west"]
+
+
+def test_sums_of_an_attempt_that_failed_do_not_count(federation: Federation) -> None:
+    """In the first one, only one of two that are needed answers; in the second one, only the other two."""
+    federation.run("flat", ["south", "west"])
+    tries: list[str] = []
+    plain = federation._node
+
+    def node(site: str, config: Any) -> Any:
+        answer = plain(site, config)
+
+        def flaky(message: Any) -> Any:
+            if message.metadata.message_type == MessageType.TRAIN:
+                tries.append(site)
+                first = tries.count(site) == 1
+                if first == (site != "north"):
+                    raise_here = config | {"seed": 1}  # other settings than the run's: it answers with an error
+                    return plain(site, {**raise_here, "statistics": "none"})(message)
+            return answer(message)
+
+        return flaky
+
+    federation._node = node  # type: ignore[method-assign]
+    made = federation.run("study", min_sites=2)
+    assert sorted(tries) == ["north", "north", "south", "south", "west", "west"]
+    assert tensors(made) == tensors(federation.results / "flat")
+    assert ledger.read_sites(made).keys() == {"south", "west"}
+    assert not ledger.path_of(made, "north").exists()
+    assert json.loads((made / "summary.json").read_text())["contributions"].keys() == {"south", "west"}
+
+
+def test_what_can_not_be_updated_is_refused_in_one_line(federation: Federation) -> None:
+    federation.run("study", ["north"])
+    federation.run("trained", ["north"], method="adapter", num_server_rounds=1)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"update": "no-such"}, "update = 'no-such': there is no such run in .*; the latest are study, trained"),
+        ({"update": "study", "seed": 1}, "that run has different settings; give the same: seed=0"),
+        ({"update": "trained"}, "was trained in rounds, and has no sums to go on from"),
+        ({"update": "study", "method": "adapter"}, "it is for method = 'one-round'"),
+    ]
+    for wrong, why in refused:
+        with pytest.raises(UserError, match=why):
+            federation.run("", ["north"], **wrong)
+    federation.names = ["ant", "bee", "cat"]
+    federation.sites = {"south": images(30, 4, federation.names, of=[0, 1])}
+    with pytest.raises(UserError, match=r"class-names lacks dog, of which .* has images: add it"):
+        federation.run("", update="study")
+    assert {path.name for path in federation.results.iterdir()} == {"study", "trained", "latest"}
+
+
+@pytest.mark.parametrize("damage", ["file", "index", "missing"])
+def test_damaged_sums_are_reported_and_nothing_is_changed(federation: Federation, damage: str) -> None:
+    federation.run("study")
+    path = ledger.path_of(federation.results / "study", "south")
+    if damage == "index":
+        path = path.with_name(ledger.SITES)
+        path.write_text("{}")
+    elif damage == "missing":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+    before = tensors(federation.results / "study")
+    federation.sites["south"] = images(40, 11)
+    with pytest.raises(UserError, match=f"{path} can't be read .*: restore a copy, or start a new run"):
+        federation.run("", update="study")
+    assert tensors(federation.results / "study") == before
+
+
+@given(st.lists(st.integers(0, 3), min_size=40, max_size=40), st.permutations(range(4)))
+@settings(max_examples=6)
+def test_any_partition_added_in_any_order_is_the_flat_sum(
+    tmp_path_factory: pytest.TempPathFactory, owners: list[int], order: list[int]
+) -> None:
+    place, rows, everything = tmp_path_factory.mktemp("any"), torch.tensor(owners), images(400, 5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(writing, "at_end", lambda *_: "no report")
+        of = {f"site-{n}": everything.rows((rows == n).repeat(10)) for n in range(4)}
+        federation = Federation(place, sites={site: own for site, own in of.items() if len(own.labels)})
+        flat = tensors(federation.run("flat"))
+        present = [f"site-{n}" for n in order if f"site-{n}" in federation.sites]
+        made = federation.run("study", present[:1])
+        for site in present[1:]:
+            made = federation.update(made.name, connected=[site])
+        assert tensors(made) == flat
+
+
+def test_a_mark_of_images_changes_with_each_of_them_and_needs_the_machines_secret(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mark(found: Examples) -> str:
+        return mark_of_images(divide("a", "", found, 0), CLASSES)
+
+    own = images(30, 1)
+    labels = own.labels.clone()
+    labels[4] = (labels[4] + 1) % 4
+    features = own.features.clone()
+    features[7, 3] += 1e-6
+    marks = {
+        mark(own),
+        mark(Examples(own.features, labels)),
+        mark(Examples(features, own.labels)),
+        mark(own.rows(slice(29))),
+    }
+    assert len(marks) == 4
+    assert mark(own) in marks
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "elsewhere"))
+    assert mark(own) not in marks
+    assert (tmp_path / "elsewhere" / "secret").stat().st_mode & 0o777 == 0o600
