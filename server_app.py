@@ -36,7 +36,7 @@ from fedclip_flwr.runs.summary import summary_of
 from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.one_round import Given, strategy_of
+from fedclip_flwr.server.one_round import strategy_of
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 app = ServerApp()
@@ -70,20 +70,15 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         start = learner.on_cpu()
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
         link = Downlink(start, settings.codec, settings.seed)
-        nodes = nodes_of(grid, link, session, settings, package)
+        nodes = nodes_of(grid, link, session, settings, package, earlier)
         names = session.vocabulary.class_names
         ledger = SumsOnDisk(folder.path, names, earlier, folder.setting) if settings.method == ONE_ROUND else None
         strategy = strategy_of(settings, start, nodes.names, nodes.examples, len(names), ledger)
-        nodes.earlier = earlier.sites if earlier else {}
         before = folder.before
         if before:
             resume(before, settings, session, nodes, strategy)
             clock.before = before.seconds
-        else:
-            nodes.wait_for(settings.least_sites)
-        if earlier and not before and not nodes.news and earlier.answers(settings):
-            folder.discard()
-            console.say(f"No site has anything new since {earlier.path.name}: there is no new version.")
+        elif not has_news(folder, settings, nodes, earlier):
             return
         folder.begin(nodes.failures, len(list(grid.get_node_ids())))
         folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
@@ -97,8 +92,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
 
         def checkpoint(state: RunState) -> Checkpoint:
             if ledger:
-                given = strategy.contributions.items()
-                ledger.settle({site: Given(*of, nodes.hellos[site].content) for site, of in given})
+                ledger.settle(strategy.contributions, nodes.hellos)
             made = state, link.residual, strategy.memory, nodes.record, session.key, clock.seconds()
             return Checkpoint(*made, resumed, folder.metrics)
 
@@ -122,7 +116,19 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     console.say(f"Run folder: {folder.path}")
 
 
-def nodes_of(grid: Grid, link: Downlink, session: Session, settings: Settings, package: str) -> Nodes:
+def has_news(folder: RunFolder, settings: Settings, nodes: Nodes, earlier: Earlier | None) -> bool:
+    """Waits for the sites; False if the run would make the result that is there already."""
+    nodes.wait_for(settings.least_sites)
+    if earlier is None or nodes.news or not earlier.answers(settings):
+        return True
+    folder.discard()
+    console.say(f"No site has anything new since {earlier.path.name}: there is no new version.")
+    return False
+
+
+def nodes_of(
+    grid: Grid, link: Downlink, session: Session, settings: Settings, package: str, earlier: Earlier | None
+) -> Nodes:
     """The sites of the run; the process can end while it waits for them."""
     nodes = Nodes(
         grid,
@@ -133,6 +139,7 @@ def nodes_of(grid: Grid, link: Downlink, session: Session, settings: Settings, p
         timeout=settings.round_timeout,
         say=console.say,
     )
+    nodes.earlier = earlier.sites if earlier else {}
     add_exit_handler(nodes.end)
     return nodes
 

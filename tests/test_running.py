@@ -493,7 +493,14 @@ def test_one_round_of_real_sites_goes_on_with_those_that_come_later_and_forgets(
         home = str(tmp_path / "home")
         link = stack.enter_context(superlink(tmp_path / "flower", FEDCLIP_HOME=home, OMP_NUM_THREADS="1"))
         configs = {name: f"site='{name}' data='folder:{tree}' domains='{name}'" for name in ("cartoon", "photo")}
-        made = ["data=none", "class-names=car,cat,fish", "method=one-round", "statistics=full", "holdout=", "name=study"]
+        made = [
+            "data=none",
+            "class-names=car,cat,fish",
+            "method=one-round",
+            "statistics=full",
+            "holdout=",
+            "name=study",
+        ]
         for command, site in ((["run", *made], "cartoon"), (["update", "study"], "photo")):
             node = stack.enter_context(supernode(link, site, configs[site]))
             link.wait_for([node])
@@ -509,8 +516,8 @@ def test_one_round_of_real_sites_goes_on_with_those_that_come_later_and_forgets(
     for name in SUMS:
         expected[name] = torch.zeros_like(expected[name])
     for domain in ("cartoon", "photo"):
-        site = own_site(features, SiteConfig(domain, "train", [domain]), 0, torch.device("cpu"))
-        for name, tensor in sums_of(site.train, expected["basis"], 3).items():
+        own = own_site(features, SiteConfig(domain, "train", [domain]), 0, torch.device("cpu"))
+        for name, tensor in sums_of(own.train, expected["basis"], 3).items():
             expected[name] += tensor
     same_tensors(folder, expected)
     assert expected["counts"].sum() == sum(train for train, *_ in summary["examples"].values())

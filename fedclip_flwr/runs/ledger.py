@@ -21,7 +21,7 @@ from fedclip_flwr.base import Settings, UserError, content, files, store, tensor
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import some
-from fedclip_flwr.exchange import Report
+from fedclip_flwr.exchange import Hello, Report
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import OneRound
 from fedclip_flwr.learning.one_round import SUMS, renumbered
@@ -166,8 +166,9 @@ class SumsOnDisk(Ledger):
         write_sums(self._run, site, sums, self._setting)
         self._kept.add(site)
 
-    def settle(self, now: Mapping[str, Given]) -> None:
-        """Keeps the sums of the sites that gave them `now`, and of all others those of the earlier version."""
+    def settle(self, contributions: Mapping[str, tuple[int, int]], hellos: Mapping[str, Hello]) -> None:
+        """Keeps the sums of the sites that gave these now, and of all others those of the earlier version."""
+        now = {site: Given(*of, hellos[site].content) for site, of in contributions.items()}
         for site in self._kept - now.keys():  # of an attempt that failed
             path_of(self._run, site).unlink(missing_ok=True)
         for site in self.sites.keys() - now.keys():

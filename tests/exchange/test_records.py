@@ -297,6 +297,7 @@ def test_the_list_of_what_may_leave_a_site() -> None:
             "package",
             "unit_length",
             "plugins",
+            "content",
         },
         "progress": {"site", "encoded", "images"},
         "metrics": FIGURES,

@@ -59,6 +59,7 @@ def test_a_round_sends_a_hello_a_trained_adapter_and_scores(tree: Path) -> None:
         "classes": [0, 1, 2],
         "package": content.of_package(content.memory()),
         "unit_length": False,
+        "content": "",
         "plugins": [],
     }
     assert set(trained.records) == {"metrics", "arrays"}
