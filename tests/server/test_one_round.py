@@ -239,8 +239,9 @@ def test_honest_sums_pass(full: bool) -> None:
 
 UNIT = int(1 / unit_of(BITS))
 LIES: dict[str, tuple[str, bool]] = {
-    "more images than it said": ("its counts are of 201 images, it said 200", False),
+    "more images than it said": ("its counts are of 201 images, expected 200", False),
     "a negative count": ("its counts", False),
+    "counts whose sum wraps around": ("its counts", False),
     "a sum too long": ("longer than so many", False),
     "a sum of a class without images": ("longer than so many", False),
     "moments too large": ("have a trace of", False),
@@ -258,6 +259,10 @@ def test_sums_that_no_features_of_unit_length_have_are_refused(lie: str) -> None
         sums["counts"][0] += 1
     elif lie == "a negative count":
         sums["counts"][0], sums["counts"][1] = -1, sums["counts"][0] + sums["counts"][1] + 1
+    elif lie == "counts whose sum wraps around":
+        sums["counts"][:3] += torch.tensor([2**62, 2**63 - 1 - 2**62, 1])
+        sums["counts"][3:5] += torch.tensor([2**62, 2**62])
+        assert int(sums["counts"].sum()) == count
     elif lie == "a sum too long":
         sums["sums"][2, 5] += count * UNIT
     elif lie == "a sum of a class without images":
