@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.exchange.secure import masking
-from fedclip_flwr.exchange.secure.masking import Numbers, Shares
+from fedclip_flwr.exchange.secure.masking import UINT32, Numbers, NumberType, Shares
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.flower.crypto import combine_shares, generate_shared_key
 
@@ -22,8 +22,8 @@ class Collector:
     had not answered. `neighbourhoods`, `letters`, `lists` and `sum` end these steps. Vectors are not kept.
     """
 
-    def __init__(self, context: str, size: int, most: int) -> None:
-        """`size` is that of the vectors; each member shares with up to `most`, itself included."""
+    def __init__(self, context: str, size: int, most: int, dtype: NumberType = UINT32) -> None:
+        """Vectors have `size` numbers of this type; each member shares with up to `most`, itself included."""
         if most < masking.FEWEST:
             raise MaskingError(f"up to {most} members share with each other, expected {masking.FEWEST} or more")
         self._context, self._most = context, most
@@ -34,7 +34,7 @@ class Collector:
         """For each member those in the round that it shares with, itself included."""
         self._needed: dict[str, int] = {}
         self._shares: dict[str, Shares] = {}
-        self._total = np.zeros(size, np.uint32)
+        self._total = np.zeros(size, dtype)
         self._survivors: set[str] = set()
         self._pieces: dict[str, dict[str, bytes]] = {}
         """The pieces of each member's secret, by the member that revealed them."""
@@ -88,8 +88,8 @@ class Collector:
 
     def add(self, name: str, masked: Numbers) -> None:
         self._check_awaited("vectors", name)
-        if masked.dtype != np.uint32 or masked.shape != self._total.shape:
-            raise MaskingError(f"a vector is {masked.dtype}{list(masked.shape)}, expected uint32[{len(self._total)}]")
+        if masked.dtype != (dtype := self._total.dtype) or masked.shape != self._total.shape:
+            raise MaskingError(f"a vector is {masked.dtype}{list(masked.shape)}, expected {dtype}[{len(self._total)}]")
         self._awaited.remove(name)
         self._survivors.add(name)
         self._total += masked
@@ -122,15 +122,16 @@ class Collector:
         """The sum of the vectors; raises if pieces are missing, and may be called again when more have arrived."""
         if not self._survivors:
             raise MaskingError("no vector arrived")
-        total, size = self._total.copy(), len(self._total)
+        total = self._total.copy()
+        size, dtype = len(total), total.dtype
         for name, near in self._near.items():
             if name in self._survivors:
-                total -= masking.own_mask(self._secret(name, masking.SEED), self._context, name, size)
+                total -= masking.own_mask(self._secret(name, masking.SEED), self._context, name, size, dtype)
             elif others := near & self._survivors:
                 private = self._private_of(name)
                 for other in others:
                     secret = generate_shared_key(private, masking.point(self._publics[other][: masking.PUBLIC]))
-                    total -= masking.pair_mask(secret, self._context, other, name, size)
+                    total -= masking.pair_mask(secret, self._context, other, name, size, dtype)
         return total
 
     def _check_awaited(self, step: str, name: str) -> None:

@@ -1,7 +1,8 @@
 """Secure aggregation: the sum of vectors without the vectors, as functions of bytes and numbers.
 
 SecAgg (Bonawitz et al., eprint 2017/281) with the neighbourhoods of SecAgg+ (Bell et al., eprint 2020/704), on numbers
-modulo 2³². Four steps, each with one message to a site and one reply:
+modulo 2³² (`uint32`: updates, in steps) or 2⁶⁴ (`uint64`: sums, exact). Four steps, each with one message to a site and
+one reply:
 
     keys      two public keys of each member             →  to its neighbours
     shares    its seed and first private key, split      →  each piece encrypted for one neighbour, and its digest
@@ -44,8 +45,12 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.secure.protocol import MaskingError
 from fedclip_flwr.flower.crypto import generate_key_pairs
 
-Numbers = NDArray[np.uint32]
+Numbers = NDArray[np.unsignedinteger[Any]]
+NumberType = np.dtype[np.unsignedinteger[Any]]
 
+UINT32: NumberType = np.dtype(np.uint32)
+UINT64: NumberType = np.dtype(np.uint64)
+"""The types of masked updates, and of masked sums."""
 FEWEST = 3
 """Minimum number of members: with two, each learns the other's vector from the sum."""
 SEED, PRIVATE, PUBLIC = 32, 48, 49  # bytes: a mask's seed; a scalar and a compressed point of P-384
@@ -106,6 +111,16 @@ def dequantise(total: Numbers, step: float) -> NDArray[np.float64]:
     return total.view(np.int32).astype(np.float64) * step
 
 
+def unsigned(sums: Mapping[str, Tensor]) -> Numbers:
+    """Tensors of int64 as numbers modulo 2⁶⁴."""
+    return flat(sums).numpy().view(UINT64)
+
+
+def signed(total: Numbers, like: Mapping[str, Tensor]) -> State:
+    """The tensors whose numbers these are, exact if they fit into int64."""
+    return unflat(torch.from_numpy(total.view(np.int64)), like)
+
+
 def flat(update: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([update[name].reshape(-1) for name in sorted(update)])
 
@@ -122,19 +137,19 @@ def label(*parts: str) -> bytes:
     return json.dumps(parts).encode()
 
 
-def _mask(secret: bytes, label: bytes, size: int) -> Numbers:
+def _mask(secret: bytes, label: bytes, size: int, dtype: NumberType) -> Numbers:
     key = HKDF(SHA256(), 32, salt=None, info=label).derive(secret)
-    stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * size))
-    return np.frombuffer(stream, "<u4").astype(np.uint32, copy=False)
+    stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(dtype.itemsize * size))
+    return np.frombuffer(stream, dtype.newbyteorder("<")).astype(dtype, copy=False)
 
 
-def own_mask(seed: bytes, context: str, name: str, size: int) -> Numbers:
-    return _mask(seed, label("own", context, name), size)
+def own_mask(seed: bytes, context: str, name: str, size: int, dtype: NumberType) -> Numbers:
+    return _mask(seed, label("own", context, name), size, dtype)
 
 
-def pair_mask(secret: bytes, context: str, name: str, other: str, size: int) -> Numbers:
+def pair_mask(secret: bytes, context: str, name: str, other: str, size: int, dtype: NumberType) -> Numbers:
     """The mask that `name` adds for the pair; the other member's has the opposite sign."""
-    mask = _mask(secret, label("pair", context, *sorted((name, other))), size)
+    mask = _mask(secret, label("pair", context, *sorted((name, other))), size, dtype)
     return mask if name < other else np.negative(mask)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from cryptography.fernet import InvalidToken
 
 from fedclip_flwr.exchange.secure import masking
@@ -18,6 +17,8 @@ from fedclip_flwr.exchange.secure.masking import (
     PUBLIC,
     SEED,
     SEED_PIECE,
+    UINT32,
+    UINT64,
     Numbers,
     Shares,
 )
@@ -83,15 +84,18 @@ class Member:
             raise MaskingError(f"pieces came from members that nothing was shared with: {masking.listed(unknown)}")
         if len(letters) + 1 < (needed := masking.threshold(len(self.publics))):
             raise MaskingError(f"pieces came from {len(letters) + 1} members, expected {needed} or more")
-        if numbers.dtype != np.uint32 or numbers.ndim != 1:
-            raise MaskingError(f"numbers are {numbers.dtype} in {numbers.ndim} dimensions, expected uint32 in one")
+        if numbers.dtype not in (UINT32, UINT64) or numbers.ndim != 1:
+            raise MaskingError(
+                f"numbers are {numbers.dtype} in {numbers.ndim} dimensions, expected uint32 or uint64 in one"
+            )
         keys = self._encryption_keys({sender: self.publics[sender] for sender in letters})
         pieces = {sender: self._open(sender, keys[sender], letter) for sender, letter in letters.items()}
-        masked = numbers + masking.own_mask(self.seed, self.context, self.name, len(numbers))
+        size, dtype = len(numbers), numbers.dtype
+        masked = numbers + masking.own_mask(self.seed, self.context, self.name, size, dtype)
         private = masking.private_of(self.private[0])
         for other in letters:
             secret = generate_shared_key(private, masking.point(self.publics[other][:PUBLIC]))
-            masked += masking.pair_mask(secret, self.context, self.name, other, len(numbers))
+            masked += masking.pair_mask(secret, self.context, self.name, other, size, dtype)
         self.step, self.private, self.seed, self.pieces = "reveals", [], b"", {**self.pieces, **pieces}
         return masked
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.records import ExchangeError
-from fedclip_flwr.exchange.secure.masking import finest_step, flat, quantise
+from fedclip_flwr.exchange.secure.masking import Numbers, finest_step, flat, quantise, unsigned
 from fedclip_flwr.exchange.secure.member import Member
 from fedclip_flwr.exchange.secure.protocol import MASKED, Memory, paired
 
@@ -59,12 +59,21 @@ def shares(content: RecordDict, memory: Memory) -> RecordDict:
 def masked(content: RecordDict, memory: Memory, trained: State, received: Mapping[str, Tensor]) -> State:
     """The masked update, which is sent instead of the trained adapter."""
     request = _request(content)
-    member = _recall(request, memory)
     update = flat({name: trained[name].double() - received[name].double() for name in received})
     numbers = quantise(update.numpy(), finest_step(request["members"], request["bound"]), request["bound"])
+    return _masked(request, memory, numbers)
+
+
+def masked_sums(content: RecordDict, memory: Memory, sums: Mapping[str, Tensor]) -> State:
+    """The masked sums, which are sent instead of them: the very integers, so that their total is exact."""
+    return _masked(_request(content), memory, unsigned(sums))
+
+
+def _masked(request: Mapping[str, Any], memory: Memory, numbers: Numbers) -> State:
+    member = _recall(request, memory)
     vector = member.mask(paired(request, "from", "letters"), numbers)
     _remember(member, memory)
-    return {MASKED: torch.from_numpy(vector.view("int32"))}
+    return {MASKED: torch.from_numpy(vector.view(f"int{8 * vector.itemsize}"))}
 
 
 def unmask(content: RecordDict, memory: Memory) -> RecordDict:

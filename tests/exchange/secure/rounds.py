@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fedclip_flwr.exchange.secure.masking import Numbers, Shares
+from fedclip_flwr.exchange.secure.masking import UINT32, Numbers, NumberType, Shares
 from fedclip_flwr.exchange.secure.member import Member
 from fedclip_flwr.server.collector import Collector
 
@@ -18,13 +18,15 @@ CONTEXT = "run 7, round 3"
 STEPS = ("keys", "shares", "vectors", "reveals")
 
 
-def vector(name: str, size: int = 50) -> Numbers:
+def vector(name: str, dtype: NumberType = UINT32) -> Numbers:
     """Numbers that follow from the name."""
-    return np.frombuffer(hashlib.shake_128(name.encode()).digest(4 * size), "<u4").astype(np.uint32)
+    data = hashlib.shake_128(name.encode()).digest(50 * dtype.itemsize)
+    return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)
 
 
-def total(names: Iterable[str], size: int = 50) -> list[int]:
-    return [sum(column) % 2**32 for column in zip(*(vector(name, size).tolist() for name in names), strict=True)]
+def total(names: Iterable[str], dtype: NumberType = UINT32) -> list[int]:
+    columns = zip(*(vector(name, dtype).tolist() for name in names), strict=True)
+    return [sum(column) % 2 ** (8 * dtype.itemsize) for column in columns]
 
 
 def travelled(member: Member) -> Member:
@@ -38,9 +40,11 @@ def sent_on(shares: Mapping[str, Shares]) -> dict[str, dict[str, bytes]]:
     return {name: {sender: of.to(name) for sender, of in shares.items() if sender != name} for name in shares}
 
 
-def until_vectors(names: Iterable[str], gone: Mapping[str, str], most: int) -> tuple[Collector, dict[str, Member]]:
+def until_vectors(
+    names: Iterable[str], gone: Mapping[str, str], most: int, dtype: NumberType = UINT32
+) -> tuple[Collector, dict[str, Member]]:
     """A round in which the masked vectors have come; `gone` tells who drops out in which step."""
-    collector, members = Collector(CONTEXT, 50, most), {}
+    collector, members = Collector(CONTEXT, 50, most, dtype), {}
     for name in names:
         if gone.get(name) != "keys":
             members[name] = Member.begin(name, CONTEXT)
@@ -52,12 +56,12 @@ def until_vectors(names: Iterable[str], gone: Mapping[str, str], most: int) -> t
     for name, letters in collector.letters().items():
         if gone.get(name) != "vectors":
             members[name] = travelled(members[name])
-            collector.add(name, members[name].mask(letters, vector(name)))
+            collector.add(name, members[name].mask(letters, vector(name, dtype)))
     return collector, members
 
 
-def summed(names: Iterable[str], gone: Mapping[str, str], most: int = 20) -> list[int]:
-    collector, members = until_vectors(names, gone, most)
+def summed(names: Iterable[str], gone: Mapping[str, str], most: int = 20, dtype: NumberType = UINT32) -> list[int]:
+    collector, members = until_vectors(names, gone, most, dtype)
     for name, (survivors, dropped) in collector.lists().items():
         if gone.get(name) != "reveals":
             collector.reveal(name, travelled(members[name]).reveal(survivors, dropped))

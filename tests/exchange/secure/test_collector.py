@@ -48,7 +48,7 @@ def test_what_comes_from_a_member_late_twice_or_wrong_is_refused() -> None:
         collector.share("a", sent["a"])
 
     masked = {name: members[name].mask(letters, vector(name)) for name, letters in collector.letters().items()}
-    for other in (masked["a"][:-1], masked["a"].view(np.float32)):
+    for other in (masked["a"][:-1], masked["a"].view(np.float32), masked["a"].astype(np.uint64)):
         with pytest.raises(MaskingError, match=r"expected uint32\[50\]"):
             collector.add("a", other)  # type: ignore[arg-type]
     for name in "abc":

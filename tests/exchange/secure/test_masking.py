@@ -6,33 +6,44 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from fedclip_flwr.exchange.secure.masking import PUBLIC, Numbers, dequantise, finest_step, quantise
+from fedclip_flwr.exchange.secure.masking import (
+    PUBLIC,
+    UINT32,
+    UINT64,
+    Numbers,
+    NumberType,
+    dequantise,
+    finest_step,
+    quantise,
+    signed,
+    unsigned,
+)
 from fedclip_flwr.exchange.secure.member import Member
 from fedclip_flwr.exchange.secure.protocol import MaskingError
 from tests.exchange.secure.rounds import CONTEXT, TEN, sent_on, until_vectors
 
 
-def masked_vectors(size: int, numbers: Mapping[str, int]) -> dict[str, Numbers]:
+def masked_vectors(size: int, numbers: Mapping[str, int], dtype: NumberType = UINT32) -> dict[str, Numbers]:
     """By each of them, of the same number throughout."""
     members = {name: Member.begin(name, CONTEXT) for name in numbers}
     publics = {name: member.public for name, member in members.items()}
     letters = sent_on({name: member.share(publics) for name, member in members.items()})
-    return {
-        name: member.mask(letters[name], np.full(size, numbers[name], np.uint32)) for name, member in members.items()
-    }
+    return {name: member.mask(letters[name], np.full(size, numbers[name], dtype)) for name, member in members.items()}
 
 
-def test_a_masked_vector_looks_like_noise_whatever_is_in_it() -> None:
+@pytest.mark.parametrize("dtype", [UINT32, UINT64], ids=str)
+def test_a_masked_vector_looks_like_noise_whatever_is_in_it(dtype: NumberType) -> None:
     """Chi-square over bytes: 255 on average, with a standard deviation of 22.6; six of them are one in a billion."""
     size = 100_000
-    masked = masked_vectors(size, {"a": 0, "b": 0, "c": 12345, "d": 2**32 - 1})
+    masked = masked_vectors(size, {"a": 0, "b": 0, "c": 12345, "d": np.iinfo(dtype).max}, dtype)
     for vector in masked.values():
         assert len(np.unique(vector)) > 0.99 * size
-        for byte in range(4):
-            counts = np.bincount((vector >> np.uint32(8 * byte)) & np.uint32(255), minlength=256)
+        for byte in vector.view(np.uint8).reshape(size, -1).T:
+            counts = np.bincount(byte, minlength=256)
             assert abs(((counts - size / 256) ** 2).sum() / (size / 256) - 255) < 6 * 22.6
     together = np.corrcoef([*masked.values(), np.roll(masked["a"], 1), np.arange(size)])
     assert np.abs(together - np.eye(len(together))).max() < 6 / size**0.5
@@ -53,14 +64,15 @@ def hkdf(secret: bytes, info: bytes) -> bytes:
     return hmac.digest(hmac.digest(bytes(32), secret, "sha256"), info + b"\1", "sha256")
 
 
-def keystream(secret: bytes, info: bytes, size: int) -> list[int]:
-    """AES-256 of block after block of a counter."""
-    blocks = b"".join(block.to_bytes(16, "big") for block in range(size // 4 + 1))
+def keystream(secret: bytes, info: bytes, size: int, width: int) -> list[int]:
+    """AES-256 of block after block of a counter, as numbers of `width` bytes."""
+    blocks = b"".join(block.to_bytes(16, "big") for block in range(size * width // 16 + 1))
     stream = Cipher(algorithms.AES256(hkdf(secret, info)), modes.ECB()).encryptor().update(blocks)
-    return [int.from_bytes(stream[4 * i : 4 * i + 4], "little") for i in range(size)]
+    return [int.from_bytes(stream[width * i : width * (i + 1)], "little") for i in range(size)]
 
 
-def test_masks_are_keystream_of_aes_in_counter_mode() -> None:
+@pytest.mark.parametrize("dtype", [UINT32, UINT64], ids=str)
+def test_masks_are_keystream_of_aes_in_counter_mode(dtype: NumberType) -> None:
     members = {name: Member.begin(name, "ctx") for name in "abc"}
     publics = {name: member.public for name, member in members.items()}
     letters = sent_on({name: member.share(publics) for name, member in members.items()})
@@ -71,12 +83,15 @@ def test_masks_are_keystream_of_aes_in_counter_mode() -> None:
 
     def pair(other: str, info: bytes) -> list[int]:
         point = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), publics[other][:PUBLIC])
-        return keystream(base64.urlsafe_b64encode(hkdf(private.exchange(ec.ECDH(), point), b"")), info, 9)
+        return keystream(
+            base64.urlsafe_b64encode(hkdf(private.exchange(ec.ECDH(), point), b"")), info, 9, dtype.itemsize
+        )
 
-    own = keystream(seed, b'["own", "ctx", "b"]', 9)
+    own = keystream(seed, b'["own", "ctx", "b"]', 9, dtype.itemsize)
     with_a, with_c = pair("a", b'["pair", "ctx", "a", "b"]'), pair("c", b'["pair", "ctx", "b", "c"]')
-    masked = members["b"].mask(letters["b"], np.arange(9, dtype=np.uint32))
-    assert masked.tolist() == [(i + own[i] - with_a[i] + with_c[i]) % 2**32 for i in range(9)]
+    masked = members["b"].mask(letters["b"], np.arange(9, dtype=dtype))
+    size = 2 ** (8 * dtype.itemsize)
+    assert masked.tolist() == [(i + own[i] - with_a[i] + with_c[i]) % size for i in range(9)]
 
 
 def test_the_same_vector_is_masked_anew_in_each_round() -> None:
@@ -96,6 +111,21 @@ def test_quantised_by_hand() -> None:
     for wrong in (np.nan, np.inf):
         with pytest.raises(MaskingError, match="not finite"):
             quantise(np.array([wrong]), 0.25, 2.0)
+
+
+def test_sums_are_numbers_modulo_2_to_the_64_in_the_order_of_their_names() -> None:
+    """Below zero as two's complement; a total comes out exactly, also where numbers on the way wrap around."""
+    sums = [
+        {"b": torch.tensor([[1, -1], [-(2**61), 2**61]]), "a": torch.tensor([-3])},
+        {"b": torch.tensor([[-5, 0], [-(2**61), 2**61 - 1]]), "a": torch.tensor([2])},
+    ]
+    numbers = [unsigned(one) for one in sums]
+    assert numbers[0].dtype == UINT64
+    assert numbers[0].tolist() == [2**64 - 3, 1, 2**64 - 1, 2**64 - 2**61, 2**61]
+    shift = np.full(5, 2**63 + 12345, np.uint64)
+    total = signed((numbers[0] + shift) + (numbers[1] - shift), sums[0])
+    assert total["a"].tolist() == [-1]
+    assert total["b"].tolist() == [[-4, -1], [-(2**62), 2**62 - 1]]
 
 
 def test_the_step_is_the_finest_with_which_no_sum_overflows() -> None:

@@ -92,7 +92,7 @@ def test_pieces_that_come_back_to_their_sender_or_are_of_another_round_are_refus
 @pytest.mark.parametrize("numbers", [np.zeros(50, np.int32), np.zeros(50), np.zeros((5, 10), np.uint32)])
 def test_other_numbers_are_refused(numbers: Numbers) -> None:
     members, letters = five("vectors")
-    with pytest.raises(MaskingError, match="expected uint32 in one"):
+    with pytest.raises(MaskingError, match="expected uint32 or uint64 in one"):
         members["a"].mask(letters["a"], numbers)
 
 

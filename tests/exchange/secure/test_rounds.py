@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from fedclip_flwr.exchange.secure.masking import neighbours, threshold
+from fedclip_flwr.exchange.secure.masking import UINT32, UINT64, NumberType, neighbours, threshold
 from fedclip_flwr.exchange.secure.member import Member
 from fedclip_flwr.server.collector import Collector
 from tests.exchange.secure.rounds import CONTEXT, STEPS, TEN, summed, total, vector
 
 
+@pytest.mark.parametrize("dtype", [UINT32, UINT64], ids=str)
 @pytest.mark.parametrize(
     "gone",
     [
@@ -18,8 +19,9 @@ from tests.exchange.secure.rounds import CONTEXT, STEPS, TEN, summed, total, vec
     ],
     ids=lambda gone: "-".join(gone.values()) or "nobody",
 )
-def test_the_sum_is_that_of_the_sites_whose_vector_came(gone: dict[str, str]) -> None:
-    assert summed(TEN, gone) == total(name for name in TEN if gone.get(name, "reveals") == "reveals")
+def test_the_sum_is_that_of_the_sites_whose_vector_came(gone: dict[str, str], dtype: NumberType) -> None:
+    came = [name for name in TEN if gone.get(name, "reveals") == "reveals"]
+    assert summed(TEN, gone, dtype=dtype) == total(came, dtype)
 
 
 def test_three_members_are_enough_and_one_of_them_may_not_reveal() -> None:
