@@ -30,6 +30,7 @@ from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.choosing import GRID
 from fedclip_flwr.learning.recipes import RECIPES, new_adapter, new_part
+from fedclip_flwr.learning.sums import BITS
 from fedclip_flwr.learning.training import evaluate, examine, train
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site import work
@@ -54,6 +55,7 @@ def asked(
     choose: bool = False,
     settings: Settings = SETTINGS,
     mark: str = "",
+    bits: int = 0,
     **node: Any,
 ) -> Message:
     """What the site with the images in `tree` answers."""
@@ -65,6 +67,8 @@ def asked(
     config["server-round"] = 4
     if mark:
         config["state"] = mark
+    if bits:
+        config["bits"] = bits
     task = RecordDict({"config": config})
     if state is not None:
         task["arrays"] = records.write_adapter(state)
@@ -335,6 +339,17 @@ def test_a_site_whose_features_are_stored_imports_nothing_heavy_to_answer(tree: 
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(("run", "owner"), [(True, {}), (False, {"secure-aggregation": True})])
+def test_a_site_that_masks_its_sums_gives_none_without(tree: Path, run: bool, owner: dict[str, Any]) -> None:
+    """Whatever the server asks for, and also where it is the site's owner who says so."""
+    settings = replace(SETTINGS, method="one-round", secure_aggregation=run)
+    basis = new_part(settings, open_features(replace(SETTINGS, data=f"folder:{tree}")).classes.ready()).basis
+    reply = asked("train", tree, {"basis": basis}, bits=BITS, settings=settings, **owner)
+    assert "gives its update only with secure aggregation" in (reply.error.reason or "")
+    plain = replace(settings, secure_aggregation=False)
+    assert not asked("train", tree, {"basis": basis}, bits=BITS, settings=plain).has_error()
+
+
 def test_a_real_site_opens_no_path_that_the_server_names_even_if_something_there_imports_ray(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,11 +359,13 @@ def test_a_real_site_opens_no_path_that_the_server_names_even_if_something_there
     assert "this site's data is not set" in str(reply.error.reason)
 
 
-def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path) -> None:
+@pytest.mark.parametrize("method", ["adapter", "one-round"])
+def test_a_site_that_masks_its_updates_takes_part_in_no_other_run(tree: Path, method: str) -> None:
     own: dict[str, Any] = {"secure-aggregation": True}
-    answer = asked("query", tree, **own)
+    run = replace(SETTINGS, method=method)
+    answer = asked("query", tree, settings=run, **own)
     assert answer.error.reason == "north: this site sends its updates only in runs with secure-aggregation = true"
-    secure = replace(SETTINGS, secure_aggregation=True)
+    secure = replace(run, secure_aggregation=True)
     assert not asked("query", tree, settings=secure).has_error()
     undone: dict[str, Any] = {"site": "a", "data": f"folder:{tree}", "secure-aggregation": False}
     assert open_context(secure.as_run_config(), undone, session_of(), False).settings.secure_aggregation

@@ -1,4 +1,4 @@
-"""Secure aggregation, over Ray and over gRPC: the sum is right, whoever drops out, and no update can be seen.
+"""Secure aggregation, over Ray and over gRPC: the sum is right, whoever drops out, and no update or sum can be seen.
 
 The arithmetic alone: secure/. What is written down in a run, and who drops out when: dropouts/sitecustomize.py.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,24 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from safetensors.torch import load_file
 
 import client_app
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.roles import TRAIN
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.records import ExchangeError, Report
 from fedclip_flwr.exchange.secure import site
+from fedclip_flwr.exchange.secure.masking import UINT32, UINT64, Numbers, NumberType
 from fedclip_flwr.exchange.secure.member import Member
+from fedclip_flwr.experiments.simulate import make_sites, simulate
+from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
+from fedclip_flwr.site.holdings import Site, SiteConfig, own_site
 from reliability.federation import INJECTED
 from tests import deployed
-from tests.dropouts.sitecustomize import GONE, STEPS
+from tests.dropouts.sitecustomize import AT_ONCE, GONE, STEPS
 
 DROPOUTS = Path(__file__).parent / "dropouts"
 PROJECT = DROPOUTS.parent.parent
@@ -35,10 +42,15 @@ ROUNDS = len(STEPS)
 SITES = 10
 
 
-def over_ray(place: Path) -> dict[str, Any]:
-    env = {**os.environ, "DROPOUTS": str(place / "recorded"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
-    given = [f"num-server-rounds={ROUNDS}", "secure-aggregation=true", f"results-dir={place}/results"]
-    command = [str(Path(sys.executable).parent / "fedclip"), "run", "--nodes", str(SITES), *given]
+def recording(place: Path) -> dict[str, str]:
+    (place / "recorded").mkdir()
+    return {"DROPOUTS": str(place / "recorded"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}:{PROJECT}"}
+
+
+def over_ray(place: Path, *given: str, **more: str) -> dict[str, Any]:
+    env = {**os.environ, **recording(place), **more}
+    settings = [*(given or [f"num-server-rounds={ROUNDS}"]), "secure-aggregation=true", f"results-dir={place}/results"]
+    command = [str(Path(sys.executable).parent / "fedclip"), "run", "--nodes", str(SITES), *settings]
     done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     summary: dict[str, Any] = json.loads((place / "results" / "latest" / "summary.json").read_text())
@@ -46,9 +58,8 @@ def over_ray(place: Path) -> dict[str, Any]:
 
 
 def over_grpc(place: Path) -> dict[str, Any]:
-    env = {"DROPOUTS": str(place / "recorded"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}"}
     settings = {"num-server-rounds": ROUNDS, "secure-aggregation": True, "min-sites": SITES - 2}
-    return deployed.completed(place, {f"site-{n}": {} for n in range(SITES)}, 200, env, **settings)
+    return deployed.completed(place, {f"site-{n}": {} for n in range(SITES)}, 200, recording(place), **settings)
 
 
 @pytest.fixture(
@@ -58,7 +69,6 @@ def over_grpc(place: Path) -> dict[str, Any]:
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What was written down of a run in which two of ten sites drop out in each step once."""
     place = tmp_path_factory.mktemp("secure")
-    (place / "recorded").mkdir()
     (place / "summary.json").write_text(json.dumps(request.param(place)))
     return place
 
@@ -69,9 +79,9 @@ def recorded(place: Path, folder: str, name: str) -> list[tuple[str, bytes]]:
     return [(path.name.partition(".")[0], path.read_bytes()) for path in paths]
 
 
-def updates(place: Path, number: int) -> dict[str, np.ndarray[Any, np.dtype[np.uint32]]]:
-    """The members' updates in a round, as they are before they are masked."""
-    return {name[-6:]: np.frombuffer(data, np.uint32) for name, data in recorded(place, "true", f"update-{number}-")}
+def updates(place: Path, number: int, dtype: NumberType = UINT32) -> dict[str, Numbers]:
+    """The members' updates, or sums, in a round, as they are before they are masked."""
+    return {name[-6:]: np.frombuffer(data, dtype) for name, data in recorded(place, "true", f"update-{number}-")}
 
 
 def test_a_run_is_completed_when_any_site_drops_out(place: Path) -> None:
@@ -98,27 +108,81 @@ def test_the_sum_is_that_of_the_updates_that_came(place: Path, number: int) -> N
 
 def test_no_single_update_and_no_secret_is_to_be_seen_at_the_server(place: Path) -> None:
     """In none of the bytes that came, and in none of the masked numbers."""
+    owns = [own for number in range(1, ROUNDS + 1) for own in updates(place, number).values()]
+    nothing_is_seen(place, owns, 2 * (SITES - 2) + SITES + SITES - 2)
+
+
+def nothing_is_seen(place: Path, owns: list[Numbers], masked: int) -> None:
+    """What the server received has so many masked vectors, and no part of these ones or of a secret."""
     kinds = {name.partition("-")[0] for name, _ in recorded(place, "seen", "")}
     assert kinds == {"query", "train", "evaluate"}
-    vectors = [np.frombuffer(data, np.uint32) for name, data in recorded(place, "seen", "train-masked")]
-    assert len(vectors) == 2 * (SITES - 2) + SITES + SITES - 2
+    vectors = [np.frombuffer(data, owns[0].dtype) for name, data in recorded(place, "seen", "train-masked")]
+    assert len(vectors) == masked
     assert {name for name, _ in recorded(place, "seen", "train-")} == {"train-masked", "train-whole"}
     everything = b"".join(data for name, data in recorded(place, "seen", "") if name.endswith("whole"))
     secrets = [data for _, data in recorded(place, "true", "secret-")]
     assert len(secrets) > 3 * SITES
     assert not [secret for secret in secrets if secret in everything]
-    for number in range(1, ROUNDS + 1):
-        for own in updates(place, number).values():
-            moved = np.flatnonzero(own)
-            assert len(moved) > 50
-            window = own[moved[0] : moved[0] + 8].tobytes()
-            assert window not in everything
-            for vector in vectors:
-                assert np.mean(vector == own) < 0.001
-                bits = np.unpackbits((vector - own).view(np.uint8)).mean()
-                assert abs(bits - 0.5) < 6 * 0.5 / (32 * len(own)) ** 0.5  # as if a coin had been thrown for each
-    for vector in vectors:
-        assert abs(np.unpackbits(vector.view(np.uint8)).mean() - 0.5) < 6 * 0.5 / (32 * len(vector)) ** 0.5
+    for own in owns:
+        moved = np.flatnonzero(own)
+        assert len(moved) > 50
+        for first in (moved[0], len(own) // 2, len(own) - 8):
+            window = own[first : first + 8]
+            assert not window.any() or window.tobytes() not in everything
+        for vector in vectors:
+            assert np.mean(vector == own) < 0.001
+            assert random_bits(vector - own)
+    assert all(map(random_bits, vectors))
+
+
+def random_bits(numbers: Numbers) -> bool:
+    """True if as many bits are set as if a coin had been thrown for each."""
+    bits = np.unpackbits(numbers.view(np.uint8))
+    return bool(abs(bits.mean() - 0.5) < 6 * 0.5 / len(bits) ** 0.5)
+
+
+# One round: the sums are exact
+
+
+def sums_over_ray(place: Path) -> tuple[dict[str, Any], list[Site], Features]:
+    summary = over_ray(place, "method=one-round", AT_ONCE="1")
+    features = open_features(Settings(), progress=False)
+    return summary, make_sites(features, "auto", SITES)[0], features
+
+
+def sums_over_grpc(place: Path) -> tuple[dict[str, Any], list[Site], Features]:
+    names = [f"site-{n}" for n in range(SITES)]
+    settings = {"method": "one-round", "secure-aggregation": True}
+    env = {**recording(place), "AT_ONCE": "1"}
+    summary = deployed.completed(place, {name: {} for name in names}, 200, env, **settings)
+    features = open_features(Settings(data=f"features:{place / 'features'}"), progress=False)
+    cpu = torch.device("cpu")
+    return summary, [own_site(features, SiteConfig(name, TRAIN, ["art"]), 0, cpu) for name in names], features
+
+
+@pytest.mark.federation
+@pytest.mark.parametrize("federation", [sums_over_ray, sums_over_grpc])
+def test_the_total_of_one_round_is_exact_whoever_drops_out(
+    federation: Callable[[Path], tuple[dict[str, Any], list[Site], Features]], tmp_path: Path
+) -> None:
+    """One of ten in each step: the state is that of an open run of the sites whose sums came, to the bit."""
+    summary, sites, features = federation(tmp_path)
+    lost = {failure["site"]: failure["why"] for failure in summary["failures"]}
+    assert sorted(lost.values()) == sorted(f"gone in {step}" for step in STEPS)
+    assert "the round is repeated" not in summary["log"]
+    assert "secure aggregation: the server sees only the total of the sites' sums" in summary["log"]
+    assert summary["contributions"] == {}
+    came = [site for site in sites if lost.get(site.name, "gone in unmask") == "gone in unmask"]
+    assert len(came) == SITES - 3
+    truth = simulate(came, features.classes, None, Settings(method="one-round")).state
+    saved = load_file(tmp_path / "results" / "latest" / "adapter.safetensors")
+    assert saved.keys() == truth.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in truth.items())
+    own = updates(tmp_path, 1, UINT64)
+    ((_, made),) = recorded(tmp_path, "made", "1")
+    total = sum((vector for name, vector in own.items() if AT_ONCE.get(name) != "masked"), np.uint64(0))
+    assert np.array_equal(np.frombuffer(made, np.uint64), total)
+    nothing_is_seen(tmp_path, [*own.values()], SITES - 3)
 
 
 # A site, asked by a server that is played

@@ -142,7 +142,9 @@ class Settings:
     )
     clipping_norm: float = _setting(0.5, "with dp: the length to which updates are clipped", least=1e-4, most=100.0)
     delta: float = _setting(1e-5, "with dp: the δ for which ε is reported", least=1e-15, most=0.5)
-    secure_aggregation: bool = _setting(False, "the server sees only the sum of the sites' updates, none of them alone")
+    secure_aggregation: bool = _setting(
+        False, "the server sees only the sum of the sites' updates (with one-round: sums), none of them alone"
+    )
     codec: str = _setting("float32", "how tensors travel", choices=CODECS)
     fraction_train: float = _setting(1.0, "share of the sites that train in a round; all evaluate", above=0.0, most=1.0)
     early_stop: int = _setting(0, "rounds since the selected one after which the run ends; 0 for never", least=0)
@@ -304,6 +306,8 @@ def _contradictions(settings: Settings) -> dict[str, str]:
             found["codec"] = how + "tensors are masked and can't be compressed; leave it out"
         if settings.site_weights != "equal":
             found["site-weights"] = how + "sites count the same; leave it out"
+        if settings.one_round_choose:
+            found["one-round-choose"] = how + "each site's own losses would be seen; leave it out"
     if settings.method == ONE_ROUND:
         found |= _of_rounds(settings)
     else:
@@ -322,7 +326,7 @@ def _of_rounds(settings: Settings) -> dict[str, str]:
     found = {}
     if settings.num_server_rounds not in (1, Settings.num_server_rounds):
         found["num-server-rounds"] = f"method = {ONE_ROUND!r} has a single round; leave it out"
-    trained = ("recipe", "feature-norm", "blend", "codec", "dp", "secure-aggregation")
+    trained = ("recipe", "feature-norm", "blend", "codec", "dp")
     if settings.strategy not in ROBUST_SUMS:
         found["strategy"] = f"with method = {ONE_ROUND!r} expected one of {', '.join(ROBUST_SUMS)}"
     for key in (*trained, "fraction-train"):

@@ -33,7 +33,9 @@ from fedclip_flwr.features.opening import new_learner, server_vocabulary
 from fedclip_flwr.flower.grids import RUN, Node, local_grid
 from fedclip_flwr.flower.pinned import own_client_app
 from fedclip_flwr.flower.sizes import message_size
+from fedclip_flwr.learning import Examples
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
+from fedclip_flwr.learning.sums import sums_of
 from fedclip_flwr.server import RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
@@ -63,6 +65,7 @@ MEANINGS = {
     "counts": "images of each class that it trains on",
     "sums": "for each class the sum of their features; of a class with one image, that image's feature",
     "moments": "for each two directions the sum of products, over all images",
+    "masked": "its update or sums, under masks that cancel out in the sum of all sites",
     "public": "two public keys, for this round only",
     "to": "numbers of the recipients",
     "letters": "encrypted for the recipients",
@@ -111,12 +114,12 @@ def recorded(node: Node, sent: list[Sent]) -> Node:
 
 
 class _Other:
-    """A site that does not train: secure aggregation needs other sites."""
+    """A site that does not train, or has a single image: secure aggregation needs other sites."""
 
-    def __init__(self, name: str, package: str, plugins: list[str]) -> None:
+    def __init__(self, name: str, package: str, plugins: list[str], classes: int) -> None:
         facts: dict[str, Any] = {"package": package, "plugins": plugins, "classes": []}
         self._hello = Hello(name, TRAIN, "", train=1, validation=0, test=0, **facts)
-        self._memory = RecordDict().config_records
+        self._memory, self._classes = RecordDict().config_records, classes
 
     def __call__(self, message: Message) -> Message:
         kind, content = message.metadata.message_type, message.content
@@ -129,7 +132,13 @@ class _Other:
         elif kind == MessageType.TRAIN:
             arrays = content.array_records["arrays"]
             state = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-            answer = records.write_answer(report, secure.masked(content, self._memory, state, state))
+            if bits := records.read_task(content).bits:
+                basis = state["basis"]
+                image = Examples(torch.ones(1, basis.shape[1]), torch.zeros(1, dtype=torch.int64))
+                masked = secure.masked_sums(content, self._memory, sums_of(image, basis, self._classes, bits))
+            else:
+                masked = secure.masked(content, self._memory, state, state)
+            answer = records.write_answer(report, masked)
         else:
             answer = secure.STEPS[kind.removeprefix("query.")](content, self._memory)
         return Message(answer, reply_to=message)
@@ -155,7 +164,7 @@ def show(run: Settings, node: Mapping[str, Any], out: str, tell: Callable[[str],
     sent = round_of(run, node)
     tell("What a run of one round would send from this site. Nothing is sent: the server is simulated here.")
     for number, message in enumerate(sent, 1):
-        tell(f"\n{number}. {_described(message)}")
+        tell(f"\n{number}. {_described(message, run.method)}")
         if folder:
             _write(folder / f"{number}-{message.kind.replace('.', '-')}", message)
     total = sum(message.leaves for message in sent)
@@ -181,7 +190,8 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     sent: list[Sent] = []
     sites: dict[int, Node] = {NODE: recorded(lambda message: app(message, context), sent)}
     if settings.secure_aggregation:
-        sites |= {NODE + n: _Other(f"another site ({n})", package, settings.shared_packages) for n in (1, 2)}
+        like = package, settings.shared_packages, len(session.vocabulary.class_names)
+        sites |= {NODE + n: _Other(f"another site ({n})", *like) for n in (1, 2)}
     with _leaving_nothing(session):
         grid, endless = local_grid(sites), sys.float_info.max
         more: dict[str, Any] = {"package": package, "plugins": settings.shared_packages}
@@ -212,7 +222,7 @@ def _leaving_nothing(session: Session) -> Iterator[None]:
         shutil.rmtree(files.home() / "personal" / content.file_name(session.run), ignore_errors=True)
 
 
-def _described(message: Sent) -> str:
+def _described(message: Sent, method: str) -> str:
     asks = {
         "query": "Which site is this?",
         "query.keys": "What are your public keys for this round?",
@@ -221,7 +231,7 @@ def _described(message: Sent) -> str:
         ONE_ROUND: "How good is zero-shot, and what are the sums over your training images?",
         "query.unmask": "Which shares of others' secrets do you have, to remove the masks from the sum?",
     }
-    kind = ONE_ROUND if "moments" in message.records.get("arrays", ()) else message.kind
+    kind = ONE_ROUND if (message.kind, method) == (MessageType.TRAIN, ONE_ROUND) else message.kind
     ask = asks.get(kind, "How good is this adapter?")
     came, leaves = bytes_of(message.came), f"{message.leaves:,} bytes leave"
     lines = [f"{ask} ({message.kind.upper()}, {came} come, {leaves})"]

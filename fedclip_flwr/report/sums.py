@@ -16,13 +16,15 @@ from fedclip_flwr.runs.saved import learnt_classes, load_adapter
 class Sums(NamedTuple):
     """Rows of a table of the sites, and of one of the classes without images.
 
-    Of the classes with images their number, and the median of their distances to the nearest other one.
+    Of the classes with images their number, and the median of their distances to the nearest other one. `hidden`:
+    secure aggregation has hidden what each site gave.
     """
 
     sites: list[list[str]]
     without: list[list[str]]
     seen: int
     usual: str
+    hidden: bool
 
 
 def of_run(story: Story) -> Sums | None:
@@ -44,4 +46,5 @@ def of_run(story: Story) -> Sums | None:
         [[name, names[other.number], f"{other.distance:.1f}"] for other, has, name in nearest if not has],
         sum(seen),
         f"{median(other.distance for other, has, _ in nearest if has):.1f}" if nearest else "",
+        story.settings.secure_aggregation,
     )

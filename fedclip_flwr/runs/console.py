@@ -103,7 +103,8 @@ def _privacy(settings: Settings) -> list[tuple[str, str]]:
         clip, noise = f"updates are clipped to {settings.clipping_norm:g}", f"noise of {settings.noise_multiplier:g}"
         facts.append(f"{settings.dp}: {clip}; {who} adds {noise} times that to {to}; ε is for δ = {settings.delta:g}")
     if settings.secure_aggregation:
-        facts.append("secure aggregation: the server sees only the sum of the updates")
+        of = "the total of the sites' sums" if settings.method == ONE_ROUND else "the sum of the updates"
+        facts.append(f"secure aggregation: the server sees only {of}")
     if settings.dp != "off" or settings.secure_aggregation:
         facts.append(UNCOVERED)
     return [("" if number else "privacy", fact) for number, fact in enumerate(facts)]

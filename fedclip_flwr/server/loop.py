@@ -31,7 +31,7 @@ from fedclip_flwr.learning.selection import BLENDS, better, chosen
 from fedclip_flwr.server import noised
 from fedclip_flwr.server.nodes import Nodes
 from fedclip_flwr.server.results import Outcome, RoundResult, RunState
-from fedclip_flwr.server.secure_sum import SecureSum
+from fedclip_flwr.server.secure_sum import SecureSum, secure_sum
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
@@ -56,12 +56,13 @@ class Watcher(Protocol):
 
 
 class Attempt(NamedTuple):
-    """One attempt at a round: the average (None if nothing was trained), and the reports of those that did and didn't
-    train."""
+    """One attempt at a round: the average (None if nothing was trained), the reports of those that did and didn't
+    train, and why no sum of masked answers could be made."""
 
     aggregate: ArrayRecord | None
     trained: Reports
     evaluated: Reports
+    why: str = ""
 
 
 class RoundLoop:
@@ -146,7 +147,7 @@ class RoundLoop:
             without = nodes.failed if self._settings.secure_aggregation else without
             few = f"round {number}: usable answers: {len(made.trained)}, min-sites = {needed} are needed"
             if tried == ATTEMPTS:
-                raise UserError(f"{few}; it was tried {ATTEMPTS} times")
+                raise UserError(f"{few}; it was tried {ATTEMPTS} times" + (f"; {made.why}" if made.why else ""))
             nodes.say(f"{few}; the round is repeated")
             self._strategy.memory = memory
             nodes.wait_for(needed, number)
@@ -157,7 +158,8 @@ class RoundLoop:
         training, others = nodes.choose(settings.fraction_train, settings.seed, number, settings.least_sites, without)
         others = [node for node in others if nodes.names[node] not in self._known]
         nodes.trains(training)
-        masks = SecureSum(nodes, number, state, training, settings) if settings.secure_aggregation else None
+        about = nodes, number, state, training, self._strategy, settings
+        masks = secure_sum(settings)(*about) if settings.secure_aggregation else None
         evaluations: list[Message] = []
         try:
             training = masks.prepare() if masks else training
@@ -168,7 +170,7 @@ class RoundLoop:
             aggregate = self._aggregate(number, _setting_aside(nodes.ask(number, asked, state), evaluations), masks)
         except MaskingError as error:
             nodes.say(f"round {number}: no sum can be made: {error}")
-            return Attempt(None, {}, {})
+            return Attempt(None, {}, {}, str(error))
         reports = nodes.collect_reports(number, self._strategy)
         self._strategy.aggregate_evaluate(number, evaluations)
         return Attempt(aggregate, reports, nodes.collect_reports(number, self._strategy))
@@ -177,8 +179,8 @@ class RoundLoop:
         strategy = self._strategy
         if not masks:
             return strategy.aggregate_train(number, replies)[0]
-        mean = masks.mean(strategy, replies)
-        return strategy.step(number, noised.of_sum(mean, self._at.state, len(strategy.reports), self._settings))
+        made = masks.aggregate(replies)
+        return strategy.step(number, noised.of_sum(made, self._at.state, len(strategy.reports), self._settings))
 
     def _messages(
         self, configure: Configure, number: int, state: State, asked: Sequence[int], config: ConfigRecord

@@ -105,6 +105,8 @@ class Nodes:
         """How often each site was asked to train, whether it succeeded or not."""
         self.distrusted: set[str] = set()
         """Sites that have broken a secure sum: they are no longer asked to train."""
+        self.discarded: frozenset[str] | None = None
+        """The sites of an unmasked sum that could not be used."""
         self.blames: dict[str, set[str]] = {}
         """For each site, the sites that report an unreadable letter from it."""
         self.traffic = Traffic()

@@ -114,6 +114,17 @@ class OneRoundStrategy(AdapterFedAvg):
     def answered(self) -> State:
         return {name: self.like[name] for name in SUMS}
 
+    def of_total(self, sums: State) -> State:
+        """The state with these sums of all sites in `reports`, of which none is known alone.
+
+        Raises `UserError` unless they can be those of the images that these sites claim.
+        """
+        total = Total(self._sent)
+        total.add("all sites", sums, sum(self._claims(site) for site in self.reports))
+        made = total.close().state
+        assert made is not None  # sites without images are not asked
+        return made
+
 
 def strategy_of(
     settings: Settings,

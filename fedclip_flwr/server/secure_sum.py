@@ -1,4 +1,4 @@
-"""Secure aggregation at the server: one attempt at a round."""
+"""Secure aggregation at the server: one attempt at a round, of updates or of sums."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedclip_flwr.base import Settings
+from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import ExchangeError, Report
-from fedclip_flwr.exchange.secure.masking import Shares, dequantise, finest_step, unflat
+from fedclip_flwr.exchange.secure.masking import (
+    UINT32,
+    UINT64,
+    Numbers,
+    Shares,
+    dequantise,
+    finest_step,
+    signed,
+    unflat,
+)
 from fedclip_flwr.exchange.secure.protocol import ANSWERS, MASKED, LetterError, MaskingError, paired
 from fedclip_flwr.server.collector import Collector
 from fedclip_flwr.server.nodes import Nodes
+from fedclip_flwr.server.one_round import OneRoundStrategy
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
 BOUND = 4.0
@@ -43,19 +54,31 @@ def bound_of(settings: Settings) -> float:
 
 
 class SecureSum:
-    """One attempt at a round: `prepare`, then send the messages from `address`, then `mean`."""
+    """One attempt at a round: `prepare`, then send the messages from `address`, then `aggregate`."""
 
-    def __init__(self, nodes: Nodes, number: int, state: State, training: Sequence[int], settings: Settings) -> None:
+    NUMBERS, SENT = UINT32, torch.int32
+    """The type of the numbers that are summed, and the one in which they travel."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        number: int,
+        state: State,
+        training: Sequence[int],
+        strategy: AdapterFedAvg,
+        settings: Settings,
+    ) -> None:
         """A site that breaks the sum is added to the `distrusted` ones of `nodes`."""
+        self._strategy, self._like = strategy, strategy.answered
         self._nodes, self._number, self._state = nodes, number, state
         self._bound, self._least = bound_of(settings), settings.least_sites
-        self._size = sum(tensor.numel() for tensor in state.values())
+        self._size = sum(tensor.numel() for tensor in self._like.values())
         self._context = f"{nodes.key}/{number}/{os.urandom(8).hex()}"
         order = random.SystemRandom().sample(training, len(training))
         self._members = {node: f"{place:06}" for place, node in enumerate(order)}
         self._sites = {member: nodes.names[node] for node, member in self._members.items()}
         self._by_site = {site: member for member, site in self._sites.items()}
-        self._collector = Collector(self._context, self._size, NEIGHBOURHOOD)
+        self._collector = Collector(self._context, self._size, NEIGHBOURHOOD, self.NUMBERS)
         self._letters: dict[str, dict[str, bytes]] = {}
 
     def prepare(self) -> list[int]:
@@ -77,32 +100,39 @@ class SecureSum:
         content = RecordDict({**message.content, "masking": ConfigRecord(record)})
         return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
 
-    def mean(self, strategy: AdapterFedAvg, replies: Iterable[Message]) -> State:
-        """The state plus the mean of the updates; the strategy has the reports."""
+    def aggregate(self, replies: Iterable[Message]) -> State:
+        """The state that follows from the sum; the strategy has the reports."""
+        strategy = self._strategy
 
         def take(site: str, report: Report, state: State) -> None:
             if site not in self._by_site:
                 raise ExchangeError("it was not asked")
             try:
-                self._collector.add(self._by_site[site], state[MASKED].numpy().view("uint32"))
+                self._collector.add(self._by_site[site], state[MASKED].numpy().view(self.NUMBERS))
             except MaskingError as error:
                 raise ExchangeError(str(error)) from None
 
-        strategy.screen(self._without_blame(replies), {MASKED: torch.empty(self._size, dtype=torch.int32)}, take)
+        strategy.screen(self._without_blame(replies), {MASKED: torch.empty(self._size, dtype=self.SENT)}, take)
         for site, why in strategy.dropped.items():
             self._nodes.fails(self._number, site, why)
         strategy.dropped = {}
         if (arrived := len(strategy.reports)) < self._least:  # a discarded sum would reveal part of the next one
             raise MaskingError(f"{arrived} updates arrived, expected {self._least}: nothing is unmasked")
+        if self._nodes.discarded not in (None, strategy.reports.keys()):
+            raise MaskingError("the sum of other sites was discarded before this one: nothing is unmasked")
         lists = self._collector.lists()
         asked = {name: {"survivors": survivors, "dropped": dropped} for name, (survivors, dropped) in lists.items()}
         self._ask("unmask", asked, lambda name, answer: self._collector.reveal(name, paired(answer, "of", "pieces")))
         try:
-            total = dequantise(self._collector.sum(), finest_step(len(self._letters), self._bound))
+            return self._state_of(self._collector.sum())
         except LetterError as error:
             self._nodes.distrusted.add(self._sites[error.sender])
             raise
-        update = unflat(torch.from_numpy(total) / len(lists), self._state)
+
+    def _state_of(self, total: Numbers) -> State:
+        """The state plus the mean of the updates."""
+        values = dequantise(total, finest_step(len(self._letters), self._bound))
+        update = unflat(torch.from_numpy(values) / len(self._strategy.reports), self._state)
         return {name: (tensor.double() + update[name]).to(tensor.dtype) for name, tensor in self._state.items()}
 
     def _without_blame(self, replies: Iterable[Message]) -> Iterator[Message]:
@@ -144,3 +174,30 @@ class SecureSum:
                 take(self._members[node], record)
             except (MaskingError, ExchangeError, TypeError, ValueError) as error:
                 self._nodes.fails(self._number, self._nodes.names[node], one_line(error))
+
+
+class SecureTotal(SecureSum):
+    """As `SecureSum`, with the sums of `method=one-round`, whose total is exact.
+
+    A single site's can't be checked, so the total is. A total that fails says nobody's name, and has been seen: in the
+    round nothing else is unmasked but the total of the same sites, as a difference could be one site's sums.
+    """
+
+    NUMBERS, SENT = UINT64, torch.int64
+
+    def _state_of(self, total: Numbers) -> State:
+        strategy = self._strategy
+        assert isinstance(strategy, OneRoundStrategy)
+        try:
+            return strategy.of_total(signed(total, self._like))
+        except UserError as error:
+            self._nodes.discarded = frozenset(strategy.reports)
+            raise MaskingError(
+                f"the total of {len(strategy.reports)} sites' masked sums is impossible ({error}), and nobody can tell "
+                "which site is to blame"
+            ) from None
+
+
+def secure_sum(settings: Settings) -> type[SecureSum]:
+    """What the method sums."""
+    return SecureTotal if settings.method == ONE_ROUND else SecureSum

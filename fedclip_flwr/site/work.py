@@ -38,11 +38,11 @@ def answer_train(
 ) -> RecordDict:
     """The scores of the received adapter on this site's images, and the trained adapter.
 
-    With `by_class` the scores include counts by class. `memory` holds the secrets of a site that masks its updates.
+    With `by_class` the scores include counts by class. `memory` holds the secrets of a site that masks what it sends.
     """
     task, settings = read_task(content), context.settings
     if settings.method == ONE_ROUND:
-        return answer_sums(task, context, cache, by_class)
+        return answer_sums(content, context, cache, by_class, memory)
     learner = received(task, context, cache)
     report = report_on(learner, context, by_class)
     before = learner.on_cpu() if memory is not None or settings.dp != "off" else {}
@@ -56,13 +56,21 @@ def answer_train(
     return write_answer(report, site.masked(content, memory, trained, before))
 
 
-def answer_sums(task: Task, context: SiteContext, cache: SiteCache, by_class: bool) -> RecordDict:
+def answer_sums(
+    content: RecordDict, context: SiteContext, cache: SiteCache, by_class: bool, memory: Memory | None
+) -> RecordDict:
     """Zero-shot's scores on this site's images, and the sums over its training images."""
+    task = read_task(content)
     basis = cache.take(task, {"basis": blank(task, context).state_dict()["basis"]}, context.start)["basis"]
     if not 0 < task.bits <= BITS:
         raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits, expected 1 to {BITS}")
     sums = sums_of(context.site.train, basis, len(context.classes.text), task.bits)
-    return write_answer(report_on(None, context, by_class), sums)
+    report = report_on(None, context, by_class)
+    if memory is None:
+        return write_answer(report, sums)
+    from fedclip_flwr.exchange.secure import site  # as above
+
+    return write_answer(report, site.masked_sums(content, memory, sums))
 
 
 def answer_evaluate(

@@ -171,13 +171,21 @@ def test_what_is_for_adapters_is_refused_for_the_full_model(what: dict[str, Any]
         {"blend": "auto"},
         {"codec": "int8"},
         {"dp": "local"},
-        {"secure-aggregation": True},
         {"fraction-train": 0.5},
     ],
 )
 def test_what_is_for_training_is_refused_for_one_round(what: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="it is for adapters that are trained"):
         Settings.from_run_config({"method": "one-round", **what})
+
+
+def test_the_sums_of_one_round_may_be_masked_unless_single_ones_are_needed() -> None:
+    given = {"method": "one-round", "secure-aggregation": True}
+    assert Settings.from_run_config(given).least_sites == 3
+    with pytest.raises(UserError, match=r"strategy = 'fedmedian': .* the server sees no single update"):
+        Settings.from_run_config({**given, "strategy": "fedmedian"})
+    with pytest.raises(UserError, match=r"one-round-choose = True: .* each site's own losses would be seen"):
+        Settings.from_run_config({**given, "one-round-choose": True})
 
 
 def test_one_round_has_one_round() -> None:

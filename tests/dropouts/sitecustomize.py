@@ -1,8 +1,10 @@
 """In round n, two members drop out in step n of secure aggregation; and what there is to see is written down.
 
+With `AT_ONCE`, four members drop out in one round, each in another step.
+
 Python imports this by itself in every process that has this folder on its path. Where `DROPOUTS` names a folder, sites
-write their updates and secrets to `true` there, and the server what it receives to `seen`, and what it makes of it to
-`made`; see tests/test_secure.py.
+write their updates, or sums, and secrets to `true` there, and the server what it receives to `seen`, and what it makes
+of it to `made`; see tests/test_secure.py.
 """
 
 from __future__ import annotations
@@ -15,6 +17,14 @@ from typing import Any
 PLACE = Path(os.environ.get("DROPOUTS", ""))
 STEPS = ("keys", "shares", "masked", "unmask")
 GONE = ("000003", "000007")
+AT_ONCE = dict(zip(("000001", "000003", "000006", "000008"), STEPS, strict=True))
+
+
+def lost(name: str, number: int) -> str:
+    """The step in which the member drops out in this round."""
+    if "AT_ONCE" in os.environ:
+        return AT_ONCE.get(name, "")
+    return STEPS[number - 1] if name in GONE else ""
 
 
 def write(folder: str, name: str, data: bytes) -> None:
@@ -23,12 +33,15 @@ def write(folder: str, name: str, data: bytes) -> None:
 
 
 def at_sites(site: Any) -> None:
-    quantise, now = site.quantise, {"in": ""}
+    now = {"in": ""}
 
-    def quantised(*given: Any) -> Any:
-        numbers = quantise(*given)
-        write("true", now["in"], numbers.tobytes())
-        return numbers
+    def writing(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*given: Any) -> Any:
+            numbers = make(*given)
+            write("true", now["in"], numbers.tobytes())
+            return numbers
+
+        return made
 
     def dropping(step: str, answer: Callable[..., Any]) -> Callable[..., Any]:
         def answered(content: Any, memory: Any, *more: Any) -> Any:
@@ -40,27 +53,28 @@ def at_sites(site: Any) -> None:
             for secret in [*kept["private"], kept["seed"]]:
                 if secret:
                     write("true", f"secret-{number}-{name}", secret)
-            if name in GONE and STEPS[number - 1] == step:
+            if lost(name, number) == step:
                 raise site.ExchangeError(f"gone in {step}")
             return made
 
         return answered
 
-    site.quantise = quantised
+    site.quantise, site.unsigned = writing(site.quantise), writing(site.unsigned)
     for step, answer in site.STEPS.items():
         site.STEPS[step] = dropping(step, answer)
-    site.masked = dropping("masked", site.masked)
+    site.masked, site.masked_sums = dropping("masked", site.masked), dropping("masked", site.masked_sums)
 
 
 def the_sum(server: Any) -> None:
-    dequantise = server.dequantise
+    def writing(take: Callable[..., Any]) -> Callable[..., Any]:
+        def taken(total: Any, *more: Any) -> Any:
+            done = len([*(PLACE / "made").glob("*")]) if (PLACE / "made").exists() else 0
+            write("made", f"{done + 1}", total.tobytes())
+            return take(total, *more)
 
-    def made(total: Any, step: float) -> Any:
-        done = len([*(PLACE / "made").glob("*")]) if (PLACE / "made").exists() else 0
-        write("made", f"{done + 1}", total.tobytes())
-        return dequantise(total, step)
+        return taken
 
-    server.dequantise = made
+    server.dequantise, server.signed = writing(server.dequantise), writing(server.signed)
 
 
 def at_the_server(inbox: Any) -> None:

@@ -150,8 +150,14 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/server/secure_sum.py",
         "server/test_screened.py",
         ("(arrived := len(strategy.reports)) < self._least:", "(arrived := len(strategy.reports)) < 1:"),
-        ("torch.from_numpy(total) / len(lists)", "torch.from_numpy(total) / len(self._letters)"),
+        ("/ len(self._strategy.reports)", "/ len(self._letters)"),
         ("if len(by) > max(1.0,", "if len(by) >= max(1.0,"),
+    ),
+    *changes(
+        "fedclip_flwr/server/secure_sum.py",
+        "server/test_secure_total.py",
+        ("self._nodes.discarded = frozenset(strategy.reports)", "pass"),
+        ("NUMBERS, SENT = UINT64, torch.int64", "NUMBERS, SENT = UINT32, torch.int32"),
     ),
     # what a run leaves behind
     *changes(

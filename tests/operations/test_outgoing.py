@@ -159,7 +159,7 @@ def test_an_error_is_shown_as_it_would_leave(tree: Path) -> None:
 def test_every_value_has_a_meaning() -> None:
     meanings = outgoing.MEANINGS | outgoing.FIGURES
     masked = frozenset().union(*protocol.ANSWERS.values())
-    assert meanings.keys() == HELLO | PROGRESS | FIGURES | CHOICES | BY_CLASS | masked | {*SUMS}
+    assert meanings.keys() == HELLO | PROGRESS | FIGURES | CHOICES | BY_CLASS | masked | {*SUMS, protocol.MASKED}
 
 
 @pytest.mark.parametrize("statistics", ["span", "full"])
@@ -193,6 +193,24 @@ def test_with_secure_aggregation_there_are_its_steps_and_no_adapter(tree: Path, 
     assert "log_scale" not in text
     written = json.loads((tmp_path / "out" / "2-query-keys.json").read_text())
     assert len(bytes.fromhex(written["records"]["keys"]["public"])) == 98
+
+
+@pytest.mark.parametrize("statistics", ["span", "full"])
+def test_with_secure_aggregation_the_sums_are_masked(tree: Path, statistics: str) -> None:
+    run = replace(RUN, method="one-round", statistics=statistics, secure_aggregation=True)
+    by_owner = replace(run, secure_aggregation=False)
+    for messages in (sent(tree, run), sent(tree, by_owner, **{"secure-aggregation": True})):
+        assert [message.kind for message in messages] == [
+            *("query", "query.keys", "query.shares", "train", "query.unmask", "evaluate")
+        ]
+        assert not any(message.error for message in messages)
+        assert set(messages[3].records["arrays"]) == {"masked"}
+        assert messages[3].records["arrays"]["masked"].dtype == "int64"
+    fine, text = shown(tree, run)
+    assert fine
+    assert "what are the sums over your training images?" in text
+    assert "its update or sums, under masks" in text
+    assert "moments" not in text
 
 
 def test_a_local_noise_is_in_what_is_shown(tree: Path) -> None:

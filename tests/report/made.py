@@ -107,7 +107,9 @@ def a_run(
             "resumed": [],
             "failures": list(failures),
             "scaled": {},
-            "contributions": {name: [60 + 20 * n, 5] for n, name in enumerate(names)} if one_round else {},
+            "contributions": {name: [60 + 20 * n, 5] for n, name in enumerate(names)}
+            if one_round and not settings.secure_aggregation
+            else {},
         }
         if ends == "completed":
             folder.finish(summary)

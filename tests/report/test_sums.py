@@ -67,11 +67,24 @@ def test_the_class_without_images_and_its_nearest(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_under_masks_the_page_says_that_sums_were_hidden(tmp_path: Path, drawn: Features) -> None:
+    folder = a_run(tmp_path / "runs", drawn, method="one-round", secure_aggregation=True)
+    found = sums.of_run(Story(history.read(folder)))
+    assert found
+    assert found.sites == []
+    assert found.seen == 10
+    text = words(writing.write(history.read(folder), tmp_path / "out"))
+    assert "Secure aggregation has hidden what each site gave" in text
+    assert "All 10 classes have images" in text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_has_both(folder: Path, tmp_path: Path) -> None:
     text = words(writing.write(history.read(folder), tmp_path / "out"))
     assert "What the sites gave" in text
     assert "Classes without images: 1 of 10" in text
     assert "site-2 100 41.7 5" in text
+    assert "Secure aggregation" not in text
 
 
 def test_other_methods_have_no_sums(plain: Path) -> None:

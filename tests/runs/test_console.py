@@ -203,6 +203,15 @@ def test_the_plan_says_how_sums_are_added(drawn: Features, strategy: str, how: s
     state = OneRound.new("span", drawn.classes.text).state_dict()
     text = console.plan(settings, drawn, "sketch", hello, state, Path("/runs/x"))
     assert f"one round, in closed form; {how}" in text
+    assert "secure aggregation" not in text
+
+
+def test_the_plan_says_that_sums_are_masked(drawn: Features) -> None:
+    settings = Settings(method="one-round", secure_aggregation=True)
+    hello = [Hello("a", "train", "art", 1200, 400, 400, [0], "")]
+    state = OneRound.new("span", drawn.classes.text).state_dict()
+    text = console.plan(settings, drawn, "sketch", hello, state, Path("/runs/x"))
+    assert "secure aggregation: the server sees only the total of the sites' sums" in text
 
 
 def test_the_plan_names_the_full_model_fedprox_and_blends(drawn: Features) -> None:

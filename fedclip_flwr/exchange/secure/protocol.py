@@ -1,11 +1,13 @@
 """Secure aggregation as messages: the server sees the sum of the sites' updates, and nothing else of them.
 
+With `one-round`, the sites' sums take the place of their updates.
+
 The site's side is in `site.py`, the server's in `server/secure_sum.py`, the arithmetic in `masking.py`. This module has
 what other runs need too. The server asks in four steps:
 
     query.keys    a number for the site, and a name for this attempt  →  public keys
     query.shares  public keys of others                               →  pieces of its secrets in a letter for each
-    train         letters from others, and the adapter                →  scores, and its update, masked
+    train         letters from others, and the adapter                →  scores, and its update or sums, masked
     query.unmask  whose update arrived, and whose did not             →  pieces of their secrets
 
 Between the steps a site's secrets are in the memory of its SuperNode, in Flower's `context.state`. Each attempt numbers
