@@ -304,7 +304,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
             found["strategy"] = how + "the server sees no single update, so it can't compare them; use fedavg"
         if settings.codec != "float32":
             found["codec"] = how + "tensors are masked and can't be compressed; leave it out"
-        if settings.site_weights != "equal":
+        if settings.site_weights != "equal" and settings.method != ONE_ROUND:
             found["site-weights"] = how + "sites count the same; leave it out"
         if settings.one_round_choose:
             found["one-round-choose"] = how + "each site's own losses would be seen; leave it out"

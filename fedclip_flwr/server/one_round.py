@@ -241,9 +241,8 @@ def check(sums: Mapping[str, Tensor], images: int, unit: float, full: bool) -> N
     """Raises `UserError` unless the sums can be those of so many features of unit length."""
     counts = sums["counts"]
     slack = SLACK * images
-    if (
-        int(counts.min()) < 0 or int(counts.max()) > images or int(counts.sum()) != images
-    ):  # huge ones' sum wraps around
+    least, most = map(int, counts.aminmax())  # the sum of huge counts may wrap around
+    if not 0 <= least <= most <= images or int(counts.sum()) != images:
         raise UserError(f"its counts are of {counted(int(counts.sum()), 'image')}, expected {images:,}")
     totals, moments = sums["sums"].double() * unit, symmetric(sums["moments"].double() * unit)
     if (torch.linalg.vector_norm(totals, dim=1) > counts * (1 + SLACK) + slack * (counts > 0)).any():

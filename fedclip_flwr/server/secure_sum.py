@@ -179,8 +179,8 @@ class SecureSum:
 class SecureTotal(SecureSum):
     """As `SecureSum`, with the sums of `method=one-round`, whose total is exact.
 
-    A single site's can't be checked, so the total is. A total that fails says nobody's name, and has been seen: in the
-    round nothing else is unmasked but the total of the same sites, as a difference could be one site's sums.
+    The total is checked, as single sums can't be. An impossible one names nobody, and the server has seen it: then only
+    a total of the same sites is unmasked, because a difference could be one site's sums.
     """
 
     NUMBERS, SENT = UINT64, torch.int64

@@ -39,7 +39,7 @@ def partitions(train: Examples) -> dict[str, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("statistics", ["span", "full"])
 def test_the_state_is_that_of_an_open_run_to_the_bit(statistics: str) -> None:
-    train, settings = images(400, 0), replace(MASKS, statistics=statistics)
+    train, settings = images(400, 0), replace(MASKS, statistics=statistics, personalize=True)
     open_run = federation(train, [torch.arange(400)], replace(settings, secure_aggregation=False))
     for name, rows in partitions(train).items():
         assert same(federation(train, rows, settings).state, open_run.state), name
