@@ -33,6 +33,7 @@ from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.saved import save_adapter
 from fedclip_flwr.site import OpenedContext, open_context
 from fedclip_flwr.site.context import in_simulation
+from fedclip_flwr.site.given import GivenSums
 from fedclip_flwr.site.holdings import mark_of_images
 from fedclip_flwr.site.work import answer_evaluate, answer_train
 
@@ -94,7 +95,6 @@ def hello(message: Message, context: Context) -> Message:
     site = opened.site
     opened.require_same_model()
     forget()
-    sums = opened.settings.method == ONE_ROUND
     answer = Hello(
         site=site.name,
         role=site.role,
@@ -106,7 +106,7 @@ def hello(message: Message, context: Context) -> Message:
         package=content.of_package(content.memory()),
         unit_length=opened.features.has_unit_length(),
         plugins=opened.settings.shared_packages,
-        content=mark_of_images(site, opened.session.vocabulary.class_names) if sums else "",
+        content=mark_of_images(site, opened.session.vocabulary.class_names) if sums(opened) else "",
     )
     return Message(records.write_hello(answer), reply_to=message)
 
@@ -116,10 +116,9 @@ def learn(message: Message, context: Context) -> Message:
     """The scores of the received adapter on this site's images, and the trained adapter."""
     opened = opened_for(message, context)
     memory = context.state.config_records if masks(context) else None
-    by_class = shares_classes(context)
-    return Message(
-        answer_train(message.content, opened, cache_of(opened), by_class=by_class, memory=memory), reply_to=message
-    )
+    given = GivenSums(opened.site, opened.session.vocabulary.class_names) if masks(context) and sums(opened) else None
+    how: dict[str, Any] = {"by_class": shares_classes(context), "memory": memory, "given": given}
+    return Message(answer_train(message.content, opened, cache_of(opened), **how), reply_to=message)
 
 
 @app.query("keys")
@@ -177,6 +176,11 @@ def opened_for(message: Message, context: Context) -> OpenedContext:
 
 def cache_of(opened: OpenedContext) -> SiteCache:
     return SiteCache(StatesOnDisk(opened.session.key), opened.settings.codec)
+
+
+def sums(opened: OpenedContext) -> bool:
+    """True if this site answers with sums."""
+    return opened.settings.method == ONE_ROUND
 
 
 def shares_classes(context: Context) -> bool:

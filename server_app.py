@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedclip_flwr.base import Settings, UserError, content
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
+from fedclip_flwr.base.text import some
 from fedclip_flwr.data import held_out
 from fedclip_flwr.exchange import Session
 from fedclip_flwr.exchange.link import Downlink, forget
@@ -72,7 +73,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         link = Downlink(start, settings.codec, settings.seed)
         nodes = nodes_of(grid, link, session, settings, package, earlier)
         names = session.vocabulary.class_names
-        ledger = SumsOnDisk(folder.path, names, earlier, folder.setting) if settings.method == ONE_ROUND else None
+        ledger = ledger_of(folder, settings, names, earlier)
         strategy = strategy_of(settings, start, nodes.names, nodes.examples, len(names), ledger)
         before = folder.before
         if before:
@@ -92,7 +93,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
 
         def checkpoint(state: RunState) -> Checkpoint:
             if ledger:
-                ledger.settle(strategy.contributions, nodes.hellos)
+                ledger.settle(strategy.given, nodes.hellos)
             made = state, link.residual, strategy.memory, nodes.record, session.key, clock.seconds()
             return Checkpoint(*made, resumed, folder.metrics)
 
@@ -104,7 +105,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             outcome = loop.run()
             summary = summary_of(outcome, nodes, holdout, features, settings, clock.seconds(), resumed)
             if earlier:
-                summary["update"] = earlier.changes(read_sites(folder.path))
+                summary |= earlier.changes(read_sites(folder.path), nodes.leaving)
             folder.finish(summary)
         except UserError as error:
             console.say("\n".join(console.left_out(nodes.failures)))
@@ -116,9 +117,25 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     console.say(f"Run folder: {folder.path}")
 
 
+def ledger_of(
+    folder: RunFolder, settings: Settings, class_names: Sequence[str], earlier: Earlier | None
+) -> SumsOnDisk | None:
+    """What keeps the sites' sums, with one round."""
+    if settings.method != ONE_ROUND:
+        return None
+    return SumsOnDisk(folder.path, class_names, earlier, folder.setting, settings.secure_aggregation)
+
+
 def has_news(folder: RunFolder, settings: Settings, nodes: Nodes, earlier: Earlier | None) -> bool:
     """Waits for the sites; False if the run would make the result that is there already."""
     nodes.wait_for(settings.least_sites)
+    if absent := [site for site in nodes.leaving if site not in nodes.news]:
+        raise UserError(f"leave = {settings.leave!r}: {absent[0]} is not connected, or gave nothing to take back")
+    if earlier and settings.secure_aggregation and 0 < len(nodes.news) < settings.least_sites:
+        raise UserError(
+            f"only {some(nodes.news)} would change the total, and the difference would show their sums: wait until at "
+            f"least {settings.least_sites} sites have something new, or leave"
+        )
     if earlier is None or nodes.news or not earlier.answers(settings):
         return True
     folder.discard()
@@ -140,6 +157,7 @@ def nodes_of(
         say=console.say,
     )
     nodes.earlier = earlier.sites if earlier else {}
+    nodes.leaving = settings.leaving
     add_exit_handler(nodes.end)
     return nodes
 

@@ -166,6 +166,7 @@ class Settings:
         "with one-round: the run to go on from: only sites whose images have changed are asked for sums; or `latest`",
         **_NAME,
     )
+    leave: str = _setting("", "with update and secure-aggregation: sites that take back what they gave; with commas")
     results_dir: str = _setting("", "where run folders go; empty for `$FEDCLIP_HOME/runs`")
     track: str = _setting("", "experiment trackers to report to: tensorboard, wandb, mlflow; with commas", **_TRACK)
 
@@ -216,6 +217,11 @@ class Settings:
     def least_sites(self) -> int:
         """Good replies that a round needs; of a sum of two, each site could compute the other's part."""
         return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
+
+    @property
+    def leaving(self) -> list[str]:
+        """The sites that take back what they gave."""
+        return [name for part in self.leave.split(",") if (name := part.strip())]
 
     @property
     def compares_updates(self) -> bool:
@@ -308,6 +314,8 @@ def _contradictions(settings: Settings) -> dict[str, str]:
             found["site-weights"] = how + "sites count the same; leave it out"
         if settings.one_round_choose:
             found["one-round-choose"] = how + "each site's own losses would be seen; leave it out"
+    if settings.leave and not (settings.update and settings.secure_aggregation):
+        found["leave"] = "it is for updates with secure-aggregation = true; else use `fedclip forget`"
     if settings.method == ONE_ROUND:
         found |= _of_rounds(settings)
     else:

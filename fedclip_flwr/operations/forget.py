@@ -11,7 +11,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,21 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
     if not affected:
         none = "no earlier version has other sums of it" if earlier else f"no version of {run.name} has anything of it"
         raise UserError(f"{site}: {none}; the sites of {run.name} are {some(sorted(run.summary.get('examples', {})))}")
+    hidden = run.known.secure_aggregation
+    if hidden and complete[-1] in affected:
+        raise UserError(
+            f"with secure aggregation only {site} itself can take out its sums: first `fedclip update "
+            f"{complete[-1].name} leave={site}`, which asks it to"
+        )
     for one in [*affected, *(one for one in found if not one.completed)]:
         with locked(one.path, one.name):
-            if one.completed:
+            if one.completed and not hidden:
                 rewrite(one, site)
                 say(f"{one.name}: now the result of its other sites")
             else:
                 shutil.rmtree(one.path)
-                say(f"{one.name}: removed, as it was not complete")
+                why = f"only {site} itself could take its sums out" if one.completed else "it was not complete"
+                say(f"{one.name}: removed, as {why}")
         own = files.home() / "personal" / content.file_name(str(one.settings.get("run"))) / content.file_name(site)
         shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
     return (
@@ -153,8 +159,7 @@ def write_records(run: Run, site: str, result: RoundResult) -> None:
             summary["update"][kind] = [name for name in summary["update"][kind] if name != site]
         summary["update"]["sites"] = len(summary["contributions"])
     if known:  # else this continues one that was interrupted
-        when = datetime.now().astimezone().isoformat(timespec="seconds")
-        summary["forgotten"] = [*summary.get("forgotten", []), {"when": when, "sites": 1}]
+        summary["forgotten"] = [*summary.get("forgotten", []), ledger.forgotten(1)]
     lines = [{**line, "val": None, "loss": None, "sites": len(zero["sites"])} for line in run.metrics]
     for line, seen, unseen in zip(lines, (zero["seen"], None), (zero["unseen"], again["unseen"]), strict=False):
         line |= {"seen": seen, "unseen": unseen}

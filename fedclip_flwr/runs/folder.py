@@ -49,7 +49,17 @@ PACKAGES = ("fedclip-flwr", "flwr", "torch", "transformers", "numpy")
 FREE = frozenset({"num-server-rounds", "early-stop", "min-sites", "round-timeout", "device", "track", *history.WHERE})
 """Settings that may differ when a run is resumed."""
 MAY_CHANGE = frozenset(
-    {"update", "data", "image-column", "label-column", "domain-column", "class-names", "strategy", "hostile-share"}
+    {
+        "update",
+        "leave",
+        "data",
+        "image-column",
+        "label-column",
+        "domain-column",
+        "class-names",
+        "strategy",
+        "hostile-share",
+    }
     | {"one-round-choose", "personalize", "model", "model-revision", "partition", "alpha"}
 )
 """Settings that may differ when a run is updated, too; of the model its content is compared."""
@@ -174,6 +184,8 @@ class RunFolder:
                 save_adapter(self.path, state, self._settings, features, number, self.setting, blend=blend)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        if self._facts["leave"]:  # who has left is not remembered
+            self._json(history.SETTINGS, {**self._facts, "leave": ""})
         self._json(history.SUMMARY, summary)
         self._running = False
         self.trackers.finish(summary)
@@ -284,7 +296,7 @@ def saved_settings(settings: Settings) -> tuple[dict[str, Any], int | None]:
     named = ("resume", settings.resume) if settings.resume else ("update", settings.update)
     facts = history.Reader(existing(history.results(settings)[0], named[1], named[0])).settings()
     sites = facts.get("sites")
-    own = {*history.WHERE, *(() if settings.resume else ("update", "min-sites"))}
+    own = {*history.WHERE, *(() if settings.resume else ("update", "leave", "min-sites"))}
     original = {key: facts[key] for key in Settings.keys() if key not in own}  # noqa: SIM118
     return original, sites if isinstance(sites, int) else None
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def write_sites(
 ) -> None:
     facts = {"class_names": list(class_names), "sites": {site: [*sites[site]] for site in sorted(sites)}}
     write_json(run / FOLDER / SITES, facts, setting)
+
+
+def forgotten(sites: int) -> dict[str, Any]:
+    """What a summary says of sites that are being forgotten."""
+    return {"when": datetime.now().astimezone().isoformat(timespec="seconds"), "sites": sites}
 
 
 def path_of(run: Path, site: str) -> Path:
@@ -129,11 +135,12 @@ class Earlier:
         zero = saved.state.zero if saved else None
         return {site: report for site, report in zero.reports.items() if site in sites} if zero else {}
 
-    def changes(self, now: Mapping[str, Given]) -> dict[str, Any]:
+    def changes(self, now: Mapping[str, Given], leaving: Collection[str]) -> dict[str, Any]:
         """What a summary says of an update to these sites."""
         new = sorted(now.keys() - self.sites.keys())
         changed = sorted(site for site in now.keys() & self.sites.keys() if now[site] != self.sites[site])
-        return {"of": self.path.name, "new": new, "changed": changed, "sites": len(now)}
+        update = {"of": self.path.name, "new": new, "changed": changed, "sites": len(now)}
+        return {"update": update, **({"forgotten": [forgotten(len(leaving))]} if leaving else {})}
 
     @property
     def same_classes(self) -> bool:
@@ -147,8 +154,12 @@ class Earlier:
 class SumsOnDisk(Ledger):
     """The ledger of a run, in its folder."""
 
-    def __init__(self, run: Path, class_names: Sequence[str], before: Earlier | None, setting: str) -> None:
+    def __init__(
+        self, run: Path, class_names: Sequence[str], before: Earlier | None, setting: str, hidden: bool = False
+    ) -> None:
+        """`hidden`: the server does not see any site's sums."""
         self._run, self._names, self._before, self._setting = run, class_names, before, setting
+        self._hidden = hidden
         self._kept: set[str] = set()
         if before:
             state = before.result.state_dict()
@@ -166,12 +177,15 @@ class SumsOnDisk(Ledger):
         write_sums(self._run, site, sums, self._setting)
         self._kept.add(site)
 
-    def settle(self, contributions: Mapping[str, tuple[int, int]], hellos: Mapping[str, Hello]) -> None:
-        """Keeps the sums of the sites that gave these now, and of all others those of the earlier version."""
-        now = {site: Given(*of, hellos[site].content) for site, of in contributions.items()}
+    def settle(self, given: Mapping[str, tuple[int, int]], hellos: Mapping[str, Hello]) -> None:
+        """Keeps the sums of the sites that gave these now, and of all others those of the earlier version.
+
+        With secure aggregation there are none to keep, but the sites are.
+        """
+        now = {site: Given(*of, hellos[site].content) for site, of in given.items()}
         for site in self._kept - now.keys():  # of an attempt that failed
             path_of(self._run, site).unlink(missing_ok=True)
-        for site in self.sites.keys() - now.keys():
+        for site in () if self._hidden else self.sites.keys() - now.keys():
             assert self._before
             if self._before.same_classes:
                 link(path_of(self._before.path, site), path_of(self._run, site), self._setting)

@@ -28,7 +28,11 @@ def summary_of(
     return {
         "status": "completed",
         "holdout": holdout,
-        "examples": {site: [hello.train, hello.validation, hello.test] for site, hello in sorted(nodes.hellos.items())},
+        "examples": {
+            site: [hello.train, hello.validation, hello.test]
+            for site, hello in sorted(nodes.hellos.items())
+            if site not in nodes.leaving
+        },
         "zero_shot": results_of(outcome.zero_shot, names),
         "adapted": {
             **results_of(outcome.adapted, names),

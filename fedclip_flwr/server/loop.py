@@ -135,8 +135,10 @@ class RoundLoop:
     def _attempts(self, number: int) -> Attempt:
         """Repeats the round, as if it had not been tried, until enough sites have answered."""
         nodes, needed, memory = self._nodes, self._settings.least_sites, self._strategy.memory
-        if self._settings.update:
+        if self._settings.update and not self._settings.secure_aggregation:
             needed = min(needed, len(nodes.news))
+        elif self._settings.update and not nodes.news:
+            needed = 0
         tried, without = 0, frozenset[str]()
         while True:
             distrusted = len(nodes.distrusted)
@@ -159,7 +161,7 @@ class RoundLoop:
         others = [node for node in others if nodes.names[node] not in self._known]
         nodes.trains(training)
         about = nodes, number, state, training, self._strategy, settings
-        masks = secure_sum(settings)(*about) if settings.secure_aggregation else None
+        masks = secure_sum(settings)(*about) if settings.secure_aggregation and training else None
         evaluations: list[Message] = []
         try:
             training = masks.prepare() if masks else training
@@ -235,7 +237,8 @@ class RoundLoop:
 
     def _with_reports(self, result: RoundResult, reports: Reports) -> RoundResult:
         """The result with these reports, split into those of training sites and of holdout sites."""
-        sites, holdouts = ({name: reports[name] for name in sorted(reports.keys() & of)} for of in self._nodes.by_role)
+        known = reports.keys() - {*self._nodes.leaving}
+        sites, holdouts = ({name: reports[name] for name in sorted(known & of)} for of in self._nodes.by_role)
         return replace(result, reports=sites, holdouts=holdouts)
 
     def _with_absent_sites(self, result: RoundResult, state: State) -> RoundResult:

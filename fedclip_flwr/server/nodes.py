@@ -101,6 +101,8 @@ class Nodes:
         """For each site whose sums count, the numbers of images and of classes in them."""
         self.earlier: Mapping[str, tuple[int, int, str]] = {}
         """The same of the version that this run updates, and the mark of the site's images then."""
+        self.leaving: Collection[str] = ()
+        """Sites that take back what they gave to that version."""
         self.trained: Counter[str] = Counter()
         """How often each site was asked to train, whether it succeeded or not."""
         self.distrusted: set[str] = set()
@@ -140,7 +142,7 @@ class Nodes:
             "last_failed": sorted(self._last_failed),
             "scaled": dict(self.scaled),
             "contributions": self.contributions,
-            "trained": dict(self.trained),
+            "trained": {site: times for site, times in self.trained.items() if site not in self.leaving},
             "distrusted": sorted(self.distrusted),
             "down": self.traffic.down,
             "up": self.traffic.up,
@@ -270,7 +272,7 @@ class Nodes:
     @property
     def _holdings(self) -> dict[str, list[int]]:
         """The numbers of images in each split of the connected sites."""
-        hellos = (self.hellos[name] for name in sorted(self._connected()))
+        hellos = (self.hellos[name] for name in sorted(self._connected()) if name not in self.leaving)
         return {hello.site: [hello.train, hello.validation, hello.test] for hello in hellos}
 
     @property
@@ -327,6 +329,8 @@ class Nodes:
     def _has_news(self, site: str) -> bool:
         """True if the site has something to learn from, or to take back, that does not count yet."""
         hello = self.hellos[site]
+        if site in self.leaving:
+            return site in self.earlier
         if site in self.earlier:
             return hello.role != HOLDOUT and hello.content != self.earlier[site][2]
         return hello.train > 0
@@ -353,7 +357,7 @@ class Nodes:
 
     def good(self, without: Iterable[str] = ()) -> list[int]:
         """Node ids of the connected sites whose last answer could be used."""
-        left_out = self._last_failed | set(without)
+        left_out = {*self._last_failed, *without, *self.leaving}
         return [node for name, node in sorted(self._connected().items()) if name not in left_out]
 
     def view(self, nodes: Sequence[int]) -> Grid:

@@ -7,7 +7,7 @@ found: docs/security.md says what it can do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -114,15 +114,22 @@ class OneRoundStrategy(AdapterFedAvg):
     def answered(self) -> State:
         return {name: self.like[name] for name in SUMS}
 
-    def of_total(self, sums: State) -> State:
+    def of_total(self, sums: State, leaving: Collection[str] = ()) -> State:
         """The state with these sums of all sites in `reports`, of which none is known alone.
 
-        Raises `UserError` unless they can be those of the images that these sites claim.
+        They are added to those of the earlier version. Raises `UserError` unless these can then be the sums of the
+        images that all its sites claim.
         """
+        before, earlier = self._ledger.total, self._ledger.sites
+        self.given = {site: (0 if site in leaving else int(self._claims(site)), 0) for site in self.reports}
+        images = sum(count for count, _ in {**{site: of[:2] for site, of in earlier.items()}, **self.given}.values())
         total = Total(self._sent)
-        total.add("all sites", sums, sum(self._claims(site) for site in self.reports))
+        total.add(
+            "all sites", {name: tensor + before[name] for name, tensor in sums.items()} if before else sums, images
+        )
         made = total.close().state
-        assert made is not None  # sites without images are not asked
+        if made is None:
+            raise UserError("no images are left")
         return made
 
 

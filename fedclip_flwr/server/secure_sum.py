@@ -97,8 +97,13 @@ class SecureSum:
         letters = self._letters[self._members[message.metadata.dst_node_id]]
         record: dict[str, Any] = {"context": self._context, "members": len(self._letters), "bound": self._bound}
         record |= {"from": list(letters), "letters": list(letters.values())}
+        record |= self._replacing(self._nodes.names[message.metadata.dst_node_id])
         content = RecordDict({**message.content, "masking": ConfigRecord(record)})
         return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
+
+    def _replacing(self, site: str) -> dict[str, Any]:
+        """What the site's answer is to replace."""
+        return {}
 
     def aggregate(self, replies: Iterable[Message]) -> State:
         """The state that follows from the sum; the strategy has the reports."""
@@ -185,11 +190,15 @@ class SecureTotal(SecureSum):
 
     NUMBERS, SENT = UINT64, torch.int64
 
+    def _replacing(self, site: str) -> dict[str, Any]:
+        earlier, leave = self._nodes.earlier.get(site), site in self._nodes.leaving
+        return {"before": earlier[2], "leave": leave} if earlier else {}
+
     def _state_of(self, total: Numbers) -> State:
         strategy = self._strategy
         assert isinstance(strategy, OneRoundStrategy)
         try:
-            return strategy.of_total(signed(total, self._like))
+            return strategy.of_total(signed(total, self._like), self._nodes.leaving)
         except UserError as error:
             self._nodes.discarded = frozenset(strategy.reports)
             raise MaskingError(

@@ -76,7 +76,8 @@ class AdapterFedAvg(FedAvg):
     `names` has the sites' names by node id, and may grow during the run. `claims` gives the number of examples that a
     site claims, its weight if `site-weights` is `examples`. The settings choose the aggregation. After each round
     `reports` has the reports of the good replies, `dropped` the reasons why others were left out, both by site, and
-    `scaled` the sites whose updates were scaled down, and `contributions` what `Gathered` says of sums.
+    `scaled` the sites whose updates were scaled down, and `contributions` what `Gathered` says of sums; `given` is the
+    same, but with secure aggregation what the sites claim.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class AdapterFedAvg(FedAvg):
         self.dropped: dict[str, str] = {}
         self.scaled: Sequence[str] = ()
         self.contributions: Mapping[str, tuple[int, int]] = {}
+        self.given: Mapping[str, tuple[int, int]] = {}
 
     @property
     def memory(self) -> State:
@@ -148,6 +150,7 @@ class AdapterFedAvg(FedAvg):
 
         self.screen(replies, self.answered, take)
         made, left_out, self.scaled, self.contributions = gathering.close()
+        self.given = self.contributions
         self.dropped |= left_out
         self.reports = {site: report for site, report in self.reports.items() if site not in left_out}
         return (None if made is None else self.step(server_round, made)), None

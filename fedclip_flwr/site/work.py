@@ -12,7 +12,7 @@ from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.exchange import ExchangeError, Report, Task, privacy
 from fedclip_flwr.exchange.link import SiteCache
-from fedclip_flwr.exchange.records import read_task, write_answer
+from fedclip_flwr.exchange.records import mark_of, read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
 from fedclip_flwr.learning import (
     RECIPES,
@@ -30,19 +30,27 @@ from fedclip_flwr.learning.recipes import learning_rate
 from fedclip_flwr.learning.sums import BITS, sums_of
 from fedclip_flwr.learning.training import personalize
 from fedclip_flwr.site.context import SiteContext
+from fedclip_flwr.site.given import GivenSums
 from fedclip_flwr.site.holdings import Site
 
 
 def answer_train(
-    content: RecordDict, context: SiteContext, cache: SiteCache, *, by_class: bool = False, memory: Memory | None = None
+    content: RecordDict,
+    context: SiteContext,
+    cache: SiteCache,
+    *,
+    by_class: bool = False,
+    memory: Memory | None = None,
+    given: GivenSums | None = None,
 ) -> RecordDict:
     """The scores of the received adapter on this site's images, and the trained adapter.
 
-    With `by_class` the scores include counts by class. `memory` holds the secrets of a site that masks what it sends.
+    With `by_class` the scores include counts by class. `memory` holds the secrets of a site that masks what it sends,
+    and `given` the sums that it sent so before.
     """
     task, settings = read_task(content), context.settings
     if settings.method == ONE_ROUND:
-        return answer_sums(content, context, cache, by_class, memory)
+        return answer_sums(content, context, cache, by_class, memory, given)
     learner = received(task, context, cache)
     report = report_on(learner, context, by_class)
     before = learner.on_cpu() if memory is not None or settings.dp != "off" else {}
@@ -57,7 +65,12 @@ def answer_train(
 
 
 def answer_sums(
-    content: RecordDict, context: SiteContext, cache: SiteCache, by_class: bool, memory: Memory | None
+    content: RecordDict,
+    context: SiteContext,
+    cache: SiteCache,
+    by_class: bool,
+    memory: Memory | None,
+    given: GivenSums | None,
 ) -> RecordDict:
     """Zero-shot's scores on this site's images, and the sums over its training images."""
     task = read_task(content)
@@ -70,6 +83,9 @@ def answer_sums(
         return write_answer(report, sums)
     from fedclip_flwr.exchange.secure import site  # as above
 
+    if given:
+        unit = f"{mark_of({'basis': basis})}/{task.bits}"
+        sums = given.difference(sums, unit, *site.replacing(content))
     return write_answer(report, site.masked_sums(content, memory, sums))
 
 

@@ -55,6 +55,7 @@ CONTRACT: dict[str, Any] = {
     "name": "",
     "resume": "",
     "update": "",
+    "leave": "",
     "early-stop": 0,
     "server-learning-rate": 0.0,
     "results-dir": "",

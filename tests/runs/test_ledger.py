@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from flwr.app import MessageType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.one_round import OneRound
+from fedclip_flwr.operations import forget
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import history, ledger, runlist
 from fedclip_flwr.runs.folder import RunFolder
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site.holdings import divide, mark_of_images
-from tests.versions import CLASSES, Federation, images, tensors
+from tests.versions import CLASSES, Federation, files_with, images, tensors
 
 
 @pytest.fixture
@@ -288,3 +291,68 @@ def test_a_mark_of_images_changes_with_each_of_them_and_needs_the_machines_secre
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "elsewhere"))
     assert mark(own) not in marks
     assert (tmp_path / "elsewhere" / "secret").stat().st_mode & 0o777 == 0o600
+
+
+MASKED: dict[str, Any] = {"secure_aggregation": True}
+
+
+def test_masked_updates_are_exact_and_those_who_were_there_need_not_be(
+    federation: Federation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three come later, two of them after others have changed; the server has no single site's sums."""
+    federation.sites |= {"east": images(40, 4), "up": images(55, 5), "down": images(35, 6)}
+    federation.run("study", ["north", "south", "west"], **MASKED)
+    second = federation.update("study", connected=["east", "up", "down"], **MASKED)
+    assert trained(federation) == ["east", "up", "down"]
+    assert tensors(second) == tensors(federation.run("flat"))
+    for site, count in (("north", 70), ("east", 50)):
+        federation.sites[site] = images(count, 20 + count)
+    federation.sites["south"] = federation.sites["south"].rows(slice(20, None))
+    third = federation.update("study.2", **MASKED)
+    assert sorted(trained(federation)) == ["east", "north", "south"]
+    assert tensors(third) == tensors(federation.run("other"))
+    assert json.loads((third / "summary.json").read_text())["update"]["changed"] == ["east", "north", "south"]
+    assert [path.name for path in (third / "sums").iterdir()] == [ledger.SITES]
+    assert json.loads((third / "summary.json").read_text())["contributions"] == {}
+
+
+def test_fewer_than_three_changes_would_show_and_are_not_asked_for(federation: Federation) -> None:
+    federation.run("study", **MASKED)
+    federation.sites |= {"east": images(40, 4), "up": images(55, 5)}
+    with pytest.raises(UserError, match="only east, up would change the total, and the difference would show"):
+        federation.run("", update="study", **MASKED)
+    assert trained(federation) == []
+
+
+def test_a_site_takes_back_what_it_gave_under_masks(federation: Federation) -> None:
+    """Beside two that are new; the new version has nothing of it."""
+    name = "kvzqx"
+    federation.sites |= {name: images(45, 12), "east": images(40, 4), "up": images(55, 5)}
+    federation.run("study", ["north", "south", name], **MASKED)
+    made = federation.update("study", connected=[name, "east", "up"], leave=name, **MASKED)
+    assert tensors(made) == tensors(federation.run("flat", ["north", "south", "east", "up"]))
+    assert files_with(made, name.encode()) == []
+    assert len(json.loads((made / "summary.json").read_text())["forgotten"]) == 1
+    assert json.loads((made / "settings.json").read_text())["leave"] == ""
+    said: list[str] = []
+    forget.forget("study", name, federation.results, False, said.append)
+    assert said == [f"study: removed, as only {name} itself could take its sums out"]
+    with pytest.raises(UserError, match=r"first `fedclip update study\.2 leave=north`, which asks it to"):
+        forget.forget("study.2", "north", federation.results, False, said.append)
+
+
+@pytest.mark.parametrize("leave", ["nobody", "east", "south"])
+def test_who_can_not_take_anything_back_is_named(federation: Federation, leave: str) -> None:
+    federation.run("study", **MASKED)
+    federation.sites |= {"east": images(40, 4), "up": images(55, 5), "down": images(35, 6)}
+    with pytest.raises(UserError, match=f"leave = '{leave}': {leave} is not connected, or gave nothing to take back"):
+        federation.run("", ["east", "up", "down"], update="study", leave=leave, **MASKED)
+
+
+def test_a_site_that_has_lost_what_it_gave_says_so(federation: Federation, capsys: pytest.CaptureFixture[str]) -> None:
+    federation.run("study", **MASKED)
+    shutil.rmtree(files.home() / "given" / "south")
+    federation.sites = {site: images(40, 30 + n) for n, site in enumerate(federation.sites)}
+    with pytest.raises(UserError, match="min-sites = 3 are needed"):
+        federation.run("", update="study", **MASKED)
+    assert "south is left out: this site no longer has what it gave before" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
@@ -62,6 +62,18 @@ def masked(content: RecordDict, memory: Memory, trained: State, received: Mappin
     update = flat({name: trained[name].double() - received[name].double() for name in received})
     numbers = quantise(update.numpy(), finest_step(request["members"], request["bound"]), request["bound"])
     return _masked(request, memory, numbers)
+
+
+class Replacing(NamedTuple):
+    """The mark of the images whose sums this site's new ones are to replace, empty if none; True if none follow."""
+
+    before: str
+    leave: bool
+
+
+def replacing(content: RecordDict) -> Replacing:
+    request = _request(content)
+    return Replacing(str(request.get("before", "")), request.get("leave") is True)
 
 
 def masked_sums(content: RecordDict, memory: Memory, sums: Mapping[str, Tensor]) -> State:

@@ -1,0 +1,49 @@
+"""What a site has given under masks: the server never saw it, so only the site can replace it, or take it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedclip_flwr.base import content, files, store, tensorfile
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.exchange import ExchangeError
+from fedclip_flwr.learning.one_round import renumbered
+from fedclip_flwr.site.holdings import Site, mark_of_images
+
+
+class GivenSums:
+    """The sums that a site gave, on its disk, by the mark of the images that they are of."""
+
+    def __init__(self, site: Site, class_names: Sequence[str]) -> None:
+        self._folder, self._names = files.home() / "given" / content.file_name(site.name), class_names
+        self._mark = mark_of_images(site, class_names)
+
+    def difference(self, sums: Mapping[str, Tensor], unit: str, before: str, leave: bool) -> State:
+        """What is to be sent so that these sums take the place of those of the images `before`, if that is a mark.
+
+        With `leave` nothing takes their place. `unit` names the directions, and the unit, that the sums are in.
+        """
+        if not leave:
+            path = self._folder / f"{content.digest(self._mark, unit)}.safetensors"
+            facts = tensorfile.with_checksum({"class_names": json.dumps(list(self._names))}, sums)
+            files.write_atomic(path, lambda part: tensorfile.save(sums, part, facts))
+        now = {name: torch.zeros_like(tensor) if leave else tensor for name, tensor in sums.items()}
+        if not before:
+            return now
+        earlier = self._read(content.digest(before, unit))
+        return {name: tensor - earlier[name] for name, tensor in now.items()}
+
+    def _read(self, name: str) -> State:
+        try:
+            sums, facts = store.checked(self._folder / f"{name}.safetensors")
+            numbers = [self._names.index(own) if own in self._names else -1 for own in json.loads(facts["class_names"])]
+            return renumbered(sums, numbers, len(self._names))
+        except (OSError, SafetensorError, ValueError, KeyError):
+            raise ExchangeError(
+                "this site no longer has what it gave before, so it can't send the difference: a new run is needed"
+            ) from None
