@@ -287,6 +287,12 @@ def symmetric(upper: Tensor) -> Tensor:
     return square + square.triu(1).T
 
 
+def positive(matrix: Tensor) -> Tensor:
+    """The matrix without its negative eigenvalues."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return torch.as_tensor(vectors * values.clamp_min(0) @ vectors.T)
+
+
 class Fit(NamedTuple):
     """A Gaussian model in the directions `rows` [k, width] of the measured ones.
 

@@ -24,7 +24,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.exchange import Report
 from fedclip_flwr.exchange.records import read_adapter, write_adapter
-from fedclip_flwr.learning.one_round import SUMS, means_of, symmetric
+from fedclip_flwr.learning.one_round import SUMS, means_of, positive, symmetric
 from fedclip_flwr.learning.sums import bits_for, unit_of
 from fedclip_flwr.server.averaging import Gathered
 from fedclip_flwr.server.strategy import AdapterFedAvg, LedgerError
@@ -230,12 +230,6 @@ def bounded_sums(sites: Sequence[Mapping[str, Tensor]], share: float, unit: floa
 def contribution(sums: Mapping[str, Tensor]) -> tuple[int, int]:
     """The numbers of images and of classes in a site's sums."""
     return int(sums["counts"].sum()), int(sums["counts"].count_nonzero())
-
-
-def positive(matrix: Tensor) -> Tensor:
-    """The matrix without its negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return torch.as_tensor(vectors * values.clamp_min(0) @ vectors.T)
 
 
 def trimmed(values: Tensor, cut: int) -> Tensor:
