@@ -75,7 +75,7 @@ def spent(settings: Settings, rounds: Iterable[int]) -> float | None:
     """
     if settings.dp == "off":
         return None
-    _accountant()  # check before the first round that the package is installed
+    accountant()  # check before the first round that the package is installed
     multiplier = settings.noise_multiplier / (1 if settings.dp == "central" else 2)
     return _epsilon(multiplier, max(rounds, default=0), settings.delta)
 
@@ -83,10 +83,11 @@ def spent(settings: Settings, rounds: Iterable[int]) -> float | None:
 @lru_cache
 def _epsilon(multiplier: float, rounds: int, delta: float) -> float:
     """`rounds` Gaussian mechanisms compose to one with √rounds times less noise (arXiv 1905.02383, corollary 3.3)."""
-    return float(_accountant().get_epsilon_gaussian(multiplier / math.sqrt(rounds), delta)) if rounds else 0.0
+    return float(accountant().get_epsilon_gaussian(multiplier / math.sqrt(rounds), delta)) if rounds else 0.0
 
 
-def _accountant() -> Any:
+def accountant() -> Any:
+    """The package that computes ε."""
     try:
         import dp_accounting
     except ImportError:
