@@ -12,6 +12,8 @@ A sum of 62 bits has room for 2²² images (4 million) in all; for more, the uni
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,8 +64,8 @@ def coordinates(features: Tensor, basis: Tensor) -> Tensor:
     return (coarse @ turned) * 2.0 ** -(2 * BASIS) + (fine @ turned) * 2.0 ** -(2 * BASIS + 18)
 
 
-def sums_of(examples: Examples, basis: Tensor, classes: int, bits: int = BITS) -> State:
-    """The sums over the examples, in int64 on the CPU."""
+def sums_of(examples: Examples, basis: Tensor, classes: int, bits: int = BITS, most: float = math.inf) -> State:
+    """The sums over the examples, in int64 on the CPU; in the basis, a feature longer than `most` is shortened."""
     basis = basis.to(examples.features.device)
     width = len(basis) or examples.features.shape[1]
     device = examples.features.device
@@ -72,6 +74,8 @@ def sums_of(examples: Examples, basis: Tensor, classes: int, bits: int = BITS) -
     for rows in torch.split(torch.arange(len(examples.labels), device=device), ROWS):
         batch = examples.rows(rows)
         found = coordinates(batch.features, basis)
+        if most < math.inf:
+            found = found * (most / length(found).clamp_min(most))[:, None]
         sums.index_add_(0, batch.labels, (found / unit_of(bits)).round().long())
         moments += products(found, bits).long()
     upper = torch.triu_indices(width, width)
