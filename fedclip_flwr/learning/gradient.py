@@ -49,11 +49,11 @@ TERMS = 17
 
 
 class Steps(NamedTuple):
-    """Chosen by validation (docs/results.md): by how much logits change for a mean gradient of 1."""
+    """By how much logits change for a mean gradient of 1. Chosen by `benchmarks/private_images.py --choose`."""
 
     across: float = 128.0  # across the mean image, among the classes with images
     along: float = 32.0  # along it
-    all: float = 0.3  # times all classes, where some may have no images; twice as much across
+    all: float = 0.25  # times all classes, where some may have no images; twice as much across
     noise: float = 0.25  # the deviation that noise may give a logit, at most
 
 
@@ -140,7 +140,7 @@ def with_images(counts: Tensor, images: int, noise: float) -> Tensor | None:
     """Which classes have images, by noised counts; None if noise of this deviation does not let it be told."""
     usual = images / len(counts)
     seen = counts > min(usual / 2, 4 * noise)
-    return seen if usual >= 2 * noise and int(seen.sum()) > 1 else None
+    return seen if usual >= 3 * noise and int(seen.sum()) > 1 else None
 
 
 def prompts_of(text: Tensor) -> Tensor:
@@ -174,10 +174,10 @@ def whole(factors: Tensor) -> Tensor:
 
 
 def pulls(features: Tensor, labels: Tensor, prompts: Tensor, scale: float) -> Tensor:
-    """Each image's gradient in zero-shot's logits, in lengths of `CLIP` and at most 1 long."""
+    """Each image's gradient in zero-shot's logits, in lengths of `CLIP` and at most 1 long, whatever the prompts."""
     found = softmax(coordinates(features, prompts) * scale)
-    found[torch.arange(len(labels)), labels] -= 1
-    return found / length(found).clamp_min(CLIP)[:, None]
+    found[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return torch.nan_to_num(found / length(found).clamp_min(CLIP)[:, None], nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def softmax(logits: Tensor) -> Tensor:
