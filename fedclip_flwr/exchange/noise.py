@@ -8,6 +8,8 @@ exactly P(k) ∝ exp(-k²/2σ²), σ a whole number (Canonne, Kamath and Steinke
   to it than `NEAR`, thousands of times what a float errs by, more bits and as many decimals as are needed settle it.
 
 So no low bits of a float tell what noise was added to, and the law is exact. What is not covered: how long it takes.
+`sensitivity` is for an image more or less; for one in place of another it doubles. Where the number of images is told,
+read "less" as: the image is there, but adds nothing.
 
 **How private it is.** A Gaussian of real numbers, then rounded, is as private as without rounding: the sums are whole,
 so it is the rounding of a private result. Of it the analytic formula is exact (Balle and Wang 2018; dp_accounting). Its
