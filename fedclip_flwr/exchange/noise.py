@@ -1,7 +1,8 @@
 """Noise for single images: whole numbers of a discrete Gaussian, added to exact sums.
 
 Sums of whole numbers, to which an image adds at most `sensitivity` in length (Euclidean), get noise whose law is
-exactly P(k) ∝ exp(-k²/2σ²), σ a whole number (Canonne, Kamath and Steinke 2020, algorithm 3, many numbers at once):
+exactly P(k) ∝ exp(-k²/2σ²), σ a whole number (Canonne, Kamath and Steinke, arXiv 2004.00010, algorithm 3 with t = σ,
+for many numbers at once):
 
 - All entropy comes from the operating system. A number is built of whole ones: uniform ones, signs, counts of coins.
 - A coin falls with probability exp(-E), E a fraction. 53 random bits are compared with a float; where they are closer
@@ -15,7 +16,7 @@ read "less" as: the image is there, but adds nothing.
 so it is the rounding of a private result. Of it the analytic formula is exact (Balle and Wang 2018; dp_accounting). Its
 law and the discrete Gaussian's differ by at most 1/(4σ²) in total variation for each number, which is counted in δ
 (`lost`). A sum of n discrete Gaussians is, in all ratios of probabilities, within a factor exp(`apart`) for each number
-of one with their variance (Kairouz, Liu and Steinke 2021, theorem 1): with σ of 10 or more, 1 in all digits.
+of one with their variance (Kairouz, Liu and Steinke, arXiv 2102.06387): with σ of 10 or more, 1 in all digits.
 """
 
 from __future__ import annotations
