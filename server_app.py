@@ -60,8 +60,6 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     earlier = Earlier.open(settings, features) if settings.update else None
     with RunFolder(settings, package) as folder:
         add_exit_handler(folder.stop)
-        if simulated(grid) and not features.domains:
-            raise UserError("data = 'none': simulated sites have no images of their own; set the data that they share")
         device = models.pick_device(settings.device)
         classes = features.classes.ready(device)
         unseen = encoded(grid, features, holdout, device)
@@ -85,11 +83,10 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
         clock.met = time.monotonic()
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
+        resumed = [*before.resumed, before.state.round] if before else []
         if before:
             console.say(console.resuming(before.state.round, folder.with_other_package))
         console.say(console.heading(settings))
-
-        resumed = [*before.resumed, before.state.round] if before else []
 
         def checkpoint(state: RunState) -> Checkpoint:
             if ledger:
@@ -164,6 +161,8 @@ def nodes_of(
 
 def encoded(grid: Grid, features: Features, holdout: str | None, device: torch.device) -> dict[str, Examples]:
     """The held-out domains that the server has; in a simulation, all domains are encoded first."""
+    if simulated(grid) and not features.domains:
+        raise UserError("data = 'none': simulated sites have no images of their own; set the data that they share")
     if simulated(grid):  # the sites share this machine's store; encoding here shows its progress
         for domain in features.domains:
             features.examples(domain)
