@@ -180,7 +180,7 @@ def _blank(facts: dict[str, Any]) -> Adapter | OneRound:
     if kind == ONE_ROUND:
         if (statistics := facts["statistics"]) not in FORMS:
             raise ValueError(f"its statistics is {statistics!r}, expected one of {', '.join(FORMS)}")
-        width = facts.get("directions", 0)  # earlier versions never added classes
+        width = dim if statistics == "full" else facts.get("directions", 0)  # earlier versions never added classes
         if type(width) is not int or not 0 <= width <= dim:
             raise ValueError(f"its directions are {width!r}, expected a number from 0 to {dim}")
         return OneRound(statistics, len(learnt_classes(facts)), dim, width)

@@ -56,12 +56,12 @@ MUTATIONS: Sequence[Mutation] = (
         (
             """if site not in weights:
                 raise ExchangeError("it was not asked")
-            if report.examples:
+            if self.counts(site, report):
                 gathering.add(site, state, weights[site])""",
-            """if report.examples:
+            """if self.counts(site, report):
                 gathering.add(site, state, weights.get(site, 1.0))""",
         ),
-        ("if report.examples:", "if True:"),
+        ("return report.examples > 0", "return True"),
         ("if site in self.reports:", "if site in self.dropped:"),
         ("asked, self._asked = self._asked, []", "asked = self._asked"),
     ),
@@ -166,9 +166,26 @@ MUTATIONS: Sequence[Mutation] = (
         ("content.digest(json.dumps(self))[:16]", "content.digest(json.dumps(self[:3]))[:16]"),
     ),
     *changes(
+        "fedclip_flwr/base/store.py",
+        "server/test_resume.py",
+        ("if tensorfile.checksum_of_file(path, facts) != claimed:", "if not claimed:"),
+    ),
+    *changes(
+        "fedclip_flwr/runs/ledger.py",
+        "runs/test_ledger.py operations/test_forget.py",
+        ("self._kept - now.keys()", "set()"),
+        ("if given.images}", "}"),
+        ("if self._before.same_classes:", "if True:"),
+    ),
+    *changes(
+        "fedclip_flwr/site/given.py",
+        "runs/test_ledger.py",
+        ("tensor - earlier[name]", "tensor"),
+        ("if leave else tensor", "if not leave else tensor"),
+    ),
+    *changes(
         "fedclip_flwr/runs/checkpoint.py",
         "server/test_resume.py",
-        ("if tensorfile.checksum_of_file(path, header) != claimed:", "if not claimed:"),
         ('"epsilon": result.epsilon,', '"epsilon": None,'),
     ),
     *changes(
