@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.learning.base import Examples
-from fedclip_flwr.learning.one_round import OneRound
+from fedclip_flwr.learning.one_round import SUMS, OneRound
 from fedclip_flwr.operations import forget
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import history, ledger, runlist
@@ -131,8 +131,12 @@ def test_a_class_may_be_added_in_any_place_of_the_list(federation: Federation, s
     assert torch.equal(after["sums"][numbers], before["sums"])
     assert after["counts"][[0, 4]].sum() == 24
     assert not torch.equal(after["moments"], before["moments"])
+    federation.sites["north"] = images(70, 13, names, of=numbers[:4])
     again = federation.update(made.name, connected=["east", "north"], statistics=statistics, one_round_choose=True)
-    assert again.name == "study.3"
+    assert trained(federation) == ["north"]
+    whole = load_adapter(again)[0].state_dict()
+    for name in SUMS:
+        assert torch.equal(whole[name], sum(ledger.read_sums(again, site)[name] for site in ledger.read_sites(again)))
 
 
 def test_an_earlier_version_can_be_gone_back_to(federation: Federation) -> None:
