@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.base.errors import ReadError, one_line
-from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
 from fedclip_flwr.exchange import ExchangeError, Hello, Progress, records
 from fedclip_flwr.exchange.codecs import packs
 from fedclip_flwr.exchange.link import SiteCache, StatesOnDisk, forget
@@ -29,6 +29,7 @@ from fedclip_flwr.features import encoding
 from fedclip_flwr.flower.clientapp import RAISED, ClientAppCallable
 from fedclip_flwr.learning import Adapter, Learner
 from fedclip_flwr.learning.adapters import tensor_names
+from fedclip_flwr.learning.gradient import SENT
 from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.saved import save_adapter
 from fedclip_flwr.site import OpenedContext, open_context
@@ -116,7 +117,11 @@ def learn(message: Message, context: Context) -> Message:
     """The scores of the received adapter on this site's images, and the trained adapter."""
     opened = opened_for(message, context)
     memory = context.state.config_records if masks(context) else None
-    given = GivenSums(opened.site, opened.session.vocabulary.class_names) if masks(context) and sums(opened) else None
+    given = (
+        GivenSums(opened.site, opened.session.vocabulary.class_names)
+        if masks(context) and opened.settings.keeps_sums
+        else None
+    )
     how: dict[str, Any] = {"by_class": shares_classes(context), "memory": memory, "given": given}
     return Message(answer_train(message.content, opened, cache_of(opened), **how), reply_to=message)
 
@@ -206,7 +211,7 @@ def tensors_to_send(message: Message, context: Context) -> Collection[str]:
     if packs(codec or "float32"):
         return [codec]
     if method == ONE_ROUND:
-        return SUMS
+        return SENT if context.run_config.get("statistics") == GRADIENT else SUMS
     if method == "adapter":
         return tensor_names(adapter)
     return message.content.array_records.get("arrays", {}).keys()

@@ -13,7 +13,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedclip_flwr.base import Settings, UserError, content
-from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import some
 from fedclip_flwr.data import held_out
@@ -117,8 +116,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
 def ledger_of(
     folder: RunFolder, settings: Settings, class_names: Sequence[str], earlier: Earlier | None
 ) -> SumsOnDisk | None:
-    """What keeps the sites' sums, with one round."""
-    if settings.method != ONE_ROUND:
+    """What keeps the sites' sums, with one round of exact sums."""
+    if not settings.keeps_sums:
         return None
     return SumsOnDisk(folder.path, class_names, earlier, folder.setting, settings.secure_aggregation)
 

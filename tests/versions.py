@@ -58,6 +58,7 @@ class Federation:
     place: Path
     names: Sequence[str] = field(default_factory=lambda: CLASSES)
     sites: dict[str, Examples] = field(default_factory=dict)
+    node_config: dict[str, Any] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
     """The site and the kind of each message of the last run."""
 
@@ -89,7 +90,8 @@ class Federation:
     def _node(self, site: str, config: Mapping[str, Any]) -> Node:
         folder = self.place / "sites" / site
         write(folder, self.names, own=self.sites[site])
-        context = Context(RUN, 1, {"site": site, "data": f"features:{folder}"}, RecordDict(), dict(config))
+        node = {"site": site, "data": f"features:{folder}", **self.node_config}
+        context = Context(RUN, 1, node, RecordDict(), dict(config))
 
         def answer(message: Message) -> Message:
             self.asked.append((site, message.metadata.message_type))

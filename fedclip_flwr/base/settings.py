@@ -37,6 +37,8 @@ CODECS = ("float32", "bfloat16", "int8")
 """How tensors travel: in full, or as differences that `exchange/codecs.py` compresses."""
 ONE_ROUND = "one-round"
 """The method without training: sites send sums, and the model follows from them in closed form."""
+GRADIENT = "gradient"
+"""The statistics of `one-round` that hide each image best: one gradient."""
 FORMS = ("span", "full")
 """The directions in which `one-round` measures second moments."""
 ROBUST_SUMS = ("fedavg", "fedmedian", "fedtrimmedavg")
@@ -79,7 +81,9 @@ class Settings:
         choices=("adapter", "full-model", ONE_ROUND),
     )
     statistics: str = _setting(
-        "span", "with one-round: second moments in the span of the class prompts, or in the full space", choices=FORMS
+        "span",
+        "with one-round: second moments in the span of the class prompts, or in the full space; or one gradient",
+        choices=(*FORMS, GRADIENT),
     )
     one_round_choose: bool = _setting(
         False, "with one-round: sites score a grid of its constants on validation images, in one more message"
@@ -134,8 +138,17 @@ class Settings:
     )
     dp: str = _setting(
         "off",
-        "differential privacy of sites: noise that the server adds to their mean, or each site to what it sends",
+        "differential privacy: noise that the server adds to the sites' mean or total, or each site to what it sends",
         choices=("off", "central", "local"),
+    )
+    dp_unit: str = _setting(
+        "site", "with dp: what it hides, a site as a whole or, with one-round, each image", choices=("site", "image")
+    )
+    epsilon: float = _setting(
+        0.0,
+        "with dp-unit = image: the ε that each image gets, and from which the noise follows",
+        least=0.0,
+        most=20.0,
     )
     noise_multiplier: float = _setting(
         1.0, "with dp: the noise's standard deviation in clipping norms", least=0.01, most=1000.0
@@ -189,7 +202,8 @@ class Settings:
         settings = cls(**values)
         if settings.recipe == "paper" and settings.batch_size < 2:
             problems["batch-size"] = "batch-size = 1: the paper's recipe skips a batch of one; expected at least 2"
-        problems |= {key: f"{key} = {_value(settings, key)!r}: {why}" for key, why in _contradictions(settings).items()}
+        found = {key: f"{key} = {_value(settings, key)!r}: {why}" for key, why in _contradictions(settings).items()}
+        problems = {**found, **problems}
         return settings, problems
 
     @property
@@ -217,6 +231,21 @@ class Settings:
     def least_sites(self) -> int:
         """Good replies that a round needs; of a sum of two, each site could compute the other's part."""
         return max(self.min_sites, 3) if self.secure_aggregation else self.min_sites
+
+    @property
+    def hides_images(self) -> bool:
+        """True if noise hides each image."""
+        return self.dp != "off" and self.dp_unit == "image"
+
+    @property
+    def noise_leaves(self) -> bool:
+        """True if what a site sends has noise that hides each image, or its share of it under masks."""
+        return self.hides_images and (self.dp == "local" or self.secure_aggregation)
+
+    @property
+    def keeps_sums(self) -> bool:
+        """True if the result is the plain sum, which updates can go on from."""
+        return self.method == ONE_ROUND and self.statistics in FORMS and self.dp == "off"
 
     @property
     def leaving(self) -> list[str]:
@@ -314,6 +343,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
             found["site-weights"] = how + "sites count the same; leave it out"
         if settings.one_round_choose:
             found["one-round-choose"] = how + "each site's own losses would be seen; leave it out"
+    found |= _of_privacy(settings)
     if settings.leave and not (settings.update and settings.secure_aggregation):
         found["leave"] = "it is for updates with secure-aggregation = true; else use `fedclip forget`"
     if settings.method == ONE_ROUND:
@@ -329,12 +359,42 @@ def _contradictions(settings: Settings) -> dict[str, str]:
     return found
 
 
+def _of_privacy(settings: Settings) -> dict[str, str]:
+    """Settings of differential privacy that do not fit together."""
+    found = {}
+    if settings.dp_unit == "image" and settings.method != ONE_ROUND:
+        found["dp-unit"] = f"it is for method = {ONE_ROUND!r}; adapters that are trained hide sites"
+    elif settings.dp_unit == "image" and settings.dp == "off":
+        found["dp-unit"] = "set dp = 'central' or 'local', too"
+    elif settings.hides_images:
+        if not settings.epsilon:
+            found["epsilon"] = "dp-unit = 'image' needs it: the smaller, the more noise; 1 to 8 are usual"
+        for key in ("noise-multiplier", "clipping-norm"):
+            if _value(settings, key) != _value(Settings(), key):
+                found[key] = "it is for dp-unit = 'site'; with 'image', epsilon sets the noise"
+        if settings.strategy != "fedavg":
+            found["strategy"] = "with noise for each image the total is a plain one; leave it out"
+        if settings.one_round_choose:
+            found["one-round-choose"] = "what sites choose by has no noise; leave it out with dp"
+    elif settings.method == ONE_ROUND and settings.dp != "off":
+        found["dp"] = "with one-round it hides each image: set dp-unit = 'image', and epsilon"
+    if settings.epsilon and not settings.hides_images:
+        found["epsilon"] = "it is for dp-unit = 'image'; else noise-multiplier sets the noise"
+    if settings.statistics == GRADIENT:
+        for key, value in (("strategy", "fedavg"), ("one-round-choose", False), ("personalize", False)):
+            if _value(settings, key) != value:
+                found[key] = f"leave it out with statistics = {GRADIENT!r}"
+    if settings.update and settings.method == ONE_ROUND and not settings.keeps_sums:
+        found["update"] = "only exact sums, without noise, can be updated; start a new run"
+    return found
+
+
 def _of_rounds(settings: Settings) -> dict[str, str]:
     """Settings of methods that train, which `one-round` can't follow."""
     found = {}
     if settings.num_server_rounds not in (1, Settings.num_server_rounds):
         found["num-server-rounds"] = f"method = {ONE_ROUND!r} has a single round; leave it out"
-    trained = ("recipe", "feature-norm", "blend", "codec", "dp")
+    trained = ("recipe", "feature-norm", "blend", "codec")
     if settings.strategy not in ROBUST_SUMS:
         found["strategy"] = f"with method = {ONE_ROUND!r} expected one of {', '.join(ROBUST_SUMS)}"
     for key in (*trained, "fraction-train"):

@@ -76,6 +76,8 @@ def spent(settings: Settings, rounds: Iterable[int]) -> float | None:
     if settings.dp == "off":
         return None
     accountant()  # check before the first round that the package is installed
+    if settings.hides_images:  # a site answers once, and the same if it is asked again
+        return settings.epsilon if any(rounds) else 0.0
     multiplier = settings.noise_multiplier / (1 if settings.dp == "central" else 2)
     return _epsilon(multiplier, max(rounds, default=0), settings.delta)
 

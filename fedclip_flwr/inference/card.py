@@ -34,7 +34,12 @@ def card_of(facts: Mapping[str, Any], origin: Path | None, sites: bool = False) 
     summary = run.summary if run and run.completed else {}
     found: dict[str, Any] = {**_model(facts), "run": run, "settings": settings, "summary": summary, "sites": sites}
     found |= {"same": same, "data": _data_name(str(settings.get("data", "")))}
-    found |= {"percent": percent, "gain": gain, "cost": console.cost, "uncovered": console.UNCOVERED}
+    found |= {
+        "percent": percent,
+        "gain": gain,
+        "cost": console.cost,
+        "uncovered": console.UNCOVERED[run.unit if run else "site"],
+    }
     template, metadata = TEMPLATE.read_text(encoding="utf-8"), _metadata(facts, settings, summary)
     card: ModelCard = ModelCard.from_template(metadata, template_str=template, **found)
     return card

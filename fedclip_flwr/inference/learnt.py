@@ -13,7 +13,7 @@ from fedclip_flwr.base import UserError, content, files, hub
 from fedclip_flwr.base.text import some
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.features import FeatureFolder, models
-from fedclip_flwr.learning import Adapter, Classes, OneRound
+from fedclip_flwr.learning import Adapter, Classes, ClosedForm
 from fedclip_flwr.runs import history, saved
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Learnt(NamedTuple):
 
     folder: Path
     facts: Mapping[str, Any]
-    adapter: Adapter | OneRound | None
+    adapter: Adapter | ClosedForm | None
     whole: Path | None
 
     @property

@@ -31,7 +31,7 @@ from fedclip_flwr.data.vocabulary import templates_of, usable
 from fedclip_flwr.features import Clip, ahead, clip, encoding, models
 from fedclip_flwr.inference import card
 from fedclip_flwr.inference.learnt import find_learnt
-from fedclip_flwr.learning import Adapter, Classes, OneRound
+from fedclip_flwr.learning import Adapter, Classes, ClosedForm
 from fedclip_flwr.runs import saved
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class FedCLIP(
         self,
         loaded: clip.Clip,
         vocabulary: Vocabulary,
-        adapter: Adapter | OneRound | None = None,
+        adapter: Adapter | ClosedForm | None = None,
         facts: Mapping[str, Any] | None = None,
         origin: Path | None = None,
     ) -> None:
@@ -85,7 +85,7 @@ class FedCLIP(
         self.loaded, self.origin = loaded, origin
         self._scale, self._bias = loaded.scale, loaded.bias
         self.register_buffer("text", encoding.class_features(loaded, vocabulary), persistent=False)
-        self.head = adapter.head(self._numbered()) if isinstance(adapter, OneRound) else None
+        self.head = adapter.head(self._numbered()) if isinstance(adapter, ClosedForm) else None
         self.eval().to(loaded.device)
 
     @classmethod
@@ -142,7 +142,7 @@ class FedCLIP(
         vocabulary = usable(Vocabulary(self.class_names if names is None else tuple(names), templates))
         names = vocabulary.class_names
         facts = {**self.facts, "class_names": list(names), "templates": list(templates), "prompts": vocabulary.prompts}
-        if isinstance(self.adapter, OneRound):
+        if isinstance(self.adapter, ClosedForm):
             facts["learnt_classes"] = saved.learnt_classes(self.facts)
         return type(self)(self.loaded, vocabulary, self.adapter, facts, self.origin)
 

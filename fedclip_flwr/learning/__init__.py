@@ -5,7 +5,8 @@ Independent of files, of CLIP and of Flower. May import: base.
 
 from fedclip_flwr.learning.adapters import Adapter, make_adapter
 from fedclip_flwr.learning.base import Classes, Examples, Learner
-from fedclip_flwr.learning.one_round import OneRound
+from fedclip_flwr.learning.gradient import OneGradient
+from fedclip_flwr.learning.one_round import ClosedForm, OneRound
 from fedclip_flwr.learning.recipes import RECIPES, Recipe
 from fedclip_flwr.learning.training import evaluate, examine, train
 
@@ -13,8 +14,10 @@ __all__ = [
     "RECIPES",
     "Adapter",
     "Classes",
+    "ClosedForm",
     "Examples",
     "Learner",
+    "OneGradient",
     "OneRound",
     "Recipe",
     "evaluate",

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.learning.base import Classes, Examples, Learner
-from fedclip_flwr.learning.one_round import Head
+from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.learning.one_round import ClosedForm, Head
 from fedclip_flwr.learning.sums import BASIS, ROWS, coordinates, length
 
 SENT = ("gradient", "counts")
@@ -43,6 +43,8 @@ WHOLE = 2 ** (2 * PLACES)
 UNIT = 1 / WHOLE
 BELOW = 1 - 2.0**-30
 """What factors are multiplied by, so that no rounding of floats makes them longer than they may be."""
+COUNTED = int(COUNT * BELOW * WHOLE)
+"""What an image adds to its class's count."""
 FINEST = 40
 """Binary digits of a probability."""
 TERMS = 17
@@ -57,17 +59,17 @@ class Steps(NamedTuple):
     noise: float = 0.25  # the deviation that noise may give a logit, at most
 
 
-class OneGradient(Learner):
+class OneGradient(ClosedForm):
     """The gradients of all sites, and the step that follows from them. Without images it is zero-shot.
 
     Its state is all that it needs elsewhere. `images` is how many there are, `noise` the deviation of the noise in each
     number, in units: both are public.
     """
 
+    SENT, NEEDED = SENT, "prompts"
     prompts: Tensor
     steps: Tensor
     gradient: Tensor
-    counts: Tensor
     images: Tensor
     noise: Tensor
 
@@ -91,14 +93,8 @@ class OneGradient(Learner):
         made.prompts = prompts_of(text)
         return made
 
-    def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(features, dim=-1)
-
-    def logits(self, features: Tensor, classes: Classes) -> Tensor:
-        return self.head(classes).forward(features)
-
     def head(self, classes: Classes) -> Head:
-        """What predicts these classes; `classes.numbers` says which of the run's own they are. New ones stay."""
+        """As of any closed form; new classes stay what their prompts are."""
         text = F.normalize(classes.text.detach().cpu().double(), dim=-1)
         numbers = torch.arange(len(text)) if classes.numbers is None else torch.tensor(classes.numbers)
         own, known = numbers.clamp_min(0), numbers >= 0
@@ -160,7 +156,7 @@ def gradient_of(examples: Examples, prompts: Tensor, scale: float) -> State:
         left = torch.cat([GRADIENT * pulls(features, batch.labels, prompts, scale), left_of_mean(features)], dim=1)
         right = coordinates(features, prompts[:0])
         gradient += (whole(left).T @ whole(right)).long()
-    counts = torch.bincount(examples.labels, minlength=classes) * int(COUNT * BELOW * WHOLE)
+    counts = torch.bincount(examples.labels, minlength=classes) * COUNTED
     return {"gradient": gradient.cpu(), "counts": counts.cpu()}
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,17 +52,39 @@ def width_of(statistics: str, classes: int, dim: int) -> int:
     return dim if statistics == "full" else min(dim, max(classes - 1, DIRECTIONS))
 
 
-class OneRound(Learner):
-    """The sums of all sites, and the closed form that follows from them. Without images it is zero-shot.
+class ClosedForm(Learner):
+    """A model that follows from sums over all images. Without images it is zero-shot.
+
+    `SENT` are the tensors of its state that sites answer with, `NEEDED` the one that they need for that.
+    """
+
+    SENT: ClassVar[tuple[str, ...]]
+    NEEDED: ClassVar[str]
+    counts: Tensor
+
+    def head(self, classes: Classes) -> Head:
+        """What predicts these classes; `classes.numbers` says which of the run's own they are."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1)
+
+    def logits(self, features: Tensor, classes: Classes) -> Tensor:
+        return self.head(classes).forward(features)
+
+
+class OneRound(ClosedForm):
+    """The sums of all sites, and the closed form that follows from them.
 
     Its state is all that it needs elsewhere. `prior` is a site's own: what it adds to the logits of its classes.
     """
+
+    SENT, NEEDED = SUMS, "basis"
 
     basis: Tensor
     prompts: Tensor
     constants: Tensor
     bits: Tensor
-    counts: Tensor
     sums: Tensor
     moments: Tensor
     prior: Tensor
@@ -112,14 +134,7 @@ class OneRound(Learner):
             self._fits = None
         self.constants = torch.tensor(constants, dtype=torch.float64)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(features, dim=-1)
-
-    def logits(self, features: Tensor, classes: Classes) -> Tensor:
-        return self.head(classes).forward(features)
-
     def head(self, classes: Classes) -> Head:
-        """What predicts these classes; `classes.numbers` says which of the run's own they are."""
         text = F.normalize(classes.text.detach().cpu().double(), dim=-1)
         numbers = torch.arange(len(text)) if classes.numbers is None else torch.tensor(classes.numbers)
         own = numbers.clamp_min(0)

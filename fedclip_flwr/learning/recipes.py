@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.base import Settings
-from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
 from fedclip_flwr.learning.adapters import Adapter, adapter_class, blank_adapter, make_adapter
 from fedclip_flwr.learning.base import Classes
-from fedclip_flwr.learning.one_round import OneRound
+from fedclip_flwr.learning.gradient import OneGradient
+from fedclip_flwr.learning.one_round import ClosedForm, OneRound
 
 
 def class_loss(features: Tensor, labels: Tensor, classes: Classes) -> Tensor:
@@ -107,15 +108,19 @@ def starts_as_zero_shot(settings: Settings) -> bool:
     return settings.method != "adapter" or settings.recipe != "paper" or adapter_class(settings.adapter).exact
 
 
-def new_part(settings: Settings, classes: Classes) -> Adapter | OneRound:
+def new_part(settings: Settings, classes: Classes) -> Adapter | ClosedForm:
     """What is learnt beside the frozen model: a new adapter, or the closed form without images."""
+    if settings.method == ONE_ROUND and settings.statistics == GRADIENT:
+        return OneGradient.new(classes.text)
     if settings.method == ONE_ROUND:
         return OneRound.new(settings.statistics, classes.text)
     return new_adapter(settings, classes.dim)
 
 
-def blank_part(settings: Settings, classes: int, dim: int) -> Adapter | OneRound:
+def blank_part(settings: Settings, classes: int, dim: int) -> Adapter | ClosedForm:
     """The same, to load a state into."""
+    if settings.method == ONE_ROUND and settings.statistics == GRADIENT:
+        return OneGradient(classes, dim)
     if settings.method == ONE_ROUND:
         return OneRound(settings.statistics, classes, dim)
     options = {"blend": settings.trained_blend, "length": length_of(settings)}

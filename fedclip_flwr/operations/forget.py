@@ -47,6 +47,10 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
             f"from {site} can't be taken out. Train again without it, from the start; or use method=one-round, whose "
             "results can forget a site exactly"
         )
+    if not run.known.keeps_sums:
+        raise UserError(
+            f"{run.name} keeps no sums of its sites, as it has noise or is a gradient: start a new run without {site}"
+        )
     found = history.versions(run.path)
     complete = [one for one in found if one.completed]
     affected = [one for one in complete if holds(one, site)]

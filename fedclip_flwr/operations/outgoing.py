@@ -64,6 +64,7 @@ MEANINGS = {
     "test-classes": "for each class: test images, correct ones, number of predictions",
     "counts": "images of each class that it trains on",
     "sums": "for each class the sum of their features; of a class with one image, that image's feature",
+    "gradient": "how the class prompts should move, summed over its images, and their mean; each adds a bounded part",
     "moments": "for each two directions the sum of products, over all images",
     "masked": "its update or sums, under masks that cancel out in the sum of all sites",
     "public": "two public keys, for this round only",

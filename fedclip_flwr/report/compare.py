@@ -68,7 +68,7 @@ def row(name: str, story: Story) -> list[str]:
         story.cost,
         f"{story.times_less:,.0f}" if story.times_less else "–",
         f"{story.seconds['total']:.0f}",
-        "–" if story.run.epsilon is None else f"{story.run.epsilon:.2f}",
+        "–" if story.run.epsilon is None else f"{story.run.epsilon:.2f} ({story.run.unit})",
     ]
 
 

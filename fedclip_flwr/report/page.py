@@ -78,7 +78,13 @@ def tiles(story: Story) -> list[Tile]:
         made.append(Tile("time", figure, "min" if long else "s", below))
     if story.run.epsilon is not None:
         below = f"at δ = {story.settings.delta:g}, {AGAINST.get(story.settings.dp, '')}"
-        made.append(Tile("privacy of a site: ε", f"{story.run.epsilon:.2f}", below=below))
+        made.append(
+            Tile(
+                f"privacy of {'an image' if story.run.unit == 'image' else 'a site'}: ε",
+                f"{story.run.epsilon:.2f}",
+                below=below,
+            )
+        )
     return made
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr.base import Settings, files
 from fedclip_flwr.base.roles import HOLDOUT
-from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
 from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 from fedclip_flwr.data import Vocabulary, held_out
 
@@ -19,7 +19,12 @@ if TYPE_CHECKING:  # they import torch, which commands on runs do not need
     from fedclip_flwr.server import RoundResult
 
 HEADINGS = ("round", "seen", "unseen", "val", "loss", "sites", "bytes", "seconds")
-UNCOVERED = "not covered: image counts, and the accuracies and losses that select the round"
+UNCOVERED = {
+    "site": "not covered: image counts, and the accuracies and losses that select the round",
+    "image": "not covered: image counts, which classes a site has, and scores on validation and test images",
+}
+"""What differential privacy does not hide, by its unit."""
+UNITS = {"site": "a site as a whole", "image": "each image"}
 NOT_THE_PAPERS = (
     "its adapter expects features of CLIP's own length, but some features here were normalised to unit length; set "
     "feature-norm=N, or feature_norm in features.json"
@@ -98,7 +103,11 @@ def _learning(settings: Settings, features: Features, hellos: Collection[Hello])
 def _privacy(settings: Settings) -> list[tuple[str, str]]:
     """The lines on privacy; none without differential privacy and secure aggregation."""
     facts = []
-    if settings.dp != "off":
+    if settings.hides_images:
+        shares = "each site adds its share of the noise" if settings.noise_leaves else "the server adds the noise"
+        who = "each site adds all of the noise" if settings.dp == "local" else shares
+        facts.append(f"{settings.dp}: {who}; ε = {settings.epsilon:g} for each image at δ = {settings.delta:g}")
+    elif settings.dp != "off":
         who, to = ("the server", "their sum") if settings.dp == "central" else ("each site", "its update")
         clip, noise = f"updates are clipped to {settings.clipping_norm:g}", f"noise of {settings.noise_multiplier:g}"
         facts.append(f"{settings.dp}: {clip}; {who} adds {noise} times that to {to}; ε is for δ = {settings.delta:g}")
@@ -106,7 +115,7 @@ def _privacy(settings: Settings) -> list[tuple[str, str]]:
         of = "the total of the sites' sums" if settings.method == ONE_ROUND else "the sum of the updates"
         facts.append(f"secure aggregation: the server sees only {of}")
     if settings.dp != "off" or settings.secure_aggregation:
-        facts.append(UNCOVERED)
+        facts.append(UNCOVERED[settings.dp_unit])
     return [("" if number else "privacy", fact) for number, fact in enumerate(facts)]
 
 
@@ -127,6 +136,8 @@ def _trained(settings: Settings, features: Features, tensors: State) -> str:
     holds = f"{numbers:,} numbers in {counted(len(tensors), 'tensor')}"
     if settings.method == "full-model":
         return f"the whole model: {holds}"
+    if settings.method == ONE_ROUND and settings.statistics == GRADIENT:
+        return f"nothing: one gradient of the prompts of {counted(len(tensors['counts']), 'class')}"
     if settings.method == ONE_ROUND:
         classes, width = tensors["sums"].shape
         return f"nothing: sums for {counted(classes, 'class')} in {width} of {features.classes.dim} directions"
@@ -140,10 +151,12 @@ def _trained(settings: Settings, features: Features, tensors: State) -> str:
 
 def _traffic(settings: Settings, tensors: State) -> str:
     if settings.method == ONE_ROUND:
-        from fedclip_flwr.learning.one_round import SUMS  # see above
+        from fedclip_flwr.learning import OneGradient, OneRound  # see above
 
-        up, all_of_it = (sum(tensors[name].nbytes for name in names) for names in (SUMS, tuple(tensors)))
-        return f"{bytes_of(tensors['basis'].nbytes)} to a site, {bytes_of(up)} back, then {bytes_of(all_of_it)} to it"
+        form = OneGradient if settings.statistics == GRADIENT else OneRound
+        up, all_of_it = (sum(tensors[name].nbytes for name in names) for names in (form.SENT, tuple(tensors)))
+        needed = bytes_of(tensors[form.NEEDED].nbytes)
+        return f"{needed} to a site, {bytes_of(up)} back, then {bytes_of(all_of_it)} to it"
     from fedclip_flwr.exchange.codecs import packed_size, packs  # see above
 
     packed = packs(settings.codec)
@@ -289,9 +302,11 @@ def _spent(summary: dict[str, Any]) -> list[str]:
     """A line on the privacy spent, if any."""
     if not (private := summary.get("privacy")):
         return []
-    trusted = "anyone but the server" if private["dp"] == "central" else "anyone, including the server"
-    spent = f"{private['epsilon']:.2f} at δ = {private['delta']:g}"
-    return [f"Site-level privacy against {trusted}: ε = {spent}; {UNCOVERED}."]
+    unit = private.get("unit", "site")
+    hidden = private["dp"] == "local" or private.get("shares")
+    trusted = "anyone, including the server" if hidden else "anyone but the server"
+    spent = f"ε = {private['epsilon']:.2f} at δ = {private['delta']:g}"
+    return [f"Privacy of {UNITS[unit]} against {trusted}: {spent}; {UNCOVERED[unit]}."]
 
 
 def left_out(failures: Iterable[tuple[int, str, str]]) -> list[str]:

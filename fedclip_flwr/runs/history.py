@@ -193,6 +193,11 @@ class Run:
         return (self.summary.get("privacy") or last).get("epsilon")
 
     @property
+    def unit(self) -> str:
+        """What ε is for: a `site`, or an `image`."""
+        return self.known.dp_unit
+
+    @property
     def failures(self) -> list[tuple[int, str, str]]:
         """The round, the site and the reason of each failure."""
         return [(each["round"], str(each["site"]), str(each["why"])) for each in self.summary.get("failures", [])]

@@ -93,6 +93,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "times_less": traffic.get("times_less"),
         "seconds": summary["seconds"]["total"] if run.completed else sum(line["seconds"] for line in lines),
         "epsilon": run.epsilon,
+        "dp_unit": run.unit,
         "failures": [dict(zip(("round", "site", "why"), failure, strict=True)) for failure in run.failures],
         "package": settings.get("package"),
         "report": str(report) if report.is_file() else None,
@@ -141,7 +142,7 @@ def _one(read: Run, run: dict[str, Any]) -> str:
         ("traffic", f"{_bytes(run['bytes_per_site_round'])} a site and round, {_bytes(run['bytes'])} in all"),
         ("", f"FedAVG of the whole model: {less:,.0f} times as much" if less and run["method"] != "full-model" else ""),
         ("seconds", f"{run['seconds']:.0f}"),
-        ("privacy", "" if run["epsilon"] is None else f"ε = {run['epsilon']:.2f} for a site as a whole"),
+        ("privacy", "" if run["epsilon"] is None else f"ε = {run['epsilon']:.2f} for {console.UNITS[run['dp_unit']]}"),
         ("report", run["report"] or ""),
     ]
     by_site, results = list[str](), read.summary
@@ -191,7 +192,7 @@ RESULTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "mean of the sites' own": lambda run: percent(run["personal"]),
     "bytes a site and round": lambda run: _bytes(run["bytes_per_site_round"]),
     "seconds": lambda run: f"{run['seconds']:.0f}",
-    "ε": lambda run: NOTHING if run["epsilon"] is None else f"{run['epsilon']:.2f}",
+    "ε": lambda run: NOTHING if run["epsilon"] is None else f"{run['epsilon']:.2f} ({run['dp_unit']})",
 }
 """The results of runs side by side, and how each is shown."""
 

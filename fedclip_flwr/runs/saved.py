@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 
 from fedclip_flwr.base import Settings, UserError, content, files, store, tensorfile
 from fedclip_flwr.base.errors import one_line
-from fedclip_flwr.base.settings import FORMS, MOST_NORM, ONE_ROUND
+from fedclip_flwr.base.settings import FORMS, GRADIENT, MOST_NORM, ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.data.vocabulary import check_classes
 from fedclip_flwr.features import Features, Pixels, models
-from fedclip_flwr.learning import Adapter, OneRound
+from fedclip_flwr.learning import Adapter, ClosedForm, OneGradient, OneRound
 from fedclip_flwr.learning.adapters import adapter_class, blank_adapter
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.runs.history import FACTS as FACTS
@@ -109,7 +109,7 @@ def write_tensors(path: Path, state: State, number: int, setting: str = "FEDCLIP
     files.write_atomic(path, lambda part: tensorfile.save(state, part, header), setting)
 
 
-def load_adapter(folder: Path) -> tuple[Adapter | OneRound, dict[str, Any]]:
+def load_adapter(folder: Path) -> tuple[Adapter | ClosedForm, dict[str, Any]]:
     """The adapter in a folder, such as that of a run or one for the hub, and its facts."""
     described, tensors = folder / FACTS, folder / TENSORS
     if folder.is_dir() and not described.exists():
@@ -161,7 +161,7 @@ def load_whole(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _blank(facts: dict[str, Any]) -> Adapter | OneRound:
+def _blank(facts: dict[str, Any]) -> Adapter | ClosedForm:
     """An empty adapter as `adapter.json` describes it. It takes no memory yet: the file may claim any size."""
     kind, dim, rank, blend = (facts[key] for key in ("kind", "dim", "rank", "blend"))
     if kind != ONE_ROUND:
@@ -178,8 +178,10 @@ def _blank(facts: dict[str, Any]) -> Adapter | OneRound:
         raise ValueError(f"its feature_norm is {length!r}, expected a number from 0 to {MOST_NORM:,.0f}")
     _check_texts(facts)
     if kind == ONE_ROUND:
-        if (statistics := facts["statistics"]) not in FORMS:
-            raise ValueError(f"its statistics is {statistics!r}, expected one of {', '.join(FORMS)}")
+        if (statistics := facts["statistics"]) == GRADIENT:
+            return OneGradient(len(learnt_classes(facts)), dim)
+        if statistics not in FORMS:
+            raise ValueError(f"its statistics is {statistics!r}, expected one of {', '.join((*FORMS, GRADIENT))}")
         width = dim if statistics == "full" else facts.get("directions", 0)  # earlier versions never added classes
         if type(width) is not int or not 0 <= width <= dim:
             raise ValueError(f"its directions are {width!r}, expected a number from 0 to {dim}")

@@ -49,7 +49,13 @@ def summary_of(
         },
         "privacy": None
         if outcome.epsilon is None
-        else {"dp": settings.dp, "epsilon": outcome.epsilon, "delta": settings.delta},
+        else {
+            "dp": settings.dp,
+            "unit": settings.dp_unit,
+            "epsilon": outcome.epsilon,
+            "delta": settings.delta,
+            "shares": settings.noise_leaves and settings.dp == "central",
+        },
         "seconds": seconds,
         "rounds": outcome.rounds,
         "resumed": resumed,

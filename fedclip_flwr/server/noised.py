@@ -14,7 +14,7 @@ from fedclip_flwr.server.averaging import Gathered, Mean
 
 def of_sum(mean: State, base: Mapping[str, Tensor], sites: int, settings: Settings) -> State:
     """The mean of the updates of `sites` sites, which have clipped them themselves, with the server's noise."""
-    if settings.dp != "central":
+    if settings.dp != "central" or settings.hides_images:
         return mean
     cut = clipped(mean, base, settings.clipping_norm)  # changes nothing if the sites have clipped as they should
     return noised(cut, settings.noise_multiplier * settings.clipping_norm / sites)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -19,15 +19,19 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError
-from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.exchange import Report
 from fedclip_flwr.exchange.records import read_adapter, write_adapter
-from fedclip_flwr.learning.one_round import SUMS, means_of, positive, symmetric
+from fedclip_flwr.learning.gradient import COUNTED, WHOLE, OneGradient
+from fedclip_flwr.learning.one_round import SUMS, OneRound, means_of, positive, symmetric
 from fedclip_flwr.learning.sums import bits_for, unit_of
-from fedclip_flwr.server.averaging import Gathered
+from fedclip_flwr.server.averaging import Gathered, Gathering
 from fedclip_flwr.server.strategy import AdapterFedAvg, LedgerError
+
+if TYPE_CHECKING:
+    from fedclip_flwr.exchange.private_sums import Hiding
 
 MOST = 3.0
 """With a robust strategy, a site's images count for at most this many times the sites' median."""
@@ -89,10 +93,14 @@ class OneRoundStrategy(AdapterFedAvg):
     ) -> None:
         super().__init__(like, names, replace(settings, site_weights="examples", max_site_weight=0.0), claims, classes)
         share = share_of(settings)
-        self._ledger = ledger or Ledger()
+        self._settings, self._ledger = settings, ledger or Ledger()
+        self._form = OneGradient if settings.statistics == GRADIENT else OneRound
+        self._hiding: Hiding | None = None
         self._gather = partial(Total, ledger=self._ledger)
         if share is not None:
             self._gather = partial(Bounded, ledger=self._ledger, share=share)
+        elif settings.hides_images or settings.statistics == GRADIENT:
+            self._gather = self._noised
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -100,19 +108,31 @@ class OneRoundStrategy(AdapterFedAvg):
         sent = read_adapter(arrays, self.like)
         asked = {self.names[node] for node in grid.get_node_ids()}
         others = sum(given.images for site, given in self._ledger.sites.items() if site not in asked)
-        bits = bits_for(others + sum(int(self._claims(site)) for site in asked))
+        images = others + sum(int(self._claims(site)) for site in asked)
+        bits = bits_for(images)
         if self._ledger.bits > bits:
             raise UserError("with these sites there are too many images for the unit of the earlier sums: start anew")
-        config["bits"] = self._ledger.bits or bits
-        sent["bits"] = torch.tensor(config["bits"])
-        return self._addressed(server_round, write_adapter({"basis": sent["basis"]}), sent, config, grid)
+        bits = self._ledger.bits or bits
+        config["bits"] = bits
+        if "bits" in sent:
+            sent["bits"] = torch.tensor(bits)
+        if self._settings.hides_images:
+            from fedclip_flwr.exchange.private_sums import Hiding  # imports an extra
+
+            self._hiding = Hiding.of(self._settings, self.answered, sent[self._form.NEEDED], bits)
+            self._hiding.check_blur(self.answered, images, len(asked))
+        needed = {self._form.NEEDED: sent[self._form.NEEDED]}
+        return self._addressed(server_round, write_adapter(needed), sent, config, grid)
 
     def counts(self, site: str, report: Report) -> bool:
         return super().counts(site, report) or site in self._ledger.sites
 
     @property
     def answered(self) -> State:
-        return {name: self.like[name] for name in SUMS}
+        return {name: self.like[name] for name in self._form.SENT}
+
+    def _noised(self, sent: State) -> Gathering:
+        return PlainTotal(sent, self.answered, self._hiding)
 
     def of_total(self, sums: State, leaving: Collection[str] = ()) -> State:
         """The state with these sums of all sites in `reports`, of which none is known alone.
@@ -120,6 +140,10 @@ class OneRoundStrategy(AdapterFedAvg):
         They are added to those of the earlier version. Raises `UserError` unless these can then be the sums of the
         images that all its sites claim.
         """
+        if self._hiding or self._form is OneGradient:
+            whole = PlainTotal(self._sent, self.answered, self._hiding)
+            whole.add_all(sums, sum(int(self._claims(site)) for site in self.reports), len(self.reports))
+            return whole.made()
         before, earlier = self._ledger.total, self._ledger.sites
         self.given = {site: (0 if site in leaving else int(self._claims(site)), 0) for site in self.reports}
         images = sum(count for count, _ in {**{site: of[:2] for site, of in earlier.items()}, **self.given}.values())
@@ -176,6 +200,40 @@ class Total:
     def close(self) -> Gathered:
         made = {**self._sent, **self._total} if self._total["counts"].any() else None
         return Gathered(made, {}, contributions=self._contributions)
+
+
+class PlainTotal:
+    """A total of which only the sum is known later: one with noise that hides each image, or a gradient."""
+
+    def __init__(self, sent: State, like: State, hiding: Hiding | None) -> None:
+        self._sent, self._hiding = sent, hiding
+        self._total = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+        self._images = self._sites = 0
+
+    def add(self, site: str, state: Mapping[str, Tensor], weight: float) -> None:
+        images = int(weight)
+        if self._hiding and self._hiding.place != "central":
+            self._hiding.check_length(state, images)
+        elif "gradient" in state:
+            check_gradient(state, images)
+        else:
+            check(state, images, unit_of(int(self._sent["bits"])), not len(self._sent["basis"]))
+        self.add_all(state, images, 1)
+
+    def add_all(self, sums: Mapping[str, Tensor], images: int, sites: int) -> None:
+        """Adds the sums of so many sites."""
+        for name, total in self._total.items():
+            total += sums[name]
+        self._images, self._sites = self._images + images, self._sites + sites
+
+    def close(self) -> Gathered:
+        return Gathered(self.made() if self._images else None, {})
+
+    def made(self) -> State:
+        """The state that follows from the total."""
+        if self._hiding is None:
+            return {**self._sent, **self._total, "images": torch.tensor(self._images)}
+        return {**self._sent, **self._hiding.made(self._hiding.at_server(self._total), self._images, self._sites)}
 
 
 class Bounded:
@@ -236,6 +294,14 @@ def trimmed(values: Tensor, cut: int) -> Tensor:
     """The mean without so many values at each end, number by number; the median of too few."""
     cut = min(cut, (len(values) - 1) // 2)
     return values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0)
+
+
+def check_gradient(sums: Mapping[str, Tensor], images: int) -> None:
+    """Raises `UserError` unless a gradient can be that of so many images."""
+    if int(sums["counts"].min()) < 0 or int(sums["counts"].sum()) != images * COUNTED:
+        raise UserError(f"its counts are not those of {counted(images, 'image')}")
+    if (found := float(torch.linalg.vector_norm(sums["gradient"].double())) / WHOLE) > images:
+        raise UserError(f"its gradient is {found:.3g} long, expected at most {images:,}, one for each image")
 
 
 def check(sums: Mapping[str, Tensor], images: int, unit: float, full: bool) -> None:

@@ -109,6 +109,8 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
         raise UserError("dp='local' in the node config needs noise-multiplier there: else the server would set it")
     if "data" in node:
         given = {key: value for key, value in given.items() if not key.endswith("-column")}  # the server's columns
+    if "epsilon" in node:
+        _check_epsilon(Settings.from_run_config(given), node["epsilon"])
     own = {key: node[key] for key in OWNER_KEYS if key in node}
     if given.get("secure-aggregation"):
         own.pop("secure-aggregation", None)  # an owner can turn it on, but not off
@@ -125,6 +127,17 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
     if not simulated and "data" not in node and local_data:
         raise UserError("this site's data is not set: start its SuperNode with --node-config \"data='folder:/PATH'\"")
     return settings
+
+
+def _check_epsilon(run: Settings, most: object) -> None:
+    """Raises unless what leaves in this run has noise for each image, with the ε that the owner allows or less."""
+    if not isinstance(most, int | float) or most <= 0:
+        raise UserError(f"epsilon = {most!r} in the node config: expected a number above 0, the most for an image")
+    if not run.noise_leaves or run.epsilon > most:
+        raise UserError(
+            f"this site takes part only in runs that hide each image before anything leaves, with epsilon of at most "
+            f"{most:g}: dp-unit='image' dp='local' (or dp='central' secure-aggregation=true) epsilon={most:g}"
+        )
 
 
 @lru_cache(maxsize=64)

@@ -10,14 +10,15 @@ from flwr.app import RecordDict
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import ONE_ROUND
-from fedclip_flwr.exchange import ExchangeError, Report, Task, privacy
+from fedclip_flwr.exchange import Report, Task, privacy
 from fedclip_flwr.exchange.link import SiteCache
-from fedclip_flwr.exchange.records import mark_of, read_task, write_answer
+from fedclip_flwr.exchange.records import read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
 from fedclip_flwr.learning import (
     RECIPES,
     Adapter,
     Classes,
+    ClosedForm,
     Learner,
     OneRound,
     choosing,
@@ -27,11 +28,11 @@ from fedclip_flwr.learning import (
     train,
 )
 from fedclip_flwr.learning.recipes import learning_rate
-from fedclip_flwr.learning.sums import BITS, sums_of
 from fedclip_flwr.learning.training import personalize
 from fedclip_flwr.site.context import SiteContext
 from fedclip_flwr.site.given import GivenSums
 from fedclip_flwr.site.holdings import Site
+from fedclip_flwr.site.sums import blank_form, sums_to_send
 
 
 def answer_train(
@@ -50,7 +51,8 @@ def answer_train(
     """
     task, settings = read_task(content), context.settings
     if settings.method == ONE_ROUND:
-        return answer_sums(content, context, cache, by_class, memory, given)
+        sums = sums_to_send(content, context, cache, memory, given)
+        return write_answer(report_on(None, context, by_class), sums)
     learner = received(task, context, cache)
     report = report_on(learner, context, by_class)
     before = learner.on_cpu() if memory is not None or settings.dp != "off" else {}
@@ -62,31 +64,6 @@ def answer_train(
     from fedclip_flwr.exchange.secure import site  # imports cryptography, which few runs need
 
     return write_answer(report, site.masked(content, memory, trained, before))
-
-
-def answer_sums(
-    content: RecordDict,
-    context: SiteContext,
-    cache: SiteCache,
-    by_class: bool,
-    memory: Memory | None,
-    given: GivenSums | None,
-) -> RecordDict:
-    """Zero-shot's scores on this site's images, and the sums over its training images."""
-    task = read_task(content)
-    basis = cache.take(task, {"basis": blank(task, context).state_dict()["basis"]}, context.start)["basis"]
-    if not 0 < task.bits <= BITS:
-        raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits, expected 1 to {BITS}")
-    sums = sums_of(context.site.train, basis, len(context.classes.text), task.bits)
-    report = report_on(None, context, by_class)
-    if memory is None:
-        return write_answer(report, sums)
-    from fedclip_flwr.exchange.secure import site  # as above
-
-    if given:
-        unit = f"{mark_of({'basis': basis})}/{task.bits}"
-        sums = given.difference(sums, unit, *site.replacing(content))
-    return write_answer(report, site.masked_sums(content, memory, sums))
 
 
 def answer_evaluate(
@@ -112,19 +89,9 @@ def answer_evaluate(
     return write_answer(report)
 
 
-def blank(task: Task, context: SiteContext) -> Learner:
-    """A learner for the state in the message: classes may have been added since the directions were chosen."""
-    learner = context.blank()
-    if isinstance(learner, OneRound) and task.arrays and "basis" in task.arrays:
-        width, dim = (*task.arrays["basis"].shape, 0)[0], learner.basis.shape[1]
-        if width and width != len(learner.basis) and width < dim:
-            return OneRound("", len(learner.counts), dim, width)
-    return learner
-
-
 def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
     """The adapter in the message, or the whole model."""
-    learner = blank(task, context)
+    learner = blank_form(task, context) if context.settings.method == ONE_ROUND else context.blank()
     state = cache.take(task, learner.state_dict(), context.start)
     learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     if task.blend is not None and isinstance(learner, Adapter):
@@ -134,7 +101,7 @@ def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
 
 def report_on(learner: Learner | None, context: SiteContext, by_class: bool) -> Report:
     """The learner's scores, or zero-shot's, on the site's validation and test images."""
-    if isinstance(learner, OneRound) and not learner.images:
+    if isinstance(learner, ClosedForm) and not learner.counts.any():
         learner = None  # its own arithmetic would differ in the last digits
     site, test = context.site, examine(learner, context.site.test, context.classes)
     validation = evaluate(learner, site.validation, context.classes)

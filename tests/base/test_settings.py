@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ CONTRACT: dict[str, Any] = {
     "hostile-share": 0.2,
     "max-site-weight": 3.0,
     "dp": "off",
+    "dp-unit": "site",
+    "epsilon": 0.0,
     "noise-multiplier": 1.0,
     "clipping-norm": 0.5,
     "delta": 1e-5,
@@ -171,7 +174,6 @@ def test_what_is_for_adapters_is_refused_for_the_full_model(what: dict[str, Any]
         {"feature-norm": 10},
         {"blend": "auto"},
         {"codec": "int8"},
-        {"dp": "local"},
         {"fraction-train": 0.5},
     ],
 )
@@ -249,3 +251,36 @@ def test_all_bad_settings_are_reported_at_once() -> None:
 def test_unusable_values_are_reported(key: str, value: object, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         Settings.from_run_config({key: value})
+
+
+IMAGE = {"method": "one-round", "dp": "central", "dp-unit": "image", "epsilon": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (
+            {"dp-unit": "image"},
+            "dp-unit = 'image': it is for method = 'one-round'; adapters that are trained hide sites",
+        ),
+        ({"method": "one-round", "dp-unit": "image"}, "dp-unit = 'image': set dp = 'central' or 'local', too"),
+        (
+            {"method": "one-round", "dp": "local"},
+            "with one-round it hides each image: set dp-unit = 'image', and epsilon",
+        ),
+        (IMAGE | {"epsilon": 0}, "epsilon = 0.0: dp-unit = 'image' needs it"),
+        (IMAGE | {"epsilon": 21}, "epsilon = 21: expected at most 20"),
+        ({"epsilon": 1}, "epsilon = 1.0: it is for dp-unit = 'image'; else noise-multiplier sets the noise"),
+        (IMAGE | {"noise-multiplier": 2}, "noise-multiplier = 2.0: it is for dp-unit = 'site'"),
+        (IMAGE | {"strategy": "fedmedian"}, "with noise for each image the total is a plain one; leave it out"),
+        (IMAGE | {"one-round-choose": True}, "what sites choose by has no noise; leave it out with dp"),
+        (IMAGE | {"update": "latest"}, "only exact sums, without noise, can be updated; start a new run"),
+        ({"method": "one-round", "statistics": "gradient", "personalize": True}, "leave it out with statistics"),
+        ({"method": "one-round", "leave": "north"}, "it is for updates with secure-aggregation = true"),
+    ],
+)
+def test_noise_for_images_and_what_does_not_go_with_it(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=re.escape(why)):
+        Settings.from_run_config(given)
+    settings = Settings.from_run_config({**IMAGE, "statistics": "gradient"})
+    assert (settings.hides_images, settings.noise_leaves, settings.keeps_sums) == (True, False, False)

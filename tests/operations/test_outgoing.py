@@ -18,6 +18,7 @@ from fedclip_flwr.exchange.records import BY_CLASS, CHOICES, FIGURES, HELLO, PRO
 from fedclip_flwr.exchange.secure import protocol
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning.adapters import ADAPTERS, tensor_names
+from fedclip_flwr.learning.gradient import SENT
 from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.operations import outgoing
 from tests import forked
@@ -159,7 +160,7 @@ def test_an_error_is_shown_as_it_would_leave(tree: Path) -> None:
 def test_every_value_has_a_meaning() -> None:
     meanings = outgoing.MEANINGS | outgoing.FIGURES
     masked = frozenset().union(*protocol.ANSWERS.values())
-    assert meanings.keys() == HELLO | PROGRESS | FIGURES | CHOICES | BY_CLASS | masked | {*SUMS, protocol.MASKED}
+    assert meanings.keys() == HELLO | PROGRESS | FIGURES | CHOICES | BY_CLASS | masked | {*SUMS, *SENT, protocol.MASKED}
 
 
 @pytest.mark.parametrize("statistics", ["span", "full"])

@@ -128,7 +128,7 @@ def test_runs_side_by_side_show_what_differs(tmp_path: Path) -> None:
     assert ["seen:", "gain", "+25.0", "-25.0"] in table
     assert ["unseen:", "gain", "+25.0", "+0.0"] in table
     assert ["seconds", "12", "4"] in table
-    assert ["ε", "–", "3.00"] in table
+    assert ["ε", "–", "3.00", "(site)"] in table
     assert "own" not in text  # neither has any
     assert text.endswith("different versions of this package.")
     again = show(["a", str(tmp_path / "a")], tmp_path, False)

@@ -1,0 +1,57 @@
+"""A site's answer in one round: the sums over its training images, exact, noised, or masked."""
+
+from __future__ import annotations
+
+from flwr.app import RecordDict
+
+from fedclip_flwr.base.settings import GRADIENT
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.exchange import ExchangeError, Task
+from fedclip_flwr.exchange.link import SiteCache
+from fedclip_flwr.exchange.records import mark_of, read_task
+from fedclip_flwr.exchange.secure.protocol import Memory
+from fedclip_flwr.learning import ClosedForm, OneRound
+from fedclip_flwr.learning.gradient import gradient_of
+from fedclip_flwr.learning.noised_sums import most_of
+from fedclip_flwr.learning.sums import BITS, sums_of
+from fedclip_flwr.site.context import SiteContext
+from fedclip_flwr.site.given import GivenSums
+
+
+def blank_form(task: Task, context: SiteContext) -> ClosedForm:
+    """A learner for the state in the message: classes may have been added since the directions were chosen."""
+    learner = context.blank()
+    assert isinstance(learner, ClosedForm)
+    if isinstance(learner, OneRound) and task.arrays and "basis" in task.arrays:
+        width, dim = (*task.arrays["basis"].shape, 0)[0], learner.basis.shape[1]
+        if width and width != len(learner.basis) and width < dim:
+            return OneRound("", len(learner.counts), dim, width)
+    return learner
+
+
+def sums_to_send(
+    content: RecordDict, context: SiteContext, cache: SiteCache, memory: Memory | None, given: GivenSums | None
+) -> State:
+    """The tensors of the answer."""
+    task, settings, site = read_task(content), context.settings, context.site
+    learner = blank_form(task, context)
+    needed = cache.take(task, {learner.NEEDED: learner.state_dict()[learner.NEEDED]}, context.start)[learner.NEEDED]
+    if not 0 < task.bits <= BITS:
+        raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits, expected 1 to {BITS}")
+    if settings.statistics == GRADIENT:
+        sums = gradient_of(site.train, needed, float(context.classes.scale))
+    else:
+        most = most_of(needed) if settings.hides_images else 1.0
+        sums = sums_of(site.train, needed, len(context.classes.text), task.bits, most)
+    if settings.noise_leaves:
+        from fedclip_flwr.exchange.private_sums import Hiding  # imports an extra
+
+        exact, hiding = sums, Hiding.of(settings, sums, needed, task.bits)
+        sums = cache.once(site.name, sums, lambda: hiding.leaving(exact))
+    if memory is None:
+        return sums
+    from fedclip_flwr.exchange.secure import site as secure  # imports cryptography, which few runs need
+
+    if given:
+        sums = given.difference(sums, f"{mark_of({learner.NEEDED: needed})}/{task.bits}", *secure.replacing(content))
+    return secure.masked_sums(content, memory, sums)
