@@ -74,6 +74,35 @@ def report(
 
 
 @command()
+def audit(
+    run: Annotated[str, typer.Argument(metavar="[RUN]", show_default=False)] = "latest",
+    site: Annotated[
+        list[str] | None, option("Only this site's images (default: those of all sites).", "--site", metavar="NAME")
+    ] = None,
+    data: Annotated[str, option("A real site's own images, as in its node config; with --site.")] = "",
+    canaries: Annotated[
+        int, option("Simulate the run again with N canaries in it, and attack those.", "--canaries", metavar="N")
+    ] = 0,
+    confidence: Annotated[float, option("How certain the lower bound is (default: 0.95).")] = 0.95,
+    as_json: Annotated[bool, option("Print JSON.", "--json")] = False,
+    results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
+) -> None:
+    """Attack a run's result: what it tells of which images were trained on, and the least ε that follows from it.
+
+    Images that were trained on are compared with images of the same site and class that were not. The ε is a lower
+    bound, beside the one that the run claims: a stronger attack may tell more. A simulation's images are opened as its
+    settings say; a real site names its own with --data and --site. Canaries are random features, or with dp whole
+    sites, in a new simulation with the run's settings.
+
+    Examples: fedclip audit; fedclip audit study --canaries 200; fedclip audit study --site north --data /images
+    """
+    from fedclip_flwr.experiments import audit  # not for --help: it brings torch
+
+    options = audit.AuditOptions(run, site or [], data, results_dir, canaries, confidence, as_json)
+    typer.echo(audit.audit(options, (lambda text: typer.echo(text, err=True)) if sys.stderr.isatty() else None))
+
+
+@command()
 def forget(
     run: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
     site: Annotated[str, option("The site whose images are to be forgotten.", "--site", metavar="NAME")],

@@ -58,7 +58,7 @@ class Accuracies:
 class Result:
     """The accuracies after each round and of the selected round, with that round's blend and adapter.
 
-    `bytes`: what all messages of the run weigh, there and back.
+    `bytes`: what all messages of the run weigh, there and back. `last`: the adapter after the last round.
     """
 
     rounds: list[Accuracies]
@@ -66,6 +66,7 @@ class Result:
     blend: float
     state: State
     bytes: int
+    last: State
 
     @property
     def zero_shot(self) -> Accuracies:
@@ -131,13 +132,15 @@ def simulate(
     outcome = federation.run()
     if test_every_round:
         rounds = [_accuracies(result) for result in federation.results]
-        return Result(rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state, federation.bytes)
+        return Result(
+            rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state, federation.bytes, federation.last
+        )
     zero = accuracies_of(learner, sites, classes, apart, federation.results[0])
     learner.load_state_dict(outcome.state)
     if isinstance(learner, Adapter):
         learner.blend = outcome.blend
     selected = accuracies_of(learner, sites, classes, apart, outcome.adapted)
-    return Result([zero], selected, outcome.blend, outcome.state, federation.bytes)
+    return Result([zero], selected, outcome.blend, outcome.state, federation.bytes, federation.last)
 
 
 def accuracies_of(
@@ -175,6 +178,7 @@ class _Federation:
     scratch: Learner
     results: list[RoundResult] = field(default_factory=list)
     bytes: int = 0
+    last: State = field(default_factory=dict)
 
     def run(self) -> Outcome:
         start, session = self.learner.on_cpu(), Session("", Vocabulary((), ()), "", "simulate")
@@ -210,6 +214,7 @@ class _Federation:
     def on_selected(self, number: int, state: State, blend: float) -> None: ...
 
     def on_complete(self, state: RunState) -> None:
+        self.last = state.state
         self.after_round()
 
 

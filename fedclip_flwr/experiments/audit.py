@@ -1,0 +1,237 @@
+"""`fedclip audit`: what a run's result tells of who was trained on, and the least ε that follows from it.
+
+**A site's own images.** A site's images are split by lot: some are trained on, the others are not. Each image that was
+is put beside one of the same site and class that was not. Which one of the two was trained on is a bit drawn by lot,
+whatever the attacker knows of all else. With `--canaries` the bits are tossed for a new simulation (`canaries.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.text import percent, some, table
+from fedclip_flwr.data import Vocabulary
+from fedclip_flwr.exchange import privacy
+from fedclip_flwr.experiments.canaries import found_images, found_sites
+from fedclip_flwr.experiments.simulate import make_sites
+from fedclip_flwr.features import Features, Pixels, models, open_features
+from fedclip_flwr.learning import Classes, Examples, OneRound, membership
+from fedclip_flwr.learning.membership import Told
+from fedclip_flwr.report.heldout import trained
+from fedclip_flwr.runs import Run, history
+from fedclip_flwr.runs.saved import load_adapter, load_whole
+from fedclip_flwr.site import Site
+from fedclip_flwr.site.holdings import own_site, owners_config, together
+
+LEAST = 10
+"""Pairs or canaries that are needed."""
+MOST = 2000
+"""Pairs that are attacked; of more, as many by lot."""
+Say = Callable[[str], None] | None
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """The command's options; empty or 0 for the default."""
+
+    run: str
+    sites: Sequence[str]
+    data: str
+    results_dir: Path | None
+    canaries: int
+    confidence: float
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was told of whom: `who` is attacked, by whom; `claimed` is the ε that is claimed for a site."""
+
+    run: str
+    who: str
+    attacker: str
+    unit: str
+    told: Told
+    confidence: float
+    delta: float
+    claimed: float | None
+
+    def facts(self) -> dict[str, Any]:
+        found = self.told
+        return {
+            "run": self.run,
+            "attacked": self.who,
+            "attacker": self.attacker,
+            "bits": found.bits,
+            "guesses": found.guesses,
+            "right": found.right,
+            "auc": found.auc,
+            "auc_interval": [found.low, found.high],
+            "found_at_1_percent_false": found.found,
+            "confidence": self.confidence,
+            "delta": self.delta,
+            "epsilon_of": self.unit,
+            "epsilon_at_least": found.epsilon,
+            "epsilon_claimed": {"image": None, "site": self.claimed},
+        }
+
+    def text(self) -> str:
+        found, claimed = self.told, "none" if self.claimed is None else f"{self.claimed:.2f}"
+        rows = [
+            ("run", self.run),
+            ("attacked", self.who),
+            ("the attacker has", self.attacker),
+            ("guessed right", f"{found.right:,} of {found.guesses:,}"),
+            ("AUC", f"{found.auc:.3f} [{found.low:.3f}, {found.high:.3f}]"),
+            ("members found, at 1 % false", f"{percent(found.found)} %"),
+            (f"ε of {'an' if self.unit == 'image' else 'a'} {self.unit}, at least", f"{found.epsilon:.2f}"),
+            ("ε of an image, claimed", "none"),
+            ("ε of a site, claimed", claimed),
+        ]
+        how = f"(δ = {self.delta:g}, confidence {100 * self.confidence:g} %.)"
+        lines = "\n".join(line.rstrip() for line in table(rows, left=2).splitlines())
+        return f"{lines}\n\n{self._sentence()} {how}"
+
+    def _sentence(self) -> str:
+        if not self.told.epsilon:
+            return (
+                "This attack tells nothing for certain. That is no proof: a stronger one may, as may another with more "
+                "images or canaries."
+            )
+        if self.unit == "site" and self.claimed is not None and self.told.epsilon > self.claimed:
+            return "More can be told than the claimed ε allows: the claim is wrong."
+        return (
+            f"It can be told who was trained on, to this extent at least: any claim of a smaller ε of "
+            f"{'an' if self.unit == 'image' else 'a'} {self.unit} would be wrong. A stronger attack may tell more."
+        )
+
+
+def audit(options: AuditOptions, say: Say) -> str:
+    """The table, or its figures as JSON."""
+    if 0 < options.canaries < LEAST:
+        raise UserError(f"--canaries {options.canaries}: expected at least {LEAST}")
+    if not 0.5 <= options.confidence < 1:
+        raise UserError(f"--confidence {options.confidence:g}: expected at least 0.5, and less than 1")
+    run = history.find(options.run, options.results_dir)
+    if not run.completed:
+        raise UserError(f"{run.name} is not completed, so it has no result to audit: it is {run.status}")
+    settings, features, sites = opened(run, options)
+    audited = with_canaries if options.canaries else own_images
+    found = audited(run, settings, features, sites, options, say)
+    return json.dumps(found.facts(), indent=2) if options.as_json else found.text()
+
+
+def opened(run: Run, options: AuditOptions) -> tuple[Settings, Features, list[Site]]:
+    """The settings, features and sites that are audited; raises unless they are those of the run."""
+    settings = replace(run.known, resume="", update="", leave="", name="")
+    if not options.data and settings.data == "none":
+        raise UserError(f"{run.name}: its server had no images; a site can audit its own with --data and --site")
+    if options.data:
+        if len(options.sites) != 1:
+            raise UserError("--data: the name that the site has in the run is needed, too: --site NAME")
+        settings, problems = Settings.read({**settings.as_run_config(), "data": options.data})
+        if problems:
+            raise UserError("; ".join(problems.values()))
+    whole = settings.method == "full-model"
+    facts = load_whole(run.path / "model") if whole else load_adapter(run.path)[1]
+    features = open_features(settings, Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
+    examples: dict[str, list[int]] = run.summary["examples"]
+    if unknown := [name for name in options.sites if name not in examples]:
+        raise UserError(f"--site {unknown[0]}: {run.name} has no such site; its sites are {some(sorted(examples))}")
+    device, holdout = models.pick_device(settings.device), run.summary.get("holdout") or ""
+    if options.data:
+        config = owners_config({"site": options.sites[0]}, features.domains, holdout)
+        sites = [own_site(features, config, settings.seed, device)]
+    else:
+        how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
+
+        sites, _ = make_sites(features, holdout, run.settings["sites"], settings.seed, **how)
+    wanted = options.sites or list(examples)
+    found = [site for site in sites if site.name in wanted]
+    mine = {site.name: [len(part.labels) for part in (site.train, site.validation, site.test)] for site in found}
+    if mine != {name: examples[name] for name in wanted}:
+        raise UserError(
+            f"{settings.data}: these are not the images that {some(sorted(wanted))} had in {run.name}. A real site "
+            "audits its own images, with --data and --site; images that were added or removed since change all splits"
+        )
+    return settings, features, found if options.canaries == 0 else sites
+
+
+def own_images(
+    run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
+) -> Audit:
+    """What can be told of the sites' own images."""
+    chance = torch.Generator().manual_seed(seed_of(settings.seed, "audit", "pairs"))
+    first, second, known = pairs(sites, chance)
+    if (count := len(first.labels)) < LEAST:
+        raise UserError(
+            f"{run.name}: {count} pairs of images can be made, one of each trained on and one not, of the same site "
+            f"and class; at least {LEAST} are needed"
+        )
+    if say:
+        say(f"attacking {count} pairs of images…")
+    device = models.pick_device(settings.device)
+    learner, classes = trained(run.path, features).to(device), features.classes.ready(device)
+    if isinstance(learner, OneRound) and settings.strategy == "fedavg":
+        certain = membership.unmixed_pairs(learner, known, first, second).cpu()
+        inside, outside = certain, -certain
+    else:
+        unseeing = features.whole_model().to(device) if isinstance(features, Pixels) else None
+        inside, outside = (membership.drops(learner, unseeing, part, classes) for part in (first, second))
+    found = membership.told(inside, outside, inside - outside, settings.delta, options.confidence, steps=2)
+    who = f"{count:,} pairs of images, one of each trained on"
+    whose = some(options.sites) if options.sites else f"all {len(sites)} sites"
+    what = f"the result, and the images of {whose}"
+    return Audit(run.name, who, what, "image", found, options.confidence, settings.delta, run.epsilon)
+
+
+def pairs(sites: Sequence[Site], chance: torch.Generator) -> tuple[Examples, Examples, Examples]:
+    """Images that were trained on; for each one of the same site and class that was not; and all others that were."""
+    parts: list[tuple[Examples, Examples]] = []
+    rest: list[Examples] = []
+    for site in sites:
+        others = together([site.validation, site.test])
+        for number in site.class_numbers:
+            own, other = (shuffled(part, number, chance) for part in (site.train, others))
+            least = min(len(own.labels), len(other.labels))
+            parts.append((own.rows(slice(least)), other.rows(slice(least))))
+            rest.append(own.rows(slice(least, None)))
+    first, second = (together(side) for side in zip(*parts, strict=True))
+    order = torch.randperm(len(first.labels), generator=chance)
+    chosen, left = (rows.to(first.labels.device) for rows in (order[:MOST], order[MOST:]))
+    return first.rows(chosen), second.rows(chosen), together([*rest, first.rows(left)])
+
+
+def shuffled(examples: Examples, number: int, chance: torch.Generator) -> Examples:
+    """The examples of a class, in random order."""
+    rows: Tensor = (examples.labels == number).nonzero()[:, 0]
+    return examples.rows(rows[torch.randperm(len(rows), generator=chance).to(rows.device)])
+
+
+def with_canaries(
+    run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
+) -> Audit:
+    """What can be told of canaries in a new simulation."""
+    if isinstance(features, Pixels):
+        raise UserError(f"--canaries: {run.name} trained the whole model; canaries are for adapters and one round")
+    if options.data or options.sites:
+        raise UserError("--canaries: they are put into a simulation of all sites; leave out --site and --data")
+    classes: Classes = features.classes.ready(models.pick_device(settings.device))
+    which = found_images if settings.dp == "off" else found_sites
+    claimed = privacy.spent(settings, [settings.rounds])  # first: it may lack a package
+    found = which(sites, classes, settings, options.canaries, options.confidence)
+    unit, attacker = "image", "the result of a new simulation, and all other images"
+    if settings.dp != "off":
+        unit, attacker = "site", "the last adapter of a new simulation"
+        attacker = "each update in a new simulation" if settings.dp == "local" else attacker
+    who = f"{options.canaries:,} canary {unit}s, each in by the toss of a coin"
+    return Audit(run.name, who, attacker, unit, found, options.confidence, settings.delta, claimed)

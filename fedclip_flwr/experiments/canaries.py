@@ -1,0 +1,135 @@
+"""Canaries: what is put into a new simulation of a run for no other purpose than to be found again.
+
+Each one is in by the toss of a coin, so all that can be told of these coins is told by the result.
+
+- **images**: features in random directions, of random classes, at random sites. The result is compared with that of a
+  second simulation without any, which an attacker who knows all other images could make, too.
+- **sites**, for runs whose privacy is that of sites: their update is as long as may be, in a direction of their own.
+  With `dp=central` one that is out sends an update of zero, and the attacker has the adapter after the last round. With
+  `local` it sends the opposite, and the attacker is the server, which sees each update. That is what ε is about there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from flwr.app import Message, MessageType
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.tensors import State
+from fedclip_flwr.exchange import Report, privacy
+from fedclip_flwr.exchange.records import write_answer
+from fedclip_flwr.experiments.simulate import Result, Wrap, simulate
+from fedclip_flwr.flower.grids import Node
+from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, OneRound, membership
+from fedclip_flwr.learning.membership import Directions, Told, flat
+from fedclip_flwr.learning.metrics import Score, no_quality
+from fedclip_flwr.learning.recipes import new_part
+from fedclip_flwr.site import Site
+
+
+def found_images(sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float) -> Told:
+    """What can be told of canary images that were in a simulation of these settings."""
+    chance = torch.Generator().manual_seed(seed_of(settings.seed, "audit", "canaries"))
+    owners = torch.randint(len(sites), (count,), generator=chance)
+    inside = torch.rand(count, generator=chance) < 0.5
+    canaries = drawn(sites, classes, count, chance)
+    with_them = []
+    for number, site in enumerate(sites):
+        own = canaries.rows((inside & (owners == number)).to(canaries.labels.device))
+        train = Examples(*(torch.cat(parts) for parts in zip(site.train, own, strict=True)))
+        with_them.append(replace(site, train=train))
+
+    unseeing, learner = (learnt(which, classes, settings) for which in (sites, with_them))
+    if isinstance(learner, OneRound) and isinstance(unseeing, OneRound) and settings.strategy == "fedavg":
+        sums, others = (membership.Sums.of(each.state_dict(), int(each.bits)) for each in (learner, unseeing))
+        scores = membership.unmixed_images(learner, sums.less(others), canaries)
+    else:
+        scores = membership.by_gradients(learner, unseeing, canaries, classes)
+    return told_of(scores, inside, settings.delta, confidence)
+
+
+def drawn(sites: Sequence[Site], classes: Classes, count: int, chance: torch.Generator) -> Examples:
+    """Features in random directions, as long as images' own, of random classes."""
+    usual = next(site.train.features for site in sites if len(site.train.labels))
+    features = F.normalize(torch.randn(count, classes.dim, generator=chance), dim=1).to(usual)
+    labels = torch.randint(len(classes.text), (count,), generator=chance).to(usual.device)
+    return Examples(features * usual.norm(dim=1).mean(), labels)
+
+
+def learnt(sites: Sequence[Site], classes: Classes, settings: Settings) -> Learner:
+    """The result of a simulation."""
+    result = simulated(sites, classes, settings)
+    learner = new_part(settings, classes).to(classes.text.device)
+    learner.load_state_dict(result.state)
+    if isinstance(learner, Adapter):
+        learner.blend = result.blend
+    return learner
+
+
+def simulated(
+    sites: Sequence[Site], classes: Classes, settings: Settings, wrap: Wrap = lambda name, node: node
+) -> Result:
+    with tqdm(desc="simulating", total=settings.rounds, unit=" rounds", delay=2, leave=False) as bar:
+        return simulate(sites, classes, None, settings, test_every_round=False, after_round=bar.update, wrap=wrap)
+
+
+def told_of(scores: Tensor, inside: Tensor, delta: float, confidence: float) -> Told:
+    """What scores tell of coins: above the median they say that it is in."""
+    signed = torch.where(inside, 1, -1) * (scores - scores.quantile(0.5))
+    return membership.told(scores[inside], scores[~inside], signed, delta, confidence)
+
+
+def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float) -> Told:
+    """What can be told of canary sites by the adapter after the last round of a simulation of these settings."""
+    settings = replace(
+        settings, codec="float32", secure_aggregation=False, fraction_train=1.0, early_stop=0, site_weights="equal"
+    )
+    chance = torch.Generator().manual_seed(seed_of(settings.seed, "audit", "canaries"))
+    start = new_part(settings, classes).on_cpu()
+    if count > (numbers := len(flat(start.values()))):
+        raise UserError(f"--canaries {count}: an adapter of {numbers} numbers has room for as many; take fewer")
+    directions = Directions.drawn(numbers, count, chance)
+    inside = torch.rand(count, generator=chance) < 0.5
+    seen = torch.zeros(count, dtype=torch.float64)
+    out = 0.0 if settings.dp == "central" else -1.0
+    largest = max(sites, key=lambda site: len(site.train.labels))
+    none = largest.train.rows(slice(0))
+    names = {f"canary-{number}": number for number in range(count)}
+    canaries = [Site(name, largest.train, none, none, "canary") for name in names]
+
+    def wrap(name: str, node: Node) -> Node:
+        """A canary's node: it learns nothing, and sends its own update."""
+        if name not in names:
+            return node
+        length = settings.clipping_norm * (1.0 if inside[names[name]] else out)
+        update = shaped(length * directions.one(names[name]), start)
+
+        def answer(message: Message) -> Message:
+            if message.metadata.message_type != MessageType.TRAIN:
+                return node(message)
+            arrays = message.content.array_records["arrays"]
+            received: State = {key: torch.from_numpy(array.numpy()) for key, array in arrays.items()}
+            sent = privacy.at_site({key: tensor + update[key] for key, tensor in received.items()}, received, settings)
+            moved = flat(sent.values()) - flat(received.values())
+            seen[names[name]] += directions.along(moved)[names[name]]
+            report = Report(len(largest.train.labels), Score(0, 0, 0.0), no_quality(len(classes.text)))
+            return Message(write_answer(report, sent), reply_to=message)
+
+        return answer
+
+    result = simulated([*sites, *canaries], classes, settings, wrap)
+    if settings.dp == "central":
+        seen = directions.along(flat(result.last.values()) - flat(start.values()))
+    return told_of(seen, inside, settings.delta, confidence)
+
+
+def shaped(vector: Tensor, like: State) -> State:
+    parts = torch.split(vector, [tensor.numel() for tensor in like.values()])
+    return {name: part.view(like[name].shape).float() for name, part in zip(like, parts, strict=True)}
