@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.base.text import percent, some, table
+from fedclip_flwr.base.text import counted, percent, some, table
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.canaries import found_images, found_sites
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, Pixels, models, open_features
-from fedclip_flwr.learning import Classes, Examples, OneRound, membership
+from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
 from fedclip_flwr.learning.membership import Told
 from fedclip_flwr.report.heldout import trained
 from fedclip_flwr.runs import Run, history
@@ -170,28 +170,39 @@ def own_images(
     run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
 ) -> Audit:
     """What can be told of the sites' own images."""
-    chance = torch.Generator().manual_seed(seed_of(settings.seed, "audit", "pairs"))
-    first, second, known = pairs(sites, chance)
-    if (count := len(first.labels)) < LEAST:
-        raise UserError(
-            f"{run.name}: {count} pairs of images can be made, one of each trained on and one not, of the same site "
-            f"and class; at least {LEAST} are needed"
-        )
-    if say:
-        say(f"attacking {count} pairs of images…")
     device = models.pick_device(settings.device)
+    unseeing = features.whole_model().to(device) if isinstance(features, Pixels) else None
     learner, classes = trained(run.path, features).to(device), features.classes.ready(device)
-    if isinstance(learner, OneRound) and settings.strategy == "fedavg":
-        certain = membership.unmixed_pairs(learner, known, first, second).cpu()
-        inside, outside = certain, -certain
-    else:
-        unseeing = features.whole_model().to(device) if isinstance(features, Pixels) else None
-        inside, outside = (membership.drops(learner, unseeing, part, classes) for part in (first, second))
-    found = membership.told(inside, outside, inside - outside, settings.delta, options.confidence, steps=2)
-    who = f"{count:,} pairs of images, one of each trained on"
+    if say:
+        say(f"attacking the images of {counted(len(sites), 'site')}…")
+    found = attacked(learner, unseeing, sites, classes, settings, options.confidence)
+    who = f"{found.bits:,} pairs of images, one of each trained on"
     whose = some(options.sites) if options.sites else f"all {len(sites)} sites"
     what = f"the result, and the images of {whose}"
     return Audit(run.name, who, what, "image", found, options.confidence, settings.delta, run.epsilon)
+
+
+def attacked(
+    learner: Learner,
+    unseeing: Learner | None,
+    sites: Sequence[Site],
+    classes: Classes,
+    settings: Settings,
+    confidence: float,
+) -> Told:
+    """What the learner tells of pairs of the sites' images; `unseeing` is the model before, None for zero-shot."""
+    first, second, known = pairs(sites, torch.Generator().manual_seed(seed_of(settings.seed, "audit", "pairs")))
+    if (count := len(first.labels)) < LEAST:
+        raise UserError(
+            f"{counted(count, 'pair')} of images can be made, one of each trained on and one not, of the same site and "
+            f"class; at least {LEAST} are needed"
+        )
+    if isinstance(learner, OneRound) and settings.strategy == "fedavg":
+        inside = membership.unmixed_pairs(learner, known, first, second)
+        outside = -inside
+    else:
+        inside, outside = (membership.drops(learner, unseeing, part, classes) for part in (first, second))
+    return membership.told(inside, outside, inside - outside, settings.delta, confidence, steps=2)
 
 
 def pairs(sites: Sequence[Site], chance: torch.Generator) -> tuple[Examples, Examples, Examples]:

@@ -50,8 +50,8 @@ def found_images(sites: Sequence[Site], classes: Classes, settings: Settings, co
     if isinstance(learner, OneRound) and isinstance(unseeing, OneRound) and settings.strategy == "fedavg":
         sums, others = (membership.Sums.of(each.state_dict(), int(each.bits)) for each in (learner, unseeing))
         scores = membership.unmixed_images(learner, sums.less(others), canaries)
-    else:
-        scores = membership.by_gradients(learner, unseeing, canaries, classes)
+        return told_of(scores, inside, settings.delta, confidence, 0.5)
+    scores = membership.by_gradients(learner, unseeing, canaries, classes)
     return told_of(scores, inside, settings.delta, confidence)
 
 
@@ -80,9 +80,9 @@ def simulated(
         return simulate(sites, classes, None, settings, test_every_round=False, after_round=bar.update, wrap=wrap)
 
 
-def told_of(scores: Tensor, inside: Tensor, delta: float, confidence: float) -> Told:
-    """What scores tell of coins: above the median they say that it is in."""
-    signed = torch.where(inside, 1, -1) * (scores - scores.quantile(0.5))
+def told_of(scores: Tensor, inside: Tensor, delta: float, confidence: float, middle: float | None = None) -> Told:
+    """What scores tell of coins: above the middle (default: their median) they say that a canary is in."""
+    signed = torch.where(inside, 1, -1) * (scores - (scores.quantile(0.5) if middle is None else middle))
     return membership.told(scores[inside], scores[~inside], signed, delta, confidence)
 
 
@@ -125,9 +125,10 @@ def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, cou
         return answer
 
     result = simulated([*sites, *canaries], classes, settings, wrap)
-    if settings.dp == "central":
-        seen = directions.along(flat(result.last.values()) - flat(start.values()))
-    return told_of(seen, inside, settings.delta, confidence)
+    if settings.dp == "local":
+        return told_of(seen, inside, settings.delta, confidence, 0.0)
+    moved = directions.along(flat(result.last.values()) - flat(start.values()))
+    return told_of(moved, inside, settings.delta, confidence)
 
 
 def shaped(vector: Tensor, like: State) -> State:

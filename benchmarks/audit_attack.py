@@ -1,0 +1,87 @@
+"""What can be told of who was trained on, by method: the lower bound of `fedclip audit` beside the ε that is claimed.
+
+    python -m benchmarks.audit_attack [--data features:PATH] [--sites 10] [--rounds 20] [--canaries 200] [--seed 0]
+
+Without noise: all images of the sites that have a partner of their class that was not trained on, and canary images.
+With dp: canary sites, for five noise multipliers each. Noise comes from the operating system's entropy: another time
+these figures are others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.common import at_least
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.exchange import privacy
+from fedclip_flwr.experiments.audit import attacked
+from fedclip_flwr.experiments.canaries import found_images, found_sites, learnt
+from fedclip_flwr.experiments.simulate import make_sites
+from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.learning.membership import Told
+from fedclip_flwr.site import Site
+from harness.machine import machine, table
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "one-round, span": {"method": ONE_ROUND},
+    "one-round, full": {"method": ONE_ROUND, "statistics": "full"},
+    "attention": {"adapter": "attention"},
+    "gate": {"adapter": "gate"},
+    "scale": {"adapter": "scale"},
+}
+MULTIPLIERS = {"central": (1.0, 2.0, 4.0, 8.0, 16.0), "local": (1.0, 2.0, 4.0, 8.0, 16.0)}
+CONFIDENCE = 0.95
+HEAD = ["", "attacked", "bits", "AUC", "found at 1 % false", "ε at least", "ε claimed"]
+
+
+def row(name: str, who: str, found: Told, claimed: float | None) -> list[str]:
+    cells = [name, who, f"{found.bits:,}", f"{found.auc:.2f} [{found.low:.2f}, {found.high:.2f}]"]
+    last = "–" if claimed is None else f"{claimed:.2f}"
+    return [*cells, f"{100 * found.found:.0f} %", f"{found.epsilon:.2f}", last]
+
+
+def compare(features: Features, sites: Sequence[Site], settings: dict[str, Any], canaries: int) -> str:
+    classes, rows = features.classes.ready(), []
+    for name, given in METHODS.items():
+        how = Settings(**settings, **given)
+        pairs = attacked(learnt(sites, classes, how), None, sites, classes, how, CONFIDENCE)
+        rows.append(row(name, "images", pairs, None))
+        rows.append(row(name, "canary images", found_images(sites, classes, how, canaries, CONFIDENCE), None))
+    for dp, multipliers in MULTIPLIERS.items():
+        for multiplier in multipliers:
+            how = Settings(**settings, adapter="gate", dp=dp, noise_multiplier=multiplier)
+            claimed = privacy.spent(how, [how.rounds])
+            found = found_sites(sites, classes, how, canaries, CONFIDENCE)
+            rows.append(row(f"gate, dp={dp}, noise {multiplier:g}", "canary sites", found, claimed))
+    return table(HEAD, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit_attack", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="drawn")
+    parser.add_argument("--sites", type=at_least(1), default=10)
+    parser.add_argument("--rounds", type=at_least(1), default=20)
+    parser.add_argument("--canaries", type=at_least(10), default=200)
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
+    begun = time.perf_counter()
+    features = open_features(Settings.from_run_config({"data": given.data}))
+    sites, _ = make_sites(features, "", given.sites, given.seed)
+    settings = {"num_server_rounds": given.rounds, "seed": given.seed}
+    print(compare(features, sites, settings, given.canaries))
+    described = f"{given.sites} sites, {given.rounds} rounds, seed {given.seed}, {given.canaries} canaries"
+    print(f"\n{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,196 @@
+"""`fedclip audit` on folders as runs leave them, of made-up features: no federation is run over the network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.cli import app
+from fedclip_flwr.exchange import privacy
+from fedclip_flwr.experiments import audit
+from fedclip_flwr.experiments.simulate import make_sites, simulate
+from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.runs import history, saved
+from tests.finished import finished
+from tests.learnt import whole_model_run
+
+CLASSES = ["cat", "dog", "fish", "hen"]
+DIM = 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature folder of two domains, which three sites can divide."""
+    root = tmp_path_factory.mktemp("features")
+    facts = {"model": "made-up", "embedding_dim": DIM, "logit_scale": 20.0, "prompt": "a {}", "class_names": CLASSES}
+    (root / "features.json").write_text(json.dumps(facts | {"domains": ["photo", "sketch"]}))
+    chance = torch.Generator().manual_seed(0)
+    text = F.normalize(torch.randn(4, DIM, generator=chance), dim=1)
+    save_file({"text_features": text}, root / "classes.safetensors")
+    for domain in ("photo", "sketch"):
+        labels = torch.arange(160) % 4
+        images = F.normalize(text[labels] + 0.4 * torch.randn(160, DIM, generator=chance), dim=1)
+        save_file({"image_features": images, "labels": labels}, root / f"{domain}.safetensors")
+    return root
+
+
+def made(root: Path, data: Path, **given: Any) -> Path:
+    """The folder of a completed run of three sites."""
+    how = {"data": f"features:{data}", "holdout": "", **given}
+    settings = Settings(**how)
+    features = open_features(settings)
+    sites, _ = make_sites(features, "", 3, settings.seed)
+    result = simulate(sites, features.classes.ready(), None, settings, test_every_round=False)
+    examples = {each.name: [len(p.labels) for p in (each.train, each.validation, each.test)] for each in sites}
+    epsilon = privacy.spent(settings, [settings.rounds])
+    spent = {"dp": settings.dp, "epsilon": epsilon, "delta": settings.delta} if epsilon is not None else None
+    summary = {"holdout": None, "examples": examples, "privacy": spent}
+    path = finished(root, summary=summary, sites=3, **how)
+    saved.save_adapter(path, result.state, settings, features, result.selected.round, blend=result.blend)
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["audit", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def facts(*arguments: object) -> dict[str, Any]:
+    code, stdout, stderr = run(*arguments, "--json")
+    assert code == 0, stderr
+    found: dict[str, Any] = json.loads(stdout)
+    return found
+
+
+@pytest.mark.parametrize("statistics", ["span", "full"])
+def test_sums_give_every_image_away_and_the_same_twice(tmp_path: Path, data: Path, statistics: str) -> None:
+    path = made(tmp_path, data, method="one-round", statistics=statistics)
+    found = facts(path)
+    assert found["bits"] == found["guesses"] == found["right"] > 100
+    assert (found["auc"], found["epsilon_of"], found["epsilon_claimed"]) == (
+        1.0,
+        "image",
+        {"image": None, "site": None},
+    )
+    assert found["epsilon_at_least"] > 1.5
+    assert facts(path) == found
+    fewer = facts(path, "--site", "photo-0")
+    assert 10 <= fewer["bits"] < found["bits"]
+    assert fewer["attacker"] == "the result, and the images of photo-0"
+
+
+def test_the_table_says_what_it_means(tmp_path: Path, data: Path) -> None:
+    path = made(tmp_path, data, method="one-round")
+    code, stdout, _ = run(path)
+    assert code == 0
+    assert "ε of a site, claimed         none\n" in stdout
+    assert (
+        "any claim of a smaller ε of an image would be wrong. A stronger attack may tell more. (δ = 1e-05, " in stdout
+    )
+    assert all(line == line.rstrip() for line in stdout.splitlines())
+    for file in ("sums", "report.html"):  # it only reads
+        assert not (path / file).exists()
+
+
+def test_a_real_site_audits_its_own_images(tmp_path: Path, data: Path) -> None:
+    path = made(tmp_path, data, method="one-round")
+    features = open_features(Settings(data=f"features:{data}", holdout=""))
+    own, _ = make_sites(features, "sketch", 1, 0)
+    examples = [len(part.labels) for part in (own[0].train, own[0].validation, own[0].test)]
+    summary = json.loads((path / history.SUMMARY).read_text())
+    saved.write_json(path / history.SUMMARY, summary | {"examples": {"photo-0": examples}, "holdout": "sketch"})
+    found = facts(path, "--site", "photo-0", "--data", f"features:{data}")
+    assert found["bits"] > 50
+    assert "--data: the name that the site has in the run is needed, too" in run(path, "--data", data)[2]
+
+
+def test_canaries_in_an_adapter_without_noise_are_found(tmp_path: Path, data: Path) -> None:
+    path = made(tmp_path, data, adapter="gate", num_server_rounds=10, learning_rate=0.01)
+    found = facts(path, "--canaries", 60)
+    assert found["epsilon_of"] == "image"
+    assert found["epsilon_at_least"] > 0
+    assert found["bits"] == 60
+
+
+def test_canaries_in_sums_are_all_found(tmp_path: Path, data: Path) -> None:
+    found = facts(made(tmp_path, data, method="one-round"), "--canaries", 60)
+    assert (found["right"], found["guesses"]) == (60, 60)
+    assert found["epsilon_at_least"] > 2
+
+
+@pytest.mark.parametrize(
+    ("dp", "multiplier"), [("central", 1.0), ("central", 4.0), ("central", 16.0), ("local", 2.0), ("local", 16.0)]
+)
+def test_canary_sites_stay_below_what_is_claimed(tmp_path: Path, data: Path, dp: str, multiplier: float) -> None:
+    pytest.importorskip("dp_accounting")
+    how = {"adapter": "gate", "num_server_rounds": 2, "dp": dp, "noise_multiplier": multiplier}
+    path = made(tmp_path, data, **how)
+    found = facts(path, "--canaries", 60)
+    assert found["epsilon_of"] == "site"
+    assert found["epsilon_at_least"] < found["epsilon_claimed"]["site"] == history.read(path).epsilon
+    assert multiplier > 2 or found["epsilon_at_least"] > 0.3
+    images = facts(path)
+    assert images["epsilon_of"] == "image"
+    assert images["epsilon_claimed"] == found["epsilon_claimed"]
+
+
+def test_noise_that_is_left_out_is_noticed(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("dp_accounting")
+    path = made(tmp_path, data, adapter="gate", num_server_rounds=1, dp="local", noise_multiplier=8.0)
+    monkeypatch.setattr(privacy, "noised", lambda state, deviation: state)
+    code, stdout, _ = run(path, "--canaries", 60)
+    assert code == 0
+    assert "More can be told than the claimed ε allows: the claim is wrong." in stdout
+
+
+def test_what_can_not_be_audited_is_told_in_a_line(tmp_path: Path, data: Path, tree: Path) -> None:
+    path = made(tmp_path, data, method="one-round")
+    for words, expected in (
+        (["nowhere"], "nowhere: there is no such run"),
+        (
+            [path, "--site", "ward"],
+            f"--site ward: {path.name} has no such site; its sites are photo-0, photo-1, sketch-0",
+        ),
+        ([path, "--canaries", 5], "--canaries 5: expected at least 10"),
+        ([path, "--canaries", 50, "--site", "photo-0"], "--canaries: they are put into a simulation of all sites"),
+        ([path, "--confidence", 1], "--confidence 1: expected at least 0.5, and less than 1"),
+        ([path, "--site", "photo-0", "--data", f"features:{data}"], "these are not the images that photo-0 had in"),
+    ):
+        code, _, stderr = run(*words)
+        assert code == 2, words
+        assert expected in stderr
+        assert stderr.count("\n") == 1
+    summary = json.loads((path / history.SUMMARY).read_text())
+    saved.write_json(path / history.SUMMARY, summary | {"status": "failed"})
+    assert "is not completed, so it has no result to audit: it is failed" in run(path)[2]
+
+
+def test_a_server_without_images_leaves_it_to_the_sites(tmp_path: Path, data: Path) -> None:
+    path = made(tmp_path, data, method="one-round")
+    settings = json.loads((path / history.SETTINGS).read_text())
+    saved.write_json(path / history.SETTINGS, settings | {"data": "none"})
+    assert "its server had no images; a site can audit its own with --data and --site" in run(path)[2]
+
+
+def test_a_whole_model_is_attacked_by_its_losses(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _, pixels = whole_model_run(tree, tmp_path / "runs", 0.01)
+    site = make_sites(pixels, "", 1, 0)[0][0]
+    examples = {site.name: [len(part.labels) for part in (site.train, site.validation, site.test)]}
+    other = finished(tmp_path / "other", summary={"holdout": None, "examples": examples})
+    saved.write_json(path / history.SUMMARY, json.loads((other / history.SUMMARY).read_text()))
+    settings = json.loads((path / history.SETTINGS).read_text())
+    saved.write_json(path / history.SETTINGS, settings | {"sites": 1})
+    assert "of the same site and class; at least 10 are needed" in run(path)[2]
+    monkeypatch.setattr(audit, "LEAST", 3)
+    found = facts(path)
+    assert 3 <= found["bits"] < 10
+    assert (found["guesses"], found["epsilon_at_least"]) == (found["bits"], 0.0)
+    assert "trained the whole model; canaries are for adapters and one round" in run(path, "--canaries", 20)[2]
