@@ -30,12 +30,13 @@ from fedclip_flwr.report.heldout import trained
 from fedclip_flwr.runs import Run, history
 from fedclip_flwr.runs.saved import load_adapter, load_whole
 from fedclip_flwr.site import Site
+from fedclip_flwr.site.context import settings_at
 from fedclip_flwr.site.holdings import own_site, owners_config, together
 
 LEAST = 10
 """Pairs or canaries that are needed."""
 MOST = 2000
-"""Pairs that are attacked; of more, as many by lot."""
+"""Pairs or canaries that are attacked; of more pairs, as many by lot."""
 Say = Callable[[str], None] | None
 
 
@@ -117,8 +118,8 @@ class Audit:
 
 def audit(options: AuditOptions, say: Say) -> str:
     """The table, or its figures as JSON."""
-    if 0 < options.canaries < LEAST:
-        raise UserError(f"--canaries {options.canaries}: expected at least {LEAST}")
+    if options.canaries and not LEAST <= options.canaries <= MOST:
+        raise UserError(f"--canaries {options.canaries}: expected {LEAST} to {MOST:,}")
     if not 0.5 <= options.confidence < 1:
         raise UserError(f"--confidence {options.confidence:g}: expected at least 0.5, and less than 1")
     run = history.find(options.run, options.results_dir)
@@ -138,9 +139,7 @@ def opened(run: Run, options: AuditOptions) -> tuple[Settings, Features, list[Si
     if options.data:
         if len(options.sites) != 1:
             raise UserError("--data: the name that the site has in the run is needed, too: --site NAME")
-        settings, problems = Settings.read({**settings.as_run_config(), "data": options.data})
-        if problems:
-            raise UserError("; ".join(problems.values()))
+        settings = settings_at(settings.as_run_config(), {"data": options.data})
     whole = settings.method == "full-model"
     facts = load_whole(run.path / "model") if whole else load_adapter(run.path)[1]
     features = open_features(settings, Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
@@ -153,7 +152,6 @@ def opened(run: Run, options: AuditOptions) -> tuple[Settings, Features, list[Si
         sites = [own_site(features, config, settings.seed, device)]
     else:
         how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
-
         sites, _ = make_sites(features, holdout, run.settings["sites"], settings.seed, **how)
     wanted = options.sites or list(examples)
     found = [site for site in sites if site.name in wanted]
@@ -240,7 +238,7 @@ def with_canaries(
     which = found_images if settings.dp == "off" else found_sites
     claimed = privacy.spent(settings, [settings.rounds])  # first: it may lack a package
     found = which(sites, classes, settings, options.canaries, options.confidence)
-    unit, attacker = "image", "the result of a new simulation, and all other images"
+    unit, attacker = "image", "what a new simulation ends with, and all other images"
     if settings.dp != "off":
         unit, attacker = "site", "the last adapter of a new simulation"
         attacker = "each update in a new simulation" if settings.dp == "local" else attacker

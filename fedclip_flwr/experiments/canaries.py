@@ -2,8 +2,8 @@
 
 Each one is in by the toss of a coin, so all that can be told of these coins is told by the result.
 
-- **images**: features in random directions, of random classes, at random sites. The result is compared with that of a
-  second simulation without any, which an attacker who knows all other images could make, too.
+- **images**: features in random directions, of random classes, at random sites. The adapter after the last round is
+  compared with that of a second simulation without any, which an attacker who knows all other images could make, too.
 - **sites**, for runs whose privacy is that of sites: their update is as long as may be, in a direction of their own.
   With `dp=central` one that is out sends an update of zero, and the attacker has the adapter after the last round. With
   `local` it sends the opposite, and the attacker is the server, which sees each update. That is what ε is about there.
@@ -27,7 +27,7 @@ from fedclip_flwr.exchange import Report, privacy
 from fedclip_flwr.exchange.records import write_answer
 from fedclip_flwr.experiments.simulate import Result, Wrap, simulate
 from fedclip_flwr.flower.grids import Node
-from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, OneRound, membership
+from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
 from fedclip_flwr.learning.membership import Directions, Told, flat
 from fedclip_flwr.learning.metrics import Score, no_quality
 from fedclip_flwr.learning.recipes import new_part
@@ -45,13 +45,13 @@ def found_images(sites: Sequence[Site], classes: Classes, settings: Settings, co
         own = canaries.rows((inside & (owners == number)).to(canaries.labels.device))
         train = Examples(*(torch.cat(parts) for parts in zip(site.train, own, strict=True)))
         with_them.append(replace(site, train=train))
-
     unseeing, learner = (learnt(which, classes, settings) for which in (sites, with_them))
     if isinstance(learner, OneRound) and isinstance(unseeing, OneRound) and settings.strategy == "fedavg":
         sums, others = (membership.Sums.of(each.state_dict(), int(each.bits)) for each in (learner, unseeing))
         scores = membership.unmixed_images(learner, sums.less(others), canaries)
         return told_of(scores, inside, settings.delta, confidence, 0.5)
-    scores = membership.by_gradients(learner, unseeing, canaries, classes)
+    attack = membership.drops if isinstance(learner, OneRound) else membership.by_gradients
+    scores = attack(learner, unseeing, canaries, classes)
     return told_of(scores, inside, settings.delta, confidence)
 
 
@@ -64,12 +64,9 @@ def drawn(sites: Sequence[Site], classes: Classes, count: int, chance: torch.Gen
 
 
 def learnt(sites: Sequence[Site], classes: Classes, settings: Settings) -> Learner:
-    """The result of a simulation."""
-    result = simulated(sites, classes, settings)
+    """What a simulation has after the last round: which one is selected may depend on canaries."""
     learner = new_part(settings, classes).to(classes.text.device)
-    learner.load_state_dict(result.state)
-    if isinstance(learner, Adapter):
-        learner.blend = result.blend
+    learner.load_state_dict(simulated(sites, classes, settings).last)
     return learner
 
 
@@ -87,7 +84,7 @@ def told_of(scores: Tensor, inside: Tensor, delta: float, confidence: float, mid
 
 
 def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float) -> Told:
-    """What can be told of canary sites by the adapter after the last round of a simulation of these settings."""
+    """What can be told of canary sites that were in a simulation of these settings."""
     settings = replace(
         settings, codec="float32", secure_aggregation=False, fraction_train=1.0, early_stop=0, site_weights="equal"
     )

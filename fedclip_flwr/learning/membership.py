@@ -215,9 +215,9 @@ def by_gradients(learner: Learner, unseeing: Learner, examples: Examples, classe
     for one in torch.split(torch.arange(len(examples.labels), device=examples.labels.device), 1):
         image = examples.rows(one)
         loss = F.cross_entropy(unseeing.logits(image.features, classes), image.labels)
-        rows.append(F.normalize(kept.along(flat(torch.autograd.grad(loss, parameters))), dim=0))
+        rows.append(F.normalize(kept.along(flat(torch.autograd.grad(loss, parameters))), dim=0).float())
     found = torch.stack(rows)
-    return unmixed(found @ found.T, found @ kept.along(moved), ALIKE)
+    return unmixed((found @ found.T).double(), (found @ kept.along(moved).float()).double(), ALIKE)
 
 
 class Sums(NamedTuple):
