@@ -1,4 +1,4 @@
-"""What can be told of who was trained on, by method: the lower bound of `fedclip audit` beside the ε that is claimed.
+"""Which training images an attacker finds, by method: the lower bound of `fedclip audit` beside the claimed ε.
 
     python -m benchmarks.audit_attack [--data features:PATH] [--sites 10] [--rounds 20] [--canaries 200] [--seed 0]
 
@@ -24,7 +24,7 @@ from fedclip_flwr.experiments.audit import attacked
 from fedclip_flwr.experiments.canaries import found_images, found_sites, learnt
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, open_features
-from fedclip_flwr.learning.membership import Told
+from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.site import Site
 from harness.machine import machine, table
 
@@ -40,7 +40,7 @@ CONFIDENCE = 0.95
 HEAD = ["", "attacked", "bits", "AUC", "found at 1 % false", "ε at least", "ε claimed"]
 
 
-def row(name: str, who: str, found: Told, claimed: float | None) -> list[str]:
+def row(name: str, who: str, found: Findings, claimed: float | None) -> list[str]:
     cells = [name, who, f"{found.bits:,}", f"{found.auc:.2f} [{found.low:.2f}, {found.high:.2f}]"]
     last = "–" if claimed is None else f"{claimed:.2f}"
     return [*cells, f"{100 * found.found:.0f} %", f"{found.epsilon:.2f}", last]

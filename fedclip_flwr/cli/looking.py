@@ -87,10 +87,10 @@ def audit(
     as_json: Annotated[bool, option("Print JSON.", "--json")] = False,
     results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
 ) -> None:
-    """Attack a run's result: what it tells of which images were trained on, and the least ε that follows from it.
+    """Attack a run's result: which training images can be found by it, and the least ε that follows.
 
     Images that were trained on are compared with images of the same site and class that were not. The ε is a lower
-    bound, beside the one that the run claims: a stronger attack may tell more. A simulation's images are opened as its
+    bound, beside the one that the run claims: a stronger attack may find more. A simulation's images are opened as its
     settings say; a real site names its own with --data and --site. Canaries are random features, or with dp whole
     sites, in a new simulation with the run's settings.
 

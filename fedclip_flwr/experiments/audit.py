@@ -1,4 +1,4 @@
-"""`fedclip audit`: what a run's result tells of who was trained on, and the least ε that follows from it.
+"""`fedclip audit`: which training images an attacker can find by a run's result, and the least ε that follows.
 
 **A site's own images.** A site's images are split by lot: some are trained on, the others are not. Each image that was
 is put beside one of the same site and class that was not. Which one of the two was trained on is a bit drawn by lot,
@@ -25,7 +25,7 @@ from fedclip_flwr.experiments.canaries import found_images, found_sites
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, Pixels, models, open_features
 from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
-from fedclip_flwr.learning.membership import Told
+from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.report.heldout import trained
 from fedclip_flwr.runs import Run, history
 from fedclip_flwr.runs.saved import load_adapter, load_whole
@@ -55,19 +55,19 @@ class AuditOptions:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was told of whom: `who` is attacked, by whom; `claimed` is the ε that is claimed for a site."""
+    """The findings of an attack on `who`; their ε is that of a `unit`, `claimed` that of a site."""
 
     run: str
     who: str
     attacker: str
     unit: str
-    told: Told
+    found: Findings
     confidence: float
     delta: float
     claimed: float | None
 
     def facts(self) -> dict[str, Any]:
-        found = self.told
+        found = self.found
         return {
             "run": self.run,
             "attacked": self.who,
@@ -86,7 +86,7 @@ class Audit:
         }
 
     def text(self) -> str:
-        found, claimed = self.told, "none" if self.claimed is None else f"{self.claimed:.2f}"
+        found, claimed = self.found, "none" if self.claimed is None else f"{self.claimed:.2f}"
         rows = [
             ("run", self.run),
             ("attacked", self.who),
@@ -94,25 +94,28 @@ class Audit:
             ("guessed right", f"{found.right:,} of {found.guesses:,}"),
             ("AUC", f"{found.auc:.3f} [{found.low:.3f}, {found.high:.3f}]"),
             ("members found, at 1 % false", f"{percent(found.found)} %"),
-            (f"ε of {'an' if self.unit == 'image' else 'a'} {self.unit}, at least", f"{found.epsilon:.2f}"),
+            (f"ε of {self._one}, at least", f"{found.epsilon:.2f}"),
             ("ε of an image, claimed", "none"),
             ("ε of a site, claimed", claimed),
         ]
-        how = f"(δ = {self.delta:g}, confidence {100 * self.confidence:g} %.)"
         lines = "\n".join(line.rstrip() for line in table(rows, left=2).splitlines())
-        return f"{lines}\n\n{self._sentence()} {how}"
+        return f"{lines}\n\n{self._sentence()} (δ = {self.delta:g}, confidence {100 * self.confidence:g} %.)"
+
+    @property
+    def _one(self) -> str:
+        return "an image" if self.unit == "image" else "a site"
 
     def _sentence(self) -> str:
-        if not self.told.epsilon:
+        if not self.found.epsilon:
             return (
-                "This attack tells nothing for certain. That is no proof: a stronger one may, as may another with more "
-                "images or canaries."
+                "This attack finds nothing for certain. That is no proof: a stronger one may, as may one on more images or "
+                "canaries."
             )
-        if self.unit == "site" and self.claimed is not None and self.told.epsilon > self.claimed:
-            return "More can be told than the claimed ε allows: the claim is wrong."
+        if self.unit == "site" and self.claimed is not None and self.found.epsilon > self.claimed:
+            return "The attack finds more than the claimed ε allows: the claim is wrong."
         return (
-            f"It can be told who was trained on, to this extent at least: any claim of a smaller ε of "
-            f"{'an' if self.unit == 'image' else 'a'} {self.unit} would be wrong. A stronger attack may tell more."
+            f"The attack finds members: any claim of a smaller ε of {self._one} would be wrong. A stronger attack may find "
+            "more."
         )
 
 
@@ -167,7 +170,7 @@ def opened(run: Run, options: AuditOptions) -> tuple[Settings, Features, list[Si
 def own_images(
     run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
 ) -> Audit:
-    """What can be told of the sites' own images."""
+    """The attack on the sites' own images."""
     device = models.pick_device(settings.device)
     unseeing = features.whole_model().to(device) if isinstance(features, Pixels) else None
     learner, classes = trained(run.path, features).to(device), features.classes.ready(device)
@@ -187,8 +190,8 @@ def attacked(
     classes: Classes,
     settings: Settings,
     confidence: float,
-) -> Told:
-    """What the learner tells of pairs of the sites' images; `unseeing` is the model before, None for zero-shot."""
+) -> Findings:
+    """The findings on pairs of the sites' images; `unseeing` is the model before training, None for zero-shot."""
     first, second, known = pairs(sites, torch.Generator().manual_seed(seed_of(settings.seed, "audit", "pairs")))
     if (count := len(first.labels)) < LEAST:
         raise UserError(
@@ -200,7 +203,7 @@ def attacked(
         outside = -inside
     else:
         inside, outside = (membership.drops(learner, unseeing, part, classes) for part in (first, second))
-    return membership.told(inside, outside, inside - outside, settings.delta, confidence, steps=2)
+    return membership.findings(inside, outside, inside - outside, settings.delta, confidence, steps=2)
 
 
 def pairs(sites: Sequence[Site], chance: torch.Generator) -> tuple[Examples, Examples, Examples]:
@@ -229,7 +232,7 @@ def shuffled(examples: Examples, number: int, chance: torch.Generator) -> Exampl
 def with_canaries(
     run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
 ) -> Audit:
-    """What can be told of canaries in a new simulation."""
+    """The attack on canaries in a new simulation."""
     if isinstance(features, Pixels):
         raise UserError(f"--canaries: {run.name} trained the whole model; canaries are for adapters and one round")
     if options.data or options.sites:

@@ -1,6 +1,6 @@
 """Canaries: what is put into a new simulation of a run for no other purpose than to be found again.
 
-Each one is in by the toss of a coin, so all that can be told of these coins is told by the result.
+Each one is in by the toss of a coin, and an attack guesses these coins.
 
 - **images**: features in random directions, of random classes, at random sites. The adapter after the last round is
   compared with that of a second simulation without any, which an attacker who knows all other images could make, too.
@@ -28,14 +28,16 @@ from fedclip_flwr.exchange.records import write_answer
 from fedclip_flwr.experiments.simulate import Result, Wrap, simulate
 from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
-from fedclip_flwr.learning.membership import Directions, Told, flat
+from fedclip_flwr.learning.membership import Directions, Findings, flat
 from fedclip_flwr.learning.metrics import Score, no_quality
 from fedclip_flwr.learning.recipes import new_part
 from fedclip_flwr.site import Site
 
 
-def found_images(sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float) -> Told:
-    """What can be told of canary images that were in a simulation of these settings."""
+def found_images(
+    sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float
+) -> Findings:
+    """The findings on canary images in a simulation of these settings."""
     chance = torch.Generator().manual_seed(seed_of(settings.seed, "audit", "canaries"))
     owners = torch.randint(len(sites), (count,), generator=chance)
     inside = torch.rand(count, generator=chance) < 0.5
@@ -49,10 +51,10 @@ def found_images(sites: Sequence[Site], classes: Classes, settings: Settings, co
     if isinstance(learner, OneRound) and isinstance(unseeing, OneRound) and settings.strategy == "fedavg":
         sums, others = (membership.Sums.of(each.state_dict(), int(each.bits)) for each in (learner, unseeing))
         scores = membership.unmixed_images(learner, sums.less(others), canaries)
-        return told_of(scores, inside, settings.delta, confidence, 0.5)
+        return findings_of(scores, inside, settings.delta, confidence, 0.5)
     attack = membership.drops if isinstance(learner, OneRound) else membership.by_gradients
     scores = attack(learner, unseeing, canaries, classes)
-    return told_of(scores, inside, settings.delta, confidence)
+    return findings_of(scores, inside, settings.delta, confidence)
 
 
 def drawn(sites: Sequence[Site], classes: Classes, count: int, chance: torch.Generator) -> Examples:
@@ -77,14 +79,16 @@ def simulated(
         return simulate(sites, classes, None, settings, test_every_round=False, after_round=bar.update, wrap=wrap)
 
 
-def told_of(scores: Tensor, inside: Tensor, delta: float, confidence: float, middle: float | None = None) -> Told:
-    """What scores tell of coins: above the middle (default: their median) they say that a canary is in."""
+def findings_of(
+    scores: Tensor, inside: Tensor, delta: float, confidence: float, middle: float | None = None
+) -> Findings:
+    """The findings of an attack that guesses a canary to be in if its score is above the middle (default: median)."""
     signed = torch.where(inside, 1, -1) * (scores - (scores.quantile(0.5) if middle is None else middle))
-    return membership.told(scores[inside], scores[~inside], signed, delta, confidence)
+    return membership.findings(scores[inside], scores[~inside], signed, delta, confidence)
 
 
-def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float) -> Told:
-    """What can be told of canary sites that were in a simulation of these settings."""
+def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float) -> Findings:
+    """The findings on canary sites in a simulation of these settings."""
     settings = replace(
         settings, codec="float32", secure_aggregation=False, fraction_train=1.0, early_stop=0, site_weights="equal"
     )
@@ -123,9 +127,9 @@ def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, cou
 
     result = simulated([*sites, *canaries], classes, settings, wrap)
     if settings.dp == "local":
-        return told_of(seen, inside, settings.delta, confidence, 0.0)
+        return findings_of(seen, inside, settings.delta, confidence, 0.0)
     moved = directions.along(flat(result.last.values()) - flat(start.values()))
-    return told_of(moved, inside, settings.delta, confidence)
+    return findings_of(moved, inside, settings.delta, confidence)
 
 
 def shaped(vector: Tensor, like: State) -> State:

@@ -1,4 +1,4 @@
-"""What can be told of who was trained on, as figures: attacks on a result, and the ε that they rule out.
+"""Membership inference: attacks that find out which images were trained on, and the ε that they rule out.
 
 **The floor of ε** is that of an audit with one run (Steinke, Nasr and Jagielski, arXiv 2305.08846, theorem 5.2). Of
 some images it is decided by lot whether they are trained on. An attacker who knows everything else guesses these bits
@@ -46,8 +46,8 @@ ALIKE = 0.1
 """The same for gradients, which explain an adapter only roughly."""
 
 
-class Told(NamedTuple):
-    """What an attack could tell of `bits` bits: it has guessed so many, `right` of them rightly.
+class Findings(NamedTuple):
+    """The figures of an attack on `bits` bits, of which it guesses `guesses`, and `right` of them correctly.
 
     `auc` has the interval from `low` to `high`; `found` is the share of members found at a false rate of 1 %;
     `epsilon` is the floor.
@@ -63,14 +63,16 @@ class Told(NamedTuple):
     epsilon: float
 
 
-def told(inside: Tensor, outside: Tensor, signed: Tensor, delta: float, confidence: float, steps: int = 1) -> Told:
+def findings(
+    inside: Tensor, outside: Tensor, signed: Tensor, delta: float, confidence: float, steps: int = 1
+) -> Findings:
     """The figures of an attack's scores, which are higher for what it takes for trained on.
 
-    `signed` has a number for each bit, drawn by lot: positive if the guess is right, 0
-    without a guess, and the larger, the more certain.
+    `signed` has a number for each bit, drawn by lot: positive if the guess is right, 0 without
+    a guess, and the larger, the more certain.
     """
     area = auc(inside, outside)
-    return Told(
+    return Findings(
         len(signed),
         int((signed != 0).sum()),
         int((signed > 0).sum()),
@@ -93,7 +95,7 @@ def floor_of(signed: Tensor, delta: float, confidence: float, steps: int = 1) ->
 
 
 def floor(right: int, guesses: int, bits: int, delta: float, error: float, steps: int = 1) -> float:
-    """The ε up to which so many right guesses have at most the probability `error`; 0 if there is none.
+    """The ε up to which `right` or more right guesses have at most the probability `error`; 0 if there is none.
 
     The results of a bit's two values are `steps` neighbours apart.
     """
@@ -112,7 +114,7 @@ def floor(right: int, guesses: int, bits: int, delta: float, error: float, steps
 
 
 def chance(right: int, guesses: int, bits: int, epsilon: float, delta: float) -> float:
-    """The most probable that (ε, δ) privacy makes so many right guesses, of so many, about `bits` bits."""
+    """The highest probability of `right` or more right guesses that (ε, δ) privacy allows, about `bits` bits."""
     parts = binomial(guesses, 1 / (1 + math.exp(-epsilon)))
     below, most = 0.0, 0.0
     for fewer in range(1, right + 1):

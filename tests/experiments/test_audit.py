@@ -93,7 +93,7 @@ def test_the_table_says_what_it_means(tmp_path: Path, data: Path) -> None:
     assert code == 0
     assert "ε of a site, claimed         none\n" in stdout
     assert (
-        "any claim of a smaller ε of an image would be wrong. A stronger attack may tell more. (δ = 1e-05, " in stdout
+        "any claim of a smaller ε of an image would be wrong. A stronger attack may find more. (δ = 1e-05, " in stdout
     )
     assert all(line == line.rstrip() for line in stdout.splitlines())
     for file in ("sums", "report.html"):  # it only reads
@@ -148,7 +148,7 @@ def test_noise_that_is_left_out_is_noticed(tmp_path: Path, data: Path, monkeypat
     monkeypatch.setattr(privacy, "noised", lambda state, deviation: state)
     code, stdout, _ = run(path, "--canaries", 60)
     assert code == 0
-    assert "More can be told than the claimed ε allows: the claim is wrong." in stdout
+    assert "The attack finds more than the claimed ε allows: the claim is wrong." in stdout
 
 
 def test_what_can_not_be_audited_is_told_in_a_line(tmp_path: Path, data: Path, tree: Path) -> None:

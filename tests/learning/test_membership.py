@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.exchange import privacy
-from fedclip_flwr.experiments.canaries import told_of
+from fedclip_flwr.experiments.canaries import findings_of
 from fedclip_flwr.learning import Classes, Examples, OneRound, make_adapter, train
 from fedclip_flwr.learning.membership import (
     MOST,
@@ -86,7 +86,7 @@ def test_a_gaussian_mechanism_stays_below_the_epsilon_that_it_has(multiplier: fl
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         inside = torch.rand(500, generator=generator) < 0.5
-        found = told_of(inside + multiplier * torch.randn(500, generator=generator).double(), inside, DELTA, 0.95)
+        found = findings_of(inside + multiplier * torch.randn(500, generator=generator).double(), inside, DELTA, 0.95)
         assert found.epsilon <= claimed
         assert multiplier > 1 or found.epsilon > 0.3
 
@@ -174,7 +174,7 @@ def test_an_adapter_that_memorises_gives_its_images_away() -> None:
     classes = Classes(images(4, 9).features, 10.0)
     adapter, unseeing = (make_adapter("gate", 16, rank=8) for _ in range(2))
     train(adapter, every.rows(inside), classes, RECIPES["default"], learning_rate=1e-2, epochs=60)
-    assert told_of(drops(adapter, unseeing, every, classes), inside, DELTA, 0.95).epsilon > 0.3
+    assert findings_of(drops(adapter, unseeing, every, classes), inside, DELTA, 0.95).epsilon > 0.3
     once = make_adapter("gate", 16, rank=8)
     train(once, every.rows(inside), classes, RECIPES["default"], learning_rate=1e-3)
-    assert told_of(by_gradients(once, unseeing, every, classes), inside, DELTA, 0.95).epsilon > 0.3
+    assert findings_of(by_gradients(once, unseeing, every, classes), inside, DELTA, 0.95).epsilon > 0.3
