@@ -108,14 +108,14 @@ class Audit:
     def _sentence(self) -> str:
         if not self.found.epsilon:
             return (
-                "This attack finds nothing for certain. That is no proof: a stronger one may, as may one on more images "
-                "or canaries."
+                "This attack finds nothing for certain. That is no proof: a stronger one may, as may one on more "
+                "images or canaries."
             )
         if self.unit == "site" and self.claimed is not None and self.found.epsilon > self.claimed:
             return "The attack finds more than the claimed ε allows: the claim is wrong."
         return (
-            f"The attack finds members: any claim of a smaller ε of {self._one} would be wrong. A stronger attack may "
-            "find more."
+            f"The attack finds members: any claim of a smaller ε of {self._one} would be wrong. A stronger attack "
+            "may find more."
         )
 
 
