@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.settings import GRADIENT
 from fedclip_flwr.base.text import counted, percent, some, table
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange import privacy
@@ -37,6 +38,7 @@ LEAST = 10
 """Pairs or canaries that are needed."""
 MOST = 2000
 """Pairs or canaries that are attacked; of more pairs, as many by lot."""
+UNITS = {"image": "an image", "site": "a site"}
 Say = Callable[[str], None] | None
 
 
@@ -55,7 +57,7 @@ class AuditOptions:
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings of an attack on `who`; their ε is that of a `unit`, `claimed` that of a site."""
+    """The findings of an attack on `who`; their ε is that of a `unit`, `claimed` that of what the run hides."""
 
     run: str
     who: str
@@ -65,6 +67,7 @@ class Audit:
     confidence: float
     delta: float
     claimed: float | None
+    hides: str
 
     def facts(self) -> dict[str, Any]:
         found = self.found
@@ -82,11 +85,12 @@ class Audit:
             "delta": self.delta,
             "epsilon_of": self.unit,
             "epsilon_at_least": found.epsilon,
-            "epsilon_claimed": {"image": None, "site": self.claimed},
+            "epsilon_claimed": {unit: self._claim(unit) for unit in ("image", "site")},
         }
 
     def text(self) -> str:
-        found, claimed = self.found, "none" if self.claimed is None else f"{self.claimed:.2f}"
+        found = self.found
+        claims = {unit: self._claim(unit) for unit in ("image", "site")}
         rows = [
             ("run", self.run),
             ("attacked", self.who),
@@ -95,15 +99,20 @@ class Audit:
             ("AUC", f"{found.auc:.3f} [{found.low:.3f}, {found.high:.3f}]"),
             ("members found, at 1 % false", f"{percent(found.found)} %"),
             (f"ε of {self._one}, at least", f"{found.epsilon:.2f}"),
-            ("ε of an image, claimed", "none"),
-            ("ε of a site, claimed", claimed),
+            *(
+                (f"ε of {UNITS[unit]}, claimed", "none" if claim is None else f"{claim:.2f}")
+                for unit, claim in claims.items()
+            ),
         ]
         lines = "\n".join(line.rstrip() for line in table(rows, left=2).splitlines())
         return f"{lines}\n\n{self._sentence()} (δ = {self.delta:g}, confidence {100 * self.confidence:g} %.)"
 
+    def _claim(self, unit: str) -> float | None:
+        return self.claimed if unit == self.hides else None
+
     @property
     def _one(self) -> str:
-        return "an image" if self.unit == "image" else "a site"
+        return UNITS[self.unit]
 
     def _sentence(self) -> str:
         if not self.found.epsilon:
@@ -111,7 +120,7 @@ class Audit:
                 "This attack finds nothing for certain. That is no proof: a stronger one may, as may one on more "
                 "images or canaries."
             )
-        if self.unit == "site" and self.claimed is not None and self.found.epsilon > self.claimed:
+        if (claim := self._claim(self.unit)) is not None and self.found.epsilon > claim:
             return "The attack finds more than the claimed ε allows: the claim is wrong."
         return (
             f"The attack finds members: any claim of a smaller ε of {self._one} would be wrong. A stronger attack "
@@ -180,7 +189,7 @@ def own_images(
     who = f"{found.bits:,} pairs of images, one of each trained on"
     whose = some(options.sites) if options.sites else f"all {len(sites)} sites"
     what = f"the result, and the images of {whose}"
-    return Audit(run.name, who, what, "image", found, options.confidence, settings.delta, run.epsilon)
+    return Audit(run.name, who, what, "image", found, options.confidence, settings.delta, run.epsilon, run.unit)
 
 
 def attacked(
@@ -198,7 +207,7 @@ def attacked(
             f"{counted(count, 'pair')} of images can be made, one of each trained on and one not, of the same site and "
             f"class; at least {LEAST} are needed"
         )
-    if isinstance(learner, OneRound) and settings.strategy == "fedavg":
+    if isinstance(learner, OneRound) and settings.keeps_sums and settings.strategy == "fedavg":
         inside = membership.unmixed_pairs(learner, known, first, second)
         outside = -inside
     else:
@@ -237,6 +246,8 @@ def with_canaries(
         raise UserError(f"--canaries: {run.name} trained the whole model; canaries are for adapters and one round")
     if options.data or options.sites:
         raise UserError("--canaries: they are put into a simulation of all sites; leave out --site and --data")
+    if settings.hides_images or settings.statistics == GRADIENT:
+        raise UserError("--canaries: none are made for a gradient, or sums with noise; audit the sites' own images")
     classes: Classes = features.classes.ready(models.pick_device(settings.device))
     which = found_images if settings.dp == "off" else found_sites
     claimed = privacy.spent(settings, [settings.rounds])  # first: it may lack a package
@@ -246,4 +257,4 @@ def with_canaries(
         unit, attacker = "site", "the last adapter of a new simulation"
         attacker = "each update in a new simulation" if settings.dp == "local" else attacker
     who = f"{options.canaries:,} canary {unit}s, each in by the toss of a coin"
-    return Audit(run.name, who, attacker, unit, found, options.confidence, settings.delta, claimed)
+    return Audit(run.name, who, attacker, unit, found, options.confidence, settings.delta, claimed, run.unit)
