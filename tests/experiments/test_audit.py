@@ -196,3 +196,13 @@ def test_a_whole_model_is_attacked_by_its_losses(tmp_path: Path, tree: Path, mon
     assert 3 <= found["bits"] < 10
     assert (found["guesses"], found["epsilon_at_least"]) == (found["bits"], 0.0)
     assert "trained the whole model; canaries are for adapters and one round" in run(path, "--canaries", 20)[2]
+
+
+def test_of_a_run_that_hides_images_their_epsilon_is_claimed(tmp_path: Path, data: Path) -> None:
+    path = made(tmp_path, data, method="one-round", statistics="gradient", dp="central", dp_unit="image", epsilon=2.0)
+    found = facts(path)
+    assert found["epsilon_claimed"] == {"image": 2.0, "site": None}
+    assert found["epsilon_at_least"] < 2.0
+    code, _, error = run(path, "--canaries", 40)
+    assert code == 2
+    assert "--canaries: none are made for a gradient, or sums with noise; audit the sites' own images" in error
