@@ -19,6 +19,7 @@ from fedclip_flwr.experiments import audit
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.runs import history, saved
+from tests.extras import needs
 from tests.finished import finished
 from tests.learnt import whole_model_run
 
@@ -198,6 +199,7 @@ def test_a_whole_model_is_attacked_by_its_losses(tmp_path: Path, tree: Path, mon
     assert "trained the whole model; canaries are for adapters and one round" in run(path, "--canaries", 20)[2]
 
 
+@needs("privacy")
 def test_of_a_run_that_hides_images_their_epsilon_is_claimed(tmp_path: Path, data: Path) -> None:
     path = made(tmp_path, data, method="one-round", statistics="gradient", dp="central", dp_unit="image", epsilon=2.0)
     found = facts(path)
