@@ -9,7 +9,7 @@ gc.disable()  # a deployed site starts a process for each message, and garbage c
 import logging
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import Context, Error, Message, MessageType
@@ -24,7 +24,7 @@ from fedclip_flwr.exchange.link import SiteCache, StatesOnDisk, forget
 from fedclip_flwr.exchange.records import LACKS, LacksError
 from fedclip_flwr.exchange.secure import protocol
 from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
-from fedclip_flwr.exchange.session import recall
+from fedclip_flwr.exchange.session import Session, recall
 from fedclip_flwr.features import encoding
 from fedclip_flwr.flower.clientapp import RAISED, ClientAppCallable
 from fedclip_flwr.learning import Adapter, Learner
@@ -33,10 +33,13 @@ from fedclip_flwr.learning.gradient import SENT
 from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.saved import save_adapter
 from fedclip_flwr.site import OpenedContext, open_context
-from fedclip_flwr.site.context import in_simulation
+from fedclip_flwr.site.context import GROUP, in_simulation, settings_at
 from fedclip_flwr.site.given import GivenSums
 from fedclip_flwr.site.holdings import mark_of_images
 from fedclip_flwr.site.work import answer_evaluate, answer_train
+
+if TYPE_CHECKING:
+    from fedclip_flwr.runs.relay import Relay
 
 gc.freeze()
 gc.enable()
@@ -87,6 +90,10 @@ def hello(message: Message, context: Context) -> Message:
     """The site's name, role and numbers of images; or its progress in encoding, and the server asks again."""
     if masks(context) and not context.run_config.get("secure-aggregation"):
         raise UserError("this site sends its updates only in runs with secure-aggregation = true")
+    if relay := relay_for(message, context):
+        plugins = settings_at(context.run_config, context.node_config).shared_packages
+        answer = relay.hello(content.of_package(content.memory()), plugins)
+        return Message(records.write_hello(answer), reply_to=message)
     try:
         with encoding.at_most(records.slice_of(float(context.run_config["round-timeout"]))):
             opened = opened_for(message, context)
@@ -107,7 +114,7 @@ def hello(message: Message, context: Context) -> Message:
         package=content.of_package(content.memory()),
         unit_length=opened.features.has_unit_length(),
         plugins=opened.settings.shared_packages,
-        content=mark_of_images(site, opened.session.vocabulary.class_names) if sums(opened) else "",
+        content=mark_of(opened) if sums(opened) else "",
     )
     return Message(records.write_hello(answer), reply_to=message)
 
@@ -115,13 +122,12 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def learn(message: Message, context: Context) -> Message:
     """The scores of the received adapter on this site's images, and the trained adapter."""
-    opened = opened_for(message, context)
     memory = context.state.config_records if masks(context) else None
-    given = (
-        GivenSums(opened.site, opened.session.vocabulary.class_names)
-        if masks(context) and opened.settings.keeps_sums
-        else None
-    )
+    if relay := relay_for(message, context):
+        return Message(relay.answer_train(message.content, memory), reply_to=message)
+    opened = opened_for(message, context)
+    names = opened.session.vocabulary.class_names
+    given = GivenSums(opened.site.name, mark_of(opened), names) if masks(context) and opened.settings.keeps_sums else None
     how: dict[str, Any] = {"by_class": shares_classes(context), "memory": memory, "given": given}
     return Message(answer_train(message.content, opened, cache_of(opened), **how), reply_to=message)
 
@@ -140,6 +146,8 @@ def mask(message: Message, context: Context) -> Message:
 @app.evaluate()
 def score(message: Message, context: Context) -> Message:
     """The scores of the received adapter; at the end of a run that personalises, of the site's own adapter."""
+    if relay := relay_for(message, context):
+        return Message(relay.answer_evaluate(), reply_to=message)
     opened = opened_for(message, context)
 
     def keep(adapter: Learner, number: int, chosen: float) -> None:
@@ -165,22 +173,39 @@ def save_own(adapter: Learner, opened: OpenedContext, number: int, chosen: float
 
 
 def opened_for(message: Message, context: Context) -> OpenedContext:
-    """The site's context for the message. A hello has the session itself, later messages its key."""
+    """The site's context for the message."""
     simulated = in_simulation()
     if simulated:
         torch.set_num_threads(1)  # simulated sites share the cores
-    task = records.read_task(message.content)
-    if task.session:
-        task.session.remember(content.memory())
-    session = task.session or recall(task.key, content.memory())
-    opened = open_context(context.run_config, context.node_config, session, simulated)
+    opened = open_context(context.run_config, context.node_config, session_of(message), simulated)
     if opened.settings.method != "full-model" and len(opened.site.train.labels) < MANY_IMAGES:
         torch.set_num_threads(1)
     return opened
 
 
+def session_of(message: Message) -> Session:
+    """The session of the message. A hello has it itself, later messages its key."""
+    task = records.read_task(message.content)
+    if task.session:
+        task.session.remember(content.memory())
+    return task.session or recall(task.key, content.memory())
+
+
+def relay_for(message: Message, context: Context) -> Relay | None:
+    """What this site passes on, if its owner has named a group in place of images."""
+    if GROUP not in context.node_config:
+        return None
+    from fedclip_flwr.runs.relay import Relay  # imports the server's side, which other sites don't need
+
+    return Relay.open(context.run_config, context.node_config, session_of(message))
+
+
 def cache_of(opened: OpenedContext) -> SiteCache:
     return SiteCache(StatesOnDisk(opened.session.key), opened.settings.codec)
+
+
+def mark_of(opened: OpenedContext) -> str:
+    return mark_of_images(opened.site, opened.session.vocabulary.class_names)
 
 
 def sums(opened: OpenedContext) -> bool:

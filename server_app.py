@@ -19,7 +19,6 @@ from fedclip_flwr.data import held_out
 from fedclip_flwr.exchange import Session
 from fedclip_flwr.exchange.link import Downlink, forget
 from fedclip_flwr.features import Features, models
-from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.serverapp import add_exit_handler, refuse
@@ -29,6 +28,7 @@ from fedclip_flwr.learning.recipes import starts_as_zero_shot
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import console
 from fedclip_flwr.runs.checkpoint import Checkpoint
+from fedclip_flwr.runs.directions import start_of
 from fedclip_flwr.runs.folder import RunFolder
 from fedclip_flwr.runs.ledger import Earlier, SumsOnDisk, read_sites
 from fedclip_flwr.runs.opening import open_run
@@ -64,7 +64,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         unseen = encoded(grid, features, holdout, device)
         clock.encoded = time.monotonic()
 
-        learner = earlier.start if earlier else new_learner(settings, features)
+        learner = earlier.start if earlier else start_of(settings, features)
         start = learner.on_cpu()
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
         link = Downlink(start, settings.codec, settings.seed)

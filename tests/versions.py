@@ -59,6 +59,8 @@ class Federation:
     names: Sequence[str] = field(default_factory=lambda: CLASSES)
     sites: dict[str, Examples] = field(default_factory=dict)
     node_config: dict[str, Any] = field(default_factory=dict)
+    relays: dict[str, Path] = field(default_factory=dict)
+    """The sites that answer with the sums of a run of their own group."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """The site and the kind of each message of the last run."""
 
@@ -89,8 +91,11 @@ class Federation:
 
     def _node(self, site: str, config: Mapping[str, Any]) -> Node:
         folder = self.place / "sites" / site
-        write(folder, self.names, own=self.sites[site])
-        node = {"site": site, "data": f"features:{folder}", **self.node_config}
+        node: dict[str, Any] = {"site": site, "data": f"features:{folder}", **self.node_config}
+        if site in self.relays:
+            node = {"site": site, "group": str(self.relays[site]), **self.node_config}
+        else:
+            write(folder, self.names, own=self.sites[site])
         context = Context(RUN, 1, node, RecordDict(), dict(config))
 
         def answer(message: Message) -> Message:

@@ -88,6 +88,9 @@ class Settings:
     one_round_choose: bool = _setting(
         False, "with one-round: sites score a grid of its constants on validation images, in one more message"
     )
+    directions: str = _setting(
+        "", "with one-round: a file with the directions and the unit of the sums, which a relay has written"
+    )
     adapter: str = _setting("attention", "the trainable part", choices=ADAPTERS)
     adapter_rank: int = _setting(4, "rank of adapters that have one (`gate`)", least=1, most=2**14)
     blend: float | str = _setting(
@@ -349,7 +352,7 @@ def _contradictions(settings: Settings) -> dict[str, str]:
     if settings.method == ONE_ROUND:
         found |= _of_rounds(settings)
     else:
-        for key in ("statistics", "one-round-choose", "update"):
+        for key in ("statistics", "one-round-choose", "directions", "update"):
             if _value(settings, key) != _value(Settings(), key):
                 found[key] = f"it is for method = {ONE_ROUND!r}; leave it out, or set that method"
     if settings.method == "full-model":
@@ -458,7 +461,7 @@ def _check_text(key: str, value: str) -> None:
             raise ValueError(f"expected a path after {head}")
     elif key in ("model", "class-names"):
         path = value if value.startswith((".", "~", "/")) else ""
-    elif key != "results-dir":
+    elif key not in ("directions", "results-dir"):
         return
     if path and not Path(path).is_absolute():
         absolute = Path(os.path.expanduser(path)).absolute()

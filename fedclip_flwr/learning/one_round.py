@@ -118,10 +118,15 @@ class OneRound(ClosedForm):
 
     def for_classes(self, text: Tensor) -> OneRound:
         """The same directions, in the same unit, for the classes with these text features; without images."""
+        return self.within(self.basis.cpu(), self.bits.cpu(), text)
+
+    @classmethod
+    def within(cls, basis: Tensor, bits: Tensor, text: Tensor) -> Self:
+        """The start in these directions, with this unit, for the classes' text features."""
         classes, dim = text.shape
-        made = OneRound("", classes, dim, self.prompts.shape[1])
-        made.basis, made.bits = self.basis.cpu(), self.bits.cpu()
-        made.prompts = coordinates(text.cpu(), made.basis)
+        made = cls("", classes, dim, len(basis) or dim)
+        made.basis, made.bits = basis, bits
+        made.prompts = coordinates(text.cpu(), basis)
         return made
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -22,6 +22,7 @@ from fedclip_flwr.base import Settings, UserError, content, files, store, tensor
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import some
+from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange import Hello, Report
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import OneRound
@@ -84,6 +85,23 @@ def write_sums(run: Path, site: str, sums: Mapping[str, Tensor], setting: str) -
     files.write_atomic(path_of(run, site), lambda part: tensorfile.save(sums, part, facts), setting)
 
 
+def numbers_in(
+    vocabulary: Vocabulary, model_content: str | None, result: OneRound, facts: Mapping[str, Any], what: str
+) -> list[int]:
+    """For each class of a result its number in a run with this vocabulary, or -1.
+
+    Raises a `UserError`, which calls the result `what`, if its sums can't be added to those of the run.
+    """
+    before, now = learnt_classes(facts), list(vocabulary.class_names)
+    models = facts["model_content"], model_content
+    if facts["templates"] != list(vocabulary.templates) or (all(models) and models[0] != models[1]):
+        raise UserError(f"{what} was made with another model or other prompts: sums of the two can't be added")
+    lost = [name for name, images in zip(before, result.counts.tolist(), strict=True) if images and name not in now]
+    if lost:
+        raise UserError(f"class-names lacks {some(lost)}, of which {what} has images: add it")
+    return [now.index(name) if name in now else -1 for name in before]
+
+
 @dataclass(frozen=True)
 class Earlier:
     """The version that a run goes on from: its folder, its result, and what that is in the classes of the run."""
@@ -104,15 +122,7 @@ class Earlier:
         result, facts = load_adapter(path)
         if not isinstance(result, OneRound):
             raise UserError(f"{path} was trained in rounds, and has no sums to go on from: set method = 'one-round'")
-        vocabulary = features.vocabulary
-        before, now = learnt_classes(facts), list(vocabulary.class_names)
-        models = facts["model_content"], features.model_content
-        if facts["templates"] != list(vocabulary.templates) or (all(models) and models[0] != models[1]):
-            raise UserError(f"{path} was made with another model or other prompts: sums of the two can't be added")
-        lost = [name for name, images in zip(before, result.counts.tolist(), strict=True) if images and name not in now]
-        if lost:
-            raise UserError(f"class-names lacks {some(lost)}, of which {path} has images: add it")
-        numbers = [now.index(name) if name in now else -1 for name in before]
+        numbers = numbers_in(features.vocabulary, features.model_content, result, facts, str(path))
         return cls(run, result, result.for_classes(features.classes.ready().text), numbers)
 
     def of(self, sums: Mapping[str, Tensor]) -> State:

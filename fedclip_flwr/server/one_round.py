@@ -96,6 +96,7 @@ class OneRoundStrategy(AdapterFedAvg):
         self._settings, self._ledger = settings, ledger or Ledger()
         self._form = OneGradient if settings.statistics == GRADIENT else OneRound
         self._hiding: Hiding | None = None
+        self._bits = self._ledger.bits or (int(like["bits"]) if settings.directions else 0)
         self._gather = partial(Total, ledger=self._ledger)
         if share is not None:
             self._gather = partial(Bounded, ledger=self._ledger, share=share)
@@ -110,9 +111,9 @@ class OneRoundStrategy(AdapterFedAvg):
         others = sum(given.images for site, given in self._ledger.sites.items() if site not in asked)
         images = others + sum(int(self._claims(site)) for site in asked)
         bits = bits_for(images)
-        if self._ledger.bits > bits:
+        if self._bits > bits:
             raise UserError("with these sites there are too many images for the unit of the earlier sums: start anew")
-        bits = self._ledger.bits or bits
+        bits = self._bits or bits
         config["bits"] = bits
         if "bits" in sent:
             sent["bits"] = torch.tensor(bits)

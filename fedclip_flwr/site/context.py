@@ -28,6 +28,8 @@ OWNER_KEYS = (
     *("dp", "noise-multiplier", "clipping-norm", "secure-aggregation"),
 )
 """The settings that a site's owner may give in its node config."""
+GROUP = "group"
+"""The key of a run folder there, in place of `data`: the site answers with that run's sums (`runs/relay.py`)."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
     given = dict(run_config)
     if not simulated and str(given.get("class-names", "")).startswith("/"):
         del given["class-names"]  # a file on the server's machine
+    if GROUP in node:
+        node = {**node, "data": "none"}
     if "model" in node:
         given.pop("model-revision", None)
     if node.get("dp", "local") != "local":

@@ -13,15 +13,14 @@ from fedclip_flwr.base import content, files, store, tensorfile
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import ExchangeError
 from fedclip_flwr.learning.one_round import renumbered
-from fedclip_flwr.site.holdings import Site, mark_of_images
 
 
 class GivenSums:
-    """The sums that a site gave, on its disk, by the mark of the images that they are of."""
+    """The sums that a site gave, on its disk, by the mark of the images that they are of; `mark` is that of today's."""
 
-    def __init__(self, site: Site, class_names: Sequence[str]) -> None:
-        self._folder, self._names = files.home() / "given" / content.file_name(site.name), class_names
-        self._mark = mark_of_images(site, class_names)
+    def __init__(self, site: str, mark: str, class_names: Sequence[str]) -> None:
+        self._folder, self._names = files.home() / "given" / content.file_name(site), class_names
+        self._mark = mark
 
     def difference(self, sums: Mapping[str, Tensor], unit: str, before: str, leave: bool) -> State:
         """What is to be sent so that these sums take the place of those of the images `before`, if that is a mark.

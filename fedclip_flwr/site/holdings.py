@@ -45,10 +45,18 @@ class Site:
 
 def mark_of_images(site: Site, class_names: Sequence[str]) -> str:
     """A mark of the site's examples: it changes when they do, and tells nothing to who lacks this site's secret."""
-    made = hmac.new(_secret(), digestmod="sha256")
+    parts: list[bytes | memoryview] = []
     for part in (site.train, site.validation, site.test):
-        made.update(json.dumps([class_names[number] for number in part.labels.tolist()]).encode())
-        made.update(part.features.cpu().contiguous().numpy().data)
+        parts.append(json.dumps([class_names[number] for number in part.labels.tolist()]).encode())
+        parts.append(part.features.cpu().contiguous().numpy().data)
+    return keyed_mark(parts)
+
+
+def keyed_mark(parts: Iterable[bytes | memoryview]) -> str:
+    """A mark of these bytes, made with this machine's secret."""
+    made = hmac.new(_secret(), digestmod="sha256")
+    for part in parts:
+        made.update(part)
     return made.hexdigest()[:32]
 
 
@@ -122,11 +130,17 @@ class SiteConfig(NamedTuple):
     domains: list[str]
 
 
+def name_of(node: Mapping[str, object]) -> str:
+    """The site's name in its node config."""
+    if not (name := str(node.get("site", ""))):
+        raise UserError("this site has no name: start its SuperNode with --node-config \"site='NAME'\"")
+    return name
+
+
 def owners_config(node: Mapping[str, object], domains: Sequence[str], holdout: str) -> SiteConfig:
     """The owner's settings from the node config, checked; a site that trains does not get the held-out domain."""
-    name, role, wanted = (str(node.get(key, unset)) for key, unset in (("site", ""), ("role", TRAIN), ("domains", "")))
-    if not name:
-        raise UserError("this site has no name: start its SuperNode with --node-config \"site='NAME'\"")
+    name = name_of(node)
+    role, wanted = (str(node.get(key, unset)) for key, unset in (("role", TRAIN), ("domains", "")))
     if role not in ROLES:
         raise UserError(f"role = {role!r}: expected one of {', '.join(ROLES)}")
     own = _selected(domains, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flwr.app import RecordDict
+from torch import Tensor
 
 from fedclip_flwr.base.settings import GRADIENT
 from fedclip_flwr.base.tensors import State
@@ -48,10 +49,18 @@ def sums_to_send(
 
         exact, hiding = sums, Hiding.of(settings, sums, needed, task.bits)
         sums = cache.once(site.name, sums, lambda: hiding.leaving(exact))
+    return as_sent(sums, needed, content, memory, given)
+
+
+def as_sent(
+    sums: State, needed: Tensor, content: RecordDict, memory: Memory | None, given: GivenSums | None
+) -> State:
+    """The sums as they answer the message: masked if there is a `memory`, in place of what was `given` before."""
     if memory is None:
         return sums
-    from fedclip_flwr.exchange.secure import site as secure  # imports cryptography, which few runs need
+    from fedclip_flwr.exchange.secure import site  # imports cryptography, which few runs need
 
     if given:
-        sums = given.difference(sums, f"{mark_of({learner.NEEDED: needed})}/{task.bits}", *secure.replacing(content))
-    return secure.masked_sums(content, memory, sums)
+        unit = f"{mark_of({'needed': needed})}/{read_task(content).bits}"
+        sums = given.difference(sums, unit, *site.replacing(content))
+    return site.masked_sums(content, memory, sums)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from flwr.app import RecordDict
+from torch import Tensor
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of

@@ -56,6 +56,7 @@ CONTRACT: dict[str, Any] = {
     "name": "",
     "resume": "",
     "update": "",
+    "directions": "",
     "leave": "",
     "early-stop": 0,
     "server-learning-rate": 0.0,
