@@ -129,16 +129,18 @@ def supernode(
     *,
     port: int | None = None,
     options: Sequence[str] | None = None,
+    group: str = "",
     **env: str,
 ) -> Iterator[SuperNode]:
     """Runs a SuperNode with that node config; it connects to `port` if given.
 
-    `options` replace those that the SuperLink's keys require.
+    `options` replace those that the SuperLink's keys require. With `group`, a run's folder, it is a relay.
     """
     (own,) = free_ports(1)
     command = ["fedclip", "site"] if link.keys else ["flower-supernode"]
+    command = ["fedclip", "relay", group] if group else command
     command += ["--superlink", f"127.0.0.1:{port or link.fleet}", "--node-config", config]
-    listens = {"--clientappio-api-address": "{address}"} if link.keys else lines.line().site_address
+    listens = {"--clientappio-api-address": "{address}"} if link.keys or group else lines.line().site_address
     command += lines.address(listens, f"127.0.0.1:{own}")
     command += credentials(link.keys, site) if options is None else options
     log = link.folder / f"{site}.log"

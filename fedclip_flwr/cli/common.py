@@ -14,6 +14,8 @@ from fedclip_flwr.base import UserError, __version__
 from fedclip_flwr.base.errors import one_line
 
 DEBUG = "--debug"
+RESULTS_DIR = "The folder of run folders, as the setting results-dir (default: FEDCLIP_HOME/runs)."
+"""The help of an option."""
 
 
 class Commands(TyperGroup):

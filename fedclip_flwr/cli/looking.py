@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedclip_flwr.cli.common import command, option
-
-RESULTS_DIR = "The folder of run folders, as the setting results-dir (default: FEDCLIP_HOME/runs)."
+from fedclip_flwr.cli.common import RESULTS_DIR, command, option
 
 
 @command()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedclip_flwr.base import UserError
-from fedclip_flwr.cli.common import command, option
+from fedclip_flwr.cli.common import RESULTS_DIR, command, option
 
 
 @command()
@@ -62,6 +62,28 @@ def site(given: typer.Context) -> None:
     from fedclip_flwr.flower import pinned  # not for --help
 
     pinned.start(given.args)
+
+
+@command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def relay(
+    given: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
+    node_config: Annotated[str, option("The name of this site there: \"site='NAME'\".")] = "",
+    results_dir: Annotated[Path | None, option(RESULTS_DIR)] = None,
+) -> None:
+    """Let a group take part in a federation above it, as one site, with the sums of its own run.
+
+    RUN is a run of the group's server on this machine, with method=one-round. This starts a site that answers the
+    server above with the sums of RUN's newest complete version: no image, and nothing of a single site of the group.
+    All other options are those of `fedclip site`. After `fedclip update RUN` or `fedclip forget RUN` here, an update of
+    the run above takes the new sums in place of the old ones.
+
+    Example: fedclip relay study --superlink fl.example.org:9092 --root-certificates ca.crt
+    --auth-supernode-private-key node.key --node-config "site='west'"
+    """
+    from fedclip_flwr.operations import relay  # not for --help: it brings torch
+
+    relay.start(run, results_dir, node_config, given.args, typer.echo)
 
 
 @command()

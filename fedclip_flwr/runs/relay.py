@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
@@ -20,6 +20,7 @@ from fedclip_flwr.base import UserError, content
 from fedclip_flwr.base.roles import TRAIN
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
+from fedclip_flwr.base.text import counted
 from fedclip_flwr.exchange import ExchangeError, Hello, Report, Session
 from fedclip_flwr.exchange.records import Task, read_adapter, read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
@@ -28,22 +29,35 @@ from fedclip_flwr.learning.metrics import no_quality
 from fedclip_flwr.learning.one_round import SUMS, renumbered
 from fedclip_flwr.learning.sums import BITS
 from fedclip_flwr.runs import directions, history
+from fedclip_flwr.runs.history import Run
 from fedclip_flwr.runs.ledger import numbers_in
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.server.one_round import share_of
 from fedclip_flwr.site.context import GROUP, settings_at
 from fedclip_flwr.site.given import GivenSums
 from fedclip_flwr.site.holdings import keyed_mark, name_of
-from fedclip_flwr.site.work import as_sent
+from fedclip_flwr.site.sums import as_sent
 
 NODE_CONFIG = {"site", GROUP, "secure-aggregation"}
 """What the node config of a relay may have."""
 WHAT = "this site's group"
 
 
-def group_of(node: Mapping[str, object]) -> tuple[OneRound, dict[str, Any]]:
-    """The newest complete result of the relay's group, and its facts; a `UserError` if there is none to pass on."""
-    name_of(node)
+class Group(NamedTuple):
+    """The name of a relay, and the newest complete result of its group, with its facts."""
+
+    site: str
+    run: Run
+    result: OneRound
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{counted(self.result.images, 'image')} of {self.run.name}"
+
+
+def group_of(node: Mapping[str, object]) -> Group:
+    """What a relay with this node config passes on; a `UserError` if there is nothing."""
+    site = name_of(node)
     if others := sorted(node.keys() - NODE_CONFIG):
         raise UserError(f"{', '.join(others)} in the node config: a relay has no images of its own; leave it out")
     path = Path(str(node[GROUP]))
@@ -61,7 +75,7 @@ def group_of(node: Mapping[str, object]) -> tuple[OneRound, dict[str, Any]]:
         )
     result, facts = load_adapter(complete[-1].path)
     assert isinstance(result, OneRound)
-    return result, facts
+    return Group(site, complete[-1], result, facts)
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,13 @@ class Relay:
         """Raises a `UserError` unless the group's sums can be added to those of a run with this session."""
         if settings_at(run_config, node).method != ONE_ROUND:
             raise UserError(f"this site is a relay: it has sums and no images, so it needs method = {ONE_ROUND!r}")
-        result, facts = group_of(node)
+        site, _, result, facts = group_of(node)
         numbers = numbers_in(session.vocabulary, session.model, result, facts, WHAT)
         state = result.state_dict()
         names: list[bytes | memoryview] = [json.dumps([facts["class_names"], int(state["bits"])]).encode()]
         mark = keyed_mark([*names, *(state[name].numpy().data for name in ("basis", *SUMS))])
         sums = renumbered({name: state[name] for name in SUMS}, numbers, len(session.vocabulary.class_names))
-        return cls(name_of(node), session, sums, state["basis"], int(state["bits"]), mark)
+        return cls(site, session, sums, state["basis"], int(state["bits"]), mark)
 
     @property
     def images(self) -> int:

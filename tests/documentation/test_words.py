@@ -18,7 +18,7 @@ from tests.documentation.pages import PAGES, ROOT, blocks
 
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 SETTINGS = {*Settings.keys()}
-OF_A_SITE = {"site", "role", "domains", "share-class-counts", "partition-id", "num-partitions"}
+OF_A_SITE = {"site", "role", "domains", "share-class-counts", "group", "partition-id", "num-partitions"}
 TAKES_SETTINGS = re.compile("fedclip (run|init|encode|sweep) ")
 NO_SETTINGS = {"num-supernodes"}
 

@@ -15,16 +15,21 @@ from fedclip_flwr.features import Encoded, Features, Pixels, models, open_featur
 from fedclip_flwr.features.opening import server_vocabulary, source_of
 from fedclip_flwr.operations.doctor.findings import Examination
 from fedclip_flwr.runs.history import results
-from fedclip_flwr.site.context import OWNER_KEYS, settings_at
+from fedclip_flwr.runs.relay import group_of
+from fedclip_flwr.site.context import GROUP, OWNER_KEYS, settings_at
 from fedclip_flwr.site.holdings import owners_config
 
-NODE_CONFIG = {*OWNER_KEYS, "site", "role", "domains", "share-class-counts", "partition-id", "num-partitions"}
+NODE_CONFIG = {*OWNER_KEYS, GROUP, "site", "role", "domains", "share-class-counts", "partition-id", "num-partitions"}
 TRIED = 8
 """Images of each domain that are opened, at most."""
 
 
 def examine_site(ex: Examination, run: Settings, node: Mapping[str, Any]) -> int:
     """The bytes that encoding will need; `run` has the run's settings, as far as they are known at this site."""
+    if GROUP in node:
+        if group := ex.look("group", group_of, node):
+            ex.ok("group", f"{group.site} passes on {group}")
+        return 0
     if unknown := sorted(node.keys() - NODE_CONFIG):
         ex.note("node config", f"unknown keys: {', '.join(unknown)}", f"it may have {', '.join(sorted(NODE_CONFIG))}")
     settings = ex.look("node config", settings_at, run.as_run_config(), node)

@@ -1,0 +1,119 @@
+"""A federation of federations over gRPC: real SuperLinks, sites and relays as processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from deploy.processes import SuperLink, superlink, supernode
+from fedclip_flwr.operations import keys, simulation
+from fedclip_flwr.report import writing
+from fedclip_flwr.runs import ledger
+from tests.versions import Federation, images, tensors
+
+pytestmark = pytest.mark.federation
+
+INJECTED = Path(__file__).parent.parent / "reliability" / "injected"
+SLOW = """
+import pathlib, time
+from onload import change
+
+def slow(relay):
+    def answer(*given):
+        pathlib.Path({marker!r}).touch()
+        time.sleep(100)
+    relay.Relay.answer_train = answer
+
+change({{"fedclip_flwr.runs.relay": slow}})
+"""
+
+
+@pytest.fixture
+def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
+    """Four sites, whose runs in this process say what is right."""
+    monkeypatch.setattr(writing, "at_end", lambda *_: "no report")
+    made = Federation(tmp_path, sites={site: images(30 + 9 * n, n) for n, site in enumerate("abcd")})
+    made.run("flat")
+    return made
+
+
+def fedclip(link: SuperLink, command: str, federation: Federation, **how: Any) -> str:
+    """What a run, or an update, prints that was completed on that SuperLink."""
+    given: dict[str, Any] = {
+        "data": f"features:{federation.place / 'server'}",
+        "method": "one-round",
+        "holdout": "apart",
+    }
+    given |= {"results-dir": federation.results, **{key.replace("_", "-"): value for key, value in how.items()}}
+    words = ["fedclip", *command.split(), "--on", simulation.CONNECTION]
+    done = subprocess.run(
+        [*words, *(f"{key}={value}" for key, value in given.items())], env=link.env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def data(federation: Federation, site: str) -> str:
+    return f"site='{site}' data='features:{federation.place / 'sites' / site}'"
+
+
+def test_a_group_takes_part_in_the_federation_above_with_the_sums_of_its_own(federation: Federation) -> None:
+    """With TLS and keys above."""
+    place, group = federation.place, federation.results / "group"
+    env: dict[str, Any] = {"FEDCLIP_HOME": str(place / "fedclip"), "OMP_NUM_THREADS": "1"}
+    keys.make(place / "keys", "localhost", ["west", "d"], None)
+    with ExitStack() as stack:
+        below = stack.enter_context(superlink(place / "below", **env))
+        below.wait_for([stack.enter_context(supernode(below, site, data(federation, site))) for site in "abc"])
+        fedclip(below, "run", federation, name="group", min_sites=3)
+    with ExitStack() as stack:
+        above = stack.enter_context(superlink(place / "above", place / "keys", **env))
+        above.register("west", "d")
+        west = stack.enter_context(supernode(above, "west", "site='west'", group=str(group)))
+        above.wait_for([west, stack.enter_context(supernode(above, "d", data(federation, "d")))])
+        fedclip(above, "run", federation, name="root", min_sites=2)
+    sites = ledger.read_sites(federation.results / "root")
+    assert {site: given.images for site, given in sites.items()} == {"west": 69, "d": 34}
+    assert tensors(federation.results / "root") == tensors(federation.results / "flat")
+    assert "west passes on 69 images of group" in west.log.read_text()
+
+
+def test_a_relay_killed_while_it_answers_loses_nothing_and_counts_once(federation: Federation) -> None:
+    place = federation.place
+    marker, group = place / "answering", federation.run("group", ["a", "b", "c"])
+    (place / "slow").mkdir()
+    (place / "slow" / "sitecustomize.py").write_text(SLOW.format(marker=str(marker)))
+    path = os.pathsep.join([str(place / "slow"), str(INJECTED), os.environ.get("PYTHONPATH", "")])
+    env: dict[str, Any] = {"FEDCLIP_HOME": str(place / "fedclip"), "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        link = stack.enter_context(superlink(place / "above", **env))
+        west = stack.enter_context(supernode(link, "west", "site='west'", group=str(group), PYTHONPATH=path))
+        d = stack.enter_context(supernode(link, "d", data(federation, "d")))
+        link.wait_for([west, d])
+        killer = Thread(target=kill_once, args=(marker, west.process))
+        killer.start()
+        printed = fedclip(link, "run", federation, name="root", round_timeout=12)
+        killer.join()
+        assert "west is left out: no answer within 12 s" in printed
+        again = stack.enter_context(supernode(link, "west", "site='west'", group=str(group)))
+        link.wait_for([again, d])
+        fedclip(link, "update root", federation, round_timeout=12)
+    assert ledger.read_sites(federation.results / "root").keys() == {"d"}
+    assert tensors(federation.results / "root.2") == tensors(federation.results / "flat")
+    assert ledger.read_sites(federation.results / "root.2")["west"].images == 69
+
+
+def kill_once(marker: Path, process: subprocess.Popen[bytes]) -> None:
+    """Ends the process, and what it has started, with SIGKILL as soon as there is the marker."""
+    deadline = time.monotonic() + 60
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
