@@ -21,13 +21,11 @@ from fedclip_flwr.learning.one_round import width_of
 from fedclip_flwr.learning.sums import BITS
 
 
-def write(basis: Tensor, bits: int) -> Path:
-    """The path of a file with these, which it writes if it is not there."""
+def write(relay: str, basis: Tensor, bits: int) -> Path:
+    """Writes those that this relay is asked for, in place of earlier ones; returns the path."""
     tensors = {"basis": basis, "bits": torch.tensor(bits)}
-    name = content.digest(str(bits), str(basis.shape), content.of_bytes(basis.numpy().tobytes()))[:16]
-    path = files.home() / "directions" / f"{name}.safetensors"
-    if not path.exists():
-        files.write_atomic(path, lambda part: tensorfile.save(tensors, part, tensorfile.with_checksum({}, tensors)))
+    path = files.home() / "directions" / f"{content.file_name(relay)}.safetensors"
+    files.write_atomic(path, lambda part: tensorfile.save(tensors, part, tensorfile.with_checksum({}, tensors)))
     return path
 
 

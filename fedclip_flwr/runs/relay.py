@@ -97,8 +97,8 @@ class Relay:
         site, _, result, facts = group_of(node)
         numbers = numbers_in(session.vocabulary, session.model, result, facts, WHAT)
         state = result.state_dict()
-        names: list[bytes | memoryview] = [json.dumps([facts["class_names"], int(state["bits"])]).encode()]
-        mark = keyed_mark([*names, *(state[name].numpy().data for name in ("basis", *SUMS))])
+        named = json.dumps([facts["class_names"], int(state["bits"])]).encode()
+        mark = keyed_mark([named, *(state[name].numpy().data for name in ("basis", *SUMS))])
         sums = renumbered({name: state[name] for name in SUMS}, numbers, len(session.vocabulary.class_names))
         return cls(site, session, sums, state["basis"], int(state["bits"]), mark)
 
@@ -124,7 +124,7 @@ class Relay:
 
     @property
     def _key(self) -> str:
-        return f"relay-{content.digest(self.session.key, self.site)}"
+        return content.digest("relay", self.session.key, self.site)
 
     def answer_train(self, message: RecordDict, memory: Memory | None) -> RecordDict:
         """The group's sums, masked if there is a `memory` of a site's secrets."""
@@ -135,7 +135,7 @@ class Relay:
         if not basis.equal(self.basis) or task.bits != self.bits:
             raise ExchangeError(
                 f"{WHAT} has sums in other directions, or of another unit: there, make a new run with "
-                f"directions={directions.write(basis, task.bits)}"
+                f"directions={directions.write(self.site, basis, task.bits)}"
             )
         given = GivenSums(self.site, self.mark, self.session.vocabulary.class_names) if memory is not None else None
         return write_answer(self._report(), as_sent(self.sums, self.basis, message, memory, given))
