@@ -35,7 +35,7 @@ from harness.machine import machine, memory, table
 
 
 class Federations:
-    """The runs of these sites: `name` by `name`, each timed."""
+    """Runs with the same settings, one by one."""
 
     def __init__(self, place: Path, statistics: str) -> None:
         server = write_features(place / "server", {"none": 1})
@@ -55,11 +55,11 @@ class Federations:
 
 def node(site: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> Node:
     context = Context(RUN, 1, {"site": site, **own}, RecordDict(), dict(config))
-    return lambda message: answer(message, context)
 
+    def answer(message: Message) -> Message:
+        return client_app.app(message, context)
 
-def answer(message: Message, context: Context) -> Message:
-    return client_app.app(message, context)
+    return answer
 
 
 def members(place: Path, groups: int, size: int, rows: int) -> dict[str, dict[str, dict[str, str]]]:

@@ -64,8 +64,7 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
     dict.fromkeys(
         [
             *(benchmark.name for benchmark in BENCHMARKS),
-            *("attacks", "attacks_on_sums", "audit_attack", "constants", "lessons", "private_images"),
-            *("flower_lines", "gpu", "real_features", "released", "scale"),
+            *("attacks", "attacks_on_sums", "audit_attack", "constants", "groups", "lessons", "private_images"),
         ]
     ),
 )

@@ -1,7 +1,7 @@
 """A relay: a site of the federation above whose sums are those of a whole group, from the group's own run of one round.
 
-The group's server keeps them in its run folder, so a relay has no images and keeps nothing itself. It answers with the
-newest complete version of that run. What it sends takes the place of what it sent before, as with any site.
+The group's server keeps them in its run folder. A relay answers with the newest complete version of that run. It has no
+images, and what it sends takes the place of what it sent before, as with any site.
 """
 
 from __future__ import annotations
