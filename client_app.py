@@ -127,7 +127,9 @@ def learn(message: Message, context: Context) -> Message:
         return Message(relay.answer_train(message.content, memory), reply_to=message)
     opened = opened_for(message, context)
     names = opened.session.vocabulary.class_names
-    given = GivenSums(opened.site.name, mark_of(opened), names) if masks(context) and opened.settings.keeps_sums else None
+    given = (
+        GivenSums(opened.site.name, mark_of(opened), names) if masks(context) and opened.settings.keeps_sums else None
+    )
     how: dict[str, Any] = {"by_class": shares_classes(context), "memory": memory, "given": given}
     return Message(answer_train(message.content, opened, cache_of(opened), **how), reply_to=message)
 

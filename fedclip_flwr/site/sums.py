@@ -52,9 +52,7 @@ def sums_to_send(
     return as_sent(sums, needed, content, memory, given)
 
 
-def as_sent(
-    sums: State, needed: Tensor, content: RecordDict, memory: Memory | None, given: GivenSums | None
-) -> State:
+def as_sent(sums: State, needed: Tensor, content: RecordDict, memory: Memory | None, given: GivenSums | None) -> State:
     """The sums as they answer the message: masked if there is a `memory`, in place of what was `given` before."""
     if memory is None:
         return sums

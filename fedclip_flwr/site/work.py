@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from flwr.app import RecordDict
-from torch import Tensor
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
