@@ -73,6 +73,8 @@ def group_of(node: Mapping[str, object]) -> Group:
             f"strategy = {complete[-1].known.strategy!r} of {complete[-1].name}: its result is not the sum of all "
             "images, which alone can be added; make it with strategy = 'fedavg'"
         )
+    if not complete[-1].known.keeps_sums:
+        raise UserError(f"{complete[-1].name} has noise or is a gradient: only exact sums can be passed on")
     result, facts = load_adapter(complete[-1].path)
     assert isinstance(result, OneRound)
     return Group(site, complete[-1], result, facts)
