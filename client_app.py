@@ -194,7 +194,7 @@ def session_of(message: Message) -> Session:
 
 
 def relay_for(message: Message, context: Context) -> Relay | None:
-    """What this site passes on, if its owner has named a group in place of images."""
+    """The relay that answers, if this site's owner has named a group in place of images."""
     if GROUP not in context.node_config:
         return None
     from fedclip_flwr.runs.relay import Relay  # imports the server's side, which other sites don't need

@@ -72,11 +72,12 @@ def members(place: Path, groups: int, size: int, rows: int) -> dict[str, dict[st
     return made
 
 
-def row(what: str, seconds: float, run: Path) -> list[str]:
-    """The figures of a run."""
+def show(what: str, seconds: float, run: Path) -> None:
+    """Prints the figures of a run."""
     traffic = history.read(run).summary["traffic"]
     both = traffic["down_bytes"] + traffic["up_bytes"]
-    return [what, f"{seconds:.1f} s", bytes_of(both), bytes_of(memory(os.getpid(), "VmHWM"))]
+    figures = [what, f"{seconds:.1f} s", bytes_of(both), bytes_of(memory(os.getpid(), "VmHWM"))]
+    print(f"| {' | '.join(figures)} |", flush=True)
 
 
 def main() -> None:
@@ -90,21 +91,21 @@ def main() -> None:
     torch.set_num_threads(1)
     package = content.of_package(content.memory())
     replace(content, of_package=lambda memory: package)  # a site's process looks once: here all sites share one
+    print(table(["", "time", "all messages", "memory, the most so far"], []), flush=True)
     with workplace() as place:
         groups, federations = members(place, given.groups, size, given.rows), Federations(place, given.statistics)
         below = {name: federations.run(name, sites) for name, sites in groups.items()}
         seconds = [spent for _, spent in below.values()]
         last, _ = below[f"group-{given.groups - 1}"]
-        rows = [row(f"a group of {size:,} sites (the mean of {given.groups:,})", sum(seconds) / len(seconds), last)]
+        show(f"a group of {size:,} sites (the mean of {given.groups:,})", sum(seconds) / len(seconds), last)
         root, spent = federations.run("root", {name: {"group": str(run)} for name, (run, _) in below.items()})
-        rows.append(row(f"the root, {given.groups:,} relays", spent, root))
+        show(f"the root, {given.groups:,} relays", spent, root)
         both = sum(seconds) + spent
         every = {name: own for sites in groups.values() for name, own in sites.items()}
         flat, spent = federations.run("flat", every)
-        rows.append(row(f"one server, {len(every):,} sites", spent, flat))
+        show(f"one server, {len(every):,} sites", spent, flat)
         same = (root / "adapter.safetensors").read_bytes() == (flat / "adapter.safetensors").read_bytes()
-        images = sum(history.read(flat).summary["contributions"][name][0] for name in every)
-    print(table(["", "time", "all messages", "memory, the most so far"], rows))
+        images = sum(images for images, _ in history.read(root).summary["contributions"].values())
     print(
         f"\n{len(every):,} sites with {images:,} images to sum, statistics={given.statistics}; groups and root: "
         f"{both:.0f} s; the root's result is {'that' if same else 'NOT that'} of one server, to the bit; {machine()}"

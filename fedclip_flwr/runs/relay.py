@@ -39,7 +39,7 @@ from fedclip_flwr.site.holdings import keyed_mark, name_of
 from fedclip_flwr.site.sums import as_sent
 
 NODE_CONFIG = {"site", GROUP, "secure-aggregation"}
-"""What the node config of a relay may have."""
+"""The keys that the node config of a relay may have."""
 WHAT = "this site's group"
 
 
@@ -56,7 +56,7 @@ class Group(NamedTuple):
 
 
 def group_of(node: Mapping[str, object]) -> Group:
-    """What a relay with this node config passes on; a `UserError` if there is nothing."""
+    """The group of a relay with this node config; a `UserError` if it has nothing to pass on."""
     site = name_of(node)
     if others := sorted(node.keys() - NODE_CONFIG):
         raise UserError(f"{', '.join(others)} in the node config: a relay has no images of its own; leave it out")
@@ -109,7 +109,7 @@ class Relay:
         return int(self.sums["counts"].sum())
 
     def hello(self, package: str, plugins: Sequence[str]) -> Hello:
-        """What the server is told of the group; the sums asked for later must be these."""
+        """The group's name and size. It is noted which sums these are: no others may follow in this session."""
         content.remember(self._key, self.mark, content.memory())
         return Hello(
             site=self.site,
