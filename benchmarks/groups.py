@@ -39,18 +39,19 @@ class Federations:
 
     def __init__(self, place: Path, statistics: str) -> None:
         server = write_features(place / "server", {"none": 1})
-        given = {"method": ONE_ROUND, "statistics": statistics, "holdout": "", "results-dir": str(place / "runs")}
+        given = {"method": ONE_ROUND, "statistics": statistics, "holdout": ""}
         self._config = Settings().as_run_config() | given | {"data": f"features:{server}"}
         self._runs = place / "runs"
 
     def run(self, name: str, sites: Mapping[str, Mapping[str, Any]]) -> tuple[Path, float]:
         """The folder of a run of sites with these node configs, and its seconds."""
-        config = {**self._config, "name": name, "min-sites": len(sites)}
+        folder = self._runs / name  # a group's server has no other group's runs
+        config = {**self._config, "name": name, "results-dir": str(folder), "min-sites": len(sites)}
         grid = local_grid({number: node(site, own, config) for number, (site, own) in enumerate(sites.items(), 2)})
         begun = time.perf_counter()
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             server_app.serve(grid, config)
-        return self._runs / name, time.perf_counter() - begun
+        return folder / name, time.perf_counter() - begun
 
 
 def node(site: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> Node:
