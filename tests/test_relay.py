@@ -100,12 +100,12 @@ def test_a_relay_killed_while_it_answers_loses_nothing_and_counts_once(federatio
         link.wait_for([west, d])
         killer = Thread(target=kill_once, args=(marker, west.process))
         killer.start()
-        printed = fedclip(link, "run", federation, name="root", round_timeout=12)
+        printed = fedclip(link, "run", federation, name="root", round_timeout=45)
         killer.join()
-        assert "west is left out: no answer within 12 s" in printed
+        assert "west is left out: no answer within 45 s" in printed
         again = stack.enter_context(supernode(link, "west", "site='west'", group=str(group)))
         link.wait_for([again, d])
-        fedclip(link, "update root", federation, round_timeout=12)
+        fedclip(link, "update root", federation)
     assert ledger.read_sites(federation.results / "root").keys() == {"d"}
     assert tensors(federation.results / "root.2") == tensors(federation.results / "flat")
     assert ledger.read_sites(federation.results / "root.2")["west"].images == 69
@@ -113,7 +113,7 @@ def test_a_relay_killed_while_it_answers_loses_nothing_and_counts_once(federatio
 
 def kill_once(marker: Path, process: subprocess.Popen[bytes]) -> None:
     """Ends the process, and what it has started, with SIGKILL as soon as there is the marker."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not marker.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)

@@ -59,6 +59,6 @@ def as_sent(sums: State, needed: Tensor, content: RecordDict, memory: Memory | N
     from fedclip_flwr.exchange.secure import site  # imports cryptography, which few runs need
 
     if given:
-        unit = f"{mark_of({'needed': needed})}/{read_task(content).bits}"
+        unit = f"{mark_of({'basis': needed})}/{read_task(content).bits}"
         sums = given.difference(sums, unit, *site.replacing(content))
     return site.masked_sums(content, memory, sums)
