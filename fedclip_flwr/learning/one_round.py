@@ -15,6 +15,7 @@ probability of all these classes by the first model, times its share among them 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -52,7 +53,7 @@ def width_of(statistics: str, classes: int, dim: int) -> int:
     return dim if statistics == "full" else min(dim, max(classes - 1, DIRECTIONS))
 
 
-class ClosedForm(Learner):
+class ClosedForm(Learner, ABC):
     """A model that follows from sums over all images. Without images it is zero-shot.
 
     `SENT` are the tensors of its state that sites answer with, `NEEDED` the one that they need for that.
@@ -62,9 +63,9 @@ class ClosedForm(Learner):
     NEEDED: ClassVar[str]
     counts: Tensor
 
+    @abstractmethod
     def head(self, classes: Classes) -> Head:
         """What predicts these classes; `classes.numbers` says which of the run's own they are."""
-        raise NotImplementedError
 
     def forward(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1)

@@ -70,7 +70,7 @@ class Ledger:
 
     def earlier(self, site: str) -> State:
         """The sums that this site gave to the earlier version."""
-        raise NotImplementedError
+        raise LookupError(site)
 
     def keep(self, site: str, sums: Mapping[str, Tensor]) -> None:
         """Keeps the sums that this site gives now."""
