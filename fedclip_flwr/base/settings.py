@@ -384,8 +384,8 @@ def _of_privacy(settings: Settings) -> dict[str, str]:
     if settings.epsilon and not settings.hides_images:
         found["epsilon"] = "it is for dp-unit = 'image'; else noise-multiplier sets the noise"
     if settings.statistics == GRADIENT:
-        for key, value in (("strategy", "fedavg"), ("one-round-choose", False), ("personalize", False)):
-            if _value(settings, key) != value:
+        for key in ("strategy", "one-round-choose", "personalize", "directions"):
+            if _value(settings, key) != _value(Settings(), key):
                 found[key] = f"leave it out with statistics = {GRADIENT!r}"
     if settings.update and settings.method == ONE_ROUND and not settings.keeps_sums:
         found["update"] = "only exact sums, without noise, can be updated; start a new run"
