@@ -277,7 +277,7 @@ IMAGE = {"method": "one-round", "dp": "central", "dp-unit": "image", "epsilon": 
         (IMAGE | {"one-round-choose": True}, "what sites choose by has no noise; leave it out with dp"),
         (IMAGE | {"update": "latest"}, "only exact sums, without noise, can be updated; start a new run"),
         ({"method": "one-round", "statistics": "gradient", "personalize": True}, "leave it out with statistics"),
-        ({"method": "one-round", "statistics": "gradient", "directions": "file"}, "leave it out with statistics"),
+        ({"method": "one-round", "statistics": "gradient", "directions": "/a"}, "leave it out with statistics"),
         ({"method": "one-round", "statistics": "gradient", "strategy": "fedmedian"}, "leave it out with statistics"),
         ({"method": "one-round", "leave": "north"}, "it is for updates with secure-aggregation = true"),
     ],
