@@ -89,8 +89,8 @@ def audit(
 
     Images that were trained on are compared with images of the same site and class that were not. The ε is a lower
     bound, beside the one that the run claims: a stronger attack may find more. A simulation's images are opened as its
-    settings say; a real site names its own with --data and --site. Canaries are random features, or with dp whole
-    sites, in a new simulation with the run's settings.
+    settings say; a real site names its own with --data and --site. Canaries are random features, or where dp hides
+    sites whole sites, in a new simulation with the run's settings.
 
     Examples: fedclip audit; fedclip audit study --canaries 200; fedclip audit study --site north --data /images
     """

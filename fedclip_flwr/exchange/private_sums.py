@@ -60,13 +60,13 @@ class Hiding(NamedTuple):
 
     def leaving(self, sums: Mapping[str, Tensor]) -> State:
         """What a site sends for its exact sums."""
-        return noised(self._whole(sums), self.at_site)
+        return noised(self.in_units(sums), self.at_site)
 
     def at_server(self, total: Mapping[str, Tensor]) -> State:
         """The total with the server's noise, if it is the server that adds it."""
-        return noised(self._whole(total), self.sigmas) if self.place == "central" else {**total}
+        return noised(self.in_units(total), self.sigmas) if self.place == "central" else {**total}
 
-    def _whole(self, sums: Mapping[str, Tensor]) -> State:
+    def in_units(self, sums: Mapping[str, Tensor]) -> State:
         """The sums with all tensors in the same units."""
         return in_units(sums, self.bits) if self.of_sums else {**sums}
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.base.settings import GRADIENT
 from fedclip_flwr.base.text import counted, percent, some, table
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange import privacy
@@ -246,15 +245,21 @@ def with_canaries(
         raise UserError(f"--canaries: {run.name} trained the whole model; canaries are for adapters and one round")
     if options.data or options.sites:
         raise UserError("--canaries: they are put into a simulation of all sites; leave out --site and --data")
-    if settings.hides_images or settings.statistics == GRADIENT:
-        raise UserError("--canaries: none are made for a gradient, or sums with noise; audit the sites' own images")
     classes: Classes = features.classes.ready(models.pick_device(settings.device))
-    which = found_images if settings.dp == "off" else found_sites
+    unit, attacker = attacked_by(settings)
+    which = found_images if unit == "image" else found_sites
     claimed = privacy.spent(settings, [settings.rounds])  # first: it may lack a package
     found = which(sites, classes, settings, options.canaries, options.confidence)
-    unit, attacker = "image", "what a new simulation ends with, and all other images"
-    if settings.dp != "off":
-        unit, attacker = "site", "the last adapter of a new simulation"
-        attacker = "each update in a new simulation" if settings.dp == "local" else attacker
     who = f"{options.canaries:,} canary {unit}s, each in by the toss of a coin"
     return Audit(run.name, who, attacker, unit, found, options.confidence, settings.delta, claimed, run.unit)
+
+
+def attacked_by(settings: Settings) -> tuple[str, str]:
+    """What canaries are, and what the attacker has."""
+    local = settings.dp == "local"
+    if settings.hides_images:
+        seen = "each site's noised sums" if local else "the noised total"
+        return "image", f"{seen} of a new simulation, and all other images"
+    if settings.dp == "off":
+        return "image", "what a new simulation ends with, and all other images"
+    return "site", "each update in a new simulation" if local else "the last adapter of a new simulation"

@@ -4,6 +4,9 @@ Each one is in by the toss of a coin, and an attack guesses these coins.
 
 - **images**: features in random directions, of random classes, at random sites. The adapter after the last round is
   compared with that of a second simulation without any, which an attacker who knows all other images could make, too.
+  From the sums of one round all other images' sums are taken away; noise stays. With `dp=local` the attacker is the
+  server, which sees each site's sums; else the attacker has the total with the noise, before anything is made of it:
+  `gradient` is released like that, `span` and `full` are mended first.
 - **sites**, for runs whose privacy is that of sites: their update is as long as may be, in a direction of their own.
   With `dp=central` one that is out sends an update of zero, and the attacker has the adapter after the last round. With
   `local` it sends the opposite, and the attacker is the server, which sees each update. That is what ε is about there.
@@ -22,16 +25,21 @@ from tqdm import tqdm
 
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Report, privacy
+from fedclip_flwr.exchange.private_sums import Hiding
 from fedclip_flwr.exchange.records import write_answer
 from fedclip_flwr.experiments.simulate import Result, Wrap, simulate
 from fedclip_flwr.flower.grids import Node
-from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
+from fedclip_flwr.learning import Classes, ClosedForm, Examples, Learner, OneRound, membership
 from fedclip_flwr.learning.membership import Directions, Findings, flat
 from fedclip_flwr.learning.metrics import Score, no_quality
 from fedclip_flwr.learning.recipes import new_part
+from fedclip_flwr.learning.sums import BITS
 from fedclip_flwr.site import Site
+from fedclip_flwr.site.holdings import together
+from fedclip_flwr.site.sums import exact_sums
 
 
 def found_images(
@@ -47,14 +55,70 @@ def found_images(
         own = canaries.rows((inside & (owners == number)).to(canaries.labels.device))
         train = Examples(*(torch.cat(parts) for parts in zip(site.train, own, strict=True)))
         with_them.append(replace(site, train=train))
+    if settings.method == ONE_ROUND and settings.strategy == "fedavg":
+        scores = scores_in_sums(sites, with_them, canaries, owners, classes, settings)
+        return findings_of(scores, inside, settings.delta, confidence, 0.0)
     unseeing, learner = (learnt(which, classes, settings) for which in (sites, with_them))
-    if isinstance(learner, OneRound) and isinstance(unseeing, OneRound) and settings.strategy == "fedavg":
-        sums, others = (membership.Sums.of(each.state_dict(), int(each.bits)) for each in (learner, unseeing))
-        scores = membership.unmixed_images(learner, sums.less(others), canaries)
-        return findings_of(scores, inside, settings.delta, confidence, 0.5)
     attack = membership.drops if isinstance(learner, OneRound) else membership.by_gradients
     scores = attack(learner, unseeing, canaries, classes)
     return findings_of(scores, inside, settings.delta, confidence)
+
+
+def scores_in_sums(
+    sites: Sequence[Site],
+    with_them: Sequence[Site],
+    canaries: Examples,
+    owners: Tensor,
+    classes: Classes,
+    settings: Settings,
+) -> Tensor:
+    """For each canary a number, above 0 if it seems to be in, by the sums of one round."""
+    learner, held = held_sums(with_them, classes, settings)
+    state = learner.state_dict()
+    needed, bits = state[learner.NEEDED], int(state.get("bits", BITS))
+    like = {name: state[name] for name in learner.SENT}
+    hiding = Hiding.of(settings, like, needed, bits) if settings.hides_images else None
+    scores = torch.zeros(len(owners), dtype=torch.float64)
+    for numbers, sums in held:
+        known = exact_sums(together(sites[number].train for number in numbers), classes, settings, needed, bits)
+        known = hiding.in_units(known) if hiding else known
+        rest = {name: sums[name] - tensor for name, tensor in known.items()}
+        own = torch.isin(owners, torch.tensor(numbers))
+        mine = canaries.rows(own.to(canaries.labels.device))
+        deviations = hiding.deviations(len(numbers)) if hiding else None
+        scores[own] = membership.unmixed_images(learner, rest, mine, float(classes.scale), deviations)
+    return scores
+
+
+def held_sums(
+    sites: Sequence[Site], classes: Classes, settings: Settings
+) -> tuple[ClosedForm, list[tuple[Sequence[int], State]]]:
+    """What a simulation ends with, and the sums that the attacker holds, each with the numbers of their sites."""
+    answers: dict[str, State] = {}
+
+    def wrap(name: str, node: Node) -> Node:
+        """A node whose sums are seen."""
+
+        def answer(message: Message) -> Message:
+            reply = node(message)
+            if message.metadata.message_type == MessageType.TRAIN:
+                answers[name] = arrays_of(reply)
+            return reply
+
+        return answer
+
+    learner = new_part(settings, classes)
+    assert isinstance(learner, ClosedForm)
+    if settings.dp == "local":
+        learner.load_state_dict(simulated(sites, classes, replace(settings, secure_aggregation=False), wrap).last)
+        return learner, [([number], answers[site.name]) for number, site in enumerate(sites)]
+    result = simulated(sites, classes, settings)
+    learner.load_state_dict(result.last)
+    return learner, [(range(len(sites)), {**result.last, **result.noised})]
+
+
+def arrays_of(message: Message) -> State:
+    return {name: torch.from_numpy(array.numpy()) for name, array in message.content.array_records["arrays"].items()}
 
 
 def drawn(sites: Sequence[Site], classes: Classes, count: int, chance: torch.Generator) -> Examples:
@@ -115,8 +179,7 @@ def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, cou
         def answer(message: Message) -> Message:
             if message.metadata.message_type != MessageType.TRAIN:
                 return node(message)
-            arrays = message.content.array_records["arrays"]
-            received: State = {key: torch.from_numpy(array.numpy()) for key, array in arrays.items()}
+            received = arrays_of(message)
             sent = privacy.at_site({key: tensor + update[key] for key, tensor in received.items()}, received, settings)
             moved = flat(sent.values()) - flat(received.values())
             seen[names[name]] += directions.along(moved)[names[name]]

@@ -31,7 +31,7 @@ from fedclip_flwr.learning.recipes import new_part
 from fedclip_flwr.server import Outcome, RoundResult, RunState
 from fedclip_flwr.server.loop import RoundLoop
 from fedclip_flwr.server.nodes import Nodes
-from fedclip_flwr.server.one_round import strategy_of
+from fedclip_flwr.server.one_round import OneRoundStrategy, strategy_of
 from fedclip_flwr.site import Site, SiteContext
 from fedclip_flwr.site.holdings import simulated_site
 from fedclip_flwr.site.work import answer_evaluate, answer_train
@@ -58,7 +58,8 @@ class Accuracies:
 class Result:
     """The accuracies after each round and of the selected round, with that round's blend and adapter.
 
-    `bytes`: what all messages of the run weigh, there and back. `last`: the adapter after the last round.
+    `bytes`: what all messages of the run weigh, there and back. `last`: the adapter after the last round. `noised`: the
+    server's total with noise for each image, before anything is made of it.
     """
 
     rounds: list[Accuracies]
@@ -67,6 +68,7 @@ class Result:
     state: State
     bytes: int
     last: State
+    noised: State
 
     @property
     def zero_shot(self) -> Accuracies:
@@ -132,15 +134,13 @@ def simulate(
     outcome = federation.run()
     if test_every_round:
         rounds = [_accuracies(result) for result in federation.results]
-        return Result(
-            rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state, federation.bytes, federation.last
-        )
+        return Result(rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state, *federation.seen)
     zero = accuracies_of(learner, sites, classes, apart, federation.results[0])
     learner.load_state_dict(outcome.state)
     if isinstance(learner, Adapter):
         learner.blend = outcome.blend
     selected = accuracies_of(learner, sites, classes, apart, outcome.adapted)
-    return Result([zero], selected, outcome.blend, outcome.state, federation.bytes, federation.last)
+    return Result([zero], selected, outcome.blend, outcome.state, *federation.seen)
 
 
 def accuracies_of(
@@ -179,6 +179,11 @@ class _Federation:
     results: list[RoundResult] = field(default_factory=list)
     bytes: int = 0
     last: State = field(default_factory=dict)
+    noised: State = field(default_factory=dict)
+
+    @property
+    def seen(self) -> tuple[int, State, State]:
+        return self.bytes, self.last, self.noised
 
     def run(self) -> Outcome:
         start, session = self.learner.on_cpu(), Session("", Vocabulary((), ()), "", "simulate")
@@ -193,6 +198,8 @@ class _Federation:
             nodes.wait_for(self.settings.least_sites)
             outcome = RoundLoop(nodes, strategy, self.settings, start, self._quality, self).run()
         self.bytes = nodes.traffic.both
+        if isinstance(strategy, OneRoundStrategy):
+            self.noised = strategy.noised
         return outcome
 
     def _context(self, site: Site) -> _LocalContext:

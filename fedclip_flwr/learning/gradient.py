@@ -152,12 +152,17 @@ def gradient_of(examples: Examples, prompts: Tensor, scale: float) -> State:
     gradient = torch.zeros(classes + 1, prompts.shape[1], dtype=torch.int64, device=device)
     for rows in torch.split(torch.arange(len(examples.labels), device=device), ROWS):
         batch = examples.rows(rows)
-        features = torch.nan_to_num(batch.features.double(), nan=0.0, posinf=0.0, neginf=0.0)
-        left = torch.cat([GRADIENT * pulls(features, batch.labels, prompts, scale), left_of_mean(features)], dim=1)
-        right = coordinates(features, prompts[:0])
-        gradient += (whole(left).T @ whole(right)).long()
+        left, right = factors(batch, prompts, scale)
+        gradient += (left.T @ right).long()
     counts = torch.bincount(examples.labels, minlength=classes) * COUNTED
     return {"gradient": gradient.cpu(), "counts": counts.cpu()}
+
+
+def factors(examples: Examples, prompts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The two whole factors of what each image adds to the gradient."""
+    features = torch.nan_to_num(examples.features.double(), nan=0.0, posinf=0.0, neginf=0.0)
+    left = torch.cat([GRADIENT * pulls(features, examples.labels, prompts, scale), left_of_mean(features)], dim=1)
+    return whole(left), whole(coordinates(features, prompts[:0]))
 
 
 def left_of_mean(features: Tensor) -> Tensor:

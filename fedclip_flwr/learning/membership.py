@@ -10,14 +10,14 @@ Deviations: how many guesses are made is one of `SHARES` of the bits, each teste
 says which one of two images was trained on, the two results are `steps` = 2 neighbours apart.
 
 **Attacks.** `drops`: the loss of an image is less than by a model that hasn't seen it. `unmixed`: the sums of
-`method=one-round` are linear in the bits, so least squares gives the bits back. `by_gradients`: what an adapter has
-learnt is nearly so, if all other images are known.
+`method=one-round` and its gradient are linear in the bits, so least squares gives the bits back, of noised ones as well
+as the noise allows. `by_gradients`: what an adapter has learnt is nearly so, if all other images are known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,8 +27,10 @@ from torch.nn import functional as F
 
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.learning.base import Classes, Examples, Learner
-from fedclip_flwr.learning.one_round import SUMS, OneRound, symmetric
-from fedclip_flwr.learning.sums import coordinates, sums_of, unit_of
+from fedclip_flwr.learning.gradient import COUNT, PLACES, UNIT, OneGradient, factors
+from fedclip_flwr.learning.noised_sums import most_of
+from fedclip_flwr.learning.one_round import SUMS, ClosedForm, OneRound, symmetric
+from fedclip_flwr.learning.sums import coordinates, shortened, sums_of, unit_of
 from fedclip_flwr.learning.training import logits_of
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
@@ -239,24 +241,64 @@ class Sums(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """Images as the sums of `method=one-round` have them."""
+    """Images as the sums of `method=one-round` have them: of two equal products of numbers, one.
+
+    `weights` of counts, sums and moments: with noise, each is one by its variance.
+    """
 
     rows: Tensor
     labels: Tensor
+    weights: Sequence[float] = (1.0, 1.0, 1.0)
 
     @classmethod
-    def of(cls, examples: Examples, learner: OneRound) -> Mixed:
-        return cls(coordinates(examples.features.cpu(), learner.basis.cpu()), examples.labels.cpu())
+    def of(cls, examples: Examples, learner: OneRound, deviations: Mapping[str, float] | None = None) -> Mixed:
+        """As sums with noise of these deviations, in units, have them: then long features are shortened."""
+        basis = learner.basis.cpu()
+        rows, labels = coordinates(examples.features.cpu(), basis), examples.labels.cpu()
+        if not deviations:
+            return cls(rows, labels)
+        unit = unit_of(int(learner.bits))
+        return cls(shortened(rows, most_of(basis)), labels, [(deviations[name] * unit) ** -2 for name in SUMS])
 
     def times(self, sums: Sums) -> Tensor:
         """The product of each image's part with these sums."""
-        pulled = (sums.sums[self.labels] * self.rows).sum(1) + sums.counts[self.labels]
-        return pulled + ((self.rows @ sums.moments) * self.rows).sum(1)
+        of_counts, of_sums, of_moments = self.weights
+        pulled = of_sums * (sums.sums[self.labels] * self.rows).sum(1) + of_counts * sums.counts[self.labels]
+        both = ((self.rows @ sums.moments) * self.rows).sum(1) + self.rows.square() @ sums.moments.diagonal()
+        return pulled + of_moments * both / 2
 
     def products(self, other: Mixed) -> Tensor:
         """The products of the images' parts with each other."""
+        of_counts, of_sums, of_moments = self.weights
         cosines = self.rows @ other.rows.T
-        return (self.labels[:, None] == other.labels) * (1 + cosines) + cosines * cosines
+        both = cosines.square() + self.rows.square() @ other.rows.square().T
+        same = self.labels[:, None] == other.labels
+        return same * (of_counts + of_sums * cosines) + of_moments * both / 2
+
+
+class Pulls(NamedTuple):
+    """Images as one gradient has them: each is the product of two factors, and a count of its class."""
+
+    left: Tensor
+    right: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, examples: Examples, learner: OneGradient, scale: float) -> Pulls:
+        examples = Examples(*(tensor.cpu() for tensor in examples))
+        left, right = (factor / 2**PLACES for factor in factors(examples, learner.prompts.cpu(), scale))
+        return cls(left, right, examples.labels)
+
+    def times(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """The product of each image's part with these sums, which are in units."""
+        gradient, counts = (sums[name].double() * UNIT for name in OneGradient.SENT)
+        pulled: Tensor = ((self.left @ gradient) * self.right).sum(1) + COUNT * counts[self.labels]
+        return pulled
+
+    def products(self) -> Tensor:
+        """The products of the images' parts with each other."""
+        same = self.labels[:, None] == self.labels
+        return (self.left @ self.left.T) * (self.right @ self.right.T) + COUNT**2 * same
 
 
 def sums_in(examples: Examples, learner: OneRound) -> Sums:
@@ -276,10 +318,30 @@ def unmixed(products: Tensor, pulled: Tensor, noise: float = 0.0) -> Tensor:
     return found
 
 
-def unmixed_images(learner: OneRound, sums: Sums, examples: Examples) -> Tensor:
-    """How much of each image is in the sums, if nothing else is in them."""
-    mixed = Mixed.of(examples, learner)
-    return unmixed(mixed.products(mixed), mixed.times(sums))
+def unmixed_images(
+    learner: ClosedForm,
+    sums: Mapping[str, Tensor],
+    examples: Examples,
+    scale: float,
+    deviations: Mapping[str, float] | None = None,
+) -> Tensor:
+    """How much of each image is in the sums, less a half, if nothing else is in them but noise of these deviations.
+
+    Sums with noise are as they get it: with counts in the same units.
+    """
+    if isinstance(learner, OneGradient):
+        pulls, noise = Pulls.of(examples, learner, scale), deviations["gradient"] * UNIT if deviations else 0.0
+        return above_half(pulls.products(), pulls.times(sums), noise**2)
+    assert isinstance(learner, OneRound)
+    bits, mixed = int(learner.bits), Mixed.of(examples, learner, deviations)
+    if deviations:
+        sums = {**sums, "counts": sums["counts"] * unit_of(bits)}
+    return above_half(mixed.products(mixed), mixed.times(Sums.of(sums, bits)), float(bool(deviations)))
+
+
+def above_half(products: Tensor, pulled: Tensor, noise: float) -> Tensor:
+    """As `unmixed`, but for bits that are 0 or 1 with equal chances; less a half, from which they differ by a half."""
+    return unmixed(products, pulled - products.sum(1) / 2, 4 * noise)
 
 
 def unmixed_pairs(learner: OneRound, known: Examples, first: Examples, second: Examples) -> Tensor:

@@ -73,14 +73,17 @@ def sums_of(examples: Examples, basis: Tensor, classes: int, bits: int = BITS, m
     moments = torch.zeros(width, width, dtype=torch.int64, device=device)
     for rows in torch.split(torch.arange(len(examples.labels), device=device), ROWS):
         batch = examples.rows(rows)
-        found = coordinates(batch.features, basis)
-        if most < math.inf:
-            found = found * (most / length(found).clamp_min(most))[:, None]
+        found = shortened(coordinates(batch.features, basis), most)
         sums.index_add_(0, batch.labels, (found / unit_of(bits)).round().long())
         moments += products(found, bits).long()
     upper = torch.triu_indices(width, width)
     counts = torch.bincount(examples.labels, minlength=classes)
     return {"counts": counts.cpu(), "sums": sums.cpu(), "moments": moments.cpu()[upper[0], upper[1]]}
+
+
+def shortened(rows: Tensor, most: float) -> Tensor:
+    """The rows, the longer ones of this length."""
+    return rows * (most / length(rows).clamp_min(most))[:, None] if most < math.inf else rows
 
 
 def products(rows: Tensor, bits: int) -> Tensor:

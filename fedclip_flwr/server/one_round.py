@@ -27,7 +27,7 @@ from fedclip_flwr.exchange.records import read_adapter, write_adapter
 from fedclip_flwr.learning.gradient import COUNTED, WHOLE, OneGradient
 from fedclip_flwr.learning.one_round import SUMS, OneRound, means_of, positive, symmetric
 from fedclip_flwr.learning.sums import bits_for, unit_of
-from fedclip_flwr.server.averaging import Gathered, Gathering
+from fedclip_flwr.server.averaging import Gathered
 from fedclip_flwr.server.strategy import AdapterFedAvg, LedgerError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class OneRoundStrategy(AdapterFedAvg):
         self._settings, self._ledger = settings, ledger or Ledger()
         self._form = OneGradient if settings.statistics == GRADIENT else OneRound
         self._hiding: Hiding | None = None
+        self._plain: PlainTotal | None = None
         self._bits = self._ledger.bits or (int(like["bits"]) if settings.directions else 0)
         self._gather = partial(Total, ledger=self._ledger)
         if share is not None:
@@ -132,8 +133,14 @@ class OneRoundStrategy(AdapterFedAvg):
     def answered(self) -> State:
         return {name: self.like[name] for name in self._form.SENT}
 
-    def _noised(self, sent: State) -> Gathering:
-        return PlainTotal(sent, self.answered, self._hiding)
+    @property
+    def noised(self) -> State:
+        """The total with noise, before anything is made of it; empty without noise."""
+        return self._plain.noised if self._plain else {}
+
+    def _noised(self, sent: State) -> PlainTotal:
+        self._plain = PlainTotal(sent, self.answered, self._hiding)
+        return self._plain
 
     def of_total(self, sums: State, leaving: Collection[str] = ()) -> State:
         """The state with these sums of all sites in `reports`, of which none is known alone.
@@ -142,7 +149,7 @@ class OneRoundStrategy(AdapterFedAvg):
         images that all its sites claim.
         """
         if self._hiding or self._form is OneGradient:
-            whole = PlainTotal(self._sent, self.answered, self._hiding)
+            whole = self._noised(self._sent)
             whole.add_all(sums, sum(int(self._claims(site)) for site in self.reports), len(self.reports))
             return whole.made()
         before, earlier = self._ledger.total, self._ledger.sites
@@ -210,6 +217,7 @@ class PlainTotal:
         self._sent, self._hiding = sent, hiding
         self._total = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
         self._images = self._sites = 0
+        self.noised: State = {}
 
     def add(self, site: str, state: Mapping[str, Tensor], weight: float) -> None:
         images = int(weight)
@@ -234,7 +242,8 @@ class PlainTotal:
         """The state that follows from the total."""
         if self._hiding is None:
             return {**self._sent, **self._total, "images": torch.tensor(self._images)}
-        return {**self._sent, **self._hiding.made(self._hiding.at_server(self._total), self._images, self._sites)}
+        self.noised = self._hiding.at_server(self._total)
+        return {**self._sent, **self._hiding.made(self.noised, self._images, self._sites)}
 
 
 class Bounded:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from flwr.app import RecordDict
 from torch import Tensor
 
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.settings import GRADIENT
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import ExchangeError, Task
 from fedclip_flwr.exchange.link import SiteCache
 from fedclip_flwr.exchange.records import mark_of, read_task
 from fedclip_flwr.exchange.secure.protocol import Memory
-from fedclip_flwr.learning import ClosedForm, OneRound
+from fedclip_flwr.learning import Classes, ClosedForm, Examples, OneRound
 from fedclip_flwr.learning.gradient import gradient_of
 from fedclip_flwr.learning.noised_sums import most_of
 from fedclip_flwr.learning.sums import BITS, sums_of
@@ -39,17 +40,21 @@ def sums_to_send(
     needed = cache.take(task, {learner.NEEDED: learner.state_dict()[learner.NEEDED]}, context.start)[learner.NEEDED]
     if not 0 < task.bits <= BITS:
         raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits, expected 1 to {BITS}")
-    if settings.statistics == GRADIENT:
-        sums = gradient_of(site.train, needed, float(context.classes.scale))
-    else:
-        most = most_of(needed) if settings.hides_images else 1.0
-        sums = sums_of(site.train, needed, len(context.classes.text), task.bits, most)
+    sums = exact_sums(site.train, context.classes, settings, needed, task.bits)
     if settings.noise_leaves:
         from fedclip_flwr.exchange.private_sums import Hiding  # imports an extra
 
         exact, hiding = sums, Hiding.of(settings, sums, needed, task.bits)
         sums = cache.once(site.name, sums, lambda: hiding.leaving(exact))
     return as_sent(sums, needed, content, memory, given)
+
+
+def exact_sums(examples: Examples, classes: Classes, settings: Settings, needed: Tensor, bits: int) -> State:
+    """What a site with these images answers before noise and masks; `needed` and `bits` come from the server."""
+    if settings.statistics == GRADIENT:
+        return gradient_of(examples, needed, float(classes.scale))
+    most = most_of(needed) if settings.hides_images else 1.0
+    return sums_of(examples, needed, len(classes.text), bits, most)
 
 
 def as_sent(sums: State, needed: Tensor, content: RecordDict, memory: Memory | None, given: GivenSums | None) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from typer.testing import CliRunner
 
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.cli import app
-from fedclip_flwr.exchange import privacy
+from fedclip_flwr.exchange import noise, privacy, private_sums
 from fedclip_flwr.experiments import audit
+from fedclip_flwr.experiments.canaries import found_images
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.runs import history, saved
 from tests.extras import needs
 from tests.finished import finished
 from tests.learnt import whole_model_run
+from tests.server.test_one_round import classes, images, sites
 
 CLASSES = ["cat", "dog", "fish", "hen"]
 DIM = 32
@@ -49,6 +52,8 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same noise at every call: the machine's own differs each time."""
     chance = np.random.default_rng(3)
     monkeypatch.setattr(privacy, "_normal", chance.standard_normal)
+    whole = partial(noise.noised, source=chance.bytes)
+    monkeypatch.setattr(private_sums, "noised", whole)
 
 
 def made(root: Path, data: Path, **given: Any) -> Path:
@@ -146,9 +151,9 @@ def test_canary_sites_stay_below_what_is_claimed(tmp_path: Path, data: Path, dp:
     assert found["epsilon_of"] == "site"
     assert found["epsilon_at_least"] < found["epsilon_claimed"]["site"] == history.read(path).epsilon
     assert multiplier > 2 or found["epsilon_at_least"] > 0.3
-    images = facts(path)
-    assert images["epsilon_of"] == "image"
-    assert images["epsilon_claimed"] == found["epsilon_claimed"]
+    own = facts(path)
+    assert own["epsilon_of"] == "image"
+    assert own["epsilon_claimed"] == found["epsilon_claimed"]
 
 
 def test_noise_that_is_left_out_is_noticed(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +218,62 @@ def test_of_a_run_that_hides_images_their_epsilon_is_claimed(tmp_path: Path, dat
     found = facts(path)
     assert found["epsilon_claimed"] == {"image": 2.0, "site": None}
     assert found["epsilon_at_least"] < 2.0
-    code, _, error = run(path, "--canaries", 40)
-    assert code == 2
-    assert "--canaries: none are made for a gradient, or sums with noise; audit the sites' own images" in error
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_canaries_in_a_gradient_without_noise_are_all_found(tmp_path: Path, data: Path, masked: bool) -> None:
+    path = made(tmp_path, data, method="one-round", statistics="gradient", secure_aggregation=masked)
+    found = facts(path, "--canaries", 60)
+    assert (found["right"], found["guesses"]) == (60, 60)
+    assert found["epsilon_at_least"] > 2
+    assert found["attacker"] == "what a new simulation ends with, and all other images"
+
+
+@needs("privacy")
+@pytest.mark.parametrize(
+    ("statistics", "place", "epsilon", "least"),
+    [
+        ("gradient", "central", 1.0, 0.0),
+        ("gradient", "central", 8.0, 0.4),
+        ("gradient", "shares", 8.0, 0.4),
+        ("gradient", "local", 8.0, 0.4),
+        ("full", "central", 4.0, 0.4),
+        ("full", "shares", 8.0, 0.8),
+        ("full", "local", 8.0, 0.8),
+    ],
+)
+def test_canary_images_in_noise_stay_below_what_is_claimed(
+    tmp_path: Path, data: Path, statistics: str, place: str, epsilon: float, least: float
+) -> None:
+    how = {"statistics": statistics, "dp_unit": "image", "epsilon": epsilon, "secure_aggregation": place == "shares"}
+    path = made(tmp_path, data, method="one-round", dp="local" if place == "local" else "central", **how)
+    found = facts(path, "--canaries", 200)
+    assert found["epsilon_of"] == "image"
+    assert found["epsilon_claimed"] == {"image": epsilon, "site": None}
+    assert least <= found["epsilon_at_least"] < epsilon
+    seen = "each site's noised sums" if place == "local" else "the noised total"
+    assert found["attacker"] == f"{seen} of a new simulation, and all other images"
+
+
+@needs("privacy")
+@pytest.mark.parametrize(
+    ("statistics", "dp", "epsilon"),
+    [("gradient", "central", 1.0), ("gradient", "local", 1.0), ("full", "central", 2.0)],
+)
+def test_noise_for_images_that_is_left_out_is_noticed(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, statistics: str, dp: str, epsilon: float
+) -> None:
+    path = made(tmp_path, data, method="one-round", statistics=statistics, dp=dp, dp_unit="image", epsilon=epsilon)
+    monkeypatch.setattr(private_sums, "noised", lambda sums, sigmas: {**sums})
+    code, stdout, stderr = run(path, "--canaries", 100)
+    assert code == 0, stderr
+    assert "The attack finds more than the claimed ε allows: the claim is wrong." in stdout
+
+
+@needs("privacy")
+@pytest.mark.parametrize("masked", [False, True], ids=["central", "shares"])
+def test_canaries_are_found_where_features_are_shortened_in_the_span(masked: bool) -> None:
+    """With 64 directions of 80."""
+    rows = list(torch.arange(4000).chunk(4))
+    settings = Settings(method="one-round", dp="central", dp_unit="image", epsilon=16.0, secure_aggregation=masked)
+    assert 1.5 < found_images(sites(images(4000, 0), rows), classes(), settings, 200, 0.95).epsilon < 16

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 
 import pytest
@@ -11,11 +12,15 @@ from fedclip_flwr.base import Settings
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.canaries import findings_of
 from fedclip_flwr.learning import Classes, Examples, OneRound, make_adapter, train
+from fedclip_flwr.learning.gradient import WHOLE, OneGradient, gradient_of
 from fedclip_flwr.learning.membership import (
     MOST,
     SHARES,
     Directions,
+    Mixed,
+    Pulls,
     Sums,
+    above_half,
     auc,
     auc_interval,
     binomial,
@@ -30,8 +35,9 @@ from fedclip_flwr.learning.membership import (
     unmixed_images,
     unmixed_pairs,
 )
+from fedclip_flwr.learning.noised_sums import in_units, most_of
 from fedclip_flwr.learning.recipes import RECIPES
-from fedclip_flwr.learning.sums import sums_of
+from fedclip_flwr.learning.sums import BITS, sums_of, unit_of
 
 DELTA = 1e-5
 
@@ -145,9 +151,58 @@ def one_round(statistics: str, examples: Examples) -> OneRound:
 def test_sums_without_noise_give_every_image_back(statistics: str) -> None:
     every, inside = images(60, 0, 100), torch.arange(60) % 3 == 0
     learner = one_round(statistics, every.rows(inside))
-    found = unmixed_images(learner, Sums.of(learner.state_dict(), int(learner.bits)), every)
-    assert torch.allclose(found, inside.double(), atol=1e-3)
+    found = unmixed_images(learner, learner.state_dict(), every, 1.0)
+    assert torch.allclose(found + 0.5, inside.double(), atol=1e-3)
     assert float(sums_in(every.rows(inside), learner).counts.sum()) == 20
+
+
+def test_noised_bits_are_those_that_are_nearest_to_the_sum_and_to_a_half() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts, bits = torch.randn(5, 20, generator=generator).double(), numbers(1, 0, 1, 1, 0)
+    total = bits @ parts + 2 * torch.randn(20, generator=generator).double()
+    both = torch.cat([parts.T / 2, 2 * torch.eye(5).double()])  # in deviations: of the noise, 2, and of a bit, ½
+    nearest = torch.linalg.lstsq(both, torch.cat([total / 2, numbers(1, 1, 1, 1, 1)])[:, None]).solution[:, 0]
+    assert torch.allclose(above_half(parts @ parts.T, parts @ total, 4.0) + 0.5, nearest, atol=1e-5)
+
+
+def flattened(state: Mapping[str, torch.Tensor], deviations: Mapping[str, float]) -> torch.Tensor:
+    """All numbers, in deviations of their noise."""
+    return torch.cat([state[name].double().flatten() / deviation for name, deviation in deviations.items()])
+
+
+@pytest.mark.parametrize("statistics", ["span", "full"])
+def test_products_of_images_in_noised_sums_are_those_of_their_numbers(statistics: str) -> None:
+    every, learner = images(6, 0, 100), one_round(statistics, images(0, 0, 100))
+    deviations = {"counts": 3 / unit_of(BITS), "sums": 0.5 / unit_of(BITS), "moments": 0.1 / unit_of(BITS)}
+    mixed = Mixed.of(every, learner, deviations)
+
+    def added(rows: slice) -> dict[str, torch.Tensor]:
+        return in_units(sums_of(every.rows(rows), learner.basis, 4, BITS, most_of(learner.basis)), BITS)
+
+    parts = torch.stack([flattened(added(slice(row, row + 1)), deviations) for row in range(6)])
+    assert torch.allclose(mixed.products(mixed), parts @ parts.T, atol=1e-8)
+    total = added(slice(1, 4))
+    plain = {**total, "counts": total["counts"] * unit_of(BITS)}
+    assert torch.allclose(mixed.times(Sums.of(plain, BITS)), parts @ flattened(total, deviations), atol=1e-8)
+    found = unmixed_images(learner, total, every, 1.0, deviations)
+    assert set(found.topk(3).indices.tolist()) == {1, 2, 3}
+
+
+def test_products_of_images_in_a_gradient_are_those_of_their_numbers() -> None:
+    every, learner = images(6, 0), OneGradient.new(images(4, 9).features)
+
+    def added(rows: slice) -> dict[str, torch.Tensor]:
+        return gradient_of(every.rows(rows), learner.prompts, 10.0)
+
+    whole = {"gradient": float(WHOLE), "counts": float(WHOLE)}
+    parts = torch.stack([flattened(added(slice(row, row + 1)), whole) for row in range(6)])
+    pulls, total = Pulls.of(every, learner, 10.0), added(slice(1, 4))
+    assert torch.allclose(pulls.products(), parts @ parts.T, atol=1e-8)
+    assert torch.allclose(pulls.times(total), parts @ flattened(total, whole), atol=1e-8)
+    expected = numbers(0, 1, 1, 1, 0, 0) - 0.5
+    assert torch.allclose(unmixed_images(learner, total, every, 10.0), expected, atol=1e-3)
+    noisy = unmixed_images(learner, total, every, 10.0, {"gradient": 0.5 * WHOLE, "counts": 0.5 * WHOLE})
+    assert torch.allclose(noisy, above_half(parts @ parts.T, parts @ flattened(total, whole), 0.25), atol=1e-5)
 
 
 @pytest.mark.parametrize("statistics", ["span", "full"])

@@ -396,6 +396,22 @@ MUTATIONS: Sequence[Mutation] = (
             "self.blend * own + (1 - self.blend) * adapted",
         ),
     ),
+    # attacks
+    *changes(
+        "fedclip_flwr/learning/membership.py",
+        "learning/test_membership.py",
+        ("pulled - products.sum(1) / 2, 4 * noise", "pulled - products.sum(1) / 2, noise"),
+        ("return cls(shortened(rows, most_of(basis)), labels,", "return cls(rows, labels,"),
+        ("(deviations[name] * unit) ** -2 for name", "(deviations[name] * unit) ** -1 for name"),
+        ("both = cosines.square() + self.rows.square() @ other.rows.square().T", "both = 2 * cosines.square()"),
+        ("self.right @ self.right.T) + COUNT**2 * same", "self.right @ self.right.T)"),
+    ),
+    *changes(
+        "fedclip_flwr/experiments/canaries.py",
+        "experiments/test_audit.py",
+        ("{**result.last, **result.noised}", "result.last"),
+        ("known = hiding.in_units(known) if hiding else known", "pass"),
+    ),
     # settings, and what starts a site and a server
     *changes(
         "fedclip_flwr/base/settings.py",
