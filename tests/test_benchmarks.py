@@ -174,12 +174,12 @@ def test_one_table_has_every_method_at_the_same_epsilons_and_what_it_hides(
 ) -> None:
     data = write_features(tmp_path / "features", {"art": 60, "sketch": 60})
     words = f"--data features:{data} --sites 3 --seeds 1 --staying 3 --epsilons 1,8 --rounds 2 --methods"
-    monkeypatch.setattr(sys, "argv", ["x", *words.split(), "gradient", "span", "scale"])
+    monkeypatch.setattr(sys, "argv", ["x", *words.split(), "gradient", "span", "gate"])
     said = private_methods.main()
     rows = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["method", "hides", "noise", "none", "ε = 1", "ε = 8"]
     places = {"an image": ["central", "shares", "local"], "a site": ["central", "local"]}
-    methods = {"gradient": "an image", "span": "an image", "scale": "a site"}
+    methods = {"gradient": "an image", "span": "an image", "gate": "a site"}
     expected = [[method, unit, place] for method, unit in methods.items() for place in places[unit]]
     assert [row[:3] for row in rows[2:]] == expected
     assert [bool(row[3]) for row in rows[2:]] == [place == "central" for _, _, place in expected]
