@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
@@ -26,20 +25,20 @@ from statistics import mean
 import torch
 from flwr.app import Message, MessageType
 
-from benchmarks.common import at_least
-from fedclip_flwr.base import Settings, UserError
+from benchmarks.common import at_least, finish, opened
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.settings import ROBUST
 from fedclip_flwr.base.tensors import State, length_of
 from fedclip_flwr.exchange.records import read_answer, read_task, write_answer
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning import RECIPES, evaluate
 from fedclip_flwr.learning.adapters import ADAPTERS
 from fedclip_flwr.learning.metrics import Score, mean_accuracy
 from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site import Site
-from harness.machine import machine, table
+from harness.machine import table
 
 PLAIN = "plain FedAvg"
 DEFAULT = "default"
@@ -184,7 +183,7 @@ def compare(features: Features, many: int, seeds: int, rounds: int, adapter: str
     return "\n\n".join([table(["", *columns], rows), *words])
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--adapter", default="attention", choices=ADAPTERS)
@@ -193,16 +192,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least(1), default=20)
     given = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    features = open_features(Settings.from_run_config({"data": given.data}))
+    features = opened(given.data)
     print(compare(features, given.sites, given.seeds, given.rounds, given.adapter))
     described = f"{given.sites} sites, {given.adapter}, {given.rounds} rounds, {given.seeds} seeds from 0"
-    print(f"\n{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    return f"\n{described}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
@@ -26,16 +25,16 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.attacks import flipped
-from benchmarks.common import at_least
-from fedclip_flwr.base import Settings, UserError
+from benchmarks.common import at_least, finish, opened
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.settings import FORMS, ONE_ROUND, ROBUST_SUMS
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import Examples, evaluate
 from fedclip_flwr.learning.metrics import mean_accuracy
 from fedclip_flwr.learning.recipes import blank_part
 from fedclip_flwr.site import Site
-from harness.machine import machine, table
+from harness.machine import table
 
 MANY = 100
 
@@ -99,7 +98,7 @@ def compare(features: Features, many: int, seeds: int, hostile: int) -> str:
     return f"{table(['', 'none', *ATTACKS], rows)}\n\nZero-shot: {zero:.1f}."
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks_on_sums", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--sites", type=at_least(3), default=10)
@@ -109,16 +108,11 @@ def main() -> None:
     if given.hostile >= given.sites:
         parser.error("--hostile: expected fewer than --sites")
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    features = open_features(Settings.from_run_config({"data": given.data}))
+    features = opened(given.data)
     print(compare(features, given.sites, given.seeds, given.hostile))
     described = f"{given.sites} sites, {given.hostile} of them hostile, {given.seeds} seeds from 0"
-    print(f"\n{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    return f"\n{described}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: their options, their folder, Flower apps run and watched."""
+"""Shared by the benchmarks: their options, their first and last lines, their folder, Flower apps run and watched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
+
+from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.features import Features, open_features
 from fedclip_flwr.operations import simulation
+from harness.machine import machine
 
 T = TypeVar("T")
 APPS = Path(__file__).parent / "apps"
@@ -35,6 +40,23 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def opened(data: str) -> Features:
+    """The features of the setting `data`, to work with in one thread: the matrices are small, more threads only wait
+    for each other."""
+    torch.set_num_threads(1)
+    return open_features(Settings.from_run_config({"data": data}))
+
+
+def finish(main: Callable[[], str]) -> None:
+    """Runs a script; what it returns describes its figures, and is printed with the time and the machine."""
+    begun = time.perf_counter()
+    try:
+        described = main()
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    print(f"{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
 
 
 @contextmanager

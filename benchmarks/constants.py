@@ -11,23 +11,21 @@ and the drawn pictures are not those of reported results.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from statistics import mean
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import at_least
-from fedclip_flwr.base import Settings, UserError
+from benchmarks.common import at_least, finish, opened
 from fedclip_flwr.base.settings import FORMS
 from fedclip_flwr.experiments.simulate import make_sites
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import Classes, Examples, OneRound, evaluate
 from fedclip_flwr.learning.metrics import Score
 from fedclip_flwr.learning.one_round import Constants
 from fedclip_flwr.learning.sums import sums_of
-from harness.machine import machine, table
+from harness.machine import table
 
 FIRST_SEED = 101
 LEFT_OUT = (0.2, 0.5, 0.8)
@@ -81,16 +79,13 @@ def cases(features: Features, statistics: str, seeds: int) -> Iterator[Case]:
             yield Case(learner, classes, validation.rows(apart), validation.rows(~apart))
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.constants", description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=["drawn:1", "drawn:2"])
     parser.add_argument("--statistics", default="span", choices=FORMS)
     parser.add_argument("--seeds", type=at_least(1), default=3)
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    opened = [open_features(Settings.from_run_config({"data": data})) for data in given.data]
-    found = [list(cases(features, given.statistics, given.seeds)) for features in opened]
+    found = [list(cases(opened(data), given.statistics, given.seeds)) for data in given.data]
     rows = []
     for name, values in {"in use": (0.0,), **TRIED}.items():
         for value in values:
@@ -106,12 +101,8 @@ def main() -> None:
             rows.append(row)
     print(table(["", *(data.partition(":")[0] + f" {n + 1}" for n, data in enumerate(given.data))], rows))
     print(f"\nin use: {', '.join(f'{name} {value:g}' for name, value in Constants()._asdict().items())}")
-    described = f"{given.statistics}, {given.seeds} seeds from {FIRST_SEED}"
-    print(f"{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    return f"{given.statistics}, {given.seeds} seeds from {FIRST_SEED}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

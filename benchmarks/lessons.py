@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import mean
@@ -29,20 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import at_least
+from benchmarks.common import at_least, finish, opened
 from benchmarks.tuning import FIRST_SEED
-from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.experiments.simulate import Accuracies, Result, make_sites, simulate
 from fedclip_flwr.experiments.unseen import THIRDS
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import Classes, Examples, OneRound
 from fedclip_flwr.learning.metrics import mean_accuracy, score_of
 from fedclip_flwr.learning.recipes import blank_part
 from fedclip_flwr.learning.training import logits_of, split
 from fedclip_flwr.site import Site
-from harness.machine import machine, table
+from harness.machine import table
 
 Gain = tuple[float, float]
 EPOCHS = 20
@@ -118,16 +117,14 @@ def turned_loss(line: Accuracies, sites: Sequence[Site]) -> list[float]:
     return [score.loss / score.examples for score in scores if score.examples]
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lessons", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--adapters", default="gate,attention")
     parser.add_argument("--sites", type=at_least(1), default=10)
     parser.add_argument("--seeds", type=at_least(1), default=3)
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    features = open_features(Settings.from_run_config({"data": given.data}))
+    features = opened(given.data)
     kinds = {"held-out domains": features.domains, "held-out classes": THIRDS}
     adapters = given.adapters.split(",")
     rows: dict[str, list[str]] = {}
@@ -144,11 +141,8 @@ def main() -> None:
                 rows.setdefault(lesson, [lesson]).append(f"{seen:+.1f} / {unseen:+.1f}")
     print(table(["", *(f"{adapter}, {kind}" for adapter in adapters for kind in kinds)], list(rows.values())))
     described = f"{given.data}, {given.sites} sites, {EPOCHS} epochs, {given.seeds} seeds from {FIRST_SEED}"
-    print(f"\n{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    return f"\n{described}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

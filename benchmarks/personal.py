@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
-import time
 from statistics import mean
 
 import torch
 
-from fedclip_flwr.base import Settings, UserError
+from benchmarks.common import finish
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features import open_features
@@ -44,7 +42,7 @@ def accuracies(settings: Settings, partition: str, sites: int) -> tuple[float, f
     return result.zero_shot.seen or 0.0, result.selected.seen or 0.0, mean_accuracy(scores) or 0.0
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=("adapter", ONE_ROUND), default="adapter")
     parser.add_argument("--data", default="drawn")
@@ -55,7 +53,6 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.5)
     given = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    start = time.perf_counter()
     print("| divided by | zero-shot | adapted | own |\n| --- | --- | --- | --- |")
     for partition in ("domain", "iid", "dirichlet", "classes"):
         runs = []
@@ -74,14 +71,8 @@ def main() -> None:
         cells = " | ".join(f"{100 * mean(values):.1f}" for values in zip(*runs, strict=True))
         print(f"| {partition} | {cells} |", flush=True)
     how = given.method if given.method == ONE_ROUND else f"{given.rounds} rounds"
-    print(
-        f"\n{given.data}, {given.sites} sites, {how}, {given.seeds} seeds, alpha {given.alpha:g}; "
-        f"{time.perf_counter() - start:.0f} s on {os.cpu_count()} cores, {platform.machine()}"
-    )
+    return f"\n{given.data}, {given.sites} sites, {how}, {given.seeds} seeds, alpha {given.alpha:g}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

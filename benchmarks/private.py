@@ -11,22 +11,19 @@ figures are others, by about that deviation.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
-from benchmarks.common import at_least
-from fedclip_flwr.base import Settings, UserError
+from benchmarks.common import at_least, finish, opened
+from fedclip_flwr.base import Settings
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import make_adapter
 from fedclip_flwr.learning.adapters import ADAPTERS
-from harness.machine import machine, table
+from harness.machine import table
 
 MULTIPLIERS = {"central": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "local": (0.5, 1.0, 2.0, 4.0, 8.0)}
 Found = dict[tuple[str, float, str], tuple[float, float]]
@@ -95,7 +92,7 @@ def plot(found: Found, plain: Mapping[str, float], rounds: int, path: Path) -> N
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.private", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--sites", type=at_least(1), default=100)
@@ -103,19 +100,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--plot", type=Path, help="a PNG or SVG file")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    features = open_features(Settings.from_run_config({"data": given.data}))
+    features = opened(given.data)
     tables, found, plain = compare(features, given.sites, given.rounds, given.seeds)
     if given.plot:
         plot(found, plain, given.rounds, given.plot)
     print(f"\n{tables}\n")
-    settings = f"{given.sites} sites, {given.rounds} rounds, {given.seeds} seeds from 0, clipping-norm 0.5"
-    print(f"{settings}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    return f"{given.sites} sites, {given.rounds} rounds, {given.seeds} seeds from 0, clipping-norm 0.5"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

@@ -1,41 +1,31 @@
-"""One round that does not tell of single images: what noise costs, by method, by who adds it, and by ε.
+"""One round that does not tell of single images: the sums, their noise, and what is learnt from them.
 
     python -m benchmarks.private_images [--data features:PATH] [--holdouts domains|classes] [--sites 10] [--seeds 10]
-        [--staying 8] [--epsilons 0.5,1,3,8] [--choose]
+        [--epsilons 0.5,1,3,8]
 
-Every domain is held out in turn, or every third of the classes. Prints gains over zero-shot in points of test accuracy:
-seen sites / what is held out, means over both and the seeds from 0, and the lowest mean of any that is held out. δ is
-1e-5. Noise comes from the operating system's entropy: another time the figures are a little different.
-
-    off       no noise
-    central   the server adds the noise: it is trusted with the sums
-    shares    each site adds a share, as large as if only `--staying` sites were to stay; under secure aggregation
-    local     each site adds all of the noise
-
-With `--choose` the steps of `gradient` are varied one by one, on the sites' validation images and on validation splits
-of what is held out, with seeds from 100: how they were chosen.
+Shows how the steps of `gradient` were chosen: they are varied one by one, on the sites' validation images and on
+validation splits of what is held out, with seeds from 100. Every domain is held out in turn, or every third of the
+classes. Prints gains over zero-shot in points: seen sites / what is held out, means over both and the seeds, and the
+lowest mean of any that is held out. What the methods come to on test images: private_methods.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import at_least
-from fedclip_flwr.base import Settings, UserError
+from benchmarks.common import at_least, finish, opened
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.base.settings import FORMS
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.noise import noised, share_of, sigma_for
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.experiments.unseen import THIRDS
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, evaluate
 from fedclip_flwr.learning import gradient as steps_of
 from fedclip_flwr.learning.gradient import WHOLE, OneGradient, Steps, gradient_of, noised_by
@@ -45,12 +35,10 @@ from fedclip_flwr.learning.sums import bits_for, sums_of
 from fedclip_flwr.learning.training import split
 from fedclip_flwr.site import Site
 from fedclip_flwr.site.holdings import together
-from harness.machine import machine, table
+from harness.machine import table
 
 DELTA = 1e-5
 GRADIENT = "gradient"
-METHODS = (GRADIENT, *FORMS)
-PLACES = ("central", "shares", "local")
 FIRST_CHOOSING = 100
 TRIED = {
     "across": (64.0, 192.0),
@@ -87,6 +75,7 @@ class Trial:
     unseen: Examples
     classes: Classes
     holdout: str
+    seed: int
 
     def sums(self, method: str) -> tuple[Learner, State]:
         """A new learner, and the sums of all sites without noise."""
@@ -112,21 +101,25 @@ class Trial:
         return found[0], found[1]
 
 
+def holdouts_of(features: Features, kind: str) -> Sequence[str]:
+    return THIRDS if kind == "classes" else features.domains
+
+
 def trials(features: Features, holdouts: Sequence[str], sites: int, seeds: Sequence[int]) -> Iterator[Trial]:
     for holdout in holdouts:
         for seed in seeds:
             made, unseen = make_sites(features, holdout, sites, seed)
-            yield Trial(made, unseen[holdout], features.classes.ready(), holdout)
+            yield Trial(made, unseen[holdout], features.classes.ready(), holdout, seed)
 
 
-def validating(trial: Trial, seed: int) -> Trial:
+def validating(trial: Trial) -> Trial:
     """The same with validation images in place of those that measure."""
-    _, rows, _ = split(len(trial.unseen.labels), seed_of(seed, "tuning", trial.holdout))
+    _, rows, _ = split(len(trial.unseen.labels), seed_of(trial.seed, "tuning", trial.holdout))
     sites = [replace(site, test=site.validation) for site in trial.sites]
     return replace(trial, sites=sites, unseen=trial.unseen.rows(rows))
 
 
-def learnt(trial: Trial, method: str, start: Learner, sums: State, how: How, epsilon: float) -> Learner:
+def learnt(trial: Trial, start: Learner, sums: State, how: How, epsilon: float) -> Learner:
     """The learner from the sums with noise of this ε; 0: without noise."""
     if isinstance(start, OneGradient):
         if not epsilon:
@@ -149,29 +142,14 @@ def learnt(trial: Trial, method: str, start: Learner, sums: State, how: How, eps
     return start
 
 
-def row(gains: Mapping[str, Sequence[Gain]]) -> list[str]:
-    """Seen, unseen, and the lowest of the means of what is held out, which is named."""
-    means = {name: [mean(values) for values in zip(*found, strict=True)] for name, found in gains.items()}
-    seen, unseen = (mean(found[at] for found in means.values()) for at in (0, 1))
-    lowest = min(means, key=lambda name: means[name][1])
-    return [f"{seen:+.1f} / {unseen:+.1f}", f"{means[lowest][1]:+.1f} ({lowest})"]
-
-
-def compare(every: Sequence[Trial], epsilons: Sequence[float], staying: int) -> str:
-    """The table of all methods."""
-    rows = []
-    for method in METHODS:
-        made = [(trial, *trial.sums(method)) for trial in every]
-        for place, epsilon in [("off", 0.0), *((place, one) for place in PLACES for one in epsilons)]:
-            gains: dict[str, list[Gain]] = {}
-            for trial, start, sums in made:
-                how = How(place, len(trial.sites), min(staying, len(trial.sites)))
-                learner = learnt(trial, method, start, sums, how, epsilon)
-                gains.setdefault(trial.holdout, []).append(trial.gain(learner))
-            rows.append(
-                [method, place, "an image" if epsilon else "–", f"{epsilon:g}" if epsilon else "–", *row(gains)]
-            )
-    return table(["method", "noise", "hides", "ε", "seen / unseen", "lowest unseen"], rows)
+def cell(trials: Iterable[Trial], gains: Iterable[Gain]) -> str:
+    """Seen / unseen, and the lowest of the means of what is held out."""
+    by_holdout: dict[str, list[Gain]] = {}
+    for trial, gain in zip(trials, gains, strict=True):
+        by_holdout.setdefault(trial.holdout, []).append(gain)
+    means = [[mean(values) for values in zip(*found, strict=True)] for found in by_holdout.values()]
+    seen, unseen = (mean(values) for values in zip(*means, strict=True))
+    return f"{seen:+z.1f} / {unseen:+z.1f} ({min(lowest for _, lowest in means):+z.1f})"
 
 
 def choose(every: Sequence[Trial], epsilons: Sequence[float]) -> str:
@@ -187,49 +165,42 @@ def choose(every: Sequence[Trial], epsilons: Sequence[float]) -> str:
         line = [name]
         for place in ("central", "local"):
             for epsilon in epsilons:
-                gains: dict[str, list[Gain]] = {}
+                gains = []
                 for trial, start, sums in made:
-                    learner = learnt(trial, GRADIENT, start, sums, How(place, len(trial.sites), 1), epsilon)
+                    learner = learnt(trial, start, sums, How(place, len(trial.sites), 1), epsilon)
                     learner.steps = torch.tensor(steps, dtype=torch.float64)
-                    gains.setdefault(trial.holdout, []).append(trial.gain(learner))
-                line.append(", ".join(row(gains)))
+                    gains.append(trial.gain(learner))
+                line.append(cell(every, gains))
         rows.append(line)
     return table(["", *(f"{place}, ε {epsilon:g}" for place in ("central", "local") for epsilon in epsilons)], rows)
 
 
-def main() -> None:
+def kept_steps() -> str:
+    """The steps of `gradient` in use."""
+    kept = ", ".join(f"{name} {value:g}" for name, value in Steps()._asdict().items())
+    return f"steps: {kept}; clip {steps_of.CLIP:g}"
+
+
+def epsilons_of(text: str) -> list[float]:
+    """The type of an option that is a list of ε."""
+    return [float(one) for one in text.split(",")]
+
+
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.private_images", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--holdouts", default="domains", choices=["domains", "classes"])
     parser.add_argument("--sites", type=at_least(1), default=10)
     parser.add_argument("--seeds", type=at_least(1), default=10)
-    parser.add_argument("--staying", type=at_least(1), default=8)
-    parser.add_argument("--epsilons", default="0.5,1,3,8")
-    parser.add_argument("--choose", action="store_true")
+    parser.add_argument("--epsilons", type=epsilons_of, default=[0.5, 1, 3, 8])
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    features = open_features(Settings.from_run_config({"data": given.data}))
-    epsilons = [float(one) for one in given.epsilons.split(",")]
-    holdouts = THIRDS if given.holdouts == "classes" else features.domains
-    first = FIRST_CHOOSING if given.choose else 0
-    seeds = range(first, first + given.seeds)
-    every = list(trials(features, holdouts, given.sites, seeds))
-    if given.choose:
-        print(
-            choose([validating(one, seed) for one, seed in zip(every, [*seeds] * len(holdouts), strict=True)], epsilons)
-        )
-    else:
-        print(compare(every, epsilons, given.staying))
-    described = (
-        f"{given.data}, {given.sites} sites, {given.holdouts} held out, {given.seeds} seeds from {first}, δ {DELTA:g}"
-    )
-    kept = ", ".join(f"{name} {value:g}" for name, value in Steps()._asdict().items())
-    print(f"\nsteps: {kept}; clip {steps_of.CLIP:g}\n{described}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    features = opened(given.data)
+    seeds = range(FIRST_CHOOSING, FIRST_CHOOSING + given.seeds)
+    every = trials(features, holdouts_of(features, given.holdouts), given.sites, seeds)
+    print(choose([validating(trial) for trial in every], given.epsilons))
+    described = f"{given.data}, {given.sites} sites, {given.holdouts} held out, {given.seeds} seeds from {seeds[0]}"
+    return f"\n{kept_steps()}\n{described}, δ {DELTA:g}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

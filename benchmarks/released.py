@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import at_least, workplace
+from benchmarks.common import at_least, finish, workplace
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.experiments.simulate import simulate
@@ -42,7 +42,7 @@ from fedclip_flwr.learning.recipes import new_adapter
 from fedclip_flwr.site import Site
 from fedclip_flwr.site.holdings import divide
 from harness.features import DIM, write_features
-from harness.machine import machine, table
+from harness.machine import table
 
 SEED, HELD_OUT = 7, "held out"
 FUNCTIONS = ("train", "communication", "test")
@@ -214,7 +214,7 @@ def step_times(released: Released, case: Case, start: State, times: int = 7) -> 
     return median(theirs for theirs, _ in found[1:]), median(own for _, own in found[1:])
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.released", description=__doc__.splitlines()[0])
     parser.add_argument("--code", type=Path, required=True, help="a checkout of github.com/microsoft/PersonalizedFL")
     parser.add_argument("--features", type=Path, help="a feature folder; else random features")
@@ -253,11 +253,8 @@ def main() -> None:
             )
         )
         described = given.features.name if given.features else f"random features of {DIM} numbers"
-        print(f"\n{described}, one thread; {machine()}")
+        return f"\n{described}, one thread"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

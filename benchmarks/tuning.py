@@ -13,20 +13,16 @@ those of these steps. With `--lengths` the adapter's network sees features broug
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import time
 from dataclasses import replace
 from itertools import product
 from statistics import mean
 from typing import Any
 
-import torch
-
-from fedclip_flwr.base import Settings, UserError
+from benchmarks.common import finish, opened
+from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import RECIPES
 from fedclip_flwr.learning.training import split
 
@@ -49,7 +45,7 @@ def gains(features: Features, holdout: str, sites: int, settings: Settings) -> t
     return tuple(100 * ((getattr(found, of) or 0.0) - (getattr(zero, of) or 0.0)) for of in ("seen", "unseen"))
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--sites", default="1,10")
@@ -59,9 +55,7 @@ def main() -> None:
     parser.add_argument("--lengths", default=f"{RECIPES['default'].length:g}")
     parser.add_argument("--strategy", default="fedavg")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    features = open_features(Settings.from_run_config({"data": given.data}))
+    features = opened(given.data)
     print(f"| sites | adapter | length | rate | {' | '.join(f'{d} held out' for d in features.domains)} | mean |")
     print("| --- " * (len(features.domains) + 5) + "|")
     for sites in map(int, given.sites.split(",")):
@@ -83,14 +77,8 @@ def main() -> None:
                 found.append(tuple(mean(values) for values in zip(*found, strict=True)))
                 cells = " | ".join(f"{seen:+.1f} / {unseen:+.1f}" for seen, unseen in found)
                 print(f"| {sites} | {kind} | {length} | {rate} | {cells} |", flush=True)
-    print(
-        f"\n{given.strategy}, {given.data}, {given.rounds} rounds, {given.seeds} seeds from {FIRST_SEED}; "
-        f"{time.perf_counter() - begun:.0f} s on {os.cpu_count()} cores, {platform.machine()}"
-    )
+    return f"\n{given.strategy}, {given.data}, {given.rounds} rounds, {given.seeds} seeds from {FIRST_SEED}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)

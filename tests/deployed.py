@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -18,10 +18,14 @@ from harness.features import write_features
 PROJECT = Path(__file__).parent.parent
 
 
-def completed(
-    place: Path, sites: Mapping[str, Mapping[str, str]], rows: int, env: Mapping[str, str], **settings: Any
-) -> dict[str, Any]:
-    """The summary of a run with these sites, each with an environment of its own beside that of all; with its log."""
+class Run(Protocol):
+    def __call__(self, place: Path, **settings: Any) -> dict[str, Any]:
+        """Runs the app, with its results in this place; the run's summary, with its log."""
+
+
+@contextmanager
+def federation(place: Path, sites: Mapping[str, Mapping[str, str]], rows: int, env: Mapping[str, str]) -> Iterator[Run]:
+    """A federation of these sites, each with an environment of its own beside that of all."""
     others: dict[str, Any] = {**env}
     data = write_features(place / "features", {"art": rows, "sketch": 20})
     with ExitStack() as stack:
@@ -33,11 +37,23 @@ def completed(
             for site, own in sites.items()
         ]
         link.wait_for(nodes)
-        settings = {"data": f"features:{data}", "results-dir": str(place / "results"), **settings}
-        given = place / "settings.toml"
-        given.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-        command = ["flwr", "run", str(PROJECT), simulation.CONNECTION, "--stream", "--run-config", str(given)]
-        done = subprocess.run(command, env=link.env, capture_output=True, text=True)
-    summary = place / "results" / "latest" / "summary.json"
-    assert summary.exists(), done.stdout + done.stderr
-    return {**json.loads(summary.read_text()), "log": done.stdout}
+
+        def run(place: Path, **settings: Any) -> dict[str, Any]:
+            settings = {"data": f"features:{data}", "results-dir": str(place / "results"), **settings}
+            given = place / "settings.toml"
+            given.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+            command = ["flwr", "run", str(PROJECT), simulation.CONNECTION, "--stream", "--run-config", str(given)]
+            done = subprocess.run(command, env=link.env, capture_output=True, text=True)
+            summary = place / "results" / "latest" / "summary.json"
+            assert summary.exists(), done.stdout + done.stderr
+            return {**json.loads(summary.read_text()), "log": done.stdout}
+
+        yield run
+
+
+def completed(
+    place: Path, sites: Mapping[str, Mapping[str, str]], rows: int, env: Mapping[str, str], **settings: Any
+) -> dict[str, Any]:
+    """The summary of one run of such a federation, with its log."""
+    with federation(place, sites, rows, env) as run:
+        return run(place, **settings)

@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import real_features
+from benchmarks import private_methods, real_features
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.exchange import privacy
 from fedclip_flwr.features.folder import FeatureFolder
+from harness.features import write_features
 from harness.machine import OURS, memory, processes, table
 from tests import forked
 
@@ -64,7 +67,8 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
     dict.fromkeys(
         [
             *(benchmark.name for benchmark in BENCHMARKS),
-            *("attacks", "attacks_on_sums", "audit_attack", "constants", "groups", "lessons", "private_images"),
+            *("attacks", "attacks_on_sums", "audit_attack", "constants", "groups", "lessons"),
+            *("private", "private_images", "private_methods"),
         ]
     ),
 )
@@ -154,6 +158,34 @@ def test_who_only_evaluates_sends_no_adapter_back() -> None:
     trains, evaluates = (load("gate", "float32", trains) for trains in (True, False))
     assert trains.bytes - evaluates.bytes > 4 * 4612
     assert trains.calls - evaluates.calls == 2 * 9  # four tensors in two objects each, and their list
+
+
+@pytest.mark.parametrize("dp", ["central", "local"])
+@pytest.mark.parametrize("epsilon", [0.5, 8.0])
+def test_the_noise_of_adapters_comes_to_the_epsilon_that_is_asked_for(epsilon: float, dp: str) -> None:
+    settings = Settings(dp=dp, noise_multiplier=private_methods.multiplier_for(epsilon, dp, 20))
+    spent = privacy.spent(settings, [20])
+    assert spent is not None
+    assert 0.999 * epsilon < spent <= epsilon
+
+
+def test_one_table_has_every_method_at_the_same_epsilons_and_what_it_hides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_features(tmp_path / "features", {"art": 60, "sketch": 60})
+    words = f"--data features:{data} --sites 3 --seeds 1 --staying 3 --epsilons 1,8 --rounds 2 --methods"
+    monkeypatch.setattr(sys, "argv", ["x", *words.split(), "gradient", "span", "gate"])
+    said = private_methods.main()
+    rows = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["method", "hides", "noise", "none", "ε = 1", "ε = 8"]
+    places = {"an image": ["central", "shares", "local"], "a site": ["central", "local"]}
+    methods = {"gradient": "an image", "span": "an image", "gate": "a site"}
+    expected = [[method, unit, place] for method, unit in methods.items() for place in places[unit]]
+    assert [row[:3] for row in rows[2:]] == expected
+    assert [bool(row[3]) for row in rows[2:]] == [place == "central" for _, _, place in expected]
+    assert {row[4] for row in rows[2:] if row[0] == "span"} == {"+0.0 / +0.0 (+0.0)"}  # noise hides all of few images
+    assert "Don't compare rows that hide an image with rows that hide a site" in said
+    assert "adapters: 2 rounds, 1 seed from 0, noise multipliers central " in said
 
 
 def test_a_table_is_markdown() -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,39 @@ from fedclip_flwr.exchange.secure import site
 from fedclip_flwr.exchange.secure.masking import UINT32, UINT64, Numbers, NumberType
 from fedclip_flwr.exchange.secure.member import Member
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import open_features
+from fedclip_flwr.learning import Classes
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.site.holdings import Site, SiteConfig, own_site
 from reliability.federation import INJECTED
 from tests import deployed
-from tests.dropouts.sitecustomize import AT_ONCE, GONE, STEPS
+from tests.dropouts.sitecustomize import STEPS
 
 DROPOUTS = Path(__file__).parent / "dropouts"
 PROJECT = DROPOUTS.parent.parent
 ROUNDS = len(STEPS)
 SITES = 10
+NAMES = [f"site-{n}" for n in range(SITES)]
+GONE = ("000003", "000007")
+ONE_BY_ONE = [dict.fromkeys(GONE, step) for step in STEPS]
+"""In each round, two members drop out in another step."""
+FOUR = ("000001", "000003", "000006", "000008")
+
+
+def planned(place: Path, plan: Sequence[Mapping[str, str]]) -> None:
+    """Where a run is written down: for each round, who drops out in which step."""
+    (place / "recorded").mkdir()
+    (place / "recorded" / "plan.json").write_text(json.dumps(plan))
 
 
 def recording(place: Path) -> dict[str, str]:
-    (place / "recorded").mkdir()
+    """The environment of processes in which sites drop out by the plan, and which write down what there is to see."""
     return {"DROPOUTS": str(place / "recorded"), "PYTHONPATH": f"{DROPOUTS}:{INJECTED}:{PROJECT}"}
 
 
-def over_ray(place: Path, *given: str, **more: str) -> dict[str, Any]:
-    env = {**os.environ, **recording(place), **more}
+def over_ray(place: Path, plan: Sequence[Mapping[str, str]] = ONE_BY_ONE, *given: str) -> dict[str, Any]:
+    planned(place, plan)
+    env = {**os.environ, **recording(place)}
     settings = [*(given or [f"num-server-rounds={ROUNDS}"]), "secure-aggregation=true", f"results-dir={place}/results"]
     command = [str(Path(sys.executable).parent / "fedclip"), "run", "--nodes", str(SITES), *settings]
     done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
@@ -58,8 +71,9 @@ def over_ray(place: Path, *given: str, **more: str) -> dict[str, Any]:
 
 
 def over_grpc(place: Path) -> dict[str, Any]:
+    planned(place, ONE_BY_ONE)
     settings = {"num-server-rounds": ROUNDS, "secure-aggregation": True, "min-sites": SITES - 2}
-    return deployed.completed(place, {f"site-{n}": {} for n in range(SITES)}, 200, recording(place), **settings)
+    return deployed.completed(place, {name: {} for name in NAMES}, 200, recording(place), **settings)
 
 
 @pytest.fixture(
@@ -113,13 +127,16 @@ def test_no_single_update_and_no_secret_is_to_be_seen_at_the_server(place: Path)
 
 
 def nothing_is_seen(place: Path, owns: list[Numbers], masked: int) -> None:
-    """What the server received has so many masked vectors, and no part of these ones or of a secret."""
+    """What the server received has so many masked vectors, and, like the run's folder, no part of these ones or of a
+    secret."""
     kinds = {name.partition("-")[0] for name, _ in recorded(place, "seen", "")}
     assert kinds == {"query", "train", "evaluate"}
     vectors = [np.frombuffer(data, owns[0].dtype) for name, data in recorded(place, "seen", "train-masked")]
     assert len(vectors) == masked
     assert {name for name, _ in recorded(place, "seen", "train-")} == {"train-masked", "train-whole"}
-    everything = b"".join(data for name, data in recorded(place, "seen", "") if name.endswith("whole"))
+    kept = [path.read_bytes() for path in (place / "results" / "latest").rglob("*") if path.is_file()]
+    assert len(kept) > 4
+    everything = b"".join([data for name, data in recorded(place, "seen", "") if name.endswith("whole")] + kept)
     secrets = [data for _, data in recorded(place, "true", "secret-")]
     assert len(secrets) > 3 * SITES
     assert not [secret for secret in secrets if secret in everything]
@@ -144,45 +161,52 @@ def random_bits(numbers: Numbers) -> bool:
 # One round: the sums are exact
 
 
-def sums_over_ray(place: Path) -> tuple[dict[str, Any], list[Site], Features]:
-    summary = over_ray(place, "method=one-round", AT_ONCE="1")
-    features = open_features(Settings(), progress=False)
-    return summary, make_sites(features, "auto", SITES)[0], features
-
-
-def sums_over_grpc(place: Path) -> tuple[dict[str, Any], list[Site], Features]:
-    names = [f"site-{n}" for n in range(SITES)]
-    settings = {"method": "one-round", "secure-aggregation": True}
-    env = {**recording(place), "AT_ONCE": "1"}
-    summary = deployed.completed(place, {name: {} for name in names}, 200, env, **settings)
-    features = open_features(Settings(data=f"features:{place / 'features'}"), progress=False)
-    cpu = torch.device("cpu")
-    return summary, [own_site(features, SiteConfig(name, TRAIN, ["art"]), 0, cpu) for name in names], features
-
-
-@pytest.mark.federation
-@pytest.mark.parametrize("federation", [sums_over_ray, sums_over_grpc])
-def test_the_total_of_one_round_is_exact_whoever_drops_out(
-    federation: Callable[[Path], tuple[dict[str, Any], list[Site], Features]], tmp_path: Path
+def check_total(
+    place: Path, summary: Mapping[str, Any], plan: Mapping[str, str], sites: Sequence[Site], classes: Classes
 ) -> None:
-    """One of ten in each step: the state is that of an open run of the sites whose sums came, to the bit."""
-    summary, sites, features = federation(tmp_path)
+    """The state is that of an open run of the sites whose sums came, to the bit; no site's own sums can be seen."""
     lost = {failure["site"]: failure["why"] for failure in summary["failures"]}
-    assert sorted(lost.values()) == sorted(f"gone in {step}" for step in STEPS)
+    assert sorted(lost.values()) == sorted(f"gone in {step}" for step in plan.values())
     assert "the round is repeated" not in summary["log"]
     assert "secure aggregation: the server sees only the total of the sites' sums" in summary["log"]
     assert summary["contributions"] == {}
     came = [site for site in sites if lost.get(site.name, "gone in unmask") == "gone in unmask"]
-    assert len(came) == SITES - 3
-    truth = simulate(came, features.classes, None, Settings(method="one-round")).state
-    saved = load_file(tmp_path / "results" / "latest" / "adapter.safetensors")
+    assert len(came) == SITES - sum(step != "unmask" for step in plan.values())
+    truth = simulate(came, classes, None, Settings(method="one-round")).state
+    saved = load_file(place / "results" / "latest" / "adapter.safetensors")
     assert saved.keys() == truth.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in truth.items())
-    own = updates(tmp_path, 1, UINT64)
-    ((_, made),) = recorded(tmp_path, "made", "1")
-    total = sum((vector for name, vector in own.items() if AT_ONCE.get(name) != "masked"), np.uint64(0))
+    own = updates(place, 1, UINT64)
+    ((_, made),) = recorded(place, "made", "1")
+    total = sum((vector for name, vector in own.items() if plan.get(name) != "masked"), np.uint64(0))
     assert np.array_equal(np.frombuffer(made, np.uint64), total)
-    nothing_is_seen(tmp_path, [*own.values()], SITES - 3)
+    assert [path.name for path in (place / "results" / "latest" / "sums").iterdir()] == ["sites.json"]
+    nothing_is_seen(place, [*own.values()], len(came))
+
+
+@pytest.mark.soak
+def test_the_total_of_one_round_is_exact_over_ray_when_a_site_drops_out_in_each_step(tmp_path: Path) -> None:
+    plan = dict(zip(FOUR, STEPS, strict=True))
+    summary = over_ray(tmp_path, [plan], "method=one-round")
+    features = open_features(Settings(), progress=False)
+    check_total(tmp_path, summary, plan, make_sites(features, "auto", SITES)[0], features.classes)
+
+
+@pytest.mark.federation
+def test_the_total_of_one_round_is_exact_over_grpc_when_two_sites_drop_out_in_each_step(tmp_path: Path) -> None:
+    """Two runs of one federation: two of ten sites in each of the first two steps, then in each of the others."""
+    with deployed.federation(tmp_path, {name: {} for name in NAMES}, 200, recording(tmp_path)) as run:
+        features = open_features(Settings(data=f"features:{tmp_path / 'features'}"), progress=False)
+        cpu = torch.device("cpu")
+        sites = [own_site(features, SiteConfig(name, TRAIN, ["art"]), 0, cpu) for name in NAMES]
+        for first, second in (STEPS[:2], STEPS[2:]):
+            plan = dict(zip(FOUR, (first, first, second, second), strict=True))
+            planned(tmp_path, [plan])
+            place = tmp_path / first
+            place.mkdir()
+            summary = run(place, **{"method": "one-round", "secure-aggregation": True})
+            (tmp_path / "recorded").rename(place / "recorded")
+            check_total(place, summary, plan, sites, features.classes)
 
 
 # A site, asked by a server that is played

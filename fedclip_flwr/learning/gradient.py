@@ -51,7 +51,7 @@ TERMS = 17
 
 
 class Steps(NamedTuple):
-    """By how much logits change for a mean gradient of 1. Chosen by `benchmarks/private_images.py --choose`."""
+    """By how much logits change for a mean gradient of 1. Chosen by `benchmarks/private_images.py`."""
 
     across: float = 128.0  # across the mean image, among the classes with images
     along: float = 32.0  # along it

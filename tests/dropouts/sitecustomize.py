@@ -1,14 +1,14 @@
-"""In round n, two members drop out in step n of secure aggregation; and what there is to see is written down.
+"""Members drop out in steps of secure aggregation, as planned; and what there is to see is written down.
 
-With `AT_ONCE`, four members drop out in one round, each in another step.
-
-Python imports this by itself in every process that has this folder on its path. Where `DROPOUTS` names a folder, sites
-write their updates, or sums, and secrets to `true` there, and the server what it receives to `seen`, and what it makes
-of it to `made`; see tests/test_secure.py.
+Python imports this by itself in every process that has this folder on its path. Where `DROPOUTS` names a folder, its
+`plan.json` has for each round the members that drop out, each with its step. Sites write their updates, or sums, and
+secrets to `true` there, and the server what it receives to `seen`, and what it makes of it to `made`; see
+tests/test_secure.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +16,12 @@ from typing import Any
 
 PLACE = Path(os.environ.get("DROPOUTS", ""))
 STEPS = ("keys", "shares", "masked", "unmask")
-GONE = ("000003", "000007")
-AT_ONCE = dict(zip(("000001", "000003", "000006", "000008"), STEPS, strict=True))
 
 
 def lost(name: str, number: int) -> str:
     """The step in which the member drops out in this round."""
-    if "AT_ONCE" in os.environ:
-        return AT_ONCE.get(name, "")
-    return STEPS[number - 1] if name in GONE else ""
+    step: str = json.loads((PLACE / "plan.json").read_text())[number - 1].get(name, "")
+    return step
 
 
 def write(folder: str, name: str, data: bytes) -> None:
