@@ -11,24 +11,21 @@ from the operating system's entropy: another time these figures are others.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from benchmarks.common import at_least
+from benchmarks.common import at_least, finish, opened
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.audit import attacked
 from fedclip_flwr.experiments.canaries import found_images, found_sites, learnt
 from fedclip_flwr.experiments.simulate import make_sites
-from fedclip_flwr.features import Features, open_features
+from fedclip_flwr.features import Features
 from fedclip_flwr.learning import Classes
 from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.site import Site
-from harness.machine import machine, table
+from harness.machine import table
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "one-round, span": {"method": ONE_ROUND},
@@ -85,7 +82,7 @@ def hidden(sites: Sequence[Site], classes: Classes, settings: Settings, images: 
     return row(name, "canary images", found, settings.epsilon)
 
 
-def main() -> None:
+def main() -> str:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit_attack", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--sites", type=at_least(1), default=10)
@@ -94,19 +91,13 @@ def main() -> None:
     parser.add_argument("--images", type=at_least(10), default=1000)
     parser.add_argument("--seed", type=at_least(0), default=0)
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
-    begun = time.perf_counter()
-    features = open_features(Settings.from_run_config({"data": given.data}))
+    features = opened(given.data)
     sites, _ = make_sites(features, "", given.sites, given.seed)
     settings = {"num_server_rounds": given.rounds, "seed": given.seed}
     print(compare(features, sites, settings, given.canaries, given.images))
     described = f"{given.sites} sites, {given.rounds} rounds, seed {given.seed}, {given.canaries} canaries"
-    hiding = f"{given.images:,} where images are hidden"
-    print(f"\n{described}, {hiding}; {time.perf_counter() - begun:.0f} s; {machine()}")
+    return f"\n{described}, {given.images:,} where images are hidden"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    finish(main)
