@@ -34,7 +34,7 @@ from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.saved import save_adapter
 from fedclip_flwr.site import OpenedContext, open_context
 from fedclip_flwr.site.context import GROUP, in_simulation, settings_at
-from fedclip_flwr.site.given import GivenSums
+from fedclip_flwr.site.given import GivenSums, check_noted, note
 from fedclip_flwr.site.holdings import mark_of_images
 from fedclip_flwr.site.work import answer_evaluate, answer_train
 
@@ -103,6 +103,9 @@ def hello(message: Message, context: Context) -> Message:
     site = opened.site
     opened.require_same_model()
     forget()
+    mark = mark_of(opened) if sums(opened) else ""
+    if mark and masks(context):
+        note(opened.session.key, site.name, mark)
     answer = Hello(
         site=site.name,
         role=site.role,
@@ -114,7 +117,7 @@ def hello(message: Message, context: Context) -> Message:
         package=content.of_package(content.memory()),
         unit_length=opened.features.has_unit_length(),
         plugins=opened.settings.shared_packages,
-        content=mark_of(opened) if sums(opened) else "",
+        content=mark,
     )
     return Message(records.write_hello(answer), reply_to=message)
 
@@ -126,10 +129,11 @@ def learn(message: Message, context: Context) -> Message:
     if relay := relay_for(message, context):
         return Message(relay.answer_train(message.content, memory), reply_to=message)
     opened = opened_for(message, context)
-    names = opened.session.vocabulary.class_names
-    given = (
-        GivenSums(opened.site.name, mark_of(opened), names) if masks(context) and opened.settings.keeps_sums else None
-    )
+    given = None
+    if masks(context) and opened.settings.keeps_sums:
+        mark = mark_of(opened)
+        check_noted(opened.session.key, opened.site.name, mark, "this site's images")
+        given = GivenSums(opened.site.name, mark, opened.session.vocabulary.class_names)
     how: dict[str, Any] = {"by_class": shares_classes(context), "memory": memory, "given": given}
     return Message(answer_train(message.content, opened, cache_of(opened), **how), reply_to=message)
 

@@ -184,7 +184,7 @@ def check_total(
     nothing_is_seen(place, [*own.values()], len(came))
 
 
-@pytest.mark.federation
+@pytest.mark.soak
 def test_the_total_of_one_round_is_exact_over_ray_when_a_site_drops_out_in_each_step(tmp_path: Path) -> None:
     plan = dict(zip(FOUR, STEPS, strict=True))
     summary = over_ray(tmp_path, [plan], "method=one-round")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fedclip_flwr.learning.one_round import SUMS, Constants
 from fedclip_flwr.learning.sums import unit_of
 from fedclip_flwr.report import writing
 from fedclip_flwr.report.heldout import open_held_out
-from fedclip_flwr.runs import Run, history, ledger
+from fedclip_flwr.runs import Run, checkpoint, history, ledger
 from fedclip_flwr.runs.folder import locked
 from fedclip_flwr.runs.saved import FACTS, TENSORS, learnt_classes, load_adapter, write_json, write_tensors
 from fedclip_flwr.runs.summary import results_of
@@ -53,41 +53,71 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
         )
     found = history.versions(run.path)
     complete = [one for one in found if one.completed]
-    affected = [one for one in complete if holds(one, site)]
+    affected = [one for one in found if holds(one, site)]
     if earlier:
         latest = mark_of(complete[-1], site) if complete else ""
-        affected = [one for one in affected if mark_of(one, site) != latest]
+        affected = [one for one in affected if one.completed and mark_of(one, site) != latest]
     if not affected:
         none = "no earlier version has other sums of it" if earlier else f"no version of {run.name} has anything of it"
         raise UserError(f"{site}: {none}; the sites of {run.name} are {some(sorted(run.summary.get('examples', {})))}")
     hidden = run.known.secure_aggregation
-    if hidden and complete[-1] in affected:
+    if hidden and complete and complete[-1] in affected and gave(complete[-1], site):
         raise UserError(
             f"with secure aggregation only {site} itself can take out its sums: first `fedclip update "
             f"{complete[-1].name} leave={site}`, which asks it to"
         )
-    for one in [*affected, *(one for one in found if not one.completed)]:
-        with locked(one.path, one.name):
-            if one.completed and not hidden:
-                rewrite(one, site)
-                say(f"{one.name}: now the result of its other sites")
-            else:
-                shutil.rmtree(one.path)
-                why = f"only {site} itself could take its sums out" if one.completed else "it was not complete"
-                say(f"{one.name}: removed, as {why}")
-        own = files.home() / "personal" / content.file_name(str(one.settings.get("run"))) / content.file_name(site)
-        shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
+    with contextlib.ExitStack() as stack:
+        affected = [one for one in found if one in affected or not one.completed]
+        for one in affected:  # all, before the first is changed
+            stack.enter_context(locked(one.path, one.name))
+        for one in affected:
+            take_out(one, site, say)
+    if not complete:
+        return f"{site} is forgotten: no version is left."
     return (
         f"{site} is forgotten. The other sites' scores were of the earlier result, and are gone, too: `fedclip update "
-        f"{found[-1].name}` asks for new ones. Copies, exports and trackers outside the run folder still have the "
+        f"{complete[-1].name}` asks for new ones. Copies, exports and trackers outside the run folder still have the "
         "earlier result: replace them."
     )
 
 
+def take_out(run: Run, site: str, say: Callable[[str], None]) -> None:
+    """Takes the site out of a version; removes one that can't be without it."""
+    if run.completed and not (run.known.secure_aggregation and gave(run, site)):
+        rewrite(run, site)
+        say(f"{run.name}: now the result of its other sites")
+    else:
+        shutil.rmtree(run.path)
+        why = f"only {site} itself could take its sums out" if run.completed else "it was not complete"
+        say(f"{run.name}: removed, as {why}")
+    own = files.home() / "personal" / content.file_name(str(run.settings.get("run"))) / content.file_name(site)
+    shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
+
+
 def holds(run: Run, site: str) -> bool:
-    """True if a completed run has anything of the site."""
-    named = site in run.summary["examples"] or any(site == failed for _, failed, _ in run.failures)
-    return named or site in ledger.read_sites(run.path) or ledger.path_of(run.path, site).exists()
+    """True if a version has anything of the site."""
+    if ledger.path_of(run.path, site).exists():
+        return True
+    if not run.completed:
+        try:
+            saved = checkpoint.read(checkpoint.path_of(run.path))
+        except UserError:  # damaged: who can tell?
+            return True
+        results = (saved.state.zero, saved.state.best) if saved else ()
+        return any(site in part for result in results if result for part in (result.reports, result.holdouts))
+    of_site = (is_of(failure, site) for failure in run.summary["failures"])
+    return site in run.summary["examples"] or any(of_site) or gave(run, site)
+
+
+def is_of(failure: Mapping[str, Any], site: str) -> bool:
+    """True if what failed was this site, also where it could only be named beside its node."""
+    named, why = str(failure["site"]), str(failure["why"])
+    return named == site or named.startswith(f"{site} (") or why.startswith(f"{site}: ")
+
+
+def gave(run: Run, site: str) -> bool:
+    """True if the site's sums count in a completed version."""
+    return site in ledger.read_sites(run.path)
 
 
 def mark_of(run: Run, site: str) -> str:
@@ -98,15 +128,23 @@ def mark_of(run: Run, site: str) -> str:
 
 def rewrite(run: Run, site: str) -> None:
     """Writes all files of a completed run as those of one without the site."""
-    sites = {name: given for name, given in ledger.read_sites(run.path).items() if name != site}
-    learner, names = write_result(run, sorted(sites))
-    write_records(run, site, unseen_of(run, learner))
+    before = ledger.read_sites(run.path)
+    sites = {name: given for name, given in before.items() if name != site}
+    learner, names = write_result(run, sorted(sites)) if site in before else result_of(run)
+    write_records(run, site, unseen_of(run, learner), len(before), len(sites))
     for name in MADE_ANEW:
         path = run.path / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     writing.write(history.read(run.path))
     ledger.path_of(run.path, site).unlink(missing_ok=True)
     ledger.write_sites(run.path, sites, names)
+
+
+def result_of(run: Run) -> tuple[OneRound, Sequence[str]]:
+    """The run's result, and its class names."""
+    learner, facts = load_adapter(run.path)
+    assert isinstance(learner, OneRound)
+    return learner, learnt_classes(facts)
 
 
 def write_result(run: Run, sites: Sequence[str]) -> tuple[OneRound, Sequence[str]]:
@@ -142,8 +180,11 @@ def unseen_of(run: Run, learner: OneRound) -> RoundResult:
     return RoundResult(run.summary["adapted"]["round"], {}, unseen, 0, 0.0)
 
 
-def write_records(run: Run, site: str, result: RoundResult) -> None:
-    """Writes settings, metrics and summary without the site, and without scores of the earlier result."""
+def write_records(run: Run, site: str, result: RoundResult, before: int, left: int) -> None:
+    """Writes settings, metrics and summary without the site, and without scores of the earlier result.
+
+    Of the sites `before`, whose sums counted, so many are `left`.
+    """
     summary: dict[str, Any] = json.loads(json.dumps(run.summary))  # a copy
     zero, adapted, known = summary["zero_shot"], summary["adapted"], site in summary["examples"]
     for part in (summary["examples"], summary["contributions"], summary["scaled"], zero["sites"]):
@@ -156,12 +197,16 @@ def write_records(run: Run, site: str, result: RoundResult) -> None:
     }
     personal = {"personal": None, "personal_metrics": None}
     again = results_of(result, learnt_classes(files.read_json(run.path / FACTS)))
+    if zero["holdout_sites"].pop(site, None) is not None:  # means had its images
+        for part in (zero, again):
+            part["unseen"] = part["metrics"]["unseen"] = None
     summary["adapted"] = {**again, "round": adapted["round"], "blend": adapted["blend"], **personal}
-    summary["failures"] = [failure for failure in summary["failures"] if failure["site"] != site]
+    summary["failures"] = [failure for failure in summary["failures"] if not is_of(failure, site)]
     if "update" in summary:
+        known |= summary["update"]["sites"] == before > left  # it was not connected then
         for kind in ("new", "changed"):
             summary["update"][kind] = [name for name in summary["update"][kind] if name != site]
-        summary["update"]["sites"] = len(summary["contributions"])
+        summary["update"]["sites"] = left
     if known:  # else this continues one that was interrupted
         summary["forgotten"] = [*summary.get("forgotten", []), ledger.forgotten(1)]
     lines = [{**line, "val": None, "loss": None, "sites": len(zero["sites"])} for line in run.metrics]

@@ -296,7 +296,9 @@ def saved_settings(settings: Settings) -> tuple[dict[str, Any], int | None]:
     named = ("resume", settings.resume) if settings.resume else ("update", settings.update)
     facts = history.Reader(existing(history.results(settings)[0], named[1], named[0])).settings()
     sites = facts.get("sites")
-    own = {*history.WHERE, *(() if settings.resume else ("update", "leave", "min-sites"))}
+    own = {*history.WHERE, *(() if settings.resume else ("update", "leave"))}
+    if not (settings.resume or facts["secure-aggregation"]):
+        own.add("min-sites")  # of an update, as few sites may have something new; else it is how many hide each other
     original = {key: facts[key] for key in Settings.keys() if key not in own}  # noqa: SIM118
     return original, sites if isinstance(sites, int) else None
 

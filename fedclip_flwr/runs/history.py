@@ -279,6 +279,8 @@ def where(name: str | Path, root: Path | None = None) -> Path:
         if os.path.isfile(path / SETTINGS):
             return path.resolve()
     there = names(root)
+    if found := later(root / name):
+        raise UserError(f"{name}: there is no run of that name, but {', '.join(found)}")
     if there and str(name) == "latest":  # on a file system without links
         return root / there[-1]
     if not there and str(name) == "latest":
@@ -316,14 +318,21 @@ def next_version(path: Path) -> tuple[str, str, int]:
 
 
 def versions(path: Path) -> list[Run]:
-    """All versions of that run, the oldest first; others in the folder that are damaged are left out."""
+    """All versions of that run, the oldest first; other runs in the folder that are damaged are left out."""
     run = read(path)
-    found = [run]
+    found, first = [run], run.name.removesuffix(f".{run.version}")
+    own = {first, *later(path.parent / first)}
     for name in names(path.parent):
-        with contextlib.suppress(UserError):
+        with contextlib.nullcontext() if name in own else contextlib.suppress(UserError):
             other = read(path.parent / name)
             found += [other] if other.family == run.family and name != run.name else []
     return sorted(found, key=lambda each: each.version)
+
+
+def later(path: Path) -> list[str]:
+    """The names that later versions of that run have, the oldest first; the run itself may be gone."""
+    found = [name for name in names(path.parent) if re.fullmatch(rf"{re.escape(path.name)}\.\d+", name)]
+    return sorted(found, key=lambda name: int(name.rpartition(".")[2]))
 
 
 def check_name(settings: Settings) -> None:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from fedclip_flwr.features import Features
 from fedclip_flwr.learning import OneRound
 from fedclip_flwr.learning.one_round import SUMS, renumbered
 from fedclip_flwr.runs import checkpoint, history
-from fedclip_flwr.runs.folder import existing
+from fedclip_flwr.runs.folder import existing, locked
 from fedclip_flwr.runs.history import Run
 from fedclip_flwr.runs.saved import learnt_classes, load_adapter, write_json
 from fedclip_flwr.server.one_round import Given, Ledger
@@ -111,6 +110,8 @@ class Earlier:
     start: OneRound
     numbers: Sequence[int]
     """For each of its classes its number in the run, or -1."""
+    sites: Mapping[str, Given]
+    """The sites whose sums count in it."""
 
     @classmethod
     def open(cls, settings: Settings, features: Features) -> Earlier:
@@ -119,11 +120,13 @@ class Earlier:
         run = history.read(path)
         if not run.completed:
             raise UserError(f"{path} is not complete ({run.status}): resume it, or update another version")
-        result, facts = load_adapter(path)
+        with locked(path, f"update = {path.name!r}"):  # `forget` changes both
+            sites = read_sites(path) if run.known.keeps_sums else {}
+            result, facts = load_adapter(path, exact=True)
         if not isinstance(result, OneRound):
             raise UserError(f"{path} was trained in rounds, and has no sums to go on from: set method = 'one-round'")
         numbers = numbers_in(features.vocabulary, features.model_content, result, facts, str(path))
-        return cls(run, result, result.for_classes(features.classes.ready().text), numbers)
+        return cls(run, result, result.for_classes(features.classes.ready().text), numbers, sites)
 
     def of(self, sums: Mapping[str, Tensor]) -> State:
         """Its sums in the classes of the run."""
@@ -155,10 +158,6 @@ class Earlier:
     @property
     def same_classes(self) -> bool:
         return list(self.numbers) == list(range(len(self.start.counts)))
-
-    @cached_property
-    def sites(self) -> dict[str, Given]:
-        return read_sites(self.path)
 
 
 class SumsOnDisk(Ledger):

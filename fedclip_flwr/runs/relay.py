@@ -16,7 +16,7 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedclip_flwr.base import UserError, content
+from fedclip_flwr.base import UserError
 from fedclip_flwr.base.roles import TRAIN
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
@@ -34,7 +34,7 @@ from fedclip_flwr.runs.ledger import numbers_in
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.server.one_round import share_of
 from fedclip_flwr.site.context import GROUP, settings_at
-from fedclip_flwr.site.given import GivenSums
+from fedclip_flwr.site.given import GivenSums, check_noted, note
 from fedclip_flwr.site.holdings import keyed_mark, name_of
 from fedclip_flwr.site.sums import as_sent
 
@@ -61,9 +61,10 @@ def group_of(node: Mapping[str, object]) -> Group:
     if others := sorted(node.keys() - NODE_CONFIG):
         raise UserError(f"{', '.join(others)} in the node config: a relay has no images of its own; leave it out")
     path = Path(str(node[GROUP]))
-    if not path.is_absolute() or not (path / history.SETTINGS).is_file():
+    there = [path, *(path.parent / name for name in history.later(path))]  # `forget` may have removed the first one
+    if not path.is_absolute() or not (found := [one for one in there if (one / history.SETTINGS).is_file()]):
         raise UserError(f"group = {str(path)!r} in the node config: there is no run in that folder")
-    run = history.read(path.resolve())
+    run = history.read(found[0].resolve())
     if run.known.method != ONE_ROUND:
         raise UserError(f"{run.name} was trained in rounds: only the sums of method = {ONE_ROUND!r} can be passed on")
     if not (complete := [one for one in history.versions(run.path) if one.completed]):
@@ -75,7 +76,7 @@ def group_of(node: Mapping[str, object]) -> Group:
         )
     if not complete[-1].known.keeps_sums:
         raise UserError(f"{complete[-1].name} has noise or is a gradient: only exact sums can be passed on")
-    result, facts = load_adapter(complete[-1].path)
+    result, facts = load_adapter(complete[-1].path, exact=True)
     assert isinstance(result, OneRound)
     return Group(site, complete[-1], result, facts)
 
@@ -94,8 +95,13 @@ class Relay:
     @classmethod
     def open(cls, run_config: Mapping[str, object], node: Mapping[str, object], session: Session) -> Relay:
         """Raises a `UserError` unless the group's sums can be added to those of a run with this session."""
-        if settings_at(run_config, node).method != ONE_ROUND:
+        settings = settings_at(run_config, node)
+        if settings.method != ONE_ROUND:
             raise UserError(f"this site is a relay: it has sums and no images, so it needs method = {ONE_ROUND!r}")
+        if not settings.keeps_sums:
+            raise UserError(
+                "this site is a relay: its sums are exact, so the run can't have a gradient, or noise by dp"
+            )
         site, _, result, facts = group_of(node)
         numbers = numbers_in(session.vocabulary, session.model, result, facts, WHAT)
         state = result.state_dict()
@@ -110,7 +116,7 @@ class Relay:
 
     def hello(self, package: str, plugins: Sequence[str]) -> Hello:
         """The group's name and size. It is noted which sums these are: no others may follow in this session."""
-        content.remember(self._key, self.mark, content.memory())
+        note(self.session.key, self.site, self.mark)
         return Hello(
             site=self.site,
             role=TRAIN,
@@ -124,15 +130,10 @@ class Relay:
             content=self.mark,
         )
 
-    @property
-    def _key(self) -> str:
-        return content.digest("relay", self.session.key, self.site)
-
     def answer_train(self, message: RecordDict, memory: Memory | None) -> RecordDict:
         """The group's sums, masked if there is a `memory` of a site's secrets."""
         task = read_task(message)
-        if content.recall(self._key, content.memory()) != self.mark:
-            raise ExchangeError(f"the sums of {WHAT} have changed since its hello: the next update takes the new ones")
+        check_noted(self.session.key, self.site, self.mark, f"the sums of {WHAT}")
         basis = directions_in(task)
         if not basis.equal(self.basis) or task.bits != self.bits:
             raise ExchangeError(

@@ -109,8 +109,11 @@ def write_tensors(path: Path, state: State, number: int, setting: str = "FEDCLIP
     files.write_atomic(path, lambda part: tensorfile.save(state, part, header), setting)
 
 
-def load_adapter(folder: Path) -> tuple[Adapter | ClosedForm, dict[str, Any]]:
-    """The adapter in a folder, such as that of a run or one for the hub, and its facts."""
+def load_adapter(folder: Path, exact: bool = False) -> tuple[Adapter | ClosedForm, dict[str, Any]]:
+    """The adapter in a folder, such as that of a run or one for the hub, and its facts.
+
+    With `exact` its file must be the one that the facts were written for, to the bit.
+    """
     described, tensors = folder / FACTS, folder / TENSORS
     if folder.is_dir() and not described.exists():
         described = folder / CONFIG
@@ -127,6 +130,8 @@ def load_adapter(folder: Path) -> tuple[Adapter | ClosedForm, dict[str, Any]]:
         state, header = store.mapped(path)
         found = content.of_file(path)
         if facts.get("tensors") not in (None, found):
+            if exact:
+                raise UserError(f"{path} does not match {described.name}: restore a copy, or start a new run")
             if "blend" not in header:
                 raise UserError(f"{path} does not match {described.name}: export it again")
             facts |= {key: files.parsed(fact) for key, fact in header.items()} | {"tensors": found}

@@ -119,6 +119,11 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
     if given.get("secure-aggregation"):
         own.pop("secure-aggregation", None)  # an owner can turn it on, but not off
     settings = Settings.from_run_config({**given, **own})
+    if "dp" in node and settings.hides_images:
+        raise UserError(
+            "dp='local' in the node config hides this site as a whole, but the run's noise hides single images: to "
+            "allow that, have epsilon there in place of dp and noise-multiplier"
+        )
     if given.get("dp") == "local" and settings.noise_multiplier < float(str(given["noise-multiplier"])):
         raise UserError(
             f"noise-multiplier = {settings.noise_multiplier:g} in the node config: expected at least "

@@ -15,6 +15,17 @@ from fedclip_flwr.exchange import ExchangeError
 from fedclip_flwr.learning.one_round import renumbered
 
 
+def note(session: str, site: str, mark: str) -> None:
+    """Notes at a site's hello what its sums are of: no others may follow in the session."""
+    content.remember(content.digest("given", session, site), mark, content.memory())
+
+
+def check_noted(session: str, site: str, mark: str, what: str) -> None:
+    """Raises an `ExchangeError` if the hello was about others: the server takes this mark for that of the sums."""
+    if content.recall(content.digest("given", session, site), content.memory()) not in (None, mark):
+        raise ExchangeError(f"{what} have changed since its hello: the next update takes the new ones")
+
+
 class GivenSums:
     """The sums that a site gave, on its disk, by the mark of the images that they are of; `mark` is that of today's."""
 

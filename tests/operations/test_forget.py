@@ -18,7 +18,7 @@ from fedclip_flwr.inference.card import card_of
 from fedclip_flwr.learning import choosing
 from fedclip_flwr.operations import forget as forgetting
 from fedclip_flwr.report import writing
-from fedclip_flwr.runs import history, ledger, runlist
+from fedclip_flwr.runs import checkpoint, history, ledger, runlist
 from fedclip_flwr.runs.folder import locked
 from fedclip_flwr.runs.saved import load_adapter
 from tests.versions import Federation, files_with, images, tensors
@@ -202,6 +202,72 @@ def test_a_version_that_was_not_completed_is_removed(federation: Federation) -> 
     said = forget(federation, "study")
     assert said[:2] == ["study: now the result of its other sites", "study.2: removed, as it was not complete"]
     assert not (federation.results / "study.2").exists()
+
+
+@pytest.mark.usefixtures("without_report")
+@pytest.mark.parametrize("left", ["sums", "checkpoint", "damaged"])
+def test_an_unfinished_version_alone_can_have_something_of_the_site(federation: Federation, left: str) -> None:
+    """Before `forget` changes anything, no version may be under way."""
+    first = federation.run("study", ["north", "south"])
+    before, unfinished = tensors(first), federation.update("study")
+    if left != "sums":
+        shutil.rmtree(unfinished / "sums")
+    if left != "checkpoint":
+        shutil.rmtree(unfinished / "checkpoint")
+    if left == "damaged":
+        checkpoint.path_of(unfinished).parent.mkdir()
+        checkpoint.path_of(unfinished).write_bytes(b"half")
+    path = unfinished / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped"}))
+    with locked(unfinished, "study.2"), pytest.raises(UserError, match=r"study\.2: that run is still under way"):
+        forget(federation, "study")
+    assert forget(federation, "study")[0] == "study.2: removed, as it was not complete"
+    assert not unfinished.exists()
+    assert tensors(first) == before
+    with pytest.raises(UserError, match=f"{WEST}: no version of study has anything of it"):
+        forget(federation, "study")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_version_in_whose_update_the_site_was_not_connected_says_so_too(federation: Federation) -> None:
+    federation.run("study", ["north", WEST])
+    second = federation.update("study", connected=["south"])
+    forget(federation, "study")
+    summary = json.loads((second / "summary.json").read_text())
+    assert [each["sites"] for each in summary["forgotten"]] == [1]
+    assert summary["update"]["sites"] == 2
+    assert tensors(second) == tensors(federation.run("flat", ["north", "south"]))
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_site_that_only_tested_or_failed_leaves_no_name(federation: Federation) -> None:
+    run = federation.run("study", ["north", "south"])
+    before, path = tensors(run), run / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["zero_shot"]["holdout_sites"][WEST] = 0.625
+    summary["failures"] += [
+        {"round": 0, "site": f"{WEST} (node 12)", "why": "there are two of this name"},
+        {"round": 0, "site": "node 12", "why": f"{WEST}: it has no images"},
+        {"round": 0, "site": "south", "why": "no answer"},
+    ]
+    path.write_text(json.dumps(summary))
+    forget(federation, "study")
+    assert files_with(run, WEST.encode()) == []
+    assert tensors(run) == before
+    made = json.loads(path.read_text())
+    assert [failure["site"] for failure in made["failures"]] == ["south"]
+    assert made["zero_shot"]["unseen"] is made["adapted"]["unseen"] is None
+    assert made["zero_shot"]["sites"].keys() == {"north", "south"}
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_damaged_version_is_named_and_nothing_is_changed(federation: Federation) -> None:
+    first = federation.run("study")
+    second, before = federation.update("study", connected=["north"], strategy="fedmedian"), tensors(first)
+    (second / "settings.json").write_text("half")
+    with pytest.raises(UserError, match=r"study\.2"):
+        forget(federation, "study")
+    assert tensors(first) == before
 
 
 @pytest.mark.usefixtures("without_report")

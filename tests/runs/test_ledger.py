@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import MessageType
+from flwr.app import Message, MessageType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.one_round import SUMS, OneRound
 from fedclip_flwr.operations import forget
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import history, ledger, runlist
-from fedclip_flwr.runs.folder import RunFolder
+from fedclip_flwr.runs.folder import RunFolder, saved_settings
 from fedclip_flwr.runs.saved import load_adapter
+from fedclip_flwr.site import context
 from fedclip_flwr.site.holdings import divide, mark_of_images
-from tests.versions import CLASSES, Federation, files_with, images, tensors
+from tests.versions import CLASSES, Federation, files_with, images, tensors, write
 
 
 @pytest.fixture
@@ -352,6 +356,49 @@ def test_who_can_not_take_anything_back_is_named(federation: Federation, leave: 
     federation.sites |= {"east": images(40, 4), "up": images(55, 5), "down": images(35, 6)}
     with pytest.raises(UserError, match=f"leave = '{leave}': {leave} is not connected, or gave nothing to take back"):
         federation.run("", ["east", "up", "down"], update="study", leave=leave, **MASKED)
+
+
+def test_images_that_change_after_the_hello_are_not_sent_under_masks(
+    federation: Federation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the server would remember them by the wrong mark, and the site could never replace them."""
+    federation.sites |= {"east": images(40, 4)}
+    plain, own = federation._node, federation.sites["west"]
+
+    def changing(site: str, config: Mapping[str, Any]) -> Node:
+        answer = plain(site, config)
+
+        def answers(message: Message) -> Message:
+            if (site, message.metadata.message_type) == ("west", MessageType.TRAIN):
+                write(federation.place / "sites" / site, own=own._replace(labels=own.labels.roll(1)))
+                context._context.cache_clear()  # as in a process of its own
+                context._features.cache_clear()
+            return answer(message)
+
+        return answers
+
+    federation._node = changing  # type: ignore[method-assign]
+    made = federation.run("study", **MASKED)
+    assert "west is left out: this site's images have changed since its hello" in capsys.readouterr().out
+    assert ledger.read_sites(made).keys() == {"north", "south", "east"}
+
+
+def test_a_damaged_total_is_noticed(federation: Federation) -> None:
+    run = federation.run("study")
+    whole = bytearray(tensors(run))
+    whole[-1] ^= 1
+    (run / "adapter.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match=r"does not match adapter\.json: restore a copy, or start a new run"):
+        federation.run("", update="study")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_update_needs_as_many_sites_as_the_run_only_where_they_hide_each_other(
+    federation: Federation, masked: bool
+) -> None:
+    federation.run("study", secure_aggregation=masked, min_sites=3)
+    given = Settings(update="study", results_dir=str(federation.results))
+    assert saved_settings(given)[0].get("min-sites") == (3 if masked else None)
 
 
 def test_a_site_that_has_lost_what_it_gave_says_so(federation: Federation, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,30 @@ def test_sums_that_change_after_the_hello_are_not_sent(
     federation._node = plain  # type: ignore[method-assign]
     made = federation.update("root", connected=present)
     assert tensors(made) == tensors(federation.run("flat", [*"acdef"]))
+
+
+def test_a_root_that_asks_for_noise_gets_no_exact_sums(federation: Federation) -> None:
+    present = grouped(federation)
+    noises: list[dict[str, Any]] = [{"statistics": "gradient"}, {"dp": "local", "dp_unit": "image", "epsilon": 20.0}]
+    for noise in noises:
+        with pytest.raises(
+            UserError, match=r"this site is a relay: its sums are exact, so the run can't have a gradient"
+        ):
+            federation.run("root", [one for one in present if one != "f"], **noise)
+        assert trained(federation) == []
+        shutil.rmtree(federation.results / "root")
+
+
+def test_a_relay_goes_on_when_the_version_that_it_was_started_with_was_removed(federation: Federation) -> None:
+    grouped(federation)
+    federation.update("of-west", connected=["d"])
+    shutil.rmtree(federation.results / "of-west")
+    assert group_of({"site": "west", "group": str(federation.relays["west"])}).run.name == "of-west.2"
+    with pytest.raises(UserError, match=r"of-west: there is no run of that name, but of-west\.2"):
+        history.find("of-west", federation.results)
+    (federation.results / "of-west.2" / "metrics.jsonl").write_text("half")
+    with pytest.raises(UserError, match="metrics"):
+        group_of({"site": "west", "group": str(federation.relays["west"])})
 
 
 def test_a_group_may_lack_classes_and_have_them_in_another_order(federation: Federation) -> None:

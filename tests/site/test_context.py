@@ -273,6 +273,14 @@ def test_a_site_imports_no_plug_in_that_its_owner_has_not_installed_as_one(
     assert not (tmp_path / "here").exists()
 
 
+def test_a_site_that_hides_as_a_whole_takes_part_in_no_run_that_hides_single_images() -> None:
+    run = Settings().as_run_config() | {"method": "one-round", "dp": "local", "dp-unit": "image", "epsilon": 20.0}
+    node: dict[str, Any] = {"site": "north", "data": "drawn"}
+    with pytest.raises(UserError, match="hides this site as a whole, but the run's noise hides single images"):
+        settings_at(run, {**node, "dp": "local", "noise-multiplier": 1.0})
+    assert settings_at(run, {**node, "epsilon": 20.0}).hides_images
+
+
 def test_no_server_names_a_source_for_a_real_site() -> None:
     with pytest.raises(UserError, match="this site's data is not set"):
         settings_at({"data": "nasty:thing:/etc"}, {"site": "north"})
