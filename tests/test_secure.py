@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,21 +192,28 @@ def test_the_total_of_one_round_is_exact_over_ray_when_a_site_drops_out_in_each_
     check_total(tmp_path, summary, plan, make_sites(features, "auto", SITES)[0], features.classes)
 
 
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, deployed.Run]]:
+    """A federation of ten sites over gRPC, and its place."""
+    place = tmp_path_factory.mktemp("ten")
+    with deployed.federation(place, {name: {} for name in NAMES}, 200, recording(place)) as run:
+        yield place, run
+
+
 @pytest.mark.federation
-def test_the_total_of_one_round_is_exact_over_grpc_when_two_sites_drop_out_in_each_step(tmp_path: Path) -> None:
-    """Two runs of one federation: two of ten sites in each of the first two steps, then in each of the others."""
-    with deployed.federation(tmp_path, {name: {} for name in NAMES}, 200, recording(tmp_path)) as run:
-        features = open_features(Settings(data=f"features:{tmp_path / 'features'}"), progress=False)
-        cpu = torch.device("cpu")
-        sites = [own_site(features, SiteConfig(name, TRAIN, ["art"]), 0, cpu) for name in NAMES]
-        for first, second in (STEPS[:2], STEPS[2:]):
-            plan = dict(zip(FOUR, (first, first, second, second), strict=True))
-            planned(tmp_path, [plan])
-            place = tmp_path / first
-            place.mkdir()
-            summary = run(place, **{"method": "one-round", "secure-aggregation": True})
-            (tmp_path / "recorded").rename(place / "recorded")
-            check_total(place, summary, plan, sites, features.classes)
+@pytest.mark.parametrize("steps", [STEPS[:2], STEPS[2:]], ids=" and ".join)
+def test_the_total_of_one_round_is_exact_over_grpc_when_two_sites_drop_out_in_each_step(
+    steps: Sequence[str], ten: tuple[Path, deployed.Run]
+) -> None:
+    (place, run), (first, second) = ten, steps
+    plan = dict(zip(FOUR, (first, first, second, second), strict=True))
+    planned(place, [plan])
+    (own := place / first).mkdir()
+    summary = run(own, **{"method": "one-round", "secure-aggregation": True})
+    (place / "recorded").rename(own / "recorded")
+    features = open_features(Settings(data=f"features:{place / 'features'}"), progress=False)
+    sites = [own_site(features, SiteConfig(name, TRAIN, ["art"]), 0, torch.device("cpu")) for name in NAMES]
+    check_total(own, summary, plan, sites, features.classes)
 
 
 # A site, asked by a server that is played
