@@ -61,10 +61,11 @@ def group_of(node: Mapping[str, object]) -> Group:
     if others := sorted(node.keys() - NODE_CONFIG):
         raise UserError(f"{', '.join(others)} in the node config: a relay has no images of its own; leave it out")
     path = Path(str(node[GROUP]))
-    there = [path, *(path.parent / name for name in history.later(path))]  # `forget` may have removed the first one
-    if not path.is_absolute() or not (found := [one for one in there if (one / history.SETTINGS).is_file()]):
+    if not (path / history.SETTINGS).is_file() and (left := history.later(path)):
+        path = path.parent / left[0]  # `forget` has removed the first version
+    if not path.is_absolute() or not (path / history.SETTINGS).is_file():
         raise UserError(f"group = {str(path)!r} in the node config: there is no run in that folder")
-    run = history.read(found[0].resolve())
+    run = history.read(path.resolve())
     if run.known.method != ONE_ROUND:
         raise UserError(f"{run.name} was trained in rounds: only the sums of method = {ONE_ROUND!r} can be passed on")
     if not (complete := [one for one in history.versions(run.path) if one.completed]):
