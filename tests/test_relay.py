@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from deploy.processes import SuperLink, superlink, supernode
+from deploy.processes import WAIT, SuperLink, superlink, supernode
 from fedclip_flwr.operations import keys, simulation
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import ledger
+from reliability.federation import until
 from tests.versions import Federation, images, tensors
 
 pytestmark = pytest.mark.federation
@@ -86,6 +87,7 @@ def test_a_group_takes_part_and_its_relay_killed_while_it_answers_loses_nothing(
         killer.join()
         assert "west is left out: no answer within 45 s" in printed
         assert "west passes on 69 images of group" in west.log.read_text()
+        until(lambda: above.online() == 1, "the killed relay offline", WAIT)  # until then, Flower accepts no other
         again = stack.enter_context(supernode(above, "west", "site='west'", group=str(group)))
         above.wait_for([again, d])
         fedclip(above, "update root", federation, min_sites=2)

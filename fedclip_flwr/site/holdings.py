@@ -63,10 +63,15 @@ def keyed_mark(parts: Iterable[bytes | memoryview]) -> str:
 def _secret() -> bytes:
     """This machine's secret, made on first use."""
     path = files.home() / "secret"
-    with contextlib.suppress(FileExistsError):
-        if not path.exists():
-            files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)), put=os.link)
+    if not path.exists():
+        files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)), put=_unless_there)
     return files.read_bytes(path, 64)
+
+
+def _unless_there(part: Path, path: Path) -> None:
+    """Moves the file into place unless another process has made it meanwhile: then that one counts."""
+    with contextlib.suppress(FileExistsError):
+        os.link(part, path)
 
 
 def _write_private(path: Path, data: bytes) -> None:

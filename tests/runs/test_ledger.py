@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from fedclip_flwr.runs import history, ledger, runlist
 from fedclip_flwr.runs.folder import RunFolder, saved_settings
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site import context
-from fedclip_flwr.site.holdings import divide, mark_of_images
+from fedclip_flwr.site.holdings import divide, keyed_mark, mark_of_images
 from tests.versions import CLASSES, Federation, files_with, images, tensors, write
 
 
@@ -300,6 +303,22 @@ def test_a_mark_of_images_changes_with_each_of_them_and_needs_the_machines_secre
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "elsewhere"))
     assert mark(own) not in marks
     assert (tmp_path / "elsewhere" / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_sites_that_make_their_machines_secret_at_the_same_time_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path))
+
+    def other(count: int) -> bytes:
+        (tmp_path / "secret").write_bytes(bytes(32))
+        return secrets.token_bytes(count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedclip_flwr.site.holdings.secrets", SimpleNamespace(token_bytes=other))
+        mark = keyed_mark([b"images"])
+    assert mark == keyed_mark([b"images"]) == hmac.digest(bytes(32), b"images", "sha256").hex()[:32]
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
 MASKED: dict[str, Any] = {"secure_aggregation": True}
