@@ -119,6 +119,8 @@ def ledger_of(
     """What keeps the sites' sums, with one round of exact sums."""
     if not settings.keeps_sums:
         return None
+    if earlier:
+        earlier.check()
     return SumsOnDisk(folder.path, class_names, earlier, folder.setting, settings.secure_aggregation)
 
 

@@ -70,6 +70,8 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
         affected = [one for one in found if one in affected or not one.completed]
         for one in affected:  # all, before the first is changed
             stack.enter_context(locked(one.path, one.name))
+        if history.versions(run.path) != found:
+            raise UserError(f"{run.name} has just been changed by another process: run this again")
         for one in affected:
             take_out(one, site, say)
     if not complete:

@@ -128,6 +128,12 @@ class Earlier:
         numbers = numbers_in(features.vocabulary, features.model_content, result, facts, str(path))
         return cls(run, result, result.for_classes(features.classes.ready().text), numbers, sites)
 
+    def check(self) -> None:
+        """Raises if `forget` has changed it since it was opened; from now on the next version's lock prevents that."""
+        with locked(self.path, f"update = {self.path.name!r}"):
+            if history.read(self.path) != self.run:
+                raise UserError(f"{self.path} has just been changed by another process: run this again")
+
     def of(self, sums: Mapping[str, Tensor]) -> State:
         """Its sums in the classes of the run."""
         return renumbered(sums, self.numbers, len(self.start.counts))

@@ -13,6 +13,7 @@ from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, models, open_features
 from fedclip_flwr.features.encoded import T
 from fedclip_flwr.learning.adapters import adapter_class
+from fedclip_flwr.runs.directions import start_of
 from fedclip_flwr.runs.history import check_name, results
 from fedclip_flwr.server.robust import rule_of
 
@@ -58,6 +59,8 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
     features = check("data", "model", "prompt", look=lambda: open_features(settings))
     if features:
         holdout = check("holdout", look=lambda: pick_holdout(settings.holdout, features.domains))
+        if settings.directions:
+            check("directions", look=lambda: start_of(settings, features))
     check("results-dir", look=lambda: files.make_folder(*results(settings)))
     check("name", "resume", look=lambda: check_name(settings))
     check("track", look=lambda: trackers.check(settings.track))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.settings import Settings
+from fedclip_flwr.features import Features
 from fedclip_flwr.inference.card import card_of
 from fedclip_flwr.learning import choosing
 from fedclip_flwr.operations import forget as forgetting
@@ -226,6 +229,38 @@ def test_an_unfinished_version_alone_can_have_something_of_the_site(federation: 
     assert tensors(first) == before
     with pytest.raises(UserError, match=f"{WEST}: no version of study has anything of it"):
         forget(federation, "study")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_an_update_that_begins_meanwhile_is_noticed_by_one_of_the_two(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `forget` if the next version is there before it locks the others, and else by the update."""
+    first = federation.run("study")
+    before = tensors(first)
+
+    def updates(path: Path, what: str) -> AbstractContextManager[None]:
+        patched.undo()
+        federation.update("study", connected=["north"], strategy="fedmedian")
+        return locked(path, what)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(forgetting, "locked", updates)
+        with pytest.raises(UserError, match=r"study has just been changed by another process: run this again"):
+            forget(federation, "study")
+    assert tensors(first) == before
+
+    open_earlier = ledger.Earlier.open
+
+    def forgets(settings: Settings, features: Features) -> ledger.Earlier:
+        opened = open_earlier(settings, features)
+        forget(federation, "study")
+        return opened
+
+    monkeypatch.setattr(ledger.Earlier, "open", forgets)
+    with pytest.raises(UserError, match="study has just been changed by another process: run this again"):
+        federation.update("study", connected=["south"], strategy="fedmedian")
+    assert files_with(federation.results, WEST.encode()) == []
 
 
 @pytest.mark.usefixtures("without_report")

@@ -279,6 +279,7 @@ def test_directions_that_do_not_fit_are_refused(federation: Federation, tmp_path
     expected = {"lacks": "lacks 'bits'", "missing": "can't be read", "damaged": r"can't be read \(checksum mismatch\)"}
     with pytest.raises(UserError, match=f"directions = .*{expected.get(wrong, 'they are for another model, or not')}"):
         federation.run("x", ["a"], directions=str(path), statistics="full" if wrong == "statistics" else "span")
+    assert not (federation.results / "x").exists()
 
 
 def test_what_leaves_a_relay_is_what_may_and_nothing_of_a_single_site(federation: Federation) -> None:
