@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -450,7 +451,8 @@ def _score(part: str, record: MetricRecord, more: int) -> tuple[Score, list[floa
     if examples > MOST_IMAGES:
         raise ExchangeError(f"{part}: {examples:g} examples, expected at most {MOST_IMAGES:,}")
     if not 0 <= loss <= 1e6 * max(examples, 1):
-        raise ExchangeError(f"{part}: the loss is {loss}, expected a finite sum over {examples:g} examples")
+        diverged = ": with less noise, or a lower learning rate, it may not diverge" if math.isnan(loss) else ""
+        raise ExchangeError(f"{part}: the loss is {loss}, expected a finite sum over {examples:g} examples{diverged}")
     return Score(int(examples), int(correct), loss), others
 
 

@@ -164,6 +164,7 @@ NAN = float("nan")
         ("validation", {"examples": NAN}, "1 of nan"),
         ("validation", {"examples": 1e300}, "1e\\+300 examples, expected at most 1,000,000,000"),
         ("validation", {"loss": 1.7e308}, "the loss is 1.7e\\+308"),
+        ("validation", {"loss": NAN}, "the loss is nan, .*: with less noise, or a lower learning rate"),
         ("test", {"loss": NAN}, "loss"),
         ("test", {"loss": -1.0}, "loss"),
         ("test", {"balanced": 1.5}, "balanced accuracy is 1.5, expected a number from 0 to 1"),
