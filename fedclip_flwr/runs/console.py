@@ -316,7 +316,8 @@ def left_out(failures: Iterable[tuple[int, str, str]]) -> list[str]:
         rounds.setdefault((site, why), []).append(number)
     sites: dict[tuple[str, str], list[str]] = {}
     for (site, why), numbers in rounds.items():
-        when = f"round {numbers[0]}" + (f" to {numbers[-1]}, {len(numbers)} times" if numbers[1:] else "")
+        when = f"round {numbers[0]}" + (f" to {numbers[-1]}" if numbers[-1] > numbers[0] else "")
+        when += f", {len(numbers)} times" if numbers[1:] else ""
         sites.setdefault((why, when), []).append(site)
     return sorted(
         f"Left out: {some(sorted(names, key=natural))}: {why} ({when})" for (why, when), names in sites.items()

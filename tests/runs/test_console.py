@@ -55,6 +55,8 @@ SUMMARY: dict[str, Any] = {
         {"round": 1, "site": "b", "why": "no answer"},
         {"round": 3, "site": "b", "why": "no answer"},
         {"round": 0, "site": "c", "why": "other code"},
+        {"round": 2, "site": "d", "why": "too little memory"},
+        {"round": 2, "site": "d", "why": "too little memory"},
     ],
 }
 
@@ -74,6 +76,7 @@ def test_the_closing_tables() -> None:
     assert "250 B a site and round; FedAVG of the whole model: 1 MB, 4,000 times as much." in text
     assert "Left out: b: no answer (round 1 to 3, 2 times)" in text
     assert "Left out: c: other code (round 0)" in text
+    assert "Left out: d: too little memory (round 2, 2 times)" in text
 
 
 def test_the_other_figures_and_the_weakest_classes() -> None:
