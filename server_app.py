@@ -129,11 +129,13 @@ def has_news(folder: RunFolder, settings: Settings, nodes: Nodes, earlier: Earli
     nodes.wait_for(settings.least_sites)
     if absent := [site for site in nodes.leaving if site not in nodes.news]:
         raise UserError(f"leave = {settings.leave!r}: {absent[0]} is not connected, or gave nothing to take back")
-    if earlier and settings.secure_aggregation and 0 < len(nodes.news) < settings.least_sites:
-        raise UserError(
-            f"only {some(nodes.news)} would change the total, and the difference would show their sums: wait until at "
-            f"least {settings.least_sites} sites have something new, or leave"
-        )
+    if earlier and settings.secure_aggregation and nodes.news:
+        nodes.totals = earlier.totals(folder.path)
+        if shown := nodes.exposed(nodes.news, settings.least_sites):
+            raise UserError(
+                f"the new total, beside the earlier ones, would show the sums of {some(shown)}: wait until more sites "
+                "have something new, or leave"
+            )
     if earlier is None or nodes.news or not earlier.answers(settings):
         return True
     folder.discard()

@@ -23,6 +23,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import some
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange import Hello, Report
+from fedclip_flwr.exchange.secure.exposure import Part, part_of
 from fedclip_flwr.features import Features
 from fedclip_flwr.learning import OneRound
 from fedclip_flwr.learning.one_round import SUMS, renumbered
@@ -133,6 +134,16 @@ class Earlier:
         with locked(self.path, f"update = {self.path.name!r}"):
             if history.read(self.path) != self.run:
                 raise UserError(f"{self.path} has just been changed by another process: run this again")
+
+    def totals(self, own: Path) -> list[set[Part]]:
+        """What the totals of all versions are of, for the run in the folder `own`, which is one of them."""
+        found = []
+        for run in history.versions(self.path):
+            if run.status == "running" and run.path != own:
+                raise UserError(f"{run.path} is under way: with secure aggregation, update one after the other")
+            if (run.path / FOLDER / SITES).exists():
+                found.append({part_of(site, given.content) for site, given in read_sites(run.path).items()})
+        return found
 
     def of(self, sums: Mapping[str, Tensor]) -> State:
         """Its sums in the classes of the run."""

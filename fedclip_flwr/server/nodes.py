@@ -22,6 +22,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.base.text import some
 from fedclip_flwr.exchange import ExchangeError, Hello, Progress, Report, Session, records
 from fedclip_flwr.exchange.link import Downlink
+from fedclip_flwr.exchange.secure.exposure import Part, exposed, part_of
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.inbox import Inbox
 from fedclip_flwr.flower.metadata import set_metadata
@@ -101,6 +102,8 @@ class Nodes:
         """For each site whose sums count, the numbers of images and of classes in them."""
         self.earlier: Mapping[str, tuple[int, int, str]] = {}
         """The same of the version that this run updates, and the mark of the site's images then."""
+        self.totals: Sequence[Collection[Part]] = ()
+        """With secure aggregation, what the totals of all versions are of."""
         self.leaving: Collection[str] = ()
         """Sites that take back what they gave to that version."""
         self.trained: Counter[str] = Counter()
@@ -345,6 +348,17 @@ class Nodes:
         """The connected sites whose images are those that the earlier version has."""
         marks = {site: mark for site, (_, _, mark) in self.earlier.items()}
         return {site for site in self._connected() if self.hellos[site].content == marks.get(site)}
+
+    def exposed(self, changing: Collection[str], least: int) -> list[str]:
+        """Fewer than `least` sites whose sums are to be told from a new total, beside those of all versions.
+
+        In the new one the parts of the sites `changing` are those of their images now.
+        """
+        marks = {site: mark for site, (_, _, mark) in self.earlier.items()}
+        marks |= {site: self.hellos[site].content for site in changing}
+        gone = {site for site in changing if site in self.leaving or not self.hellos[site].train}
+        new = {part_of(site, mark) for site, mark in marks.items() if site not in gone}
+        return exposed([*self.totals, new], least)
 
     def trains(self, nodes: Iterable[int]) -> None:
         """Counts that these nodes are asked to train."""

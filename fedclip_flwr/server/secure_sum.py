@@ -14,6 +14,7 @@ from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.settings import ONE_ROUND
 from fedclip_flwr.base.tensors import State
+from fedclip_flwr.base.text import some
 from fedclip_flwr.exchange import ExchangeError, Report
 from fedclip_flwr.exchange.secure.masking import (
     UINT32,
@@ -121,10 +122,7 @@ class SecureSum:
         for site, why in strategy.dropped.items():
             self._nodes.fails(self._number, site, why)
         strategy.dropped = {}
-        if (arrived := len(strategy.reports)) < self._least:  # a discarded sum would reveal part of the next one
-            raise MaskingError(f"{arrived} updates arrived, expected {self._least}: nothing is unmasked")
-        if self._nodes.discarded not in (None, strategy.reports.keys()):
-            raise MaskingError("the sum of other sites was discarded before this one: nothing is unmasked")
+        self._check()
         lists = self._collector.lists()
         asked = {name: {"survivors": survivors, "dropped": dropped} for name, (survivors, dropped) in lists.items()}
         self._ask("unmask", asked, lambda name, answer: self._collector.reveal(name, paired(answer, "of", "pieces")))
@@ -133,6 +131,14 @@ class SecureSum:
         except LetterError as error:
             self._nodes.distrusted.add(self._sites[error.sender])
             raise
+
+    def _check(self) -> None:
+        """Raises unless the sum may be unmasked."""
+        arrived = self._strategy.reports.keys()
+        if len(arrived) < self._least:  # a discarded sum would reveal part of the next one
+            raise MaskingError(f"{len(arrived)} updates arrived, expected {self._least}: nothing is unmasked")
+        if self._nodes.discarded not in (None, arrived):
+            raise MaskingError("the sum of other sites was discarded before this one: nothing is unmasked")
 
     def _state_of(self, total: Numbers) -> State:
         """The state plus the mean of the updates."""
@@ -193,6 +199,11 @@ class SecureTotal(SecureSum):
     def _replacing(self, site: str) -> dict[str, Any]:
         earlier, leave = self._nodes.earlier.get(site), site in self._nodes.leaving
         return {"before": earlier[2], "leave": leave} if earlier else {}
+
+    def _check(self) -> None:
+        super()._check()
+        if shown := self._nodes.exposed(self._strategy.reports, self._least):
+            raise MaskingError(f"the total would show the sums of {some(shown)}: nothing is unmasked")
 
     def _state_of(self, total: Numbers) -> State:
         strategy = self._strategy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import json
 import os
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 from fedclip_flwr.base import UserError, files
 from fedclip_flwr.base.roles import HOLDOUT, ROLES, TRAIN
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.data import held_out
 from fedclip_flwr.data.partition import shard
+from fedclip_flwr.exchange.secure.exposure import TRAINING
 from fedclip_flwr.features import Features
 from fedclip_flwr.features.encoding import UnfinishedError
 from fedclip_flwr.learning import Examples
@@ -44,12 +45,15 @@ class Site:
 
 
 def mark_of_images(site: Site, class_names: Sequence[str]) -> str:
-    """A mark of the site's examples: it changes when they do, and tells nothing to who lacks this site's secret."""
+    """A mark of the site's examples: it changes when they do, and tells nothing to who lacks this site's secret.
+
+    Its beginning changes only with those to train with.
+    """
     parts: list[bytes | memoryview] = []
     for part in (site.train, site.validation, site.test):
         parts.append(json.dumps([class_names[number] for number in part.labels.tolist()]).encode())
         parts.append(part.features.cpu().contiguous().numpy().data)
-    return keyed_mark(parts)
+    return keyed_mark(parts[:2])[:TRAINING] + keyed_mark(parts)[TRAINING:]
 
 
 def keyed_mark(parts: Iterable[bytes | memoryview]) -> str:
@@ -64,14 +68,10 @@ def _secret() -> bytes:
     """This machine's secret, made on first use."""
     path = files.home() / "secret"
     if not path.exists():
-        files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)), put=_unless_there)
+        with files.writing_to(path.parent), FileLock(f"{path}.lock"):
+            if not path.exists():  # another site of this machine may have made it meanwhile
+                files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)))
     return files.read_bytes(path, 64)
-
-
-def _unless_there(part: Path, path: Path) -> None:
-    """Moves the file into place unless another process has made it meanwhile: then that one counts."""
-    with contextlib.suppress(FileExistsError):
-        os.link(part, path)
 
 
 def _write_private(path: Path, data: bytes) -> None:

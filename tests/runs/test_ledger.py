@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import hmac
 import json
-import secrets
 import shutil
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message, MessageType
+from flwr.app import Error, Message, MessageType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclip_flwr.base import files
 from fedclip_flwr.base.errors import UserError
+from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.flower.grids import Node
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.one_round import SUMS, OneRound
+from fedclip_flwr.learning.training import split
 from fedclip_flwr.operations import forget
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import history, ledger, runlist
-from fedclip_flwr.runs.folder import RunFolder, saved_settings
+from fedclip_flwr.runs.folder import RunFolder, locked, saved_settings
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site import context
 from fedclip_flwr.site.holdings import divide, keyed_mark, mark_of_images
@@ -309,16 +311,15 @@ def test_sites_that_make_their_machines_secret_at_the_same_time_have_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path))
+    begun = threading.Barrier(8)
 
-    def other(count: int) -> bytes:
-        (tmp_path / "secret").write_bytes(bytes(32))
-        return secrets.token_bytes(count)
+    def mark(_: int) -> str:
+        begun.wait()
+        return keyed_mark([b"images"])
 
-    with monkeypatch.context() as patched:
-        patched.setattr("fedclip_flwr.site.holdings.secrets", SimpleNamespace(token_bytes=other))
-        mark = keyed_mark([b"images"])
-    assert mark == keyed_mark([b"images"]) == hmac.digest(bytes(32), b"images", "sha256").hex()[:32]
-    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+    with ThreadPoolExecutor(8) as pool:
+        (made,) = {*pool.map(mark, range(8))}
+    assert made == hmac.digest((tmp_path / "secret").read_bytes(), b"images", "sha256").hex()[:32]
 
 
 MASKED: dict[str, Any] = {"secure_aggregation": True}
@@ -347,9 +348,78 @@ def test_masked_updates_are_exact_and_those_who_were_there_need_not_be(
 def test_fewer_than_three_changes_would_show_and_are_not_asked_for(federation: Federation) -> None:
     federation.run("study", **MASKED)
     federation.sites |= {"east": images(40, 4), "up": images(55, 5)}
-    with pytest.raises(UserError, match="only east, up would change the total, and the difference would show"):
+    with pytest.raises(
+        UserError, match="the new total, beside the earlier ones, would show the sums of east, up: wait"
+    ):
         federation.run("", update="study", **MASKED)
     assert trained(federation) == []
+
+
+def seven() -> dict[str, Examples]:
+    return {f"s{n}": images(20 + n, 40 + n) for n in range(7)}
+
+
+def test_no_two_versions_show_a_site_by_their_difference(federation: Federation) -> None:
+    """Neither two that go on from the same one, nor the first and the last of three."""
+    federation.sites = seven()
+    names = [*federation.sites]
+    federation.run("branch", names[:3], **MASKED)
+    federation.update("branch", connected=names[:6], **MASKED)
+    with pytest.raises(UserError, match="beside the earlier ones, would show the sums of s6: wait"):
+        federation.run("", names, update="branch", **MASKED)
+    federation.run("chain", names[:4], **MASKED)
+    federation.update("chain", connected=names, leave="s3", **MASKED)
+    with pytest.raises(UserError, match="beside the earlier ones, would show the sums of s3: wait"):
+        federation.run("", names[:3] + names[4:], update="chain.2", leave="s4,s5,s6", **MASKED)
+
+
+def test_who_changes_nothing_that_it_trains_with_hides_nobody(federation: Federation) -> None:
+    federation.run("study", **MASKED)
+    for site in ("north", "south", "west"):
+        own = federation.sites[site]
+        part = "train" if site == "west" else "validation"
+        rows = split(len(own.labels), seed_of(0, "split", site))[0 if part == "train" else 1]
+        features = own.features.clone()
+        features[rows[0]] = images(1, 7).features
+        federation.sites[site] = own._replace(features=features)
+    with pytest.raises(UserError, match="beside the earlier ones, would show the sums of west: wait"):
+        federation.run("", update="study", **MASKED)
+
+
+def test_nothing_is_unmasked_if_too_few_are_left_beside_another_version(
+    federation: Federation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are enough at the start."""
+    federation.sites = seven() | {"s7": images(50, 9), "s8": images(30, 10)}
+    names, plain = [*federation.sites], federation._node
+    federation.run("study", names[:3], **MASKED)
+    federation.update("study", connected=names[:6], **MASKED)
+
+    def lost(site: str, config: Mapping[str, Any]) -> Node:
+        answer = plain(site, config)
+
+        def answers(message: Message) -> Message:
+            if (site, message.metadata.message_type) == ("s8", MessageType.TRAIN):
+                return Message(Error(0, "gone"), reply_to=message)
+            return answer(message)
+
+        return answers
+
+    federation._node = lost  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="min-sites = 3 are needed"):
+        federation.run("", names, update="study", **MASKED)
+    assert "the total would show the sums of s6, s7: nothing is unmasked" in capsys.readouterr().out
+
+
+def test_masked_updates_are_made_one_after_the_other(federation: Federation) -> None:
+    federation.sites = seven()
+    names = [*federation.sites]
+    federation.run("study", names[:3], **MASKED)
+    made = federation.update("study", connected=names[:6], **MASKED)
+    path = made / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    with locked(made, "study.2"), pytest.raises(UserError, match=r"study\.2 is under way: .* one after the other"):
+        federation.run("", names[:6], update="study", **MASKED)
 
 
 def test_a_site_takes_back_what_it_gave_under_masks(federation: Federation) -> None:
