@@ -149,7 +149,7 @@ MUTATIONS: Sequence[Mutation] = (
     *changes(
         "fedclip_flwr/server/secure_sum.py",
         "server/test_screened.py",
-        ("(arrived := len(strategy.reports)) < self._least:", "(arrived := len(strategy.reports)) < 1:"),
+        ("len(arrived) < self._least:", "len(arrived) < 1:"),
         ("/ len(self._strategy.reports)", "/ len(self._letters)"),
         ("if len(by) > max(1.0,", "if len(by) >= max(1.0,"),
     ),
