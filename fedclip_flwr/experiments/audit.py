@@ -119,8 +119,10 @@ class Audit:
                 "This attack finds nothing for certain. That is no proof: a stronger one may, as may one on more "
                 "images or canaries."
             )
-        if (claim := self._claim(self.unit)) is not None and self.found.epsilon > claim:
-            return "The attack finds more than the claimed ε allows: the claim is wrong."
+        if (claim := self._claim(self.unit)) is not None:
+            if self.found.epsilon > claim:
+                return "The attack finds more than the claimed ε allows: the claim is wrong."
+            return "The attack finds no more than the claimed ε allows. A stronger attack may find more."
         return (
             f"The attack finds members: any claim of a smaller ε of {self._one} would be wrong. A stronger attack "
             "may find more."

@@ -66,11 +66,10 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
     settings, problems = read_settings(given)
     if earlier := _named(settings, problems):
         saved, sites = saved_settings(earlier)
-        settings, nodes = saved | settings, nodes or sites
+        settings, nodes = saved | settings, sites if nodes is None else nodes
         if nodes is None:
-            problems["nodes"] = (
-                f"resume = {settings['resume']!r}: it was stopped before its sites connected: set --nodes"
-            )
+            key = "resume" if settings.get("resume") else "update"
+            problems["nodes"] = f"{key} = {settings[key]!r}: it was stopped before its sites connected: set --nodes"
     nodes = 10 if nodes is None else nodes
     if nodes < 1:
         problems["nodes"] = f"--nodes {nodes}: expected at least 1"

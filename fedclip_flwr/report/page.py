@@ -12,10 +12,9 @@ from fedclip_flwr.report import heldout_plots, sums
 from fedclip_flwr.report.output import Figures
 from fedclip_flwr.report.rendering import gain, render, setting
 from fedclip_flwr.report.story import Story
-from fedclip_flwr.runs.console import NOT_THE_PAPERS, left_out
+from fedclip_flwr.runs.console import NOT_THE_PAPERS, against, left_out
 
 MEASURES = "accuracy", "balanced_accuracy", "macro_f1", "calibration_error"
-AGAINST = {"local": "against anyone, including the server", "central": "against anyone but the server"}
 
 
 class Tile(NamedTuple):
@@ -77,7 +76,8 @@ def tiles(story: Story) -> list[Tile]:
         below = f"{counted(story.run.done, 'round')}, {counted(story.sites, 'site')}"
         made.append(Tile("time", figure, "min" if long else "s", below))
     if story.run.epsilon is not None:
-        below = f"at δ = {story.settings.delta:g}, {AGAINST.get(story.settings.dp, '')}"
+        hidden = story.settings.dp == "local" or story.settings.noise_leaves
+        below = f"at δ = {story.settings.delta:g}, {against(hidden)}"
         made.append(
             Tile(
                 f"privacy of {'an image' if story.run.unit == 'image' else 'a site'}: ε",
@@ -126,7 +126,10 @@ def next_steps(story: Story) -> list[tuple[str, str]]:
     run, path = story.run, str(story.run.path)
     given = [f"{key}={setting(value)}" for key, value in sorted(run.changed.items())]
     nodes = ["--nodes", str(story.sites)] if story.sites and story.settings.data != "none" else []
-    steps = [("Repeat this run", ["run", *nodes, *given]), ("Make this report again", ["report", path])]
+    again = ("Repeat this run", ["run", *nodes, *given])
+    if story.settings.update:
+        again = ("Make the next version", ["update", run.name, *run.to_resume[1:]])
+    steps = [again, ("Make this report again", ["report", path])]
     if run.completed:
         steps.insert(0, ("Predict your own images", ["predict", "IMAGES", "--adapter", path]))
     elif run.status != "running" and run.done:

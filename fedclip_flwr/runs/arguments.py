@@ -57,6 +57,7 @@ def _absolute(key: str, value: str) -> str:
         "data": head or value.startswith((".", "~")) or (value not in DATA and os.path.isdir(path)),
         "model": value != "bundled" and (value.startswith((".", "~")) or os.path.isdir(path)),
         "class-names": value.startswith((".", "~")) or os.path.isfile(path),
+        "directions": True,
         "results-dir": True,
     }
     return head + str(Path(path).absolute()) if is_path.get(key) and value not in ("", head) else value

@@ -303,10 +303,14 @@ def _spent(summary: dict[str, Any]) -> list[str]:
     if not (private := summary.get("privacy")):
         return []
     unit = private.get("unit", "site")
-    hidden = private["dp"] == "local" or private.get("shares")
-    trusted = "anyone, including the server" if hidden else "anyone but the server"
+    whom = against(private["dp"] == "local" or private.get("shares", False))
     spent = f"ε = {private['epsilon']:.2f} at δ = {private['delta']:g}"
-    return [f"Privacy of {UNITS[unit]} against {trusted}: {spent}; {UNCOVERED[unit]}."]
+    return [f"Privacy of {UNITS[unit]} {whom}: {spent}; {UNCOVERED[unit]}."]
+
+
+def against(hidden: bool) -> str:
+    """Whom the noise keeps from knowing more; `hidden` if the server never sees anything without it."""
+    return "against anyone, including the server" if hidden else "against anyone but the server"
 
 
 def left_out(failures: Iterable[tuple[int, str, str]]) -> list[str]:

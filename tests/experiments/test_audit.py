@@ -21,6 +21,7 @@ from fedclip_flwr.experiments import audit
 from fedclip_flwr.experiments.canaries import found_images
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.runs import history, saved
 from tests.extras import needs
 from tests.finished import finished
@@ -218,6 +219,21 @@ def test_of_a_run_that_hides_images_their_epsilon_is_claimed(tmp_path: Path, dat
     found = facts(path)
     assert found["epsilon_claimed"] == {"image": 2.0, "site": None}
     assert found["epsilon_at_least"] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("least", "claimed", "sentence"),
+    [
+        (0.0, 1.0, "This attack finds nothing for certain."),
+        (0.5, 1.0, "The attack finds no more than the claimed ε allows. A stronger attack may find more."),
+        (1.5, 1.0, "The attack finds more than the claimed ε allows: the claim is wrong."),
+        (1.5, None, "The attack finds members: any claim of a smaller ε of an image would be wrong."),
+    ],
+)
+def test_the_sentence_compares_the_floor_with_the_claim(least: float, claimed: float | None, sentence: str) -> None:
+    found = Findings(100, 10, 9, 0.6, 0.5, 0.7, 0.1, least)
+    text = audit.Audit("study", "all", "the result", "image", found, 0.95, 1e-5, claimed, "image").text()
+    assert sentence in text
 
 
 @pytest.mark.parametrize("masked", [False, True])

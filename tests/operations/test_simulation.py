@@ -43,10 +43,14 @@ def test_a_run_that_was_stopped_before_it_met_its_sites_asks_how_many_there_are(
         assert json.loads((run.path / "settings.json").read_text())["sites"] is None
     with pytest.raises(UserError, match="it was stopped before its sites connected: set --nodes"):
         simulation.prepared(None, ["resume=latest", results])
+    with pytest.raises(UserError, match=r"update = '.*': it was stopped before its sites connected: set --nodes"):
+        simulation.prepared(None, ["update=latest", results])
     assert simulation.prepared(3, ["resume=latest", results])[2] == 3
     with RunFolder(Settings(results_dir=str(tmp_path), resume=run.path.name), "0123") as run:
         run.begin([], 4)
     assert simulation.prepared(None, ["resume=latest", results])[2] == 4
+    with pytest.raises(UserError, match="--nodes 0: expected at least 1"):
+        simulation.prepared(0, ["resume=latest", results])
 
 
 def test_the_app_is_the_one_in_the_current_folder_or_this_projects(

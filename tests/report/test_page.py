@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.report import compare, page, writing
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.runs import history
@@ -249,3 +251,30 @@ def test_a_blend_is_shown_with_the_weights(plain: Path) -> None:
     text = page.of_run(Story(run), {}, found, "")
     assert "The blend takes 25 % of the adapted feature" in text
     assert "<td>class 2</td><td>0</td><td>+1.00</td>" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "whom"),
+    [
+        ({"dp": "central"}, "anyone but the server"),
+        ({"dp": "local"}, "anyone, including the server"),
+        ({"dp": "central", "dp_unit": "image", "secure_aggregation": True}, "anyone, including the server"),
+    ],
+)
+def test_it_says_against_whom_noise_protects(
+    plain: Path, settings: dict[str, Any], whom: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history.Run, "known", replace(Settings(), **settings))
+    monkeypatch.setattr(history.Run, "epsilon", 1.0)
+    tiles = page.tiles(Story(history.read(plain)))
+    assert tiles[-1].below == f"at δ = 1e-05, against {whom}"
+
+
+def test_a_version_is_not_repeated_but_followed_by_the_next(plain: Path) -> None:
+    run = history.read(plain)
+    assert [name for name, _ in page.next_steps(Story(run))][1] == "Repeat this run"
+    run = replace(run, settings={**run.settings, "update": "study"})
+    assert page.next_steps(Story(run))[1] == (
+        "Make the next version",
+        f"fedclip update {run.name} results-dir={run.path.parent}",
+    )

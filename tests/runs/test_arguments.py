@@ -26,10 +26,11 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "clip").mkdir()
-    given = ["data=folder:images", "model=clip", "results-dir=~/out"]
+    given = ["data=folder:images", "model=clip", "directions=given", "results-dir=~/out"]
     assert read_settings(given)[0] == {
         "data": f"folder:{tmp_path}/images",
         "model": f"{tmp_path}/clip",
+        "directions": f"{tmp_path}/given",
         "results-dir": "/home/me/out",
     }
     for head in PLACES:
