@@ -127,6 +127,20 @@ def ledger_of(
 def has_news(folder: RunFolder, settings: Settings, nodes: Nodes, earlier: Earlier | None) -> bool:
     """Waits for the sites; False if the run would make the result that is there already."""
     nodes.wait_for(settings.least_sites)
+    try:
+        check_news(folder, settings, nodes, earlier)
+    except UserError:
+        folder.discard()
+        raise
+    if earlier is None or nodes.news or not earlier.answers(settings):
+        return True
+    folder.discard()
+    console.say(f"No site has anything new since {earlier.path.name}: there is no new version.")
+    return False
+
+
+def check_news(folder: RunFolder, settings: Settings, nodes: Nodes, earlier: Earlier | None) -> None:
+    """Raises unless the sites that are to leave can, and the new total hides what each site gives."""
     if absent := [site for site in nodes.leaving if site not in nodes.news]:
         raise UserError(f"leave = {settings.leave!r}: {absent[0]} is not connected, or gave nothing to take back")
     if earlier and settings.secure_aggregation and nodes.news:
@@ -136,11 +150,6 @@ def has_news(folder: RunFolder, settings: Settings, nodes: Nodes, earlier: Earli
                 f"the new total, beside the earlier ones, would show the sums of {some(shown)}: wait until more sites "
                 "have something new, or leave"
             )
-    if earlier is None or nodes.news or not earlier.answers(settings):
-        return True
-    folder.discard()
-    console.say(f"No site has anything new since {earlier.path.name}: there is no new version.")
-    return False
 
 
 def nodes_of(

@@ -445,6 +445,7 @@ def test_who_can_not_take_anything_back_is_named(federation: Federation, leave: 
     federation.sites |= {"east": images(40, 4), "up": images(55, 5), "down": images(35, 6)}
     with pytest.raises(UserError, match=f"leave = '{leave}': {leave} is not connected, or gave nothing to take back"):
         federation.run("", ["east", "up", "down"], update="study", leave=leave, **MASKED)
+    assert not (federation.results / "study.2").exists()
 
 
 def test_images_that_change_after_the_hello_are_not_sent_under_masks(
