@@ -28,6 +28,7 @@ from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.features import clip
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.flower.sizes import message_size
+from fedclip_flwr.learning import ClosedForm
 from fedclip_flwr.learning.choosing import GRID
 from fedclip_flwr.learning.recipes import RECIPES, new_adapter, new_part
 from fedclip_flwr.learning.sums import BITS
@@ -35,10 +36,14 @@ from fedclip_flwr.learning.training import evaluate, examine, train
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site import work
 from fedclip_flwr.site.context import open_context
+from tests.extras import needs
 from tests.failing import failing
 
 NAMES = ("car", "cat", "fish")
 SETTINGS = Settings(seed=7, local_epochs=2)
+
+
+HIDDEN = replace(SETTINGS, method="one-round", dp="local", dp_unit="image", epsilon=1.0)
 
 
 def session_of(names: tuple[str, ...] = NAMES, run: str = "", model: str = "") -> Session:
@@ -76,6 +81,13 @@ def asked(
     node_config = {key: value for key, value in given.items() if value is not None}
     context = Context(1, 2, node_config, RecordDict(), settings.as_run_config())
     return client_app.app(Message(task, 2, kind), context)
+
+
+def needed(settings: Settings, tree: Path) -> dict[str, torch.Tensor]:
+    """What the server sends for one round."""
+    part = new_part(settings, open_features(replace(SETTINGS, data=f"folder:{tree}")).classes.ready())
+    assert isinstance(part, ClosedForm)
+    return {part.NEEDED: part.state_dict()[part.NEEDED]}
 
 
 @pytest.mark.parametrize("before", [logging.INFO, logging.CRITICAL])
@@ -343,11 +355,23 @@ def test_a_site_whose_features_are_stored_imports_nothing_heavy_to_answer(tree: 
 def test_a_site_that_masks_its_sums_gives_none_without(tree: Path, run: bool, owner: dict[str, Any]) -> None:
     """Whatever the server asks for, and also where it is the site's owner who says so."""
     settings = replace(SETTINGS, method="one-round", secure_aggregation=run)
-    basis = new_part(settings, open_features(replace(SETTINGS, data=f"folder:{tree}")).classes.ready()).basis
-    reply = asked("train", tree, {"basis": basis}, bits=BITS, settings=settings, **owner)
+    basis = needed(settings, tree)
+    reply = asked("train", tree, basis, bits=BITS, settings=settings, **owner)
     assert "gives its update only with secure aggregation" in (reply.error.reason or "")
     plain = replace(settings, secure_aggregation=False)
-    assert not asked("train", tree, {"basis": basis}, bits=BITS, settings=plain).has_error()
+    assert not asked("train", tree, basis, bits=BITS, settings=plain).has_error()
+
+
+@needs("privacy")
+@pytest.mark.parametrize("statistics", ["span", "gradient"])
+def test_a_site_that_hides_images_gives_no_sums_in_coarse_units(tree: Path, statistics: str) -> None:
+    hidden = replace(HIDDEN, statistics=statistics)
+    for bits in range(1, BITS + 2):
+        run = f"{statistics}-{bits}"
+        reply = asked("train", tree, needed(hidden, tree), personal=run, bits=bits, settings=hidden)
+        assert ("bits" in (reply.error.reason if reply.has_error() else "")) == (bits not in (4, 5))
+    plain = replace(hidden, dp="off", dp_unit="site", epsilon=0.0)
+    assert not asked("train", tree, needed(plain, tree), bits=1, settings=plain).has_error()
 
 
 def test_a_real_site_opens_no_path_that_the_server_names_even_if_something_there_imports_ray(
