@@ -44,6 +44,7 @@ SETTINGS = Settings(seed=7, local_epochs=2)
 
 
 HIDDEN = replace(SETTINGS, method="one-round", dp="local", dp_unit="image", epsilon=1.0)
+SHARES = replace(HIDDEN, dp="central", secure_aggregation=True)
 
 
 def session_of(names: tuple[str, ...] = NAMES, run: str = "", model: str = "") -> Session:
@@ -369,9 +370,38 @@ def test_a_site_that_hides_images_gives_no_sums_in_coarse_units(tree: Path, stat
     for bits in range(1, BITS + 2):
         run = f"{statistics}-{bits}"
         reply = asked("train", tree, needed(hidden, tree), personal=run, bits=bits, settings=hidden)
-        assert ("bits" in (reply.error.reason if reply.has_error() else "")) == (bits not in (4, 5))
+        assert reply.has_error() == (bits not in (4, 5))
+        assert not reply.has_error() or "bits" in str(reply.error.reason)
     plain = replace(hidden, dp="off", dp_unit="site", epsilon=0.0)
     assert not asked("train", tree, needed(plain, tree), bits=1, settings=plain).has_error()
+
+
+@needs("privacy")
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (HIDDEN, replace(HIDDEN, epsilon=2.0)),
+        (HIDDEN, replace(HIDDEN, delta=1e-6)),
+        (replace(SHARES, min_sites=9), replace(SHARES, min_sites=4)),
+    ],
+    ids=["epsilon", "delta", "shares"],
+)
+def test_a_site_that_is_asked_again_for_less_noise_gives_none(
+    tree: Path, first: Settings, then: Settings, request: pytest.FixtureRequest
+) -> None:
+    state = needed(first, tree)
+
+    def why(settings: Settings, state: dict[str, torch.Tensor] = state) -> str:
+        reply = asked("train", tree, state, personal=request.node.callspec.id, bits=BITS, settings=settings)
+        return (reply.error.reason or "") if reply.has_error() else ""
+
+    fine = "gives its update only with secure aggregation" if first.secure_aggregation else ""
+    refused = "this site gives noised sums only once in a run"
+    assert fine in why(first)
+    assert why(then).startswith(refused)
+    assert why(first, {name: tensor.flip(0) for name, tensor in state.items()}).startswith(refused)
+    assert fine in why(first)
+    assert refused not in why(first)
 
 
 def test_a_real_site_opens_no_path_that_the_server_names_even_if_something_there_imports_ray(

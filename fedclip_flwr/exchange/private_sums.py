@@ -49,7 +49,7 @@ class Hiding(NamedTuple):
                 f"with epsilon = {settings.epsilon:g} and delta = {settings.delta:g} there is too much noise to be "
                 "drawn in whole numbers: set a larger epsilon"
             )
-        place = "shares" if settings.dp == "central" and settings.secure_aggregation else settings.dp
+        place = "shares" if settings.shares_noise else settings.dp
         return cls(sigmas, bits, most, place, settings.least_sites)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import json
 import os
@@ -64,14 +63,8 @@ def _secret() -> bytes:
     """This machine's secret, made on first use."""
     path = files.home() / "secret"
     if not path.exists():
-        files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)), put=_unless_there)
+        files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)), put=files.unless_there)
     return files.read_bytes(path, 64)
-
-
-def _unless_there(part: Path, path: Path) -> None:
-    """Moves the file into place unless another process has made it meanwhile: then that one counts."""
-    with contextlib.suppress(FileExistsError):
-        os.link(part, path)
 
 
 def _write_private(path: Path, data: bytes) -> None:

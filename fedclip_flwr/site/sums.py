@@ -47,7 +47,8 @@ def sums_to_send(
         from fedclip_flwr.exchange.private_sums import Hiding  # imports an extra
 
         exact, hiding = sums, Hiding.of(settings, sums, needed, task.bits)
-        sums = cache.once(site.name, sums, lambda: hiding.leaving(exact))
+        asked = f"{mark_of({'needed': needed})} {sorted(hiding.at_site.items())}"
+        sums = cache.once(site.name, asked, lambda: hiding.leaving(exact))
     return as_sent(sums, needed, content, memory, given)
 
 
