@@ -113,6 +113,25 @@ def test_a_hello_says_who_is_there(tree: Path) -> None:
     assert len(hello.package) == 32
 
 
+@pytest.mark.parametrize(
+    ("settings", "marked"),
+    [
+        (SETTINGS, False),
+        (replace(SETTINGS, method="one-round"), True),
+        (replace(SETTINGS, method="one-round", secure_aggregation=True), True),
+        (replace(SETTINGS, method="one-round", strategy="fedmedian"), True),
+        (replace(SETTINGS, method="one-round", statistics="gradient"), False),
+        (HIDDEN, False),
+        (replace(HIDDEN, dp="central"), False),
+        (SHARES, False),
+    ],
+)
+def test_a_hello_marks_the_images_only_where_updates_can_follow(tree: Path, settings: Settings, marked: bool) -> None:
+    hello = records.read_hello(asked("query", tree, settings=settings).content)
+    assert isinstance(hello, records.Hello)
+    assert bool(hello.content) == marked
+
+
 def test_a_site_that_is_still_encoding_reports_its_progress(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip, "PART", 8)
     monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
