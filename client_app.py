@@ -103,7 +103,7 @@ def hello(message: Message, context: Context) -> Message:
     site = opened.site
     opened.require_same_model()
     forget()
-    mark = mark_of(opened) if sums(opened) else ""
+    mark = mark_of(opened) if opened.settings.keeps_sums else ""  # it tells if images are those of another run
     if mark and masks(context):
         note(opened.session.key, site.name, mark)
     answer = Hello(
@@ -212,11 +212,6 @@ def cache_of(opened: OpenedContext) -> SiteCache:
 
 def mark_of(opened: OpenedContext) -> str:
     return mark_of_images(opened.site, opened.session.vocabulary.class_names)
-
-
-def sums(opened: OpenedContext) -> bool:
-    """True if this site answers with sums."""
-    return opened.settings.method == ONE_ROUND
 
 
 def shares_classes(context: Context) -> bool:

@@ -28,6 +28,7 @@ from fedclip_flwr.exchange.session import Session
 from fedclip_flwr.features import clip
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.flower.sizes import message_size
+from fedclip_flwr.learning import ClosedForm
 from fedclip_flwr.learning.choosing import GRID
 from fedclip_flwr.learning.recipes import RECIPES, new_adapter, new_part
 from fedclip_flwr.learning.sums import BITS
@@ -35,10 +36,15 @@ from fedclip_flwr.learning.training import evaluate, examine, train
 from fedclip_flwr.runs.saved import load_adapter
 from fedclip_flwr.site import work
 from fedclip_flwr.site.context import open_context
+from tests.extras import needs
 from tests.failing import failing
 
 NAMES = ("car", "cat", "fish")
 SETTINGS = Settings(seed=7, local_epochs=2)
+
+
+HIDDEN = replace(SETTINGS, method="one-round", dp="local", dp_unit="image", epsilon=1.0)
+SHARES = replace(HIDDEN, dp="central", secure_aggregation=True)
 
 
 def session_of(names: tuple[str, ...] = NAMES, run: str = "", model: str = "") -> Session:
@@ -78,6 +84,13 @@ def asked(
     return client_app.app(Message(task, 2, kind), context)
 
 
+def needed(settings: Settings, tree: Path) -> dict[str, torch.Tensor]:
+    """What the server sends for one round."""
+    part = new_part(settings, open_features(replace(SETTINGS, data=f"folder:{tree}")).classes.ready())
+    assert isinstance(part, ClosedForm)
+    return {part.NEEDED: part.state_dict()[part.NEEDED]}
+
+
 @pytest.mark.parametrize("before", [logging.INFO, logging.CRITICAL])
 def test_a_client_app_that_is_loaded_late_brings_no_traces_of_flower_back(before: int) -> None:
     """A simulation may load it when its ServerApp has given up: see `flower.serverapp.refuse`."""
@@ -98,6 +111,25 @@ def test_a_hello_says_who_is_there(tree: Path) -> None:
     assert (hello.train, hello.validation, hello.test) == (14, 4, 4)
     assert hello.classes == [0, 1, 2]
     assert len(hello.package) == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "marked"),
+    [
+        (SETTINGS, False),
+        (replace(SETTINGS, method="one-round"), True),
+        (replace(SETTINGS, method="one-round", secure_aggregation=True), True),
+        (replace(SETTINGS, method="one-round", strategy="fedmedian"), True),
+        (replace(SETTINGS, method="one-round", statistics="gradient"), False),
+        (HIDDEN, False),
+        (replace(HIDDEN, dp="central"), False),
+        (SHARES, False),
+    ],
+)
+def test_a_hello_marks_the_images_only_where_updates_can_follow(tree: Path, settings: Settings, marked: bool) -> None:
+    hello = records.read_hello(asked("query", tree, settings=settings).content)
+    assert isinstance(hello, records.Hello)
+    assert bool(hello.content) == marked
 
 
 def test_a_site_that_is_still_encoding_reports_its_progress(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,11 +375,52 @@ def test_a_site_whose_features_are_stored_imports_nothing_heavy_to_answer(tree: 
 def test_a_site_that_masks_its_sums_gives_none_without(tree: Path, run: bool, owner: dict[str, Any]) -> None:
     """Whatever the server asks for, and also where it is the site's owner who says so."""
     settings = replace(SETTINGS, method="one-round", secure_aggregation=run)
-    basis = new_part(settings, open_features(replace(SETTINGS, data=f"folder:{tree}")).classes.ready()).basis
-    reply = asked("train", tree, {"basis": basis}, bits=BITS, settings=settings, **owner)
+    basis = needed(settings, tree)
+    reply = asked("train", tree, basis, bits=BITS, settings=settings, **owner)
     assert "gives its update only with secure aggregation" in (reply.error.reason or "")
     plain = replace(settings, secure_aggregation=False)
-    assert not asked("train", tree, {"basis": basis}, bits=BITS, settings=plain).has_error()
+    assert not asked("train", tree, basis, bits=BITS, settings=plain).has_error()
+
+
+@needs("privacy")
+@pytest.mark.parametrize("statistics", ["span", "gradient"])
+def test_a_site_that_hides_images_gives_no_sums_in_coarse_units(tree: Path, statistics: str) -> None:
+    hidden = replace(HIDDEN, statistics=statistics)
+    for bits in range(1, BITS + 2):
+        run = f"{statistics}-{bits}"
+        reply = asked("train", tree, needed(hidden, tree), personal=run, bits=bits, settings=hidden)
+        assert reply.has_error() == (bits not in (4, 5))
+        assert not reply.has_error() or "bits" in str(reply.error.reason)
+    plain = replace(hidden, dp="off", dp_unit="site", epsilon=0.0)
+    assert not asked("train", tree, needed(plain, tree), bits=1, settings=plain).has_error()
+
+
+@needs("privacy")
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (HIDDEN, replace(HIDDEN, epsilon=2.0)),
+        (HIDDEN, replace(HIDDEN, delta=1e-6)),
+        (replace(SHARES, min_sites=9), replace(SHARES, min_sites=4)),
+    ],
+    ids=["epsilon", "delta", "shares"],
+)
+def test_a_site_that_is_asked_again_for_less_noise_gives_none(
+    tree: Path, first: Settings, then: Settings, request: pytest.FixtureRequest
+) -> None:
+    state = needed(first, tree)
+
+    def why(settings: Settings, state: dict[str, torch.Tensor] = state) -> str:
+        reply = asked("train", tree, state, personal=request.node.callspec.id, bits=BITS, settings=settings)
+        return (reply.error.reason or "") if reply.has_error() else ""
+
+    fine = "gives its update only with secure aggregation" if first.secure_aggregation else ""
+    refused = "this site gives noised sums only once in a run"
+    assert fine in why(first)
+    assert why(then).startswith(refused)
+    assert why(first, {name: tensor.flip(0) for name, tensor in state.items()}).startswith(refused)
+    assert fine in why(first)
+    assert refused not in why(first)
 
 
 def test_a_real_site_opens_no_path_that_the_server_names_even_if_something_there_imports_ray(

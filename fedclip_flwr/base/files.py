@@ -150,6 +150,15 @@ def write_atomic(
             part.unlink(missing_ok=True)
 
 
+def unless_there(part: Path, path: Path) -> None:
+    """As `put` of `write_atomic`: what another process has written meanwhile stays. Needs no hard links."""
+    from filelock import FileLock  # it takes as long to import as all else here
+
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            os.replace(part, path)
+
+
 def write_text(path: Path, text: str, setting: str = "FEDCLIP_HOME") -> None:
     """Writes the text in UTF-8, as `write_atomic` does."""
     write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"), setting)

@@ -246,6 +246,11 @@ class Settings:
         return self.hides_images and (self.dp == "local" or self.secure_aggregation)
 
     @property
+    def shares_noise(self) -> bool:
+        """True if each site adds a share of the noise, all of which `min-sites` of them have."""
+        return self.noise_leaves and self.dp == "central"
+
+    @property
     def keeps_sums(self) -> bool:
         """True if the result is the plain sum, which updates can go on from."""
         return self.method == ONE_ROUND and self.statistics in FORMS and self.dp == "off"

@@ -133,10 +133,11 @@ def clean(
 ) -> None:
     """Show what is stored in FEDCLIP_HOME and can be made again, and remove what you choose.
 
-    A KIND is features, contents, partitions, exchange, sweeps, or personal. The last kind, the sites' personal
-    adapters, can't be made again and is removed only if it is named. Runs, reports, tables, data and keys are never
-    removed, nor is anything that another process is using. You are asked about each kind; without a terminal nothing is
-    removed unless --yes is given.
+    A KIND is features, contents, partitions, exchange, sweeps, personal, or given. The last two, the sites' personal
+    adapters and the sums that sites gave under masks, can't be made again and are removed only if they are named.
+    Without the sums, those sites can't take part in an update of the run, nor leave it. Runs, reports, tables, data and
+    keys are never removed, nor is anything that another process is using. You are asked about each kind; without a
+    terminal nothing is removed unless --yes is given.
 
     Examples: fedclip clean; fedclip clean features --older-than 30 --yes
     """

@@ -9,6 +9,7 @@ difference to the one that it received. Each end adds its rounding errors (resid
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import time
@@ -26,6 +27,8 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.codecs import packed_size, packs, unwrap, wrap
 from fedclip_flwr.exchange.records import ExchangeError, LacksError, Task, mark_of, read_adapter, write_adapter
 
+ASKED = "asked"
+"""The name under which a site keeps, beside a noised answer, what was asked for."""
 MONTH = 30 * 24 * 3600.0
 
 
@@ -129,8 +132,14 @@ class StatesOnDisk:
         except (OSError, SafetensorError):
             return None
 
-    def write(self, state: State, name: str, folder: str = "") -> None:
-        files.write_atomic(self._path(name, folder), lambda part: tensorfile.save(state, part, {}))
+    def write(
+        self, state: State, name: str, folder: str = "", put: Callable[[Path, Path], object] = os.replace
+    ) -> None:
+        files.write_atomic(self._path(name, folder), lambda part: tensorfile.save(state, part, {}), put=put)
+
+    def add(self, state: State, name: str, folder: str) -> None:
+        """As `write`, but what is there stays, also what another process writes meanwhile."""
+        self.write(state, name, folder, files.unless_there)
 
     def names(self, folder: str = "") -> list[str]:
         return [path.stem for path in (self._root / folder).glob("*.safetensors") if not path.is_dir()]
@@ -150,6 +159,9 @@ class StatesInMemory:
 
     def write(self, state: State, name: str, folder: str = "") -> None:
         self._states[folder][name] = state
+
+    def add(self, state: State, name: str, folder: str) -> None:
+        self._states[folder].setdefault(name, state)
 
     def names(self, folder: str = "") -> list[str]:
         return [*self._states[folder]]
@@ -212,14 +224,21 @@ class SiteCache:
                 if old != task.base:
                     self._states.remove(old)
 
-    def once(self, site: str, like: State, make: Callable[[], State]) -> State:
-        """What `make` makes of noise: in a session it is made once, as two answers would tell more than one."""
+    def once(self, site: str, asked: str, make: Callable[[], State]) -> State:
+        """What `make` makes of noise: in a session it is made once, as two answers would tell more than one.
+
+        `asked` says what the server asks for. Once that has changed, or the answer is damaged, there is none.
+        """
         name, folder = content.file_name(site), "noised"
-        found = self._states.read(name, folder)
-        if found is None or {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in like.items()}:
-            found = make()
-            self._states.write(found, name, folder)
-        return {name: tensor.clone() for name, tensor in found.items()}
+        if self._states.read(name, folder) is None:
+            self._states.add({**make(), ASKED: torch.tensor([*asked.encode()], dtype=torch.uint8)}, name, folder)
+        found = {name: tensor.clone() for name, tensor in (self._states.read(name, folder) or {}).items()}
+        if bytes(found.pop(ASKED, torch.zeros(0)).tolist()) != asked.encode():
+            raise ExchangeError(
+                "this site gives noised sums only once in a run, and has given others than these (another noise, or "
+                "other directions): resume it with the settings that it began with, or start a new run"
+            )
+        return found
 
     def pack(self, trained: State, site: str, number: int, seed: int) -> State:
         """The tensors to send for the adapter that the site trained in round `number` from the one it received."""

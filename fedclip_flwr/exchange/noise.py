@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedclip_flwr.base import UserError
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange.privacy import accountant
 
@@ -131,11 +132,17 @@ def noised(sums: Mapping[str, Tensor], sigmas: Mapping[str, int], source: Source
 
 
 def sigma_for(epsilon: float, delta: float, sensitivity: int, numbers: int) -> int:
-    """The σ in units, hardly more than the smallest, of which ε and δ hold for so many numbers."""
+    """The σ in units, hardly more than the smallest, of which ε and δ hold for so many numbers.
+
+    Raises `UserError` if the discrete law alone would cost all of δ.
+    """
     floor = max(LEAST, sensitivity * float(accountant().get_sigma_gaussian(epsilon, delta)))
     left = delta - lost(epsilon, floor, numbers)
     if left <= 0:
-        raise ValueError(f"sigma is {floor:.0f} units: too few for {numbers} numbers at delta {delta}")
+        raise UserError(
+            f"with epsilon = {epsilon:g} and delta = {delta:g} there is too little noise to be drawn in whole numbers, "
+            f"for {numbers:,} of them: set a larger delta or a smaller epsilon"
+        )
     return max(LEAST, math.ceil(ROUNDED * sensitivity * float(accountant().get_sigma_gaussian(epsilon, left))))
 
 

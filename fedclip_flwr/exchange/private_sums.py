@@ -18,7 +18,7 @@ from torch import Tensor
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.settings import GRADIENT
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.exchange.noise import noised, share_of, sigma_for
+from fedclip_flwr.exchange.noise import MOST, noised, share_of, sigma_for
 from fedclip_flwr.learning.gradient import SENT, WHOLE
 from fedclip_flwr.learning.noised_sums import BLUR, Noised, in_units, mended, most_of, sensitivities
 from fedclip_flwr.learning.sums import unit_of
@@ -38,13 +38,18 @@ class Hiding(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings, like: Mapping[str, Tensor], basis: Tensor, bits: int) -> Hiding:
-        """`like` has the shapes of what sites answer with."""
+        """`like` has the shapes of what sites answer with. Raises `UserError` if such noise can't be drawn."""
         numbers = sum(tensor.numel() for tensor in like.values())
         sigma, most = sigma_for(settings.epsilon, settings.delta, WHOLE, numbers), most_of(basis)
         sigmas = dict.fromkeys(SENT, sigma)
         if settings.statistics != GRADIENT:
             sigmas = {name: int(sigma / WHOLE * one) + 1 for name, one in sensitivities(bits, most).items()}
-        place = "shares" if settings.dp == "central" and settings.secure_aggregation else settings.dp
+        if max(sigmas.values()) > MOST:
+            raise UserError(
+                f"with epsilon = {settings.epsilon:g} and delta = {settings.delta:g} there is too much noise to be "
+                "drawn in whole numbers: set a larger epsilon"
+            )
+        place = "shares" if settings.shares_noise else settings.dp
         return cls(sigmas, bits, most, place, settings.least_sites)
 
     @property

@@ -23,6 +23,8 @@ from fedclip_flwr.learning.base import Examples
 PARTS = 8
 """A number has its first `PARTS - 1` parts; a product, all pairs of parts that are not smaller than its unit."""
 BITS = 5
+FINE = (BITS, BITS - 1)
+"""The parts that `bits_for` chooses. In coarser units, rounding makes an image count for more than noise hides."""
 ROWS = 2**12
 """Rows multiplied at once: at most 2¹³ units of 2⁻⁴⁰ fit into the 53 bits of a float."""
 BASIS = 26

@@ -103,6 +103,12 @@ KINDS = {
         lambda _, name: f"a site's own adapter, {name}",
         results=True,
     ),
+    "given": Kind(
+        "given",
+        lambda path: path.parts[0] if len(path.parts) > 1 else None,
+        lambda _, name: f"what {name} gave under masks: without it, no update can replace that",
+        results=True,
+    ),
 }
 
 

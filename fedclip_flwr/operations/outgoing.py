@@ -55,7 +55,7 @@ MEANINGS = {
     "classes": "numbers of the classes that it has images of",
     "package": "content hash of the software here",
     "plugins": "plug-ins used here, each with its version and content hash",
-    "content": "with one round: a mark that changes with its images, made with a secret of this machine",
+    "content": "with exact sums: a mark that changes with its images, made with a secret of this machine",
     "unit_length": "true if its features have unit length",
     "encoded": "images encoded so far",
     "images": "images in all",

@@ -104,7 +104,8 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             held.enter_context(locked(self.path, f"resume = {self.path.name!r}"))
             if settings.resume:
-                original = _check_settings(self.path, self._facts, FREE, "resume")
+                kept = {"min-sites"} if settings.shares_noise else set[str]()  # sites have added noise for as many
+                original = _check_settings(self.path, self._facts, FREE - kept, "resume")
                 self._facts |= {"run": original.get("run", self.path.name), "name": original["name"]}
                 self._facts |= {key: original[key] for key in VERSION if key in original}
                 now = [package, self._facts["plugins"]]

@@ -54,7 +54,7 @@ def summary_of(
             "unit": settings.dp_unit,
             "epsilon": outcome.epsilon,
             "delta": settings.delta,
-            "shares": settings.noise_leaves and settings.dp == "central",
+            "shares": settings.shares_noise,
         },
         "seconds": seconds,
         "rounds": outcome.rounds,

@@ -28,6 +28,8 @@ OWNER_KEYS = (
     *("dp", "noise-multiplier", "clipping-norm", "secure-aggregation"),
 )
 """The settings that a site's owner may give in its node config."""
+LIMITS = ("epsilon", "delta")
+"""The most of these that its owner accepts of a run."""
 GROUP = "group"
 """The key of a run folder there, in place of `data`: the site answers with that run's sums (`runs/relay.py`)."""
 
@@ -113,8 +115,8 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
         raise UserError("dp='local' in the node config needs noise-multiplier there: else the server would set it")
     if "data" in node:
         given = {key: value for key, value in given.items() if not key.endswith("-column")}  # the server's columns
-    if "epsilon" in node:
-        _check_epsilon(Settings.from_run_config(given), node["epsilon"])
+    if {*LIMITS} & node.keys():
+        _check_limits(Settings.from_run_config(given), node)
     own = {key: node[key] for key in OWNER_KEYS if key in node}
     if given.get("secure-aggregation"):
         own.pop("secure-aggregation", None)  # an owner can turn it on, but not off
@@ -138,14 +140,24 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
     return settings
 
 
-def _check_epsilon(run: Settings, most: object) -> None:
-    """Raises unless what leaves in this run has noise for each image, with the ε that the owner allows or less."""
-    if not isinstance(most, int | float) or most <= 0:
+def _check_limits(run: Settings, node: Mapping[str, object]) -> None:
+    """Raises unless what leaves in this run has noise for each image, with the ε and the δ that the owner allows."""
+    most, delta = node.get("epsilon"), node.get("delta", Settings.delta)
+    if most is None:
+        raise UserError("delta in the node config needs epsilon there: an ε holds for a δ")
+    if not isinstance(most, int | float) or not most > 0:
         raise UserError(f"epsilon = {most!r} in the node config: expected a number above 0, the most for an image")
+    if not isinstance(delta, int | float) or not 0 < delta < 1:
+        raise UserError(f"delta = {delta!r} in the node config: expected a number above 0 and below 1")
     if not run.noise_leaves or run.epsilon > most:
         raise UserError(
             f"this site takes part only in runs that hide each image before anything leaves, with epsilon of at most "
             f"{most:g}: dp-unit='image' dp='local' (or dp='central' secure-aggregation=true) epsilon={most:g}"
+        )
+    if run.delta > delta:
+        raise UserError(
+            f"this site takes part only in runs with delta of at most {delta:g}, this one has {run.delta:g}: set "
+            f"delta={delta:g} for the run, or a larger delta beside epsilon in the node config"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -40,13 +41,19 @@ class GivenSums:
         """
         if not leave:
             path = self._folder / f"{content.digest(self._mark, unit)}.safetensors"
-            facts = tensorfile.with_checksum({"class_names": json.dumps(list(self._names))}, sums)
-            files.write_atomic(path, lambda part: tensorfile.save(sums, part, facts))
+            with files.writing_to(self._folder, mode=0o700):
+                self._folder.chmod(0o700)  # earlier versions let everybody read it
+                files.write_atomic(path, lambda part: self._save(sums, part))
         now = {name: torch.zeros_like(tensor) if leave else tensor for name, tensor in sums.items()}
         if not before:
             return now
         earlier = self._read(content.digest(before, unit))
         return {name: tensor - earlier[name] for name, tensor in now.items()}
+
+    def _save(self, sums: Mapping[str, Tensor], path: Path) -> None:
+        path.touch(0o600)
+        facts = tensorfile.with_checksum({"class_names": json.dumps(list(self._names))}, sums)
+        tensorfile.save(sums, path, facts)
 
     def _read(self, name: str) -> State:
         try:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 
 from fedclip_flwr.base import UserError, files
 from fedclip_flwr.base.roles import HOLDOUT, ROLES, TRAIN
@@ -68,9 +67,7 @@ def _secret() -> bytes:
     """This machine's secret, made on first use."""
     path = files.home() / "secret"
     if not path.exists():
-        with files.writing_to(path.parent), FileLock(f"{path}.lock"):
-            if not path.exists():  # another site of this machine may have made it meanwhile
-                files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)))
+        files.write_atomic(path, lambda part: _write_private(part, secrets.token_bytes(32)), put=files.unless_there)
     return files.read_bytes(path, 64)
 
 

@@ -15,7 +15,7 @@ from fedclip_flwr.exchange.secure.protocol import Memory
 from fedclip_flwr.learning import Classes, ClosedForm, Examples, OneRound
 from fedclip_flwr.learning.gradient import gradient_of
 from fedclip_flwr.learning.noised_sums import most_of
-from fedclip_flwr.learning.sums import BITS, sums_of
+from fedclip_flwr.learning.sums import BITS, FINE, sums_of
 from fedclip_flwr.site.context import SiteContext
 from fedclip_flwr.site.given import GivenSums
 
@@ -40,12 +40,15 @@ def sums_to_send(
     needed = cache.take(task, {learner.NEEDED: learner.state_dict()[learner.NEEDED]}, context.start)[learner.NEEDED]
     if not 0 < task.bits <= BITS:
         raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits, expected 1 to {BITS}")
+    if settings.hides_images and task.bits not in FINE:
+        raise ExchangeError(f"the server asks for sums in parts of {task.bits} bits: too coarse to hide an image")
     sums = exact_sums(site.train, context.classes, settings, needed, task.bits)
     if settings.noise_leaves:
         from fedclip_flwr.exchange.private_sums import Hiding  # imports an extra
 
         exact, hiding = sums, Hiding.of(settings, sums, needed, task.bits)
-        sums = cache.once(site.name, sums, lambda: hiding.leaving(exact))
+        asked = f"{mark_of({'needed': needed})} {sorted(hiding.at_site.items())}"
+        sums = cache.once(site.name, asked, lambda: hiding.leaving(exact))
     return as_sent(sums, needed, content, memory, given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedclip_flwr.base import files
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.codecs import CODECS
-from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesOnDisk, forget
+from fedclip_flwr.exchange.link import Downlink, SiteCache, StatesInMemory, StatesOnDisk, forget
 from fedclip_flwr.exchange.records import ExchangeError, LacksError, Task, mark_of, write_adapter
 from fedclip_flwr.learning.adapters import make_adapter
 
@@ -213,6 +214,51 @@ def test_numbers_that_are_not_finite_are_not_sent_and_not_kept(own_home: Path) -
     with pytest.raises(ExchangeError, match="not finite"):
         packed("a", "int8", trained, START, "north", 1)
     assert not any(own_home.rglob("1.safetensors"))
+
+
+def states_of(kind: str) -> Callable[[], StatesOnDisk | StatesInMemory]:
+    """Makes what several processes have of one session."""
+    here = StatesInMemory()
+    return lambda: StatesOnDisk("s") if kind == "disk" else here
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_what_two_processes_make_of_noise_at_once_is_made_once(kind: str) -> None:
+    states = states_of(kind)
+
+    def once(number: int, make: Callable[[], object] = lambda: None) -> State:
+        def made() -> State:
+            make()
+            return {"sums": torch.tensor([number])}
+
+        return SiteCache(states(), "float32").once("north", "asked", made)
+
+    inner: list[State] = []
+    outer = once(1, lambda: inner.append(once(2)))  # the other process is faster
+    assert outer["sums"].tolist() == inner[0]["sums"].tolist() == once(3)["sums"].tolist() == [2]
+    assert outer.keys() == {"sums"}
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_who_asks_for_other_noise_gets_no_second_answer(kind: str) -> None:
+    states = states_of(kind)
+
+    def once(asked: str) -> State:
+        return SiteCache(states(), "float32").once("north", asked, lambda: {"sums": torch.tensor([len(asked)])})
+
+    assert once("more")["sums"].tolist() == [4]
+    with pytest.raises(ExchangeError, match="only once in a run"):
+        once("less of it")
+    assert once("more")["sums"].tolist() == [4]
+
+
+def test_a_damaged_noised_answer_is_not_made_again(own_home: Path) -> None:
+    cache = SiteCache(StatesOnDisk("s"), "float32")
+    cache.once("north", "asked", lambda: {"sums": torch.tensor([1])})
+    (path,) = own_home.rglob("north.safetensors")
+    path.write_bytes(b"?")
+    with pytest.raises(ExchangeError, match="only once in a run"):
+        cache.once("north", "asked", lambda: {"sums": torch.tensor([2])})
 
 
 def test_a_parcel_of_another_size_is_refused() -> None:

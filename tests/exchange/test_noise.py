@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import chi2, norm
 
+from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.exchange.noise import (
     MOST,
     NEAR,
@@ -142,7 +143,7 @@ def test_sigma_keeps_what_it_promises_and_is_hardly_larger(epsilon: float, delta
 
 @needs("privacy")
 def test_too_coarse_a_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="too few for"):
+    with pytest.raises(UserError, match=r"with epsilon = 8 and delta = 1e-05 there is too little noise .* 100,000 of"):
         sigma_for(8.0, 1e-5, 1, 100_000)
 
 

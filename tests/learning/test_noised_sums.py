@@ -10,7 +10,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.learning.base import Classes, Examples
 from fedclip_flwr.learning.noised_sums import PARTS, Noised, in_units, mended, most_of, sensitivities
 from fedclip_flwr.learning.one_round import OneRound, symmetric
-from fedclip_flwr.learning.sums import BITS, sums_of, unit_of
+from fedclip_flwr.learning.sums import BITS, FINE, sums_of, unit_of
 
 CLASSES, DIM = 5, 80
 UNIT = unit_of(BITS)
@@ -52,6 +52,18 @@ def test_an_image_adds_no_more_than_one_in_all_its_parts_together(statistics: st
         lengths.append(sum(float((sums[name].double() / deviations[name]).square().sum()) for name in PARTS))
     assert max(lengths) <= 1
     assert max(lengths) > (0.5 if statistics == "full" else 0.9)  # of products that are there twice, one is sent
+
+
+@pytest.mark.parametrize("bits", [5, 4])
+def test_nor_does_an_image_that_rounding_makes_longer(bits: int) -> None:
+    """Of equal numbers, all are rounded the same way."""
+    deviations, longest = sensitivities(bits, 1.0), 0.0
+    for count in range(64, 513, 8):
+        image = Examples((torch.arange(512) < count).float()[None], torch.tensor([0]))
+        sums = in_units(sums_of(image, torch.empty(0, 512, dtype=torch.int32), CLASSES, bits, 1.0), bits)
+        longest = max(longest, sum(float((sums[name].double() / deviations[name]).square().sum()) for name in PARTS))
+    assert bits in FINE
+    assert 0.9 < longest <= 1
 
 
 def test_shortened_features_are_those_of_the_sums() -> None:

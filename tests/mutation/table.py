@@ -320,6 +320,7 @@ MUTATIONS: Sequence[Mutation] = (
         ('own.pop("secure-aggregation", None)', "pass"),
         ('settings.noise_multiplier < float(str(given["noise-multiplier"]))', "settings.noise_multiplier < 0"),
     ),
+    *changes("fedclip_flwr/site/context.py", "site/test_context.py", ("if run.delta > delta:", "if False:")),
     *changes(
         "client_app.py",
         "test_client_app.py",

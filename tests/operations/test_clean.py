@@ -49,7 +49,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *kept,
         "exchange/1/a.safetensors",
         "exchange/1/north/2.safetensors",
-        "personal/run/north/adapter.json",
+        *("personal/run/north/adapter.json", "given/north/1.safetensors", "given/north/2.safetensors"),
     ):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text("12345")
@@ -63,6 +63,7 @@ STAYS = {
     *("contents/conversion-1", f"{MODEL}/classes-1.safetensors.lock", "partitions/1.safetensors.lock"),
 }
 OWN = {"personal/run/north/adapter.json"}
+GIVEN = {"given/north/1.safetensors", "given/north/2.safetensors"}
 
 
 def cleaned(*words: str) -> list[str]:
@@ -100,13 +101,14 @@ def test_what_there_is_is_shown_and_without_a_terminal_nothing_is_removed(home: 
     assert rows[4][3:] == ["10 B", "2"]
     assert lines[-2].startswith("7 files, ")
     assert "personal is only cleaned if you name personal" in lines[-2]
+    assert "given is only cleaned if you name given" in lines[-2]
     assert lines[-1].startswith("Nothing was removed")
     assert "--yes" in lines[-1]
 
 
 def test_with_yes_all_that_can_be_made_again_is_removed(home: Path) -> None:
     assert cleaned("--yes")[-1].startswith("Removed 7 files, ")
-    assert below(home) == STAYS | OWN
+    assert below(home) == STAYS | OWN | GIVEN
     assert not (home / "exchange" / "1").exists()
     assert "There is nothing to remove in" in cleaned("--yes")[-1]
 
@@ -129,6 +131,13 @@ def test_a_sites_own_adapters_are_removed_only_if_they_are_named(home: Path) -> 
     assert cleaned("personal", "--yes")[1].split()[:6] == ["personal", "a", "site's", "own", "adapter,", "run/north"]
     assert before - below(home) == OWN
     assert not (home / "personal" / "run").exists()
+
+
+def test_what_a_site_gave_under_masks_is_removed_only_if_it_is_named_and_it_says_what_is_lost(home: Path) -> None:
+    before = below(home)
+    assert "what north gave under masks: without it, no update can replace that" in cleaned("given", "--yes")[1]
+    assert before - below(home) == GIVEN
+    assert not (home / "given" / "north").exists()
 
 
 def test_what_was_used_since_stays(home: Path) -> None:
@@ -216,7 +225,7 @@ def test_what_cannot_be_removed_is_reported_and_the_others_go(home: Path, monkey
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["keys"], "'keys': expected some of features, contents, partitions, exchange, sweeps, personal"),
+        (["keys"], "'keys': expected some of features, contents, partitions, exchange, sweeps, personal, given"),
         (["--older-than", "-1"], "--older-than -1: expected a number of days from 0 to 36500"),
         (["--older-than", "9" * 400], "expected a number of days from 0 to 36500"),
     ],

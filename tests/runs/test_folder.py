@@ -295,6 +295,20 @@ def test_what_a_run_can_not_resume_from_is_reported_and_nothing_is_written(tmp_p
         again(first.path, adapter="gate", seed=7)
 
 
+@pytest.mark.parametrize("dp", ["central", "local"])
+def test_the_number_of_sites_that_have_all_noise_can_not_change(tmp_path: Path, dp: str) -> None:
+    private: dict[str, Any] = {"method": "one-round", "dp": dp, "dp_unit": "image", "epsilon": 1.0}
+    private["secure_aggregation"] = True
+    with started(tmp_path, **private, min_sites=9) as first:
+        first.begin([], 9)
+    if dp == "local":
+        again(first.path, **private, min_sites=3)
+        return
+    with pytest.raises(UserError, match="that run has different settings; give the same: min-sites=9"):
+        again(first.path, **private, min_sites=3)
+    again(first.path, **private, min_sites=9)
+
+
 def test_a_run_that_came_to_no_round_begins_anew(tmp_path: Path) -> None:
     with pytest.raises(SystemExit), (first := started(tmp_path)):
         raise SystemExit

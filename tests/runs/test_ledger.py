@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import shutil
+import stat
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -489,6 +490,17 @@ def test_an_update_needs_as_many_sites_as_the_run_only_where_they_hide_each_othe
     federation.run("study", secure_aggregation=masked, min_sites=3)
     given = Settings(update="study", results_dir=str(federation.results))
     assert saved_settings(given)[0].get("min-sites") == (3 if masked else None)
+
+
+def test_what_a_site_gave_under_masks_is_for_its_user_only(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    folder = files.home() / "given" / "south"
+    folder.mkdir(parents=True, mode=0o755)  # as earlier versions made it
+    federation.run("study", **MASKED)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600]
 
 
 def test_a_site_that_has_lost_what_it_gave_says_so(federation: Federation, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,21 @@ def test_sums_with_little_noise_are_nearly_those_without(settings: Settings, sta
     assert (noisy.selected.seen or 0.0) > zero
 
 
-def test_sums_that_noise_would_hide_are_not_asked_for() -> None:
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (replace(CENTRAL, statistics="span"), "with 600 images this noise would move the mean of a class by .* 'grad"),
+        (
+            replace(CENTRAL, epsilon=20.0, delta=1e-8),
+            "epsilon = 20 and delta = 1e-08 .* set a larger delta or a smaller",
+        ),
+        (replace(LOCAL, epsilon=20.0, delta=1e-8), "epsilon = 20 and delta = 1e-08 .* set a larger delta or a smaller"),
+        (replace(CENTRAL, epsilon=1e-6, delta=1e-13), "epsilon = 1e-06 and delta = 1e-13 .* set a larger epsilon"),
+        (replace(LOCAL, epsilon=1e-6, delta=1e-13), "epsilon = 1e-06 and delta = 1e-13 .* set a larger epsilon"),
+        (replace(LOCAL, statistics="span", epsilon=0.001), "epsilon = 0.001 and delta = 1e-05 .* set a larger epsilon"),
+    ],
+)
+def test_sums_whose_noise_will_not_do_are_not_asked_for(settings: Settings, problem: str) -> None:
     asked: list[str] = []
 
     def wrap(name: str, node: Node) -> Node:
@@ -122,8 +136,8 @@ def test_sums_that_noise_would_hide_are_not_asked_for() -> None:
 
         return answer
 
-    with pytest.raises(UserError, match=r"with 600 images this noise would move the mean of a class by .* 'gradient'"):
-        federation(600, replace(CENTRAL, statistics="span"), wrap=wrap)
+    with pytest.raises(UserError, match=problem):
+        federation(600, settings, wrap=wrap)
     assert MessageType.TRAIN not in asked
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -279,6 +280,34 @@ def test_a_site_that_hides_as_a_whole_takes_part_in_no_run_that_hides_single_ima
     with pytest.raises(UserError, match="hides this site as a whole, but the run's noise hides single images"):
         settings_at(run, {**node, "dp": "local", "noise-multiplier": 1.0})
     assert settings_at(run, {**node, "epsilon": 20.0}).hides_images
+
+
+@pytest.mark.parametrize(
+    ("own", "delta", "problem"),
+    [
+        ({"epsilon": 1.0}, 1e-5, ""),
+        (
+            {"epsilon": 1.0},
+            0.5,
+            "runs with delta of at most 1e-05, this one has 0.5: set delta=1e-05 for the run, or a",
+        ),
+        ({"epsilon": 1.0, "delta": 1e-6}, 1e-5, "runs with delta of at most 1e-06, this one has 1e-05"),
+        ({"epsilon": 1.0, "delta": 1e-4}, 1e-4, ""),
+        ({"delta": 1e-4}, 1e-5, "delta in the node config needs epsilon there"),
+        ({"epsilon": 1.0, "delta": "small"}, 1e-5, "delta = 'small' in the node config: expected a number above 0"),
+        ({"epsilon": 1.0, "delta": 0}, 1e-5, "delta = 0 in the node config: expected a number above 0 and below 1"),
+        ({"epsilon": float("nan")}, 1e-5, "epsilon = nan in the node config: expected a number above 0"),
+    ],
+)
+def test_a_sites_owner_sets_the_largest_delta_beside_epsilon(own: dict[str, Any], delta: float, problem: str) -> None:
+    run = Settings(method="one-round", dp="local", dp_unit="image", epsilon=1.0, delta=delta).as_run_config()
+    node = {"site": "north", "data": "drawn", **own}
+    if not problem:
+        assert settings_at(run, node).delta == delta
+        return
+    with pytest.raises(UserError, match=re.escape(problem)) as error:
+        settings_at(run, node)
+    assert "\n" not in str(error.value)
 
 
 def test_no_server_names_a_source_for_a_real_site() -> None:

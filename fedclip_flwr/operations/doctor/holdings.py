@@ -16,10 +16,13 @@ from fedclip_flwr.features.opening import server_vocabulary, source_of
 from fedclip_flwr.operations.doctor.findings import Examination
 from fedclip_flwr.runs.history import results
 from fedclip_flwr.runs.relay import group_of
-from fedclip_flwr.site.context import GROUP, OWNER_KEYS, settings_at
+from fedclip_flwr.site.context import GROUP, LIMITS, OWNER_KEYS, settings_at
 from fedclip_flwr.site.holdings import owners_config
 
-NODE_CONFIG = {*OWNER_KEYS, GROUP, "site", "role", "domains", "share-class-counts", "partition-id", "num-partitions"}
+NODE_CONFIG = {
+    *(*OWNER_KEYS, *LIMITS, GROUP),
+    *("site", "role", "domains", "share-class-counts", "partition-id", "num-partitions"),
+}
 TRIED = 8
 """Images of each domain that are opened, at most."""
 

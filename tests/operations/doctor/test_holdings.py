@@ -134,6 +134,14 @@ def test_a_word_in_the_node_config_that_nothing_reads_is_noted(tree: Path) -> No
     assert (state, text) == ("note", "unknown keys: sight")
 
 
+def test_what_a_sites_owner_accepts_at_most_is_known(tree: Path) -> None:
+    run = Settings(
+        class_names="car,cat,fish,zebra", method="one-round", dp="local", dp_unit="image", epsilon=1.0, delta=1e-6
+    )
+    assert "node config" not in at_site(tree, run, epsilon=1.0, delta=1e-6)[0]
+    assert at_site(tree, run, epsilon=0.5)[0]["node config"][0] == "FAIL"
+
+
 def test_only_the_domains_that_a_site_takes_are_looked_for(tree: Path) -> None:
     found, needed = at_site(tree, role="holdout", domains="photo")
     assert found["site"][1] == "north only evaluates, on photo"
