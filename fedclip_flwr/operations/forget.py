@@ -28,7 +28,7 @@ from fedclip_flwr.learning.sums import unit_of
 from fedclip_flwr.report import writing
 from fedclip_flwr.report.heldout import open_held_out
 from fedclip_flwr.runs import Run, checkpoint, history, ledger
-from fedclip_flwr.runs.folder import locked
+from fedclip_flwr.runs.folder import locked, remove
 from fedclip_flwr.runs.saved import FACTS, TENSORS, learnt_classes, load_adapter, write_json, write_tensors
 from fedclip_flwr.runs.summary import results_of
 from fedclip_flwr.server import RoundResult
@@ -85,19 +85,21 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
 
 def take_out(run: Run, site: str, say: Callable[[str], None]) -> None:
     """Takes the site out of a version; removes one that can't be without it."""
+    own = files.home() / "personal" / content.file_name(str(run.settings.get("run"))) / content.file_name(site)
+    shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
     if run.completed and not (run.known.secure_aggregation and gave(run, site)):
         rewrite(run, site)
         say(f"{run.name}: now the result of its other sites")
     else:
-        shutil.rmtree(run.path)
+        remove(run.path)
         why = f"only {site} itself could take its sums out" if run.completed else "it was not complete"
         say(f"{run.name}: removed, as {why}")
-    own = files.home() / "personal" / content.file_name(str(run.settings.get("run"))) / content.file_name(site)
-    shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
 
 
 def holds(run: Run, site: str) -> bool:
     """True if a version has anything of the site."""
+    if not run.summary:  # its removal was interrupted, or it was killed as it began
+        return True
     if ledger.path_of(run.path, site).exists():
         return True
     if not run.completed:
@@ -133,10 +135,10 @@ def rewrite(run: Run, site: str) -> None:
     before = ledger.read_sites(run.path)
     sites = {name: given for name, given in before.items() if name != site}
     learner, names = write_result(run, sorted(sites)) if site in before else result_of(run)
-    write_records(run, site, unseen_of(run, learner), len(before), len(sites))
-    for name in MADE_ANEW:
+    for name in MADE_ANEW:  # before the summary, by which a repeated `forget` sees that there is something to do
         path = run.path / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_records(run, site, unseen_of(run, learner), len(before), len(sites))
     writing.write(history.read(run.path))
     ledger.path_of(run.path, site).unlink(missing_ok=True)
     ledger.write_sites(run.path, sites, names)

@@ -127,7 +127,8 @@ class RunFolder:
         """Removes the folder of a run that turned out to be needless."""
         with self._writing:
             self._stopped, self._running = True, False
-            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(self.path)
         if self.before_update:
             _link(self.path.parent / "latest", self.before_update.name)
 
@@ -252,6 +253,21 @@ def existing(root: Path, name: str, key: str = "resume") -> Path:
         there = f"the latest are {', '.join(runs[-3:])}" if runs else "it has no runs yet"
         raise UserError(f"{key} = {name!r}: there is no such run in {root}; {there}")
     return path.resolve()
+
+
+def remove(path: Path) -> None:
+    """Removes a run's folder: its summary first, its settings last.
+
+    What an interruption leaves is then still found, as a run without a summary.
+    """
+    (path / history.SUMMARY).unlink(missing_ok=True)
+    for each in path.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        elif each.name != history.SETTINGS:
+            each.unlink()
+    (path / history.SETTINGS).unlink()
+    path.rmdir()
 
 
 @contextlib.contextmanager

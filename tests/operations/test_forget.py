@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -232,6 +233,52 @@ def test_an_unfinished_version_alone_can_have_something_of_the_site(federation: 
 
 
 @pytest.mark.usefixtures("without_report")
+def test_a_removal_that_was_killed_at_any_moment_can_be_repeated(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation.run("study", ["north", "south"])
+    unfinished = federation.update("study", personalize=True)
+    path = unfinished / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped"}))
+    home, kept, left = files.home(), federation.place / "kept", 0
+
+    class KilledError(BaseException):
+        pass
+
+    list_folder, remove_file, total = Path.iterdir, os.unlink, total_of(unfinished)
+
+    def worst_first(path: Path) -> list[Path]:
+        """First what shows that the version has something of the site."""
+        return sorted(list_folder(path), key=lambda each: (each.name == "summary.json", not each.is_dir()))
+
+    def unlink(*path: Any, **how: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        remove_file(*path, **how)
+
+    shutil.copytree(federation.results, kept / "runs", symlinks=True)
+    shutil.copytree(home / "personal", kept / "personal")
+    for moment in range(99):
+        left = moment
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "iterdir", worst_first)
+                patched.setattr(os, "unlink", unlink)
+                forget(federation, "study")
+            break
+        except KilledError:
+            forget(federation, "study")
+        assert files_with(federation.results, WEST.encode(), total) == []
+        assert not list(home.glob(f"personal/*/{WEST}"))
+        for name, place in (("runs", federation.results), ("personal", home / "personal")):
+            shutil.rmtree(place)
+            shutil.copytree(kept / name, place, symlinks=True)
+    assert moment > 8
+
+
+@pytest.mark.usefixtures("without_report")
 def test_an_update_that_begins_meanwhile_is_noticed_by_one_of_the_two(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +340,28 @@ def test_a_site_that_only_tested_or_failed_leaves_no_name(federation: Federation
     assert [failure["site"] for failure in made["failures"]] == ["south"]
     assert made["zero_shot"]["unseen"] is made["adapted"]["unseen"] is None
     assert made["zero_shot"]["sites"].keys() == {"north", "south"}
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_version_is_rewritten_in_an_order_that_allows_to_repeat_it(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its summary alone says that this site, which only failed, was there."""
+    run = federation.run("study", ["north", "south"])
+    summary = json.loads((run / "summary.json").read_text())
+    summary["failures"] = [{"round": 0, "site": WEST, "why": "no answer"}]
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "report.html").write_text(WEST)
+    write = forgetting.write_records
+
+    def killed_afterwards(*given: Any) -> None:
+        write(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(forgetting, "write_records", killed_afterwards)
+        forget(federation, "study")
+    assert files_with(run, WEST.encode()) == []
 
 
 @pytest.mark.usefixtures("without_report")
