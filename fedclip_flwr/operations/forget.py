@@ -59,7 +59,8 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
         affected = [one for one in affected if one.completed and mark_of(one, site) != latest]
     if not affected:
         none = "no earlier version has other sums of it" if earlier else f"no version of {run.name} has anything of it"
-        raise UserError(f"{site}: {none}; the sites of {run.name} are {some(sorted(run.summary.get('examples', {})))}")
+        sites = some(sorted(run.summary.get("examples", {})))
+        raise UserError(f"{site}: {none}; the sites of {run.name} are {sites}{unread(run)}")
     hidden = run.known.secure_aggregation
     if hidden and complete and complete[-1] in affected and gave(complete[-1], site):
         raise UserError(
@@ -74,13 +75,28 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
             raise UserError(f"{run.name} has just been changed by another process: run this again")
         for one in affected:
             take_out(one, site, say)
+    return f"{closing(site, complete, affected)}{unread(run)}."
+
+
+def closing(site: str, complete: Sequence[Run], changed: Sequence[Run]) -> str:
+    """What is said at the end, of the complete versions and the changed ones."""
     if not complete:
-        return f"{site} is forgotten: no version is left."
+        return f"{site} is forgotten: no version is left"
+    newest, scores = complete[-1], ""
+    if newest in changed:
+        scores = " The other sites' scores were of the earlier result, and are gone, too"
+        scores += f": `fedclip update {newest.name}` asks for new ones."
     return (
-        f"{site} is forgotten. The other sites' scores were of the earlier result, and are gone, too: `fedclip update "
-        f"{complete[-1].name}` asks for new ones. Copies, exports and trackers outside the run folder still have the "
-        "earlier result: replace them."
+        f"{site} is forgotten.{scores} Copies, exports and trackers outside the run folder still have the earlier "
+        "result: replace them"
     )
+
+
+def unread(run: Run) -> str:
+    """What is said of runs beside this one that nobody can read; empty if there are none."""
+    if not (names := history.unreadable(run.path.parent)):
+        return ""
+    return f". The settings of {some(names)} can't be read: look whether that is a version of {run.name}, too"
 
 
 def take_out(run: Run, site: str, say: Callable[[str], None]) -> None:

@@ -358,8 +358,8 @@ def test_a_version_is_rewritten_in_an_order_that_allows_to_repeat_it(
         write(*given)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(forgetting, "write_records", killed_afterwards)
+    monkeypatch.setattr(forgetting, "write_records", killed_afterwards)
+    with pytest.raises(KeyboardInterrupt):
         forget(federation, "study")
     assert files_with(run, WEST.encode()) == []
 
@@ -372,6 +372,35 @@ def test_a_damaged_version_is_named_and_nothing_is_changed(federation: Federatio
     with pytest.raises(UserError, match=r"study\.2"):
         forget(federation, "study")
     assert tensors(first) == before
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_damaged_version_with_a_name_of_its_own_is_named_and_other_runs_are_not(federation: Federation) -> None:
+    first = federation.run("study", ["north", WEST])
+    paper, before = federation.update("study", name="paper"), tensors(first)
+    (federation.run("other", ["north"]) / "summary.json").write_text("{")
+    kept = (paper / "summary.json").read_text()
+    (paper / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"paper/summary\.json is damaged"):
+        forget(federation, "study")
+    assert tensors(first) == before
+
+    (paper / "summary.json").write_text(kept)
+    assert "can't be read" not in forget(federation, "study")[-1]
+    (paper / "settings.json").write_text("half")
+    unread = "The settings of paper can't be read: look whether that is a version of study, too"
+    with pytest.raises(UserError, match=rf"no version of study has anything of it; .*\. {unread}$"):
+        forget(federation, "study")
+    assert forget(federation, "study", "north")[-1].endswith(f"replace them. {unread}.")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_the_closing_line_speaks_of_scores_only_if_they_are_gone(federation: Federation) -> None:
+    federation.run("study")
+    federation.sites[WEST] = federation.sites[WEST].rows(slice(20, None))
+    federation.update("study")
+    assert "scores" not in forget(federation, "study", earlier=True)[-1]
+    assert "The other sites' scores were of the earlier result" in forget(federation, "study")[-1]
 
 
 @pytest.mark.usefixtures("without_report")
