@@ -32,6 +32,7 @@ from fedclip_flwr.runs.folder import locked, remove
 from fedclip_flwr.runs.saved import FACTS, TENSORS, learnt_classes, load_adapter, write_json, write_tensors
 from fedclip_flwr.runs.summary import results_of
 from fedclip_flwr.server import RoundResult
+from fedclip_flwr.server.nodes import LETTER_FROM
 from fedclip_flwr.server.one_round import bounded_sums, share_of
 
 MADE_ANEW = ("report.html", "held_out.json", "plots", "tensorboard", "checkpoint")
@@ -85,7 +86,10 @@ def closing(site: str, complete: Sequence[Run], changed: Sequence[Run]) -> str:
     newest, scores = complete[-1], ""
     if newest in changed:
         scores = " The other sites' scores were of the earlier result, and are gone, too"
-        scores += f": `fedclip update {newest.name}` asks for new ones."
+        if newest.settings.get("simulated"):
+            scores += f". Don't update {newest.name}: its sites were simulated, and {site} would take part again."
+        else:
+            scores += f": `fedclip update {newest.name}` asks for new ones."
     return (
         f"{site} is forgotten.{scores} Copies, exports and trackers outside the run folder still have the earlier "
         "result: replace them"
@@ -96,7 +100,7 @@ def unread(run: Run) -> str:
     """What is said of runs beside this one that nobody can read; empty if there are none."""
     if not (names := history.unreadable(run.path.parent)):
         return ""
-    return f". The settings of {some(names)} can't be read: look whether that is a version of {run.name}, too"
+    return f". The settings of {some(names)} can't be read: look there for versions of {run.name}, too"
 
 
 def take_out(run: Run, site: str, say: Callable[[str], None]) -> None:
@@ -116,7 +120,8 @@ def holds(run: Run, site: str) -> bool:
     """True if a version has anything of the site."""
     if not run.summary:  # its removal was interrupted, or it was killed as it began
         return True
-    if ledger.path_of(run.path, site).exists():
+    of_site = (is_of(failure, site) for failure in run.summary.get("failures", []))
+    if ledger.path_of(run.path, site).exists() or any(of_site):
         return True
     if not run.completed:
         try:
@@ -125,14 +130,13 @@ def holds(run: Run, site: str) -> bool:
             return True
         results = (saved.state.zero, saved.state.best) if saved else ()
         return any(site in part for result in results if result for part in (result.reports, result.holdouts))
-    of_site = (is_of(failure, site) for failure in run.summary["failures"])
-    return site in run.summary["examples"] or any(of_site) or gave(run, site)
+    return site in run.summary["examples"] or gave(run, site)
 
 
 def is_of(failure: Mapping[str, Any], site: str) -> bool:
-    """True if what failed was this site, also where it could only be named beside its node."""
+    """True if what failed was this site, also where it could only be named beside its node, or another one for it."""
     named, why = str(failure["site"]), str(failure["why"])
-    return named == site or named.startswith(f"{site} (") or why.startswith(f"{site}: ")
+    return named == site or named.startswith(f"{site} (") or why.startswith(f"{site}: ") or why == LETTER_FROM + site
 
 
 def gave(run: Run, site: str) -> bool:
