@@ -78,7 +78,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             clock.before = before.seconds
         elif not has_news(folder, settings, nodes, earlier):
             return
-        folder.begin(nodes.failures, len(list(grid.get_node_ids())))
+        folder.begin(nodes.failures, len(list(grid.get_node_ids())), simulated(grid))
         folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
         clock.met = time.monotonic()
         console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
@@ -167,6 +167,8 @@ def nodes_of(
     )
     nodes.earlier = earlier.sites if earlier else {}
     nodes.leaving = settings.leaving
+    if not settings.secure_aggregation:
+        nodes.count({})
     add_exit_handler(nodes.end)
     return nodes
 

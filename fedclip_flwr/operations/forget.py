@@ -28,10 +28,11 @@ from fedclip_flwr.learning.sums import unit_of
 from fedclip_flwr.report import writing
 from fedclip_flwr.report.heldout import open_held_out
 from fedclip_flwr.runs import Run, checkpoint, history, ledger
-from fedclip_flwr.runs.folder import locked
+from fedclip_flwr.runs.folder import locked, remove
 from fedclip_flwr.runs.saved import FACTS, TENSORS, learnt_classes, load_adapter, write_json, write_tensors
 from fedclip_flwr.runs.summary import results_of
 from fedclip_flwr.server import RoundResult
+from fedclip_flwr.server.nodes import LETTER_FROM
 from fedclip_flwr.server.one_round import bounded_sums, share_of
 
 MADE_ANEW = ("report.html", "held_out.json", "plots", "tensorboard", "checkpoint")
@@ -59,7 +60,8 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
         affected = [one for one in affected if one.completed and mark_of(one, site) != latest]
     if not affected:
         none = "no earlier version has other sums of it" if earlier else f"no version of {run.name} has anything of it"
-        raise UserError(f"{site}: {none}; the sites of {run.name} are {some(sorted(run.summary.get('examples', {})))}")
+        sites = some(sorted(run.summary.get("examples", {})))
+        raise UserError(f"{site}: {none}; the sites of {run.name} are {sites}{unread(run)}")
     hidden = run.known.secure_aggregation
     if hidden and complete and complete[-1] in affected and gave(complete[-1], site):
         raise UserError(
@@ -74,31 +76,52 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
             raise UserError(f"{run.name} has just been changed by another process: run this again")
         for one in affected:
             take_out(one, site, say)
+    return f"{closing(site, complete, affected)}{unread(run)}."
+
+
+def closing(site: str, complete: Sequence[Run], changed: Sequence[Run]) -> str:
+    """What is said at the end, of the complete versions and the changed ones."""
     if not complete:
-        return f"{site} is forgotten: no version is left."
+        return f"{site} is forgotten: no version is left"
+    newest, scores = complete[-1], ""
+    if newest in changed:
+        scores = " The other sites' scores were of the earlier result, and are gone, too"
+        if newest.settings.get("simulated"):
+            scores += f". Don't update {newest.name}: its sites were simulated, and {site} would take part again."
+        else:
+            scores += f": `fedclip update {newest.name}` asks for new ones."
     return (
-        f"{site} is forgotten. The other sites' scores were of the earlier result, and are gone, too: `fedclip update "
-        f"{complete[-1].name}` asks for new ones. Copies, exports and trackers outside the run folder still have the "
-        "earlier result: replace them."
+        f"{site} is forgotten.{scores} Copies, exports and trackers outside the run folder still have the earlier "
+        "result: replace them"
     )
+
+
+def unread(run: Run) -> str:
+    """What is said of runs beside this one that nobody can read; empty if there are none."""
+    if not (names := history.unreadable(run.path.parent)):
+        return ""
+    return f". The settings of {some(names)} can't be read: look there for versions of {run.name}, too"
 
 
 def take_out(run: Run, site: str, say: Callable[[str], None]) -> None:
     """Takes the site out of a version; removes one that can't be without it."""
+    own = files.home() / "personal" / content.file_name(str(run.settings.get("run"))) / content.file_name(site)
+    shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
     if run.completed and not (run.known.secure_aggregation and gave(run, site)):
         rewrite(run, site)
         say(f"{run.name}: now the result of its other sites")
     else:
-        shutil.rmtree(run.path)
+        remove(run.path)
         why = f"only {site} itself could take its sums out" if run.completed else "it was not complete"
         say(f"{run.name}: removed, as {why}")
-    own = files.home() / "personal" / content.file_name(str(run.settings.get("run"))) / content.file_name(site)
-    shutil.rmtree(own, ignore_errors=True)  # of a simulated site; a real one has it on its own machine
 
 
 def holds(run: Run, site: str) -> bool:
     """True if a version has anything of the site."""
-    if ledger.path_of(run.path, site).exists():
+    if not run.summary:  # its removal was interrupted, or it was killed as it began
+        return True
+    of_site = (is_of(failure, site) for failure in run.summary.get("failures", []))
+    if ledger.path_of(run.path, site).exists() or any(of_site):
         return True
     if not run.completed:
         try:
@@ -107,14 +130,13 @@ def holds(run: Run, site: str) -> bool:
             return True
         results = (saved.state.zero, saved.state.best) if saved else ()
         return any(site in part for result in results if result for part in (result.reports, result.holdouts))
-    of_site = (is_of(failure, site) for failure in run.summary["failures"])
-    return site in run.summary["examples"] or any(of_site) or gave(run, site)
+    return site in run.summary["examples"] or gave(run, site)
 
 
 def is_of(failure: Mapping[str, Any], site: str) -> bool:
-    """True if what failed was this site, also where it could only be named beside its node."""
+    """True if what failed was this site, also where it could only be named beside its node, or another one for it."""
     named, why = str(failure["site"]), str(failure["why"])
-    return named == site or named.startswith(f"{site} (") or why.startswith(f"{site}: ")
+    return named == site or named.startswith(f"{site} (") or why.startswith(f"{site}: ") or why == LETTER_FROM + site
 
 
 def gave(run: Run, site: str) -> bool:
@@ -133,10 +155,10 @@ def rewrite(run: Run, site: str) -> None:
     before = ledger.read_sites(run.path)
     sites = {name: given for name, given in before.items() if name != site}
     learner, names = write_result(run, sorted(sites)) if site in before else result_of(run)
-    write_records(run, site, unseen_of(run, learner), len(before), len(sites))
-    for name in MADE_ANEW:
+    for name in MADE_ANEW:  # before the summary, by which a repeated `forget` sees that there is something to do
         path = run.path / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_records(run, site, unseen_of(run, learner), len(before), len(sites))
     writing.write(history.read(run.path))
     ledger.path_of(run.path, site).unlink(missing_ok=True)
     ledger.write_sites(run.path, sites, names)

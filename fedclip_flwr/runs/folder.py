@@ -128,7 +128,8 @@ class RunFolder:
         """Removes the folder of a run that turned out to be needless."""
         with self._writing:
             self._stopped, self._running = True, False
-            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(self.path)
         if self.before_update:
             _link(self.path.parent / "latest", self.before_update.name)
 
@@ -141,9 +142,10 @@ class RunFolder:
     def _checkpoint(self) -> Path:
         return checkpoint.path_of(self.path)
 
-    def begin(self, failures: list[Failure], sites: int | None = None) -> None:
+    def begin(self, failures: list[Failure], sites: int | None = None, simulated: bool = False) -> None:
         """Marks the run as running, with that number of sites. `failures` may grow afterwards."""
-        self._running, self._failures, self._facts["sites"] = True, failures, sites
+        self._running, self._failures = True, failures
+        self._facts |= {"sites": sites, "simulated": sites if simulated else None}
         for folder in (self.path, self._checkpoint.parent, self.path / "model", self.path / "sums"):
             files.tidy(folder, self.setting)
         if self.before:
@@ -255,6 +257,21 @@ def existing(root: Path, name: str, key: str = "resume") -> Path:
     return path.resolve()
 
 
+def remove(path: Path) -> None:
+    """Removes a run's folder: its summary first, its settings last.
+
+    What an interruption leaves is then still found, as a run without a summary.
+    """
+    (path / history.SUMMARY).unlink(missing_ok=True)
+    for each in path.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        elif each.name != history.SETTINGS:
+            each.unlink()
+    (path / history.SETTINGS).unlink()
+    path.rmdir()
+
+
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Keeps other processes from writing to the run meanwhile; ends with this process at the latest.
@@ -296,7 +313,7 @@ def saved_settings(settings: Settings) -> tuple[dict[str, Any], int | None]:
     """The settings of the run to resume or to update, and its number of sites if it is known."""
     named = ("resume", settings.resume) if settings.resume else ("update", settings.update)
     facts = history.Reader(existing(history.results(settings)[0], named[1], named[0])).settings()
-    sites = facts.get("sites")
+    sites = facts.get("simulated") or facts.get("sites")  # `forget` lowers the second
     own = {*history.WHERE, *(() if settings.resume else ("update", "leave"))}
     if not (settings.resume or facts["secure-aggregation"]):
         own.add("min-sites")  # of an update, as few sites may have something new; else it is how many hide each other

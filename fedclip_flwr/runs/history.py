@@ -311,22 +311,45 @@ def _begun(name: str, changed: float) -> tuple[str, float]:
 
 
 def next_version(path: Path) -> tuple[str, str, int]:
-    """What the next version of that run gets: the family, a name and a number."""
+    """What the next version of that run gets: the family, a name that no folder has, and a number."""
     run, number = read(path), versions(path)[-1].version + 1
     first = run.name.removesuffix(f".{run.version}") if run.version > 1 else run.name
+    while os.path.lexists(path.parent / f"{first}.{number}"):
+        number += 1
     return run.family, f"{first}.{number}", number
 
 
 def versions(path: Path) -> list[Run]:
-    """All versions of that run, the oldest first; other runs in the folder that are damaged are left out."""
+    """All versions of that run, the oldest first.
+
+    Raises if one is damaged. Other runs in the folder that are damaged are left out, and so are the `unreadable` ones.
+    """
     run = read(path)
     found, first = [run], run.name.removesuffix(f".{run.version}")
     own = {first, *later(path.parent / first)}
     for name in names(path.parent):
-        with contextlib.nullcontext() if name in own else contextlib.suppress(UserError):
+        try:
             other = read(path.parent / name)
+        except UserError:
+            family = family_of(path.parent / name)
+            if family == run.family or (not family and name in own):
+                raise
+        else:
             found += [other] if other.family == run.family and name != run.name else []
     return sorted(found, key=lambda each: each.version)
+
+
+def family_of(path: Path) -> str:
+    """What a run's settings alone say of its family; empty if they can't be read."""
+    try:
+        return Run(path, Reader(path).settings(), [], {}).family
+    except UserError:
+        return ""
+
+
+def unreadable(root: Path) -> list[str]:
+    """The names of the runs in the folder whose settings can't be read: nobody can tell what they are versions of."""
+    return [name for name in names(root) if not family_of(root / name)]
 
 
 def later(path: Path) -> list[str]:

@@ -7,6 +7,7 @@ count the numbers of images and classes in them, and the mark of its images.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from fedclip_flwr.runs.saved import learnt_classes, load_adapter, write_json
 from fedclip_flwr.server.one_round import Given, Ledger
 
 FOLDER, SITES = "sums", "sites.json"
+HASHED = re.compile(r"-[0-9a-f]{8}\Z")
+"""The end of a name to which `content.file_name` has added a hash."""
 DECISIVE = ("strategy", "hostile-share", "one-round-choose", "personalize")
 """Settings that change the result, or what is made of it, even if no site has anything new."""
 
@@ -66,8 +69,11 @@ def forgotten(sites: int) -> dict[str, Any]:
 
 
 def path_of(run: Path, site: str) -> Path:
-    """The file with a site's sums."""
-    return run / FOLDER / f"{content.file_name(site)}.safetensors"
+    """The file with a site's sums; no two sites have the same."""
+    name = content.file_name(site)
+    if name == site and HASHED.search(site):  # as a file, another site may have that name
+        name = f"{site}-{content.digest(site)[:8]}"
+    return run / FOLDER / f"{name}.safetensors"
 
 
 def read_sums(run: Path, site: str) -> State:

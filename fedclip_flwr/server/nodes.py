@@ -37,6 +37,8 @@ RETRY_AFTER = 10.0
 """Seconds after which a real site that was refused is greeted again: its owner may have fixed it."""
 STARTUP = 60.0
 """Seconds that a real site may take to start a process and to open its data, besides the time for encoding."""
+LETTER_FROM = "it can't open the letter from "
+"""What a site's failure says before the name of another one."""
 
 
 class Failure(NamedTuple):
@@ -452,10 +454,14 @@ class Nodes:
                 self.say(f"round {number}: {site}'s update is much longer than the others': it is scaled down")
         self.scaled.update(strategy.scaled)
         if strategy.contributions:
-            before = {site: (images, classes) for site, (images, classes, _) in self.earlier.items()}
-            self.contributions = {**before, **strategy.contributions}
+            self.count(strategy.contributions)
         self._last_failed -= strategy.reports.keys()
         return strategy.reports
+
+    def count(self, contributions: Mapping[str, tuple[int, int]]) -> None:
+        """Counts these contributions, and of all other sites those to the earlier version."""
+        before = {site: (images, classes) for site, (images, classes, _) in self.earlier.items()}
+        self.contributions = {**before, **contributions}
 
     def fails(self, number: int, site: str, why: str) -> None:
         if not any((f.site, f.why) == (site, why) for f in self.failures):

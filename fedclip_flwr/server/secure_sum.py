@@ -28,7 +28,7 @@ from fedclip_flwr.exchange.secure.masking import (
 )
 from fedclip_flwr.exchange.secure.protocol import ANSWERS, MASKED, LetterError, MaskingError, paired
 from fedclip_flwr.server.collector import Collector
-from fedclip_flwr.server.nodes import Nodes
+from fedclip_flwr.server.nodes import LETTER_FROM, Nodes
 from fedclip_flwr.server.one_round import OneRoundStrategy
 from fedclip_flwr.server.strategy import AdapterFedAvg
 
@@ -159,7 +159,7 @@ class SecureSum:
                 self._nodes.fails(self._number, blamer, "it blames a site that sent it nothing")
                 continue
             blamed = self._sites[sender]
-            self._nodes.fails(self._number, blamer, f"it can't open the letter from {blamed}")
+            self._nodes.fails(self._number, blamer, f"{LETTER_FROM}{blamed}")
             by = self._nodes.blames.setdefault(blamed, set())
             by.add(blamer)
             if len(by) > max(1.0, len(self._letters[sender]) / 4):

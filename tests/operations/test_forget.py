@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedclip_flwr.base import files
+from fedclip_flwr.base import content, files
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.features import Features
@@ -22,8 +23,9 @@ from fedclip_flwr.learning import choosing
 from fedclip_flwr.operations import forget as forgetting
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import checkpoint, history, ledger, runlist
-from fedclip_flwr.runs.folder import locked
+from fedclip_flwr.runs.folder import locked, saved_settings
 from fedclip_flwr.runs.saved import load_adapter
+from fedclip_flwr.server.nodes import LETTER_FROM
 from tests.versions import Federation, files_with, images, tensors
 
 WEST = "kvzqx-west"
@@ -120,6 +122,7 @@ def test_scores_come_back_with_an_update(federation: Federation) -> None:
     flat = json.loads((federation.run("flat", ["north", "south"]) / "summary.json").read_text())
     assert summary["adapted"] == flat["adapted"]
     assert summary["zero_shot"] == flat["zero_shot"]
+    assert summary["contributions"] == flat["contributions"]
     assert files_with(made, WEST.encode()) == []
 
 
@@ -208,7 +211,7 @@ def test_a_version_that_was_not_completed_is_removed(federation: Federation) -> 
 
 
 @pytest.mark.usefixtures("without_report")
-@pytest.mark.parametrize("left", ["sums", "checkpoint", "damaged"])
+@pytest.mark.parametrize("left", ["sums", "checkpoint", "damaged", "failure"])
 def test_an_unfinished_version_alone_can_have_something_of_the_site(federation: Federation, left: str) -> None:
     """Before `forget` changes anything, no version may be under way."""
     first = federation.run("study", ["north", "south"])
@@ -221,7 +224,8 @@ def test_an_unfinished_version_alone_can_have_something_of_the_site(federation: 
         checkpoint.path_of(unfinished).parent.mkdir()
         checkpoint.path_of(unfinished).write_bytes(b"half")
     path = unfinished / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped"}))
+    failures = [{"round": 1, "site": "south", "why": f"{LETTER_FROM}{WEST}"}] if left == "failure" else []
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped", "failures": failures}))
     with locked(unfinished, "study.2"), pytest.raises(UserError, match=r"study\.2: that run is still under way"):
         forget(federation, "study")
     assert forget(federation, "study")[0] == "study.2: removed, as it was not complete"
@@ -229,6 +233,52 @@ def test_an_unfinished_version_alone_can_have_something_of_the_site(federation: 
     assert tensors(first) == before
     with pytest.raises(UserError, match=f"{WEST}: no version of study has anything of it"):
         forget(federation, "study")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_removal_that_was_killed_at_any_moment_can_be_repeated(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation.run("study", ["north", "south"])
+    unfinished = federation.update("study", personalize=True)
+    path = unfinished / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped"}))
+    home, kept, left = files.home(), federation.place / "kept", 0
+
+    class KilledError(BaseException):
+        pass
+
+    list_folder, remove_file, total = Path.iterdir, os.unlink, total_of(unfinished)
+
+    def worst_first(path: Path) -> list[Path]:
+        """First what shows that the version has something of the site."""
+        return sorted(list_folder(path), key=lambda each: (each.name == "summary.json", not each.is_dir()))
+
+    def unlink(*path: Any, **how: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        remove_file(*path, **how)
+
+    shutil.copytree(federation.results, kept / "runs", symlinks=True)
+    shutil.copytree(home / "personal", kept / "personal")
+    for moment in range(99):
+        left = moment
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "iterdir", worst_first)
+                patched.setattr(os, "unlink", unlink)
+                forget(federation, "study")
+            break
+        except KilledError:
+            forget(federation, "study")
+        assert files_with(federation.results, WEST.encode(), total) == []
+        assert not list(home.glob(f"personal/*/{WEST}"))
+        for name, place in (("runs", federation.results), ("personal", home / "personal")):
+            shutil.rmtree(place)
+            shutil.copytree(kept / name, place, symlinks=True)
+    assert moment > 8
 
 
 @pytest.mark.usefixtures("without_report")
@@ -283,6 +333,7 @@ def test_a_site_that_only_tested_or_failed_leaves_no_name(federation: Federation
     summary["failures"] += [
         {"round": 0, "site": f"{WEST} (node 12)", "why": "there are two of this name"},
         {"round": 0, "site": "node 12", "why": f"{WEST}: it has no images"},
+        {"round": 1, "site": "north", "why": f"{LETTER_FROM}{WEST}"},
         {"round": 0, "site": "south", "why": "no answer"},
     ]
     path.write_text(json.dumps(summary))
@@ -296,6 +347,28 @@ def test_a_site_that_only_tested_or_failed_leaves_no_name(federation: Federation
 
 
 @pytest.mark.usefixtures("without_report")
+def test_a_version_is_rewritten_in_an_order_that_allows_to_repeat_it(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its summary alone says that this site, which only failed, was there."""
+    run = federation.run("study", ["north", "south"])
+    summary = json.loads((run / "summary.json").read_text())
+    summary["failures"] = [{"round": 0, "site": WEST, "why": "no answer"}]
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "report.html").write_text(WEST)
+    write = forgetting.write_records
+
+    def killed_afterwards(*given: Any) -> None:
+        write(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forgetting, "write_records", killed_afterwards)
+    with pytest.raises(KeyboardInterrupt):
+        forget(federation, "study")
+    assert files_with(run, WEST.encode()) == []
+
+
+@pytest.mark.usefixtures("without_report")
 def test_a_damaged_version_is_named_and_nothing_is_changed(federation: Federation) -> None:
     first = federation.run("study")
     second, before = federation.update("study", connected=["north"], strategy="fedmedian"), tensors(first)
@@ -303,6 +376,64 @@ def test_a_damaged_version_is_named_and_nothing_is_changed(federation: Federatio
     with pytest.raises(UserError, match=r"study\.2"):
         forget(federation, "study")
     assert tensors(first) == before
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_damaged_version_with_a_name_of_its_own_is_named_and_other_runs_are_not(federation: Federation) -> None:
+    first = federation.run("study", ["north", WEST])
+    paper, before = federation.update("study", name="paper"), tensors(first)
+    (federation.run("other", ["north"]) / "summary.json").write_text("{")
+    kept = (paper / "summary.json").read_text()
+    (paper / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"paper/summary\.json is damaged"):
+        forget(federation, "study")
+    assert tensors(first) == before
+
+    (paper / "summary.json").write_text(kept)
+    assert "can't be read" not in forget(federation, "study")[-1]
+    (paper / "settings.json").write_text("half")
+    unread = "The settings of paper can't be read: look there for versions of study, too"
+    with pytest.raises(UserError, match=rf"no version of study has anything of it; .*\. {unread}$"):
+        forget(federation, "study")
+    assert forget(federation, "study", "north")[-1].endswith(f"replace them. {unread}.")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_the_closing_line_speaks_of_scores_only_if_they_are_gone(federation: Federation) -> None:
+    federation.run("study")
+    federation.sites[WEST] = federation.sites[WEST].rows(slice(20, None))
+    federation.update("study")
+    assert "scores" not in forget(federation, "study", earlier=True)[-1]
+    assert "The other sites' scores were of the earlier result" in forget(federation, "study")[-1]
+
+
+@pytest.mark.usefixtures("without_report")
+def test_of_simulated_sites_no_update_is_recommended(federation: Federation) -> None:
+    """It would simulate as many sites as before, so each has the same images, the forgotten one too."""
+    run = federation.run("study")
+    assert (
+        "Don't update study: its sites were simulated, and north would take" in forget(federation, "study", "north")[-1]
+    )
+    update = Settings(update="study", results_dir=str(federation.results))
+    assert saved_settings(update)[1] == 3
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**settings, "simulated": None}))  # real sites
+    assert "are gone, too: `fedclip update study` asks for new ones." in forget(federation, "study")[-1]
+    assert saved_settings(update)[1] == 1
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_site_with_the_name_of_another_ones_file_keeps_its_own(federation: Federation) -> None:
+    name = "St. Mary"
+    other = content.file_name(name)
+    federation.sites |= {name: images(40, 4), other: images(50, 5)}
+    run = federation.run("study", [other, name, "north"])
+    forget(federation, "study", name)
+    assert tensors(run) == tensors(federation.run("flat", [other, "north"]))
+    assert ledger.read_sums(run, other)
+    ordinary = ["north", "Real World-0", "clinic-2024", "a-123456789"]
+    found = [ledger.path_of(run, site).stem for site in ordinary]
+    assert found == [content.file_name(site) for site in ordinary]  # as in earlier versions
 
 
 @pytest.mark.usefixtures("without_report")

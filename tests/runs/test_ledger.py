@@ -169,6 +169,20 @@ def test_an_earlier_version_can_be_gone_back_to(federation: Federation) -> None:
     assert "Version 3, from study: 0 new sites, 1 changed, 1 as before" in runlist.show([str(third)], None, False)
 
 
+def test_a_next_version_gets_a_name_that_no_folder_has(federation: Federation) -> None:
+    """One has the folder of an update that was killed before it wrote anything, the next a version of another run."""
+    federation.run("study", ["north"])
+    federation.update("study", connected=["north", "south"])
+    shutil.rmtree(federation.results / "study")
+    first = federation.run("study", ["west"])
+    (federation.results / "study.3").mkdir()
+    made = federation.update("study", connected=["west", "south"])
+    assert (made.name, history.read(made).version) == ("study.4", 4)
+    assert [run.path for run in history.versions(first)] == [first, made]
+    (federation.results / "study.2" / "summary.json").write_text("{")  # it is none of these
+    assert federation.update("study.4", connected=["north"]).name == "study.5"
+
+
 @pytest.mark.parametrize("strategy", ["fedmedian", "fedtrimmedavg"])
 def test_robust_sums_go_on_from_what_each_site_gave(federation: Federation, strategy: str) -> None:
     federation.run("study", ["north", "south"], strategy=strategy)
