@@ -26,7 +26,7 @@ test: $(VENV)/tools  ## set up, then check style and types and run the tests, bu
 	$(PYTEST) -n 3 $(ARGS)
 
 federation-test: $(VENV)/tools  ## set up, then run the tests with further real federations, over Ray and over the network: some minutes
-	$(PYTEST) -n 4 -m 'federation and not soak' $(ARGS)
+	$(PYTEST) -n 3 -m 'federation and not soak' $(ARGS)
 
 docker-test: $(VENV)/all  ## set up, then run the tests with containers; needs Docker
 	$(BIN)/pytest -m docker $(ARGS)

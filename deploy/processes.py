@@ -21,7 +21,7 @@ from fedclip_flwr.flower.connections import IN_MEMORY
 from fedclip_flwr.operations import simulation
 from fedclip_flwr.operations.ports import free_ports
 
-WAIT = 90.0
+WAIT = 300.0
 """Seconds within which SuperNodes must connect."""
 PAUSE = 1.0
 """Seconds between two polls for them: each poll starts a process, which slows down those that start."""

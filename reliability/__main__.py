@@ -31,12 +31,15 @@ from fedclip_flwr.flower import lines
 from fedclip_flwr.operations import simulation
 from harness.machine import OURS, machine, table
 from reliability import faults, kills, trials
-from reliability.federation import HEARTBEAT, INJECTED, BrokenError, Result, federation
+from reliability.federation import INJECTED, BrokenError, Result, federation
 from reliability.soak import GROWTH, HANDLES, LAST, Soak, flat, grown, named, soak
 
 PAGE = OURS / "docs" / "reliability.md"
 FOUND = {"grpc": PAGE.with_suffix(".json"), "http": PAGE.with_name("reliability-http.json")}
 FUZZ = OURS / "tests" / "fuzz"
+HEARTBEAT = 10
+"""Seconds between signs of life in the processes that are started here: the shortest that Flower takes. The dead are
+missed after two of them."""
 JOURNEYS = {journey.name: journey for journey in faults.JOURNEYS}
 ALONE = {journey.name: journey for journey in faults.ALONE}
 """Those for which each machine must have a clock of its own."""
@@ -250,6 +253,7 @@ def main() -> None:
     given = parser.parse_args()
     if strange := [name for name in given.names if name not in NAMES]:
         parser.error(f"{', '.join(strange)}: expected {', '.join(NAMES)}")
+    os.environ["RELIABILITY_HEARTBEAT"] = str(HEARTBEAT)  # for injected/sitecustomize.py
     simulation.stop_in_order("Stopped: what was found so far is kept.")
     chosen, begun = given.names or NAMES, time.monotonic()
     package, since, broken = content.of_package(content.memory()), begun, 0

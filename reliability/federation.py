@@ -33,8 +33,6 @@ SITES = ("art-0", "cartoon-0", "photo-0")
 """As three simulated nodes are called."""
 DOMAINS = ("art", "cartoon", "photo", "sketch")
 UNSEEN = DOMAINS[-1]
-HEARTBEAT = 10
-"""As `injected/sitecustomize.py` has it."""
 ROWS = 200
 WAIT = 600.0
 """Seconds within which anything has to come that is waited for."""

@@ -67,6 +67,7 @@ FIRST = (
     "documentation/test_site",
     "documentation/",
     "test_running",
+    "test_relay",
     *TOGETHER,
     "experiments/test_sweep",
 )

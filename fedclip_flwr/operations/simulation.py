@@ -274,7 +274,7 @@ def signals_deferred() -> Iterator[None]:
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     """Waits until the SuperLink accepts connections."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return

@@ -22,9 +22,9 @@ from typing import Any
 
 PLACE = Path(os.environ.get("RELIABILITY", ""))
 SITE = os.environ.get("RELIABILITY_SITE", "")
-HEARTBEAT = 10
-"""Seconds between signs of life, where Flower has 30: so long is the shortest that it takes, and the dead are missed
-after two of them."""
+HEARTBEAT = int(os.environ.get("RELIABILITY_HEARTBEAT", "30"))
+"""Seconds between signs of life: Flower's own, unless the harness wants them sooner. A program that shows none so soon
+after it was started is started twice."""
 _count: Counter[str] = Counter()
 
 

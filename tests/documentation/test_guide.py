@@ -294,6 +294,7 @@ def leave(federation: Federation) -> None:
     """For good."""
     guide, at = federation.guide, federation.at["server"]
     federation.at["south"].run(guide("systemctl disable"))
+    federation.connected("north")  # and nobody else: Flower has noticed
     output = at.run(guide("fedclip doctor server"))
     left = re.search(r"south +node (\d+) is offline", output)
     assert left, output

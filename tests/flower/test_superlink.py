@@ -102,7 +102,7 @@ def test_a_superlink_ends_if_what_starts_its_runs_has_ended(tmp_path: Path) -> N
             assert link.process.poll() is None
             time.sleep(0.1)
         os.kill(found[0], signal.SIGKILL)
-        assert link.process.wait(45) == 1
+        assert link.process.wait(120) == 1
     assert "flower-superexec exited: stopping this SuperLink" in (link.folder / "superlink.log").read_text()
 
 

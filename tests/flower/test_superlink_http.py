@@ -53,7 +53,7 @@ class Outsider:
     """Somebody who has nothing but the authority's certificate."""
 
     def __init__(self, ca: Path) -> None:
-        self._client = httpx.Client(verify=ssl.create_default_context(cafile=ca))
+        self._client = httpx.Client(verify=ssl.create_default_context(cafile=ca), timeout=60)
 
     def status(self, port: int, path: str, request: Any, *, scheme: str = "https", **headers: str) -> int:
         return self._client.post(
@@ -193,7 +193,7 @@ def test_a_superlink_ends_though_somebodys_request_has_no_end(tmp_path: Path) ->
         outsider.sendall(f"POST /v1/fleet/pull-messages HTTP/1.1\r\n{head}\r\n\r\n".encode())
         assert outsider.recv(100).startswith(b"HTTP/1.1 100 ")  # it reads on, and waits for the rest
         link.process.terminate()
-        link.process.wait(45)
+        link.process.wait(120)
     assert "timeout graceful shutdown exceeded" in (link.folder / "superlink.log").read_text()
 
 
