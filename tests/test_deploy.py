@@ -93,7 +93,7 @@ def test_a_site_runs_no_other_code_than_its_owners(link: SuperLink, tmp_path: Pa
         shutil.copy(PROJECT / name, app)
     with (app / "client_app.py").open("a") as file:
         file.write("\nprint('what else is on this disk')\n")
-    settings = f"min-sites=3 round-timeout=40 results-dir='{tmp_path}/results'"
+    settings = f"min-sites=3 round-timeout=30 results-dir='{tmp_path}/results'"
     command = ["flwr", "run", str(app), simulation.CONNECTION, "--stream", "--run-config", settings]
     output = subprocess.run(command, env=link.env, capture_output=True, text=True, check=True).stdout
     number = output.split("Successfully started run ")[1].split()[0]

@@ -165,7 +165,9 @@ def opened(run: Run, options: AuditOptions) -> tuple[Settings, Features, list[Si
         sites = [own_site(features, config, settings.seed, device)]
     else:
         how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
-        sites, _ = make_sites(features, holdout, run.settings["sites"], settings.seed, **how)
+        count = run.settings.get("simulated") or run.settings["sites"]  # some may have been forgotten
+        everyone, _ = make_sites(features, holdout, count, settings.seed, **how)
+        sites = [site for site in everyone if site.name in examples]
     wanted = options.sites or list(examples)
     found = [site for site in sites if site.name in wanted]
     mine = {site.name: [len(part.labels) for part in (site.train, site.validation, site.test)] for site in found}

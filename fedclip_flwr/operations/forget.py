@@ -74,8 +74,13 @@ def forget(name: str, site: str, root: Path | None, earlier: bool, say: Callable
             stack.enter_context(locked(one.path, one.name))
         if history.versions(run.path) != found:
             raise UserError(f"{run.name} has just been changed by another process: run this again")
-        for one in affected:
-            take_out(one, site, say)
+        for number, one in enumerate(affected):
+            try:
+                take_out(one, site, say)
+            except BaseException:  # also when it is interrupted
+                left = [other.name for other in affected[number:]]
+                say(f"{site} is not forgotten in {some(left)} yet: run this again")
+                raise
     return f"{closing(site, complete, affected)}{unread(run)}."
 
 

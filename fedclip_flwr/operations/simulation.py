@@ -67,6 +67,11 @@ def prepared(nodes: int | None, given: Sequence[str]) -> tuple[dict[str, Any], S
     if earlier := _named(settings, problems):
         saved, sites = saved_settings(earlier)
         settings, nodes = saved | settings, sites if nodes is None else nodes
+        if settings.get("update") and sites and nodes is not None and 0 < nodes < sites:
+            problems["nodes"] = (
+                f"--nodes {nodes}: {settings['update']} had {sites} sites; fewer would have other images, and those of "
+                f"the rest would count twice: give at least {sites}"
+            )
         if nodes is None:
             key = "resume" if settings.get("resume") else "update"
             problems["nodes"] = f"{key} = {settings[key]!r}: it was stopped before its sites connected: set --nodes"

@@ -63,10 +63,11 @@ class Run:
     @property
     def forgotten(self) -> str:
         """A sentence on sites that were forgotten, and when; empty if there were none."""
-        when = [str(each["when"])[:10] for each in self.summary.get("forgotten", [])]
+        found = self.summary.get("forgotten", [])
+        when, sites = [str(each["when"])[:10] for each in found], sum(each["sites"] for each in found)
         which = "A site was forgotten, and this is the result without it"
-        if len(when) > 1:
-            which = f"{len(when)} sites were forgotten, and this is the result without them"
+        if sites > 1:
+            which = f"{sites} sites were forgotten, and this is the result without them"
         return f"{which} ({', '.join(dict.fromkeys(when))})" if when else ""
 
     @property
@@ -418,7 +419,7 @@ def _summary(data: bytes | None) -> dict[str, Any]:
     if not isinstance(summary.get("privacy") or {}, dict):
         raise ValueError("privacy is malformed")
     forgotten = summary.get("forgotten", [])
-    if not (isinstance(forgotten, list) and all(isinstance(each, dict) and "when" in each for each in forgotten)):
+    if not (isinstance(forgotten, list) and all(map(_is_forgotten, forgotten))):
         raise ValueError("forgotten is malformed")
     update = summary.get("update", {"of": "", "new": [], "changed": [], "sites": 0})
     if not (isinstance(update, dict) and update.keys() >= {"of", "new", "changed", "sites"}):
@@ -426,6 +427,10 @@ def _summary(data: bytes | None) -> dict[str, Any]:
     if summary.get("status") == "completed":
         _check_results(summary)
     return summary
+
+
+def _is_forgotten(found: object) -> bool:
+    return isinstance(found, dict) and "when" in found and isinstance(found.get("sites"), int)
 
 
 def _check_results(summary: dict[str, Any]) -> None:

@@ -213,6 +213,16 @@ def test_a_whole_model_is_attacked_by_its_losses(tmp_path: Path, tree: Path, mon
     assert "trained the whole model; canaries are for adapters and one round" in run(path, "--canaries", 20)[2]
 
 
+def test_who_is_left_after_one_was_forgotten_has_the_same_images(tmp_path: Path, data: Path) -> None:
+    path = made(tmp_path, data, method="one-round")
+    summary, settings = (json.loads((path / name).read_text()) for name in (history.SUMMARY, history.SETTINGS))
+    summary["examples"].pop("photo-0")
+    saved.write_json(path / history.SUMMARY, summary)
+    saved.write_json(path / history.SETTINGS, settings | {"sites": 2, "simulated": 3})
+    assert "photo-0" not in facts(path)["attacked"]
+    assert facts(path, "--canaries", 20)["bits"] == 20
+
+
 @needs("privacy")
 def test_of_a_run_that_hides_images_their_epsilon_is_claimed(tmp_path: Path, data: Path) -> None:
     path = made(tmp_path, data, method="one-round", statistics="gradient", dp="central", dp_unit="image", epsilon=2.0)

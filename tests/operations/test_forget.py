@@ -110,6 +110,10 @@ def test_report_card_and_list_say_that_and_when_something_was_forgotten(federati
     (line,) = json.loads(runlist.show([str(run)], None, True))
     assert len(line["forgotten"]) == 2
     assert line["seen"]["adapted"] is None
+    summary = json.loads((run / "summary.json").read_text())
+    summary["forgotten"][0]["sites"] = 2  # as of an update in which two leave
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "3 sites were forgotten" in history.read(run).forgotten
 
 
 @pytest.mark.usefixtures("without_report")
@@ -186,10 +190,12 @@ def test_a_forget_that_was_interrupted_can_be_repeated(
     def cut(*_: Any, **__: Any) -> None:
         raise PowerCutError
 
+    said: list[str] = []
     with monkeypatch.context() as patched:
         patched.setattr(ledger if moment == "write_sites" else forgetting, moment, cut)
         with pytest.raises(PowerCutError):
-            forget(federation, "study")
+            forgetting.forget("study", WEST, federation.results, False, said.append)
+    assert said == [f"{WEST} is not forgotten in study yet: run this again"]
     forget(federation, "study")
     assert tensors(run) == expected
     summary = json.loads((run / "summary.json").read_text())

@@ -49,6 +49,10 @@ def test_a_run_that_was_stopped_before_it_met_its_sites_asks_how_many_there_are(
     with RunFolder(Settings(results_dir=str(tmp_path), resume=run.path.name), "0123") as run:
         run.begin([], 4)
     assert simulation.prepared(None, ["resume=latest", results])[2] == 4
+    updates = ["update=latest", "method=one-round", results]
+    assert simulation.prepared(5, updates)[2] == 5
+    with pytest.raises(UserError, match=r"--nodes 3: latest had 4 sites; .* would count twice: give at least 4"):
+        simulation.prepared(3, updates)
     with pytest.raises(UserError, match="--nodes 0: expected at least 1"):
         simulation.prepared(0, ["resume=latest", results])
 
