@@ -143,7 +143,8 @@ class Story:
         one = self.settings.method == ONE_ROUND
         prefix = "of" if self.settings.method == "full-model" else "for"
         made = "made from the sums of" if one else "trained at"
-        text = f"{what} {prefix} {of} was {made} {counted(self.sites, 'site')} in {counted(self.run.done, 'round')}"
+        sites = self.run.summary.get("update", {}).get("sites", self.sites)  # of an update, whose sums count
+        text = f"{what} {prefix} {of} was {made} {counted(sites, 'site')} in {counted(self.run.done, 'round')}"
         text += f", with {self.holdout} held out" if self.holdout else ""
         parts: list[str] = []
         for key, where in (

@@ -213,6 +213,8 @@ def test_the_sentence_follows_the_figures(
     for key, values in (("zero_shot", zero), ("adapted", adapted)):
         run.summary[key] |= dict(zip(("seen", "unseen"), values, strict=True))
     assert Story(run).sentence.endswith(expected)
+    run.summary["update"] = {"sites": 7}
+    assert " at 7 sites in 3 rounds" in Story(run).sentence
     below = [tile.below for tile in page.tiles(Story(run))]
     assert sum("over zero-shot" in text for text in below) == sum(value is not None for value in adapted)
 

@@ -29,6 +29,7 @@ def totals(*sites: str) -> list[set[Part]]:
         (["abc", "bcde"], ""),  # a leaves beside two that are new
         (["abc", "Bcde"], ""),  # two leave, or change, beside two that are new
         (["abc", "abcde"], "de"),
+        (["abcdef", "ef"], "ef"),  # too few are left
         (["abc", "Abc"], "a"),
         (["abc", "abcdef", "abcdefg"], "g"),
         (["abcd", "abcefg", "abc"], "d"),  # four changed, then three of them
