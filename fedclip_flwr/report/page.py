@@ -76,7 +76,7 @@ def tiles(story: Story) -> list[Tile]:
         below = f"{counted(story.run.done, 'round')}, {counted(story.sites, 'site')}"
         made.append(Tile("time", figure, "min" if long else "s", below))
     if story.run.epsilon is not None:
-        hidden = story.settings.dp == "local" or story.settings.noise_leaves
+        hidden = story.settings.dp == "local" or story.settings.shares_noise
         below = f"at δ = {story.settings.delta:g}, {against(hidden)}"
         made.append(
             Tile(

@@ -24,6 +24,9 @@ from fedclip_flwr.features.encoding import UnfinishedError
 from fedclip_flwr.learning import Examples
 from fedclip_flwr.learning.training import split
 
+LENGTH = 32
+"""The characters of a mark."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -48,11 +51,12 @@ def mark_of_images(site: Site, class_names: Sequence[str]) -> str:
 
     Its beginning changes only with those to train with.
     """
-    parts: list[bytes | memoryview] = []
+    made, marks = hmac.new(_secret(), digestmod="sha256"), []
     for part in (site.train, site.validation, site.test):
-        parts.append(json.dumps([class_names[number] for number in part.labels.tolist()]).encode())
-        parts.append(part.features.cpu().contiguous().numpy().data)
-    return keyed_mark(parts[:2])[:TRAINING] + keyed_mark(parts)[TRAINING:]
+        made.update(json.dumps([class_names[number] for number in part.labels.tolist()]).encode())
+        made.update(part.features.cpu().contiguous().numpy().data)
+        marks.append(made.hexdigest())  # of all parts so far
+    return marks[0][:TRAINING] + marks[-1][TRAINING:LENGTH]
 
 
 def keyed_mark(parts: Iterable[bytes | memoryview]) -> str:
@@ -60,7 +64,7 @@ def keyed_mark(parts: Iterable[bytes | memoryview]) -> str:
     made = hmac.new(_secret(), digestmod="sha256")
     for part in parts:
         made.update(part)
-    return made.hexdigest()[:32]
+    return made.hexdigest()[:LENGTH]
 
 
 def _secret() -> bytes:
