@@ -25,6 +25,7 @@ from fedclip_flwr.features.folder import FeatureFolder
 from harness.features import write_features
 from harness.machine import OURS, memory, processes, table
 from tests import forked
+from tests.extras import needs
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -160,6 +161,7 @@ def test_who_only_evaluates_sends_no_adapter_back() -> None:
     assert trains.calls - evaluates.calls == 2 * 9  # four tensors in two objects each, and their list
 
 
+@needs("privacy")
 @pytest.mark.parametrize("dp", ["central", "local"])
 @pytest.mark.parametrize("epsilon", [0.5, 8.0])
 def test_the_noise_of_adapters_comes_to_the_epsilon_that_is_asked_for(epsilon: float, dp: str) -> None:
@@ -169,6 +171,7 @@ def test_the_noise_of_adapters_comes_to_the_epsilon_that_is_asked_for(epsilon: f
     assert 0.999 * epsilon < spent <= epsilon
 
 
+@needs("privacy")
 def test_one_table_has_every_method_at_the_same_epsilons_and_what_it_hides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
