@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from fedclip_flwr.base import UserError, content, files
 from fedclip_flwr.base.errors import ReadError, one_line
-from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
+from fedclip_flwr.base.settings import GRADIENT, LORA, ONE_ROUND
 from fedclip_flwr.exchange import ExchangeError, Hello, Progress, records
 from fedclip_flwr.exchange.codecs import packs
 from fedclip_flwr.exchange.link import SiteCache, StatesOnDisk, forget
@@ -27,7 +27,7 @@ from fedclip_flwr.exchange.secure.protocol import LetterError, MaskingError
 from fedclip_flwr.exchange.session import Session, recall
 from fedclip_flwr.features import encoding
 from fedclip_flwr.flower.clientapp import RAISED, ClientAppCallable
-from fedclip_flwr.learning import Adapter, Learner
+from fedclip_flwr.learning import Learner, OneRound
 from fedclip_flwr.learning.adapters import tensor_names
 from fedclip_flwr.learning.gradient import SENT
 from fedclip_flwr.learning.one_round import SUMS
@@ -169,12 +169,12 @@ def save_own(adapter: Learner, opened: OpenedContext, number: int, chosen: float
     """Saves the site's own adapter, which is never sent."""
     run, name = content.file_name(opened.session.run), opened.site.name
     folder = files.home() / "personal" / run / content.file_name(name)
-    state = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
+    state = {name: tensor.cpu() for name, tensor in {**adapter.state_dict(), **adapter.frozen}.items()}
     about: dict[str, Any] = {"site": name}
-    if isinstance(adapter, Adapter):
-        about |= {"blend": adapter.blend, "personal_epoch": chosen}
-    else:
+    if isinstance(adapter, OneRound):
         about["personal_weight"] = chosen
+    else:
+        about |= {"blend": adapter.blend, "personal_epoch": chosen}
     save_adapter(folder, state, opened.settings, opened.features, number, **about)
 
 
@@ -184,7 +184,7 @@ def opened_for(message: Message, context: Context) -> OpenedContext:
     if simulated:
         torch.set_num_threads(1)  # simulated sites share the cores
     opened = open_context(context.run_config, context.node_config, session_of(message), simulated)
-    if opened.settings.method != "full-model" and len(opened.site.train.labels) < MANY_IMAGES:
+    if opened.settings.method not in ("full-model", LORA) and len(opened.site.train.labels) < MANY_IMAGES:
         torch.set_num_threads(1)
     return opened
 
@@ -240,4 +240,6 @@ def tensors_to_send(message: Message, context: Context) -> Collection[str]:
         return SENT if context.run_config.get("statistics") == GRADIENT else SUMS
     if method == "adapter":
         return tensor_names(adapter)
+    if method == LORA:
+        return opened_for(message, context).start()
     return message.content.array_records.get("arrays", {}).keys()

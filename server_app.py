@@ -19,10 +19,11 @@ from fedclip_flwr.data import held_out
 from fedclip_flwr.exchange import Session
 from fedclip_flwr.exchange.link import Downlink, forget
 from fedclip_flwr.features import Features, models
+from fedclip_flwr.features.lora import step_memory
 from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.grids import simulated
 from fedclip_flwr.flower.serverapp import add_exit_handler, refuse
-from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, examine
+from fedclip_flwr.learning import Classes, Examples, Learner, examine
 from fedclip_flwr.learning.metrics import Quality
 from fedclip_flwr.learning.recipes import starts_as_zero_shot
 from fedclip_flwr.report import writing
@@ -70,6 +71,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         link = Downlink(start, settings.codec, settings.seed)
         nodes = nodes_of(grid, link, session, settings, package, earlier)
         names = session.vocabulary.class_names
+        nodes.frozen = learner.frozen if settings.start else {}
         ledger = ledger_of(folder, settings, names, earlier)
         strategy = strategy_of(settings, start, nodes.names, nodes.examples, len(names), ledger)
         before = folder.before
@@ -81,7 +83,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         folder.begin(nodes.failures, len(list(grid.get_node_ids())), simulated(grid))
         folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
         clock.met = time.monotonic()
-        console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path))
+        memory = step_memory(learner, features, settings)
+        console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path, memory))
         resumed = [*before.resumed, before.state.round] if before else []
         if before:
             console.say(console.resuming(before.state.round, folder.with_other_package))
@@ -93,7 +96,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             made = state, link.residual, strategy.memory, nodes.record, session.key, clock.seconds()
             return Checkpoint(*made, resumed, folder.metrics)
 
-        watch = Watch(folder, features, "zero-shot" if starts_as_zero_shot(settings) else "start", checkpoint)
+        watch = Watch(
+            folder, features, learner.frozen, "zero-shot" if starts_as_zero_shot(settings) else "start", checkpoint
+        )
         quality = Unseen(learner.to(device), classes, unseen)
         known = earlier.scores(nodes.unchanged) if earlier else {}
         loop = RoundLoop(nodes, strategy, settings, start, quality, watch, before.state if before else None, known)
@@ -224,8 +229,7 @@ class Unseen:
 
     def __call__(self, state: State, blend: float) -> dict[str, Quality]:
         self.learner.load_state_dict(state)
-        if isinstance(self.learner, Adapter):
-            self.learner.blend = blend
+        self.learner.blend = blend
         return {domain: examine(self.learner, examples, self.classes) for domain, examples in self.domains.items()}
 
 
@@ -235,6 +239,7 @@ class Watch:
 
     folder: RunFolder
     features: Features
+    frozen: State
     start: str
     checkpoint: Callable[[RunState], Checkpoint]
 
@@ -243,7 +248,7 @@ class Watch:
         console.say(console.line(result, self.start))
 
     def on_selected(self, number: int, state: State, blend: float) -> None:
-        self.folder.adapter(number, state, self.features, blend)
+        self.folder.adapter(number, {**state, **self.frozen}, self.features, blend)
 
     def on_complete(self, state: RunState) -> None:
         self.folder.checkpoint(self.checkpoint(state))

@@ -37,6 +37,8 @@ CODECS = ("float32", "bfloat16", "int8")
 """How tensors travel: in full, or as differences that `exchange/codecs.py` compresses."""
 ONE_ROUND = "one-round"
 """The method without training: sites send sums, and the model follows from them in closed form."""
+LORA = "lora"
+"""The method that adapts the towers of the CLIP: low-rank changes of their layers, trained in rounds."""
 GRADIENT = "gradient"
 """The statistics of `one-round` that hide each image best: one gradient."""
 FORMS = ("span", "full")
@@ -77,9 +79,37 @@ class Settings:
     )
     method: str = _setting(
         "adapter",
-        "`adapter` and `full-model` are trained in rounds; `one-round` is a closed form from sums over all images",
-        choices=("adapter", "full-model", ONE_ROUND),
+        "`adapter`, `lora` and `full-model` are trained in rounds; `one-round` is a closed form from sums over all "
+        "images",
+        choices=("adapter", "full-model", LORA, ONE_ROUND),
     )
+    lora_targets: str = _setting("vision", "with lora: which tower it adapts", choices=("vision", "text", "both"))
+    lora_layers: str = _setting(
+        "all",
+        "with lora: the layers that it adapts, `all` or `last:N`; those before run once, and their output is stored",
+        pattern=r"all|last:[1-9][0-9]{0,2}",
+        expected="all or last:N",
+    )
+    lora_modules: str = _setting(
+        "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
+        "with lora: the linear parts of a layer that it adapts, with commas",
+        pattern=r"\w+( *, *\w+)*",
+        expected="names with commas, such as q_proj,v_proj",
+    )
+    lora_rank: int = _setting(8, "with lora: its rank", least=1, most=2**14)
+    lora_alpha: float = _setting(
+        0.0, "with lora: its changes are scaled by this, divided by the rank; 0 for twice the rank", least=0.0, most=1e6
+    )
+    lora_dropout: float = _setting(0.0, "with lora: dropout before its layers", least=0.0, most=0.9)
+    lora_train: str = _setting(
+        "B",
+        "with lora: `B` is trained and sent, and A stays as the seed makes it: the mean is exact then; or `both`",
+        choices=("B", "both"),
+    )
+    gradient_checkpointing: bool = _setting(
+        False, "with lora: layers are computed again for their gradients, for less memory and more time"
+    )
+    start: str = _setting("", "with lora: a folder in PEFT's format to go on from; empty for zero-shot")
     statistics: str = _setting(
         "span",
         "with one-round: second moments in the span of the class prompts, or in the full space; or one gradient",
@@ -222,7 +252,7 @@ class Settings:
     @property
     def update_limit(self) -> float:
         """The longest update that counts in full, as a multiple of the sites' median length; 0 for no limit."""
-        limited = self.method == "adapter" and self.recipe != "paper"  # a sum of whole models is large
+        limited = self.method in ("adapter", LORA) and self.recipe != "paper"  # a sum of whole models is large
         return self.max_update_norm if limited else 0.0
 
     @property
@@ -360,6 +390,12 @@ def _contradictions(settings: Settings) -> dict[str, str]:
         for key in ("statistics", "one-round-choose", "directions", "update"):
             if _value(settings, key) != _value(Settings(), key):
                 found[key] = f"it is for method = {ONE_ROUND!r}; leave it out, or set that method"
+    if settings.method != LORA:
+        for key in (*LORA_KEYS, "gradient-checkpointing", "start"):
+            if _value(settings, key) != _value(Settings(), key):
+                found[key] = f"it is for method = {LORA!r}; leave it out, or set that method"
+    elif settings.feature_norm:
+        found["feature-norm"] = f"it is for adapters; leave it out with method = {LORA!r}"
     if settings.method == "full-model":
         plain = {"feature-norm": 0.0, "blend": 1.0, "personalize": False, "dp": "off", "secure-aggregation": False}
         for key in [key for key, value in plain.items() if _value(settings, key) != value]:
@@ -464,7 +500,7 @@ def _check_text(key: str, value: str) -> None:
         path = rest if head or value.startswith((".", "~")) else ""
         if head and not path:
             raise ValueError(f"expected a path after {head}")
-    elif key in ("model", "class-names"):
+    elif key in ("model", "class-names", "start"):
         path = value if value.startswith((".", "~", "/")) else ""
     elif key not in ("directions", "results-dir"):
         return
@@ -473,6 +509,8 @@ def _check_text(key: str, value: str) -> None:
         raise ValueError(f"expected an absolute path, such as {head}{absolute}")
 
 
+LORA_KEYS = ("lora-targets", "lora-layers", "lora-modules", "lora-rank", "lora-alpha", "lora-dropout", "lora-train")
+"""The keys of the settings that say what LoRA is."""
 ENCODING_KEYS = (
     *("data", "image-column", "label-column", "domain-column"),
     *("model", "model-revision", "prompt", "class-names", "device", "precision"),

@@ -172,7 +172,8 @@ class Task(NamedTuple):
     A hello has the session and no adapter; later messages have only the session's key. `personal`: train a personal
     adapter. `blend` is the share of the adapted feature if it differs from the settings. The adapter is in `arrays`; or
     `state` is its mark, and the site has it or decodes it from `arrays` and the adapter with the mark `base`. `bits`
-    says in which unit sums are wanted (`learning/sums.py`); `choose`: score the choices of constants, too.
+    says in which unit sums are wanted (`learning/sums.py`); `choose`: score the choices of constants, too. `frozen` has
+    tensors that the adapter needs and nobody trains, if a site can't make them from the settings.
     """
 
     round: int
@@ -185,6 +186,7 @@ class Task(NamedTuple):
     arrays: ArrayRecord | None
     bits: int = 0
     choose: bool = False
+    frozen: ArrayRecord | None = None
 
 
 def write_greeting(session: Session) -> ConfigRecord:
@@ -233,6 +235,7 @@ def read_task(content: RecordDict) -> Task:
         content.array_records.get("arrays"),
         field("bits", 0),
         field("choose", False),
+        content.array_records.get(FROZEN),
     )
 
 
@@ -240,6 +243,8 @@ def read_task(content: RecordDict) -> Task:
 
 
 MARK = 16
+FROZEN = "frozen"
+"""The record of tensors that are sent, but not trained."""
 NUMPY = "numpy.ndarray"
 """What Flower's arrays say of numpy's own format."""
 

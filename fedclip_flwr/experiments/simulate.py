@@ -25,7 +25,7 @@ from fedclip_flwr.exchange.records import write_hello
 from fedclip_flwr.experiments.unseen import THIRDS, third, without
 from fedclip_flwr.features import Features
 from fedclip_flwr.flower.grids import Node, local_grid
-from fedclip_flwr.learning import Adapter, Classes, Examples, Learner, evaluate, examine
+from fedclip_flwr.learning import Classes, Examples, Learner, evaluate, examine
 from fedclip_flwr.learning.metrics import Quality, Score, mean_accuracy
 from fedclip_flwr.learning.recipes import new_part
 from fedclip_flwr.server import Outcome, RoundResult, RunState
@@ -137,8 +137,7 @@ def simulate(
         return Result(rounds, _accuracies(outcome.adapted), outcome.blend, outcome.state, *federation.seen)
     zero = accuracies_of(learner, sites, classes, apart, federation.results[0])
     learner.load_state_dict(outcome.state)
-    if isinstance(learner, Adapter):
-        learner.blend = outcome.blend
+    learner.blend = outcome.blend
     selected = accuracies_of(learner, sites, classes, apart, outcome.adapted)
     return Result([zero], selected, outcome.blend, outcome.state, *federation.seen)
 
@@ -211,8 +210,7 @@ class _Federation:
             return {}
         learner = copy.deepcopy(self.learner)
         learner.load_state_dict(state)
-        if isinstance(learner, Adapter):
-            learner.blend = blend
+        learner.blend = blend
         return {domain: examine(learner, examples, self.classes) for domain, examples in self.unseen.items()}
 
     def on_result(self, result: RoundResult) -> None:
@@ -239,8 +237,6 @@ class _LocalContext(SiteContext):
         return self.template.on_cpu()
 
     def blank(self) -> Learner:
-        if isinstance(self.scratch, Adapter) and isinstance(self.template, Adapter):
-            self.scratch.blend = self.template.blend
         return self.scratch
 
 

@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 from fedclip_flwr.base import UserError
 from fedclip_flwr.features.models import LARGE, Model, pick_device, pick_precision
+from fedclip_flwr.features.pixels import UNSCALED, packed
+from fedclip_flwr.features.pixels import Inputs as Inputs
+from fedclip_flwr.features.towers import activations
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-Inputs = dict[str, Tensor]
-"""Preprocessed images: the model's inputs by name."""
 OWN_CODE = {"trust_remote_code": False}
 """Never run code that a model brings: transformers would otherwise ask the user and run it."""
 PART = 64
@@ -38,7 +39,7 @@ ON_GPU = 256
 class Preparer:
     """Preprocesses images for the model; can be pickled for another process.
 
-    Returns pixels in `dtype`. With uint8, scaling and normalization are skipped: `WholeModel` does them itself.
+    Returns pixels in `dtype`. With uint8, scaling and normalization are skipped: `Unpacking` does them later.
     """
 
     processor: Any
@@ -47,11 +48,9 @@ class Preparer:
 
     def __call__(self, images: Sequence[Image]) -> Inputs:
         if self.dtype == torch.uint8:
-            pixels = self.processor(images=images, return_tensors="pt", do_rescale=False, do_normalize=False)
-            pixels = pixels["pixel_values"]
-            if pixels.dtype != torch.uint8 or pixels.dim() != 4:
-                raise UserError(f"method = 'full-model': the image format of {self.model_type} is not supported")
-            return {"pixel_values": pixels}
+            return {
+                "pixel_values": packed(self.processor(images=images, return_tensors="pt", **UNSCALED), self.model_type)
+            }
         inputs = dict(self.processor(images=images, return_tensors="pt"))
         return {**inputs, "pixel_values": inputs["pixel_values"].to(self.dtype)}
 
@@ -131,19 +130,20 @@ class Clip:
         return PART if self.parameters * 4 < LARGE else PART // 2
 
     def preparer(self, dtype: torch.dtype | None = None) -> Preparer:
-        """A `Preparer` for `encode`, or with uint8 for a whole model."""
+        """A `Preparer` for `encode`, or with uint8 for training a tower."""
         return Preparer(self.processor, self.net.config.model_type, dtype or self.dtype)
 
     @torch.no_grad()
-    def encode(self, inputs: Inputs) -> Tensor:
+    def encode(self, inputs: Inputs, before_last: int = 0) -> Tensor:
         """The features of preprocessed images, on the device, which may still be computing them.
 
-        Splits the batch if the GPU runs out of memory.
+        Or what enters the last `before_last` layers. Splits the batch if the GPU runs out of memory.
         """
         while True:
             parts = zip(*(torch.split(tensor, self._max_batch) for tensor in inputs.values()), strict=True)
             try:
-                return torch.cat([self._features(dict(zip(inputs, part, strict=True))) for part in parts])
+                split = (dict(zip(inputs, part, strict=True)) for part in parts)
+                return torch.cat([self._run(part, before_last) for part in split])
             except torch.OutOfMemoryError:
                 if self._max_batch == 1:
                     raise UserError(
@@ -152,13 +152,15 @@ class Clip:
             self._max_batch //= 2
             torch.cuda.empty_cache()
 
-    def _features(self, inputs: Inputs) -> Tensor:
+    def _run(self, inputs: Inputs, before_last: int) -> Tensor:
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         if self._on_gpu and moved["pixel_values"].dim() == 4:
             moved["pixel_values"] = moved["pixel_values"].contiguous(memory_format=torch.channels_last)
         if not self._lower:
             moved["pixel_values"] = moved["pixel_values"].to(self.net.logit_scale.dtype)
-        with self._precision(), full_convolutions():
+        with self.precision(), full_convolutions():
+            if before_last:
+                return activations(self.net, moved, before_last)
             return given(self.net.get_image_features(**moved))
 
     @property
@@ -166,7 +168,7 @@ class Clip:
         """True if autocast uses a lower precision than that of the weights."""
         return self._on_gpu and self.dtype != torch.float32
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype if self._lower else None, enabled=self._lower)
 
     def encode_images(self, images: Iterable[Image], batch_size: int = 64) -> Iterator[Tensor]:
@@ -179,7 +181,7 @@ class Clip:
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
         """The features of the prompts, one row each."""
         parts = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
-        with self._precision():
+        with self.precision():
             return torch.cat([unit(self.net.get_text_features(**self.tokens(part))).cpu() for part in parts])
 
     def tokens(self, prompts: Sequence[str]) -> Any:

@@ -4,7 +4,8 @@
 
     MODEL-PRECISION/given-DATA.safetensors      image_features [N, dim] as the model gives them, labels [N] as numbers
     MODEL-PRECISION/classes-PROMPTS.safetensors text_features [C, dim], of unit length
-    MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in uint8, for the whole model
+    MODEL-PRECISION/pixels-DATA.safetensors     image_features [N, 3, height, width] in uint8, to train the vision tower
+    MODEL-PRECISION/lastN-DATA.safetensors      image_features [N, tokens, width]: what enters its last N layers
     MODEL-PRECISION/agreement-….safetensors     whether a sample of images gets the same classes as in float32
 
 `folder.py` reads the same tensors from a folder made elsewhere (`features:PATH`): such a site needs no CLIP.
@@ -16,7 +17,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -151,6 +152,10 @@ class Encoded:
 
     @cached_property
     def _clip(self) -> clip.Clip:
+        return self.new_clip()
+
+    def new_clip(self) -> clip.Clip:
+        """The model, loaded once more: to be changed."""
         return Clip(self._model, self._device, self._loaded_in)
 
     @cached_property
@@ -234,16 +239,19 @@ class Encoded:
         return features if self._loaded_in == "float32" else features.half()
 
     def _empty(self) -> Tensor:
-        dtype = torch.float32 if self._loaded_in == "float32" else torch.float16
-        return torch.empty(0, self.classes.text.shape[1], dtype=dtype)
+        return self.blank_image()[:0]
+
+    def blank_image(self) -> Tensor:
+        """What is stored of a black image."""
+        from PIL import Image
+
+        return self._compute(self._preparer([Image.new("RGB", (8, 8))])).cpu()
 
 
-class Pixels(Encoded):
-    """The images as uint8 pixels, the input of the whole model."""
+class TowerPixels(Encoded):
+    """The images as uint8 pixels, to train the vision tower."""
 
     _entry, _doing, _older = "pixels", "reading", None
-
-    _preferred = "float32"  # its weights are trained
 
     def room(self, images: int) -> int:
         return images * 3 * self._model.image_size**2
@@ -255,12 +263,33 @@ class Pixels(Encoded):
     def _compute(self, inputs: clip.Inputs) -> Tensor:
         return inputs["pixel_values"]
 
-    def _empty(self) -> Tensor:
-        from PIL import Image
+    def _path(self, domain: str, precision: str) -> Path:
+        return super()._path(domain, "float32")  # the same for every precision
 
-        return self._preparer([Image.new("RGB", (8, 8))])["pixel_values"][:0]
+
+class Pixels(TowerPixels):
+    """Pixels for a whole model, whose weights are trained in float32."""
+
+    _preferred = "float32"
 
     def whole_model(self) -> WholeModel:
         """A new, trainable copy of the model."""
         precision = models.pick_precision(self._precision.replace("auto", "float32"), self._model)
         return WholeModel.copy_of(self._clip, self.vocabulary.prompts, len(self.vocabulary.templates), precision)
+
+
+class Activations(Encoded):
+    """What enters the last layers of the vision tower, for each image: those before them are run once."""
+
+    _older = None
+
+    def __init__(self, *args: Any, last: int, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._last, self._entry = last, f"last{last}"
+
+    def room(self, images: int) -> int:
+        return images * 4 * self._model.activations
+
+    def _compute(self, inputs: clip.Inputs) -> Tensor:
+        found = self._clip.encode(inputs, self._last)
+        return found if self._loaded_in == "float32" else found.half()

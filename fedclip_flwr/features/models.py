@@ -54,6 +54,12 @@ class Model:
         return int(self._vision.get("image_size") or 384)
 
     @property
+    def activations(self) -> int:
+        """How many numbers go from one layer of the image tower to the next, for an image."""
+        patches = self._vision.get("num_patches") or (self.image_size // int(self._vision.get("patch_size") or 14)) ** 2
+        return (int(patches) + 1) * int(self._vision.get("hidden_size") or 1152)
+
+    @property
     def _config(self) -> dict[str, Any]:
         return _json(self.folder / "config.json")
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedclip_flwr.base import Settings, UserError
+from fedclip_flwr.base.settings import LORA
 from fedclip_flwr.data import Vocabulary, base, opening
 from fedclip_flwr.data.presets import Preset
 from fedclip_flwr.data.vocabulary import check_distinct, numbering, read_names, renamed, templates_of, usable
 from fedclip_flwr.features import models
 from fedclip_flwr.features.base import Features
-from fedclip_flwr.features.encoded import Encoded, Pixels
+from fedclip_flwr.features.encoded import Activations, Encoded, Pixels, TowerPixels
 from fedclip_flwr.features.folder import FeatureFolder
 from fedclip_flwr.learning import RECIPES, Learner
+from fedclip_flwr.learning.lora import LoraSpec
 from fedclip_flwr.learning.recipes import new_part
 
 
@@ -25,10 +29,9 @@ def open_features(
     `given` is the vocabulary that a site gets from the server; `root` is the folder where features are stored.
     """
     kind, _, path = settings.data.partition(":")
-    whole = settings.method == "full-model"
     if kind == "features":
-        if whole:
-            raise UserError(f"method = 'full-model': needs images, but {path} has only features")
+        if settings.method in ("full-model", LORA):
+            raise UserError(f"method = {settings.method!r}: needs images, but {path} has only features")
         features = FeatureFolder(Path(path), given)
         fixed = {"model": features.model}
         if not given:
@@ -49,7 +52,7 @@ def open_features(
     check_distinct(names)
     prompt = settings.prompt or (preset.prompt if preset else RECIPES[settings.recipe].prompt)
     vocabulary = usable(given or Vocabulary(names, templates_of(prompt)))
-    return (Pixels if whole else Encoded)(
+    return _kind_of(settings)(
         source,
         models.find(settings.model, settings.model_revision),
         vocabulary,
@@ -59,6 +62,16 @@ def open_features(
         precision=settings.precision,
         progress=progress,
     )
+
+
+def _kind_of(settings: Settings) -> Callable[..., Encoded]:
+    """What is made of the images, once: all that comes before what is trained."""
+    if settings.method == "full-model":
+        return Pixels
+    if settings.method != LORA or settings.lora_targets == "text":
+        return Encoded
+    last = LoraSpec.of(settings).last
+    return partial(Activations, last=last) if last else TowerPixels
 
 
 def source_of(settings: Settings) -> tuple[base.Source, Preset | None]:
@@ -75,7 +88,12 @@ def server_vocabulary(settings: Settings) -> Vocabulary | None:
 
 
 def new_learner(settings: Settings, features: Features) -> Learner:
-    """The initial state of what the run makes: an adapter, the whole model, or the closed form."""
+    """The initial state of what the run makes: an adapter, LoRA, the whole model, or the closed form."""
     if isinstance(features, Pixels):
         return features.whole_model()
+    if settings.method == LORA:
+        assert isinstance(features, Encoded)
+        from fedclip_flwr.features.lora import Lora
+
+        return Lora(features.new_clip(), settings, features.vocabulary)
     return new_part(settings, features.classes.ready())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.features.clip import PART, Clip, full_convolutions, unit
+from fedclip_flwr.features.pixels import Unpacking
 from fedclip_flwr.learning import Classes, Learner
 
 
@@ -20,21 +21,12 @@ class WholeModel(Learner):
     Weights are float32; computation uses `dtype`.
     """
 
-    factor: Tensor
-    shift: Tensor
-
     def __init__(self, net: Any, processor: Any, tokens: Mapping[str, Tensor], templates: int, dtype: torch.dtype):
         super().__init__()
         self.net = net.float().requires_grad_(True)
         self._templates, self._dtype = templates, dtype
-        scale = processor.rescale_factor if processor.do_rescale else 1.0
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-        constants = {
-            "factor": (scale / torch.tensor(std)).view(3, 1, 1),
-            "shift": (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1),
-            **tokens,
-        }
-        for name, tensor in constants.items():
+        self.unpack = Unpacking(processor)
+        for name, tensor in tokens.items():
             self.register_buffer(name, tensor, persistent=False)  # moves to the device too, but is not sent
         self._tokens = tuple(tokens)
 
@@ -52,8 +44,7 @@ class WholeModel(Learner):
 
     def _features(self, pixels: Tensor) -> Tensor:
         with self._precision(), full_convolutions():
-            images = pixels * self.factor - self.shift
-            return unit(self.net.get_image_features(pixel_values=images))
+            return unit(self.net.get_image_features(**self.unpack(pixels)))
 
     def against(self, classes: Classes) -> Classes:
         """The model's own class features, scale and bias; the frozen model's `classes` are ignored."""
@@ -64,4 +55,4 @@ class WholeModel(Learner):
         return Classes(text, self.net.logit_scale.exp(), 0.0 if bias is None else bias)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.factor.device.type, self._dtype, enabled=self._dtype != torch.float32)
+        return torch.autocast(self.unpack.factor.device.type, self._dtype, enabled=self._dtype != torch.float32)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 class Examples(NamedTuple):
     """Images and their class numbers [N].
 
-    Images are features [N, dim] as CLIP gives them, or pixels [N, 3, height, width] in bytes (uint8).
+    Images are features [N, dim] as CLIP gives them; to train a tower pixels in bytes, or what enters its last layers.
     """
 
     features: Tensor
@@ -22,9 +22,9 @@ class Examples(NamedTuple):
         return Examples(self.features[rows], self.labels[rows])
 
     def ready(self, device: str | torch.device = "cpu") -> Examples:
-        """The examples ready for training on the device: features in float32, pixels unchanged."""
+        """The examples ready for training on the device: features in float32, what towers take unchanged."""
         features = self.features.to(device)
-        if features.dtype != torch.uint8:
+        if features.dim() == 2:
             features = features.float()
         return Examples(features, self.labels.to(device, torch.int64))
 
@@ -54,8 +54,16 @@ class Classes(NamedTuple):
 class Learner(nn.Module):
     """The module that is trained and sent: its state is exactly the tensors that travel.
 
-    It maps features (an adapter) or pixels (the whole model) to features of unit length.
+    It maps features (an adapter), or what a tower takes, to features of unit length. `blend` is the share of what is
+    learnt, for learners that have one.
     """
+
+    blend: float = 1.0
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """Tensors that are a part of what is learnt, but not trained."""
+        return {}
 
     def against(self, classes: Classes) -> Classes:
         """The classes to compare its features with; an adapter returns them unchanged."""

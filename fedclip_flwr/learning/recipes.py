@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedclip_flwr.base import Settings
-from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
+from fedclip_flwr.base.settings import GRADIENT, LORA, ONE_ROUND
 from fedclip_flwr.learning.adapters import Adapter, adapter_class, blank_adapter, make_adapter
 from fedclip_flwr.learning.base import Classes
 from fedclip_flwr.learning.gradient import OneGradient
@@ -35,6 +35,7 @@ class Recipe:
 
     loss: Callable[[Tensor, Tensor, Classes], Tensor]
     whole_rate: float  # the learning rate for the whole model
+    lora_rate: float  # that for LoRA
     weight_decay: float
     prompt: str
     first_choice: int = 0  # the first round that may be selected
@@ -64,6 +65,7 @@ RECIPES = {
     "default": Recipe(
         loss=class_loss,
         whole_rate=1e-5,
+        lora_rate=1e-3,
         width=512,
         steps=10,
         weight_decay=0.0,
@@ -72,6 +74,7 @@ RECIPES = {
     "paper": Recipe(
         loss=contrastive_loss,
         whole_rate=5e-5,
+        lora_rate=5e-5,
         adapter_rate=5e-5,
         weight_decay=0.2,
         prompt="a picture of a {}",
@@ -100,11 +103,15 @@ def learning_rate(settings: Settings, dim: int, examples: int) -> float:
     recipe = RECIPES[settings.recipe]
     if settings.method == "full-model":
         return settings.learning_rate or recipe.whole_rate
+    if settings.method == LORA:
+        return settings.learning_rate or recipe.lora_rate
     return settings.learning_rate or recipe.rate(settings.adapter, dim, -(-examples // settings.batch_size))
 
 
 def starts_as_zero_shot(settings: Settings) -> bool:
     """True if the learner predicts exactly as the frozen model before training, and not only nearly so."""
+    if settings.method == LORA:
+        return not settings.start
     return settings.method != "adapter" or settings.recipe != "paper" or adapter_class(settings.adapter).exact
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedclip_flwr.base import Settings, files
 from fedclip_flwr.base.roles import HOLDOUT
-from fedclip_flwr.base.settings import GRADIENT, ONE_ROUND
+from fedclip_flwr.base.settings import GRADIENT, LORA, ONE_ROUND
 from fedclip_flwr.base.text import bytes_of, counted, gain, natural, percent, some, table
 from fedclip_flwr.data import Vocabulary, held_out
 
@@ -24,6 +24,7 @@ UNCOVERED = {
     "image": "not covered: image counts, which classes a site has, and scores on validation and test images",
 }
 """What differential privacy does not hide, by its unit."""
+TOWERS = {"vision": "the vision tower", "text": "the text tower", "both": "both towers"}
 UNITS = {"site": "a site as a whole", "image": "each image"}
 NOT_THE_PAPERS = (
     "its adapter expects features of CLIP's own length, but some features here were normalised to unit length; set "
@@ -43,8 +44,9 @@ def plan(
     hellos: Collection[Hello],
     tensors: State,
     folder: Path,
+    memory: int | None = None,
 ) -> str:
-    """The text before round 1: settings, data, sites."""
+    """The text before round 1: settings, data, sites. `memory`: bytes that a step takes, if they were measured."""
     weights = "sites weighted equally" if settings.site_weights == "equal" else "sites weighted by their examples"
     part, pull = settings.fraction_train, f" with mu {settings.proximal:g}" if settings.proximal else ""
     share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
@@ -59,6 +61,11 @@ def plan(
         ("held out", _held_out(features, holdout, hellos)),
         ("trained", _trained(settings, features, tensors)),
         ("traffic", _traffic(settings, tensors)),
+        *(
+            [("memory", f"about {bytes_of(memory)} for a batch of {settings.batch_size}, and the model")]
+            if memory
+            else []
+        ),
         *_learning(settings, features, hellos),
         *([("", f"features scaled to length {settings.feature_norm:g}")] if settings.feature_norm else []),
         *(
@@ -141,11 +148,13 @@ def _trained(settings: Settings, features: Features, tensors: State) -> str:
     if settings.method == ONE_ROUND:
         classes, width = tensors["sums"].shape
         return f"nothing: sums for {counted(classes, 'class')} in {width} of {features.classes.dim} directions"
+    share = f", {100 * numbers / total:.2f} % of the model's {total:,}" if total else ""
+    blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
+    if settings.method == LORA:
+        return f"LoRA of rank {settings.lora_rank} in {TOWERS[settings.lora_targets]}: {holds}{share}{blend}"
     from fedclip_flwr.learning.adapters import adapter_class, of_rank  # see above
 
     name = adapter_class(settings.adapter).name + of_rank(settings.adapter, settings.adapter_rank)
-    blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
-    share = f", {100 * numbers / total:.2f} % of the model's {total:,}" if total else ""
     return f"{name}: {holds}{share}{blend}"
 
 

@@ -33,7 +33,7 @@ from typing import Any
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.plugins import GROUPS as PLUGINS
-from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.settings import LORA, ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.features import Features, Pixels
 from fedclip_flwr.learning.adapters import adapter_class
@@ -244,6 +244,8 @@ def _adapter_facts(settings: Settings) -> dict[str, Any]:
     adapter, exact = adapter_class(settings.adapter), starts_as_zero_shot(settings)
     if settings.method == ONE_ROUND:
         return {"name": ONE_ROUND, "ranked": False, "zero-shot": exact}
+    if settings.method == LORA:
+        return {"name": LORA, "ranked": True, "zero-shot": exact}
     return {"name": adapter.name, "ranked": adapter.ranked, "zero-shot": exact}
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from fedclip_flwr.base import Settings, UserError, files
 from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.base.settings import LORA
 from fedclip_flwr.base.text import counted
 
 MOST_BYTES = 2**28
@@ -108,7 +109,8 @@ class Run:
     def adapter(self) -> tuple[str, int | None]:
         """The adapter's name, and its rank if it has one."""
         facts = self.settings["adapter-facts"]
-        return facts["name"], self.settings["adapter-rank"] if facts["ranked"] else None
+        rank = self.settings["lora-rank" if self.settings["method"] == LORA else "adapter-rank"]
+        return facts["name"], rank if facts["ranked"] else None
 
     @cached_property
     def known(self) -> Settings:

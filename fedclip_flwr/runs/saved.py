@@ -10,24 +10,26 @@ that of the tensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from fedclip_flwr.base import Settings, UserError, content, files, store, tensorfile
 from fedclip_flwr.base.errors import one_line
-from fedclip_flwr.base.settings import FORMS, GRADIENT, MOST_NORM, ONE_ROUND
+from fedclip_flwr.base.settings import FORMS, GRADIENT, LORA, MOST_NORM, ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.data.vocabulary import check_classes
 from fedclip_flwr.features import Features, Pixels, models
 from fedclip_flwr.learning import Adapter, ClosedForm, OneGradient, OneRound
 from fedclip_flwr.learning.adapters import adapter_class, blank_adapter
+from fedclip_flwr.learning.lora import LoraSpec, LoraTensors
 from fedclip_flwr.learning.recipes import length_of
 from fedclip_flwr.runs.history import FACTS as FACTS
 from fedclip_flwr.runs.history import TENSORS as TENSORS
@@ -38,6 +40,8 @@ OF_A_MACHINE = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tok
 """Entries of a model's files that describe the machine they were on."""
 LARGEST = 2**16
 """No feature is longer than this."""
+PEFT_TENSORS = "adapter_model.safetensors"
+"""The tensors of LoRA in an export, under PEFT's name."""
 
 
 def save_adapter(
@@ -54,10 +58,11 @@ def save_adapter(
     """Saves the adapter of round `number`; errors name the `setting` that determines the folder."""
     own = {"blend": settings.trained_blend if blend is None else blend, **more}
     write_tensors(folder / TENSORS, state, number, setting, **{key: json.dumps(value) for key, value in own.items()})
-    one_round = settings.method == ONE_ROUND
+    one_round, lora = settings.method == ONE_ROUND, settings.method == LORA
     facts = {
-        "kind": ONE_ROUND if one_round else settings.adapter,
-        "rank": settings.adapter_rank,
+        "kind": settings.method if one_round or lora else settings.adapter,
+        "rank": settings.lora_rank if lora else settings.adapter_rank,
+        **({"lora": LoraSpec.of(settings).facts} if lora else {}),
         **({"statistics": settings.statistics, "directions": state["prompts"].shape[1]} if one_round else {}),
         "dim": features.classes.text.shape[1],
         **_made_for(features),
@@ -109,11 +114,57 @@ def write_tensors(path: Path, state: State, number: int, setting: str = "FEDCLIP
     files.write_atomic(path, lambda part: tensorfile.save(state, part, header), setting)
 
 
+class _Read(NamedTuple):
+    """The facts of an adapter and its tensors, with their files."""
+
+    facts: dict[str, Any]
+    state: State
+    described: Path
+    tensors: Path
+
+
 def load_adapter(folder: Path, exact: bool = False) -> tuple[Adapter | ClosedForm, dict[str, Any]]:
     """The adapter in a folder, such as that of a run or one for the hub, and its facts.
 
     With `exact` its file must be the one that the facts were written for, to the bit.
     """
+    facts, state, described, tensors = _read(folder, exact)
+    with _reading(described):
+        adapter = _blank(facts)
+        like = adapter.state_dict()
+    if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
+        raise UserError(f"{tensors} does not hold the {facts['kind']} adapter that adapter.json describes")
+    _check_finite(tensors, state)
+    adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return adapter, facts
+
+
+def load_lora(folder: Path) -> tuple[LoraTensors, dict[str, Any]]:
+    """LoRA in a folder, such as that of a run or an export, and its facts."""
+    facts, state, described, tensors = _read(folder)
+    with _reading(described):
+        _check_share(facts["blend"])
+        _check_texts(facts)
+        state = {name: tensor.clone() for name, tensor in state.items()}
+        found = LoraTensors(LoraSpec.read(facts["lora"]), state, float(facts["blend"]))
+    with _reading(tensors):
+        found.check()
+    _check_finite(tensors, state)
+    return found, facts
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors in what the file holds, as one line that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path} can't be read ({one_line(error)})") from None
+
+
+def _read(folder: Path, exact: bool = False) -> _Read:
     described, tensors = folder / FACTS, folder / TENSORS
     if folder.is_dir() and not described.exists():
         described = folder / CONFIG
@@ -121,33 +172,27 @@ def load_adapter(folder: Path, exact: bool = False) -> tuple[Adapter | ClosedFor
         if (folder / "settings.json").exists():
             raise UserError(f"{folder} holds no adapter: its run completed no round; see `fedclip runs {folder}`")
         raise UserError(f"{folder} holds no adapter: name a run, or a folder that `fedclip export` has written")
-    path = described
-    try:
-        facts = files.read_json(path)
+    with _reading(described):
+        facts = files.read_json(described)
         if not isinstance(facts, dict):
             raise ValueError("expected an object")
-        path = tensors
-        state, header = store.mapped(path)
-        found = content.of_file(path)
+        if facts.get("kind") == LORA and not tensors.exists():
+            tensors = folder / PEFT_TENSORS
+    with _reading(tensors):
+        state, header = store.mapped(tensors)
+        found = content.of_file(tensors)
         if facts.get("tensors") not in (None, found):
             if exact:
-                raise UserError(f"{path} does not match {described.name}: restore a copy, or start a new run")
+                raise UserError(f"{tensors} does not match {described.name}: restore a copy, or start a new run")
             if "blend" not in header:
-                raise UserError(f"{path} does not match {described.name}: export it again")
+                raise UserError(f"{tensors} does not match {described.name}: export it again")
             facts |= {key: files.parsed(fact) for key, fact in header.items()} | {"tensors": found}
-        path = described
-        adapter = _blank(facts)
-        like = adapter.state_dict()
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}") from None
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read ({one_line(error)})") from None
-    if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: (t.shape, t.dtype) for n, t in like.items()}:
-        raise UserError(f"{tensors} does not hold the {facts['kind']} adapter that adapter.json describes")
+    return _Read(facts, state, described, tensors)
+
+
+def _check_finite(path: Path, state: State) -> None:
     if not all(tensorfile.all_finite(tensor) for tensor in state.values()):
-        raise UserError(f"{tensors} has numbers that are not finite")
-    adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return adapter, facts
+        raise UserError(f"{path} has numbers that are not finite")
 
 
 def load_whole(folder: Path) -> dict[str, Any]:
@@ -176,8 +221,7 @@ def _blank(facts: dict[str, Any]) -> Adapter | ClosedForm:
             raise ValueError(str(error)) from None
     if any(type(size) is not int or not 0 < size <= LARGEST for size in (dim, rank)):
         raise ValueError(f"dim {dim!r} and rank {rank!r} must be whole numbers from 1 to {LARGEST:,}")
-    if type(blend) not in (int, float) or not 0 <= blend <= 1:
-        raise ValueError(f"its blend is {blend!r}, expected a number from 0 to 1")
+    _check_share(blend)
     length = facts.get("feature_norm", 1.0)  # earlier versions always used unit length
     if type(length) not in (int, float) or not 0 <= length <= MOST_NORM:
         raise ValueError(f"its feature_norm is {length!r}, expected a number from 0 to {MOST_NORM:,.0f}")
@@ -192,6 +236,11 @@ def _blank(facts: dict[str, Any]) -> Adapter | ClosedForm:
             raise ValueError(f"its directions are {width!r}, expected a number from 0 to {dim}")
         return OneRound(statistics, len(learnt_classes(facts)), dim, width)
     return blank_adapter(kind, dim, rank=rank, blend=float(blend), length=float(length))
+
+
+def _check_share(blend: object) -> None:
+    if not isinstance(blend, int | float) or not 0 <= blend <= 1:
+        raise ValueError(f"its blend is {blend!r}, expected a number from 0 to 1")
 
 
 def learnt_classes(facts: Mapping[str, Any]) -> Sequence[str]:

@@ -116,6 +116,8 @@ class Nodes:
         """The sites of an unmasked sum that could not be used."""
         self.blames: dict[str, set[str]] = {}
         """For each site, the sites that report an unreadable letter from it."""
+        self.frozen: State = {}
+        """Tensors that go with every adapter, and are not trained, if sites can't make them from the settings."""
         self.traffic = Traffic()
         self._grid, self._inbox = grid, Inbox(grid)
         self._package, self._plugins = package, plugins
@@ -408,7 +410,7 @@ class Nodes:
         while (waiting or under_way) and not wait.over:
             room = self._at_once - len(under_way)
             next_ones, waiting = waiting[:room], waiting[room:]
-            sent = self._push(next_ones)
+            sent = self._push(self._with_frozen(next_ones))
             under_way |= sent
             for node in {message.metadata.dst_node_id for message in next_ones} - set(sent.values()):
                 self.fails(number, self.names[node], "it could not be reached")
@@ -468,6 +470,16 @@ class Nodes:
             self.say(f"round {number}: {site} is left out: {why}")
         self.failures.append(Failure(number, site, why))
         self._last_failed.add(site)
+
+    def _with_frozen(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, with the tensors that go with every adapter; contents that were shared still are."""
+        if self.frozen:
+            record = records.write_adapter(self.frozen)
+            contents = {id(message.content): message.content for message in messages}
+            made = {key: RecordDict({**content, records.FROZEN: record}) for key, content in contents.items()}
+            for message in messages:
+                message.content = made[id(message.content)]
+        return messages
 
     def _push(self, messages: Iterable[Message]) -> dict[str, int]:
         """Sends the messages; returns their nodes by message id."""

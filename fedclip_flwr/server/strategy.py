@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError
-from fedclip_flwr.base.settings import OPTIMIZED
+from fedclip_flwr.base.settings import LORA, OPTIMIZED
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import ExchangeError, Report
 from fedclip_flwr.exchange.records import read_adapter, read_answer, reason, write_adapter
@@ -31,7 +31,7 @@ from fedclip_flwr.server.noised import Noised
 from fedclip_flwr.server.robust import rule_of
 
 OPTIMIZERS = dict(zip(OPTIMIZED, (FedAdam, FedYogi, FedAdagrad), strict=True))
-WHOLE_MODEL_RATE = 3e-4
+WHOLE_MODEL_RATE, LORA_RATE = 3e-4, 1e-2
 MOMENTS = ("m_t", "v_t")
 """Flower's attributes for the moving averages of the updates and of their squares."""
 
@@ -208,5 +208,7 @@ def optimizer_of(settings: Settings) -> Optimizer | None:
     """The server's optimizer, if the settings ask for one."""
     if settings.strategy not in OPTIMIZERS:
         return None
-    default = adapter_class(settings.adapter).server_rate if settings.method == "adapter" else WHOLE_MODEL_RATE
+    default = LORA_RATE if settings.method == LORA else WHOLE_MODEL_RATE
+    if settings.method == "adapter":
+        default = adapter_class(settings.adapter).server_rate
     return Optimizer(settings.strategy, settings.server_learning_rate or default)

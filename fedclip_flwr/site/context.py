@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from fedclip_flwr.base import Settings, UserError
-from fedclip_flwr.base.settings import place_of
+from fedclip_flwr.base.settings import LORA, place_of
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Session
 from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, Pixels, models, open_features
+from fedclip_flwr.features.lora import Lora
 from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Classes, Learner
 from fedclip_flwr.learning.adapters import adapter_class
@@ -32,6 +33,9 @@ LIMITS = ("epsilon", "delta")
 """The most of these that its owner accepts of a run."""
 GROUP = "group"
 """The key of a run folder there, in place of `data`: the site answers with that run's sums (`runs/relay.py`)."""
+
+
+_LORA: dict[Features, Lora] = {}
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,26 @@ class OpenedContext(SiteContext):
     session: Session
 
     def start(self) -> State:
+        if self.settings.method == LORA:
+            return dict(self._lora.first)
         return new_learner(self.settings, self.features).on_cpu()
 
     def blank(self) -> Learner:
+        if self.settings.method == LORA:
+            return self._lora
         if isinstance(self.features, Pixels):
             return self.features.whole_model()
         return blank_part(self.settings, *self.classes.text.shape)
+
+    @property
+    def _lora(self) -> Lora:
+        """The model with LoRA, loaded once for all sites that a process simulates: a received state replaces all."""
+        if self.features not in _LORA:
+            _LORA.clear()
+            learner = new_learner(self.settings, self.features)
+            assert isinstance(learner, Lora)
+            _LORA[self.features] = learner
+        return _LORA[self.features]
 
     def require_same_model(self) -> None:
         """Raises if this site's model is known to differ from the server's: their features would not be comparable."""

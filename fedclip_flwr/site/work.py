@@ -10,13 +10,13 @@ from flwr.app import RecordDict
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.base.settings import ONE_ROUND
-from fedclip_flwr.exchange import Report, Task, privacy
+from fedclip_flwr.exchange import ExchangeError, Report, Task, privacy
 from fedclip_flwr.exchange.link import SiteCache
-from fedclip_flwr.exchange.records import read_task, write_answer
+from fedclip_flwr.exchange.records import read_adapter, read_task, write_answer
 from fedclip_flwr.exchange.secure.protocol import Memory
+from fedclip_flwr.features.lora import Lora
 from fedclip_flwr.learning import (
     RECIPES,
-    Adapter,
     Classes,
     ClosedForm,
     Learner,
@@ -94,8 +94,11 @@ def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
     learner = blank_form(task, context) if context.settings.method == ONE_ROUND else context.blank()
     state = cache.take(task, learner.state_dict(), context.start)
     learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    if task.blend is not None and isinstance(learner, Adapter):
-        learner.blend = task.blend
+    learner.blend = context.settings.trained_blend if task.blend is None else task.blend
+    if isinstance(learner, Lora) and context.settings.start:
+        if task.frozen is None:
+            raise ExchangeError("the server's message lacks the tensors that are not trained")
+        learner.take(read_adapter(task.frozen, learner.frozen))
     return learner.to(context.device)
 
 

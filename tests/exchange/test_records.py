@@ -255,12 +255,24 @@ def test_a_task_comes_back_and_nonsense_is_refused() -> None:
     config["server-round"] = 3
     arrays = records.write_adapter(GOOD)
     task = records.read_task(RecordDict({"config": config, "arrays": arrays}))
-    assert task == (3, None, "0123", True, None, "", "", arrays, 0, False)
+    assert task == (3, None, "0123", True, None, "", "", arrays, 0, False, None)
     blended = records.write_task("0123", blend=0.25)
     assert records.read_task(RecordDict({"config": blended})).blend == 0.25
     session = Session("sketch", Vocabulary(("cat", "dog"), ("a {}", "the {}")), "0123", "run-7")
     greeting = records.write_greeting(session)
-    assert records.read_task(RecordDict({"config": greeting})) == (0, session, "", False, None, "", "", None, 0, False)
+    assert records.read_task(RecordDict({"config": greeting})) == (
+        0,
+        session,
+        "",
+        False,
+        None,
+        "",
+        "",
+        None,
+        0,
+        False,
+        None,
+    )
     wrong = dict[str, Any](holdout=3, classes="cat", blend="auto", personal=1, state=7)
     wrong["server-round"] = 1.5
     for key, value in wrong.items():

@@ -325,14 +325,14 @@ def test_a_batch_for_which_there_is_no_memory_is_encoded_in_parts(monkeypatch: p
     loaded = Clip(models.find("bundled"))
     inputs = loaded.preparer()(IMAGES)
     expected = loaded.encode(inputs)
-    see, room = loaded._features, 6
+    see, room = loaded._run, 6
 
-    def full(part: clip.Inputs) -> torch.Tensor:
+    def full(part: clip.Inputs, before_last: int) -> torch.Tensor:
         if len(part["pixel_values"]) > room:
             raise torch.OutOfMemoryError
-        return see(part)
+        return see(part, before_last)
 
-    monkeypatch.setattr(loaded, "_features", full)
+    monkeypatch.setattr(loaded, "_run", full)
     torch.testing.assert_close(loaded.encode(inputs), expected, rtol=0, atol=1e-6)
     room = 0
     with pytest.raises(UserError, match="is out of memory for a single image"):
