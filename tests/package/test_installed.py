@@ -17,7 +17,7 @@ from tests.package.conftest import TREE, Environment, environment, lowest
 pytestmark = pytest.mark.package
 
 EXTRAS = {
-    "oldest": ("simulation", "privacy"),
+    "oldest": ("simulation", "privacy", "lora"),
     "oldest for ONNX": ("simulation", "privacy", "onnx"),  # which asks for a newer torch
     "newest": ("simulation", "privacy", "onnx"),
 }
