@@ -69,9 +69,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         start = learner.on_cpu()
         session = Session(holdout or "", features.vocabulary, features.model_content or "", folder.run)
         link = Downlink(start, settings.codec, settings.seed)
-        nodes = nodes_of(grid, link, session, settings, package, earlier)
+        nodes = nodes_of(grid, link, session, settings, package, earlier, learner)
         names = session.vocabulary.class_names
-        nodes.frozen = learner.frozen if settings.start else {}
         ledger = ledger_of(folder, settings, names, earlier)
         strategy = strategy_of(settings, start, nodes.names, nodes.examples, len(names), ledger)
         before = folder.before
@@ -83,8 +82,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         folder.begin(nodes.failures, len(list(grid.get_node_ids())), simulated(grid))
         folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
         clock.met = time.monotonic()
-        memory = step_memory(learner, features, settings)
-        console.say(console.plan(settings, features, holdout, nodes.hellos.values(), start, folder.path, memory))
+        plan = settings, features, holdout, nodes.hellos.values(), start, folder.path
+        console.say(console.plan(*plan, step_memory(learner, features, settings)))
         resumed = [*before.resumed, before.state.round] if before else []
         if before:
             console.say(console.resuming(before.state.round, folder.with_other_package))
@@ -158,7 +157,13 @@ def check_news(folder: RunFolder, settings: Settings, nodes: Nodes, earlier: Ear
 
 
 def nodes_of(
-    grid: Grid, link: Downlink, session: Session, settings: Settings, package: str, earlier: Earlier | None
+    grid: Grid,
+    link: Downlink,
+    session: Session,
+    settings: Settings,
+    package: str,
+    earlier: Earlier | None,
+    learner: Learner,
 ) -> Nodes:
     """The sites of the run; the process can end while it waits for them."""
     nodes = Nodes(
@@ -172,6 +177,7 @@ def nodes_of(
     )
     nodes.earlier = earlier.sites if earlier else {}
     nodes.leaving = settings.leaving
+    nodes.frozen = learner.frozen if settings.start else {}
     if not settings.secure_aggregation:
         nodes.count({})
     add_exit_handler(nodes.end)

@@ -35,7 +35,7 @@ class Recipe:
 
     loss: Callable[[Tensor, Tensor, Classes], Tensor]
     whole_rate: float  # the learning rate for the whole model
-    lora_rate: float  # that for LoRA
+    lora_rate: float  # for LoRA
     weight_decay: float
     prompt: str
     first_choice: int = 0  # the first round that may be selected
@@ -45,7 +45,7 @@ class Recipe:
     smallest_batch: int = 1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    width: int | None = None  # the dimension that the rates of wide adapters are for
+    width: int | None = None  # the dimension that the rates of wide adapters and of LoRA are for
     steps: int = 1  # an epoch with fewer steps takes proportionally larger ones
     length: float = 1.0  # of features as the adapter's network sees them; 0: as CLIP gives them
 
@@ -65,7 +65,7 @@ RECIPES = {
     "default": Recipe(
         loss=class_loss,
         whole_rate=1e-5,
-        lora_rate=1e-3,
+        lora_rate=7.5e-4,
         width=512,
         steps=10,
         weight_decay=0.0,
@@ -104,7 +104,7 @@ def learning_rate(settings: Settings, dim: int, examples: int) -> float:
     if settings.method == "full-model":
         return settings.learning_rate or recipe.whole_rate
     if settings.method == LORA:
-        return settings.learning_rate or recipe.lora_rate
+        return settings.learning_rate or recipe.lora_rate * (recipe.width / dim if recipe.width else 1)
     return settings.learning_rate or recipe.rate(settings.adapter, dim, -(-examples // settings.batch_size))
 
 

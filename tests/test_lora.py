@@ -1,0 +1,64 @@
+"""LoRA in real federations: over gRPC with TLS and over Ray with the same result, and killed in the middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deploy import demo
+from fedclip_flwr.base import Settings
+from fedclip_flwr.experiments.simulate import make_sites, simulate
+from fedclip_flwr.features.base import Features
+from fedclip_flwr.features.lora import Lora
+from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.operations import simulation
+from tests.extras import needs
+from tests.test_running import assert_same_checkpoint, cut_off, fedclip, run_folder
+
+pytestmark = [pytest.mark.federation, needs("lora", "simulation")]
+
+SMALL: dict[str, Any] = {"method": "lora", "lora_layers": "last:1", "lora_rank": 2, "lora_modules": "v_proj,fc2"}
+
+
+def given(**settings: Any) -> list[str]:
+    return [f"{key.replace('_', '-')}={value}" for key, value in settings.items()]
+
+
+def test_three_sites_over_tls_a_simulation_and_one_process_end_with_the_same_tensors(
+    tmp_path: Path, drawn: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(num_server_rounds=1, **SMALL)
+    features = open_features(settings, progress=False)
+    for domain in features.domains:  # once here, and not at each site in turn
+        features.examples(domain)
+    monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
+    deployed, simulated = demo.demo(tmp_path, given(num_server_rounds=1, **SMALL))
+    assert demo.difference(deployed, simulated) == pytest.approx(0, abs=1e-6)
+    learner = new_learner(settings, features)
+    assert isinstance(learner, Lora)
+    sites, unseen = make_sites(features, settings.holdout, 3, settings.seed)
+    truth = simulate(sites, features.classes, unseen, settings, start=learner)
+    state = load_file(simulated.folder / "adapter.safetensors")
+    assert state.keys() == truth.state.keys() | learner.frozen.keys()
+    for name, tensor in {**truth.state, **learner.frozen}.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
+    assert deployed.summary["adapted"]["seen"] == pytest.approx(truth.selected.seen, abs=0.004)
+    sent = sum(tensor.nbytes for tensor in truth.state.values())
+    assert deployed.summary["traffic"]["per_site_round_bytes"] == pytest.approx(2 * sent, rel=0.5)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tree: Path, tmp_path: Path) -> None:
+    settings = given(**SMALL, lora_dropout=0.1, codec="int8", num_server_rounds=6, data=f"folder:{tree}", batch_size=4)
+    done = fedclip("run", "--nodes", "2", f"results-dir={tmp_path / 'whole'}", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = cut_off(2, tmp_path / "cut", *settings)
+    done = fedclip("run", f"results-dir={tmp_path / 'cut'}", "resume=latest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming after round" in done.stdout
+    complete = run_folder(tmp_path / "whole")
+    assert (complete / "adapter.safetensors").read_bytes() == (folder / "adapter.safetensors").read_bytes()
+    assert_same_checkpoint(complete, folder)
