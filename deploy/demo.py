@@ -35,8 +35,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def federation(place: Path) -> Iterator[SuperLink]:
-    """Runs a SuperLink with TLS and three registered SuperNodes."""
+def federation(place: Path, more: str = "") -> Iterator[SuperLink]:
+    """Runs a SuperLink with TLS and three registered SuperNodes, with `more` in their node configs."""
     say(f"Keys and certificates for localhost and {', '.join(SITES)}")
     keys.make(place / "keys", "localhost", SITES)
     say("Starting a SuperLink with TLS and node authentication")
@@ -46,7 +46,7 @@ def federation(place: Path) -> Iterator[SuperLink]:
         link.register(*SITES)
         say("Starting three SuperNodes")
         nodes = [
-            stack.enter_context(supernode(link, site, f"site='{site}' partition-id={number} num-partitions=3"))
+            stack.enter_context(supernode(link, site, f"site='{site}' partition-id={number} num-partitions=3 {more}"))
             for number, site in enumerate(SITES)
         ]
         link.wait_for(nodes, say)
@@ -110,12 +110,12 @@ def check(deployed: Outcome, simulated: Outcome) -> str:
     return f"The same adapter: its numbers differ by at most {found:.2g} ({CLOSE:g} is allowed)."
 
 
-def demo(place: Path, given: Sequence[str]) -> tuple[Outcome, Outcome]:
-    """Runs both, and prints their comparison."""
+def demo(place: Path, given: Sequence[str], more: str = "") -> tuple[Outcome, Outcome]:
+    """Runs both, and prints their comparison. `more`: see `federation`."""
     named = {text.partition("=")[0] for text in given}
     given = [*given, *(f"{key}={value}" for key, value in DEFAULTS.items() if key not in named)]
     simulation.prepared(len(SITES), given)
-    with federation(place) as link:
+    with federation(place, more) as link:
         say("All are connected. The run over TLS:\n")
         deployed = run(link, place, given)
     say("\nThe same run, simulated:\n")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from deploy import demo
 from fedclip_flwr.base import Settings
+from fedclip_flwr.data.drawn import DOMAINS, picture
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.lora import Lora
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.operations import simulation
@@ -28,15 +28,25 @@ def given(**settings: Any) -> list[str]:
     return [f"{key.replace('_', '-')}={value}" for key, value in settings.items()]
 
 
+def pictures(root: Path) -> Path:
+    """A folder of four domains, of which three sites have one each."""
+    for domain in DOMAINS:
+        for figure in ("car", "cat", "fish"):
+            (root / domain / figure).mkdir(parents=True)
+            for number in range(5):
+                picture(7, domain, figure, number)[0].save(root / domain / figure / f"{number}.png")
+    return root
+
+
 def test_three_sites_over_tls_a_simulation_and_one_process_end_with_the_same_tensors(
-    tmp_path: Path, drawn: Features, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings(num_server_rounds=1, **SMALL)
+    data = f"folder:{pictures(tmp_path / 'pictures')}"
+    how = {"num_server_rounds": 2, "batch_size": 4, "data": data, **SMALL}
+    settings = Settings(**how)
     features = open_features(settings, progress=False)
-    for domain in features.domains:  # once here, and not at each site in turn
-        features.examples(domain)
     monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
-    deployed, simulated = demo.demo(tmp_path, given(num_server_rounds=1, **SMALL))
+    deployed, simulated = demo.demo(tmp_path, given(**how), f"data='{data}'")
     assert demo.difference(deployed, simulated) == pytest.approx(0, abs=1e-6)
     learner = new_learner(settings, features)
     assert isinstance(learner, Lora)
@@ -47,8 +57,6 @@ def test_three_sites_over_tls_a_simulation_and_one_process_end_with_the_same_ten
     for name, tensor in {**truth.state, **learner.frozen}.items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
     assert deployed.summary["adapted"]["seen"] == pytest.approx(truth.selected.seen, abs=0.004)
-    sent = sum(tensor.nbytes for tensor in truth.state.values())
-    assert deployed.summary["traffic"]["per_site_round_bytes"] == pytest.approx(2 * sent, rel=0.5)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tree: Path, tmp_path: Path) -> None:
