@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +39,6 @@ UNKNOWN = (
     *("velora_config", "megatron_config"),
 )
 """Entries that must be empty, if they are there."""
-
-
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the model's own weights as they are."""
 
@@ -107,19 +105,21 @@ def start_of(settings: Settings, features: Features) -> Lora:
 
 def read(folder: Path) -> PeftFolder:
     """What the folder holds; a `ValueError` says what is wrong with it, or what LoRA here can't do."""
-    path = folder / CONFIG
+    rank, alpha = _sizes(_opened(folder / CONFIG, files.read_json))
+    if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
+        raise ValueError(f"it has only {PICKLE}, a pickle, which is never read: save it again as safetensors")
+    tensors, _ = _opened(folder / TENSORS, store.mapped)
+    return PeftFolder(_plain(tensors, rank), rank, alpha, _content(folder / OURS))
+
+
+def _opened(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of the file."""
     try:
-        facts = files.read_json(path)
-        rank, alpha = _sizes(facts)
-        path = folder / TENSORS
-        if not path.exists() and (folder / PICKLE).exists():
-            raise ValueError(f"it has only {PICKLE}, a pickle, which is never read: save it again as safetensors")
-        tensors, _ = store.mapped(path)
+        return read(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: expected a folder that PEFT has saved") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read ({one_line(error)}): copy it again") from None
-    return PeftFolder(_plain(tensors, rank), rank, alpha, _content(folder / OURS))
 
 
 def _sizes(facts: Any) -> tuple[int, float]:
@@ -132,7 +132,7 @@ def _sizes(facts: Any) -> tuple[int, float]:
     if asked:
         raise ValueError(f"it has {asked[0]} = {json.dumps(facts[asked[0]])}: only plain LoRA can be trained here")
     rank, alpha = facts.get("r"), facts.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha <= 1e6:
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0 and 0 < alpha <= 1e6):
         raise ValueError(f"its r is {rank!r} and its lora_alpha {alpha!r}: expected numbers above 0")
     return rank, float(alpha) * (rank**0.5 if facts.get("use_rslora") else 1.0)
 

@@ -38,7 +38,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 model, folder, inputs, out = sys.argv[1:]
-net = PeftModel.from_pretrained(AutoModel.from_pretrained(model), folder).eval()
+net = PeftModel.from_pretrained(AutoModel.from_pretrained(model, dtype=torch.float32), folder).eval()
 with torch.no_grad():
     torch.save(net(**torch.load(inputs)).logits_per_image, out)
 """
@@ -113,7 +113,7 @@ def test_zero_shot_is_beside_it_and_neither_takes_the_others_features(tree: Path
         own = json.loads(run("evaluate", tree, "-a", place, "precision=float32", "--json"))["domains"]["photo"]
         assert own["zero_shot"]["accuracy"] == pytest.approx(zero.score.accuracy)
         assert own["adapted"]["accuracy"] == pytest.approx(wanted.score.accuracy)
-        assert own["adapted"]["calibration_error"] == pytest.approx(wanted.calibration, abs=1e-4)
+        assert own["adapted"]["calibration_error"] == pytest.approx(wanted.calibration_error, abs=1e-3)
     assert own["adapted"] != own["zero_shot"]
 
 
