@@ -26,6 +26,7 @@ from fedclip_flwr.flower.grids import RUN, local_grid
 from fedclip_flwr.inference import export
 from fedclip_flwr.inference.model import FedCLIP
 from fedclip_flwr.learning.lora import B
+from fedclip_flwr.learning.metrics import mean_figures
 from fedclip_flwr.learning.training import evaluate, examine
 from fedclip_flwr.report import writing
 from fedclip_flwr.runs import peft_folder
@@ -228,14 +229,19 @@ def test_a_run_goes_on_from_it(
     assert summary["failures"] == []
     lines = [json.loads(line) for line in (after / "metrics.jsonl").read_text().splitlines()]
     sites, _ = make_sites(features, "", 2)
-    scores = {}
-    for learner.blend in (0.0, 0.5):  # of an alpha of 4: the export has half of it
-        found = [evaluate(learner, one.validation, features.classes.ready()) for one in sites]
-        scores[learner.blend] = sum(score.loss for score in found) / sum(score.examples for score in found)
-    assert lines[0]["loss"] == pytest.approx(scores[0.5], abs=1e-4)
-    assert summary["zero_shot"]["metrics"]["val"]["loss"] == pytest.approx(scores[0.0], abs=1e-4)
+    classes = features.classes.ready()
+    for learner.blend in (0.5, 0.0):  # of an alpha of 4: the export has half of it
+        validation = [evaluate(learner, one.validation, classes) for one in sites]
+        loss = sum(score.loss for score in validation) / sum(score.examples for score in validation)
+        figures = mean_figures([examine(learner, one.test, classes) for one in sites])["calibration_error"]
+        if learner.blend:
+            assert lines[0]["loss"] == pytest.approx(loss, abs=1e-4)
+            assert lines[0]["loss"] != pytest.approx(lines[1]["loss"], abs=1e-5)
+        else:
+            assert summary["zero_shot"]["metrics"]["seen"]["calibration_error"] == pytest.approx(figures, abs=1e-3)
+            assert lines[0]["loss"] != pytest.approx(loss, abs=1e-3)
     assert len(lines) == 2
-    assert "start " in capsys.readouterr().out
+    assert "  start\n" in capsys.readouterr().out
     held, now = (
         load_file(path) for path in (tmp_path / "start" / "adapter_model.safetensors", after / "adapter.safetensors")
     )
