@@ -37,7 +37,13 @@ from tests.learnt import lora_run
 from tests.models import small_clip
 
 pytestmark = needs("lora")
-SMALL = {"method": "lora", "lora-layers": "last:1", "lora-rank": 2, "lora-alpha": 2.0, "precision": "float32"}
+SMALL: dict[str, Any] = {
+    "method": "lora",
+    "lora-layers": "last:1",
+    "lora-rank": 2,
+    "lora-alpha": 2.0,
+    "precision": "float32",
+}
 PART = "vision_model.encoder.layers.{}.self_attn.{}"
 
 
@@ -81,7 +87,7 @@ def write(given: Mapping[str, Any], tensors: Mapping[str, Tensor], **facts: Any)
 
 
 def pairs(*names: str, rank: int = 2, width: int = 128) -> dict[str, Tensor]:
-    made = {}
+    made: dict[str, Tensor] = {}
     for name in names:
         made |= {f"{name}.lora_A": torch.randn(rank, width), f"{name}.lora_B": torch.randn(width, rank)}
     return made
@@ -199,7 +205,8 @@ def test_a_folder_that_lacks_something_is_refused_and_no_pickle_is_read(given: d
     (start / peft_folder.TENSORS).write_bytes(b"no tensors")
     assert "adapter_model.safetensors can't be read" in refusal(given)
     (start / peft_folder.CONFIG).write_text("[1")
-    assert "adapter_config.json" in refusal(given)
+    assert "adapter_config.json can't be read" in refusal(given)
+    assert "start" in Settings.read({**given, "start": "theirs"})[1]  # no absolute path
     problems = Settings.read({"start": str(start)})[1]
     assert "start" in problems  # it is for method = 'lora'
 
@@ -215,11 +222,12 @@ def test_a_run_goes_on_from_it(
     monkeypatch.setattr(writing, "at_end", lambda *_: "no report")
     place, learner, features = lora_run(tree, tmp_path / "before", lora_targets=more.get("lora-targets", "vision"))
     export.write(FedCLIP.from_pretrained(place, precision="float32"), tmp_path / "start")
-    config = Settings().as_run_config() | SMALL | {"start": str(tmp_path / "start"), "holdout": "", "name": "after"}
-    config |= {"data": f"folder:{tree}", "results-dir": str(tmp_path / "runs"), "num-server-rounds": 1, **more}
+    config: dict[str, Any] = {**Settings().as_run_config(), **SMALL, "start": str(tmp_path / "start"), "holdout": ""}
+    config |= {"data": f"folder:{tree}", "results-dir": str(tmp_path / "runs"), "name": "after"}
+    config |= {"num-server-rounds": 1, **more}
 
     def site(number: int) -> Any:
-        node = {"partition-id": number, "num-partitions": 2, "data": f"folder:{tree}"}
+        node: dict[str, Any] = {"partition-id": number, "num-partitions": 2, "data": f"folder:{tree}"}
         context = Context(RUN, 1, node, RecordDict(), config)
         return lambda message: client_app.app(message, context)
 
