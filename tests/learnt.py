@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.encoded import Pixels
-from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.features.lora import Lora
+from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.learning.adapters import Adapter
 from fedclip_flwr.learning.base import Learner
 from fedclip_flwr.learning.recipes import new_adapter
@@ -48,3 +50,18 @@ def whole_model_run(tree: Path, results: Path, change: float) -> tuple[Path, Lea
     with RunFolder(settings, "0123") as run:
         run.adapter(2, learner.state_dict(), pixels)
     return run.path, learner, pixels
+
+
+def lora_run(tree: Path, results: Path, **given: Any) -> tuple[Path, Lora, Features]:
+    """The folder of a run with LoRA, its learner and features; every tensor of LoRA matters in it."""
+    small: dict[str, Any] = {"lora_layers": "last:1", "lora_rank": 2, "precision": "float32"}
+    settings = Settings(data=f"folder:{tree}", method="lora", results_dir=str(results), **{**small, **given})
+    features = open_features(settings, progress=False)
+    learner = new_learner(settings, features)
+    assert isinstance(learner, Lora)
+    generator = torch.Generator().manual_seed(1)
+    learner.take({name: torch.randn(one.shape, generator=generator) / 4 for name, one in learner.every.items()})
+    learner.blend = 0.5
+    with RunFolder(settings, "0123") as run:
+        run.adapter(2, {**learner.on_cpu(), **learner.frozen}, features, 0.5)
+    return run.path, learner, features

@@ -500,9 +500,9 @@ def _check_text(key: str, value: str) -> None:
         path = rest if head or value.startswith((".", "~")) else ""
         if head and not path:
             raise ValueError(f"expected a path after {head}")
-    elif key in ("model", "class-names", "start"):
+    elif key in ("model", "class-names"):
         path = value if value.startswith((".", "~", "/")) else ""
-    elif key not in ("directions", "results-dir"):
+    elif key not in ("directions", "results-dir", "start"):
         return
     if path and not Path(path).is_absolute():
         absolute = Path(os.path.expanduser(path)).absolute()

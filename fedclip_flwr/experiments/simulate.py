@@ -192,6 +192,7 @@ class _Federation:
         grid = local_grid({number: self.wrap(one.context.site.name, one) for number, one in answering.items()})
         link = Downlink(start, self.settings.codec, self.settings.seed)
         nodes = Nodes(grid, link, session=session, package="", timeout=math.inf, say=lambda text: None)
+        nodes.frozen = self.learner.frozen if self.settings.start else {}
         strategy = strategy_of(self.settings, start, nodes.names, nodes.examples)
         with _quiet():
             nodes.wait_for(self.settings.least_sites)

@@ -27,10 +27,10 @@ from fedclip_flwr.exchange import Report, records
 from fedclip_flwr.experiments.baselines import Case, method_of
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, models, open_features
-from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Learner
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.learning.one_round import SUMS
+from fedclip_flwr.runs.directions import start_of
 from fedclip_flwr.runs.opening import load_plugins
 
 
@@ -117,7 +117,7 @@ def solve(cell: Cell, features: Features, after_round: Callable[[], object] = la
     device = models.pick_device(settings.device)
     how: dict[str, Any] = {"partition": settings.partition, "alpha": settings.alpha, "device": device}
     sites, unseen = make_sites(features, settings.holdout, cell.sites, settings.seed, **how)
-    start = new_learner(settings, features).to(device)
+    start = start_of(settings, features).to(device)
     case = Case(sites, features.classes.ready(device), unseen, settings, start, after_round)
     size = None
     if method.sends:

@@ -68,12 +68,13 @@ class Clip:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         place, self.dtype = pick_device(device), pick_precision(precision, model, device)
-        self.folder = model.folder
+        self.folder, self.lora = model.folder, model.lora
         self._max_batch = ON_GPU
         held = torch.float32 if place.type == "cuda" else self.dtype
         try:
             with _quiet_loading():
-                how: dict[str, Any] = {"dtype": held, "use_safetensors": True, "output_loading_info": True, **OWN_CODE}
+                how: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **OWN_CODE}
+                how["dtype"] = torch.float32 if model.lora else held
                 self.net, loading = AutoModel.from_pretrained(model.folder, **how)
                 # Always Pillow, whatever is installed: torchvision computes other pixels for the same file.
                 self.processor = AutoImageProcessor.from_pretrained(model.folder, backend="pil", **OWN_CODE)
@@ -93,6 +94,9 @@ class Clip:
                 f"model = {model.name!r}: {model.folder} lacks {len(missing)} weights, such as {missing[0]}; "
                 "get it again or choose another"
             )
+        if model.lora:
+            _merge(model, self.net)
+            self.net.to(held)
         self.net.eval().requires_grad_(False).to(place)
         if self._on_gpu:
             self.net.to(memory_format=torch.channels_last)
@@ -191,6 +195,17 @@ class Clip:
         padding = "max_length" if config.model_type.startswith("siglip") else True
         how: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
         return self._tokenizer(list(prompts), **how).to(self.device)
+
+
+def _merge(model: Model, net: torch.nn.Module) -> None:
+    """Adds the model's LoRA to its weights."""
+    assert model.lora
+    try:
+        model.lora.merge_into(net)
+    except ValueError as error:
+        raise UserError(
+            f"model = {model.name!r}: LoRA does not fit ({error}); name the model that it was made for"
+        ) from None
 
 
 def given(output: Any) -> Tensor:

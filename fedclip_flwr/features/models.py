@@ -6,15 +6,16 @@ import fnmatch
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedclip_flwr.base import UserError, content, files, hub
+from fedclip_flwr.base import UserError, content, files, hub, tensorfile
 from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.learning.lora import LoraTensors
 
 log = logging.getLogger(__name__)
 BUNDLED = files.PACKAGE / "bundled" / "model"
@@ -28,15 +29,21 @@ LARGE = 100 * 10**6
 
 @dataclass(frozen=True)
 class Model:
-    """A CLIP on disk, not loaded."""
+    """A CLIP on disk, not loaded; with `lora`, which is merged into it when it is loaded."""
 
     name: str
     folder: Path
     revision: str = ""  # a commit on the hub
+    lora: LoraTensors | None = field(default=None, compare=False)
 
     def content(self, memory: Path) -> str:
-        """The hash of the model's files, weights and image processor included."""
-        return content.of_files(self.folder, [file.name for file in model_files(self.folder)], memory)
+        """The hash of the model's files, weights and image processor included, and of LoRA."""
+        found = content.of_files(self.folder, [file.name for file in model_files(self.folder)], memory)
+        if self.lora is None:
+            return found
+        scaling, tensors = self.lora.spec.scaling * self.lora.share, self.lora.state
+        parts = [part for name in sorted(tensors) for part in (name, bytes(tensorfile.bytes_of(tensors[name])))]
+        return content.digest(found, repr(scaling), *parts)
 
     @property
     def size(self) -> int:

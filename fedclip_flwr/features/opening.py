@@ -22,11 +22,17 @@ from fedclip_flwr.learning.recipes import new_part
 
 
 def open_features(
-    settings: Settings, given: Vocabulary | None = None, *, root: Path | None = None, progress: bool = True
+    settings: Settings,
+    given: Vocabulary | None = None,
+    *,
+    model: models.Model | None = None,
+    root: Path | None = None,
+    progress: bool = True,
 ) -> Features:
     """The features that the settings name, encoded on first use.
 
-    `given` is the vocabulary that a site gets from the server; `root` is the folder where features are stored.
+    `given` is the vocabulary that a site gets from the server; `model` is in place of the one that the settings name;
+    `root` is the folder where features are stored.
     """
     kind, _, path = settings.data.partition(":")
     if kind == "features":
@@ -54,7 +60,7 @@ def open_features(
     vocabulary = usable(given or Vocabulary(names, templates_of(prompt)))
     return _kind_of(settings)(
         source,
-        models.find(settings.model, settings.model_revision),
+        model or models.find(settings.model, settings.model_revision),
         vocabulary,
         numbering(own_names, vocabulary.class_names),
         root=root,

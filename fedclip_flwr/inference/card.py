@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedclip_flwr.base import files
-from fedclip_flwr.base.settings import ONE_ROUND, place_of
+from fedclip_flwr.base.settings import LORA, ONE_ROUND, place_of
 from fedclip_flwr.base.text import gain, percent, some
 from fedclip_flwr.data.presets import PRESETS
 from fedclip_flwr.learning.adapters import ADAPTERS, adapter_class, of_rank
@@ -63,6 +63,15 @@ def _model(facts: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(facts.get("kind"))
     if kind == "full-model":
         return found | {"whole": True}
+    if kind == LORA:
+        towers = {"vision": "image tower", "text": "text tower", "both": "image and text towers"}
+        name = model_name(facts)
+        clip = (
+            name
+            if facts.get("model_revision")
+            else f"the folder of {'the bundled CLIP' if name == 'bundled' else name}"
+        )
+        return found | {"lora": True, "towers": towers[facts["lora"]["targets"]], "clip": clip}
     if kind == ONE_ROUND:
         return found | {"one_round": True, "learnt": saved.learnt_classes(facts)}
     return found | {
@@ -103,7 +112,7 @@ def _metadata(facts: Mapping[str, Any], settings: Mapping[str, Any], summary: Ma
         datasets=[hub_data] if hub_data else None,
         library_name=LIBRARY,
         pipeline_tag=TASK,
-        tags=TAGS,
+        tags=TAGS + ["lora", "peft"] * (facts.get("kind") == LORA),
         eval_results=results or None,
         model_name="fedclip-adapter" if results else None,
     )

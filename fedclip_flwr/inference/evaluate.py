@@ -94,7 +94,7 @@ def _settings(options: EvaluateOptions, learnt: Learnt) -> Settings:
 def _opened(settings: Settings, learnt: Learnt, options: EvaluateOptions) -> tuple[Features, Features, Sequence[str]]:
     """The data's features for the frozen CLIP and for the trained model, and the class names in the data.
 
-    Both features are the same object, unless the whole model was trained.
+    Both features are the same object, unless the whole model or LoRA in it was trained.
     """
     given = None if options.classes else learnt.vocabulary._replace(templates=tuple(settings.prompt.split(SEPARATOR)))
     if settings.data.startswith(STORED):
@@ -111,7 +111,10 @@ def _opened(settings: Settings, learnt: Learnt, options: EvaluateOptions) -> tup
     plain = open_features(_with(settings, frozen), given)
     if not learnt.whole:
         learnt.check_dim(plain.classes.dim, frozen.name)
-    return plain, open_features(_with(settings, learnt.model()), given) if learnt.whole else plain, own
+    if not (learnt.whole or learnt.lora):
+        return plain, plain, own
+    model = learnt.model(options.model)
+    return plain, open_features(_with(settings, model), given, model=model), own
 
 
 def _with(settings: Settings, model: models.Model) -> Settings:

@@ -18,10 +18,13 @@ from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.inference import onnx_file
 from fedclip_flwr.inference.model import FedCLIP
 from fedclip_flwr.inference.predict import names_of
-from fedclip_flwr.runs import history, saved
+from fedclip_flwr.runs import history, peft_folder, saved
 
 CARD, WHOLE = "README.md", "model"
-OWN = (CARD, saved.CONFIG, saved.TENSORS, WHOLE, onnx_file.FILE, onnx_file.WEIGHTS, onnx_file.PREPARING)
+OWN = (
+    *(CARD, saved.CONFIG, saved.TENSORS, peft_folder.CONFIG, peft_folder.TENSORS, WHOLE),
+    *(onnx_file.FILE, onnx_file.WEIGHTS, onnx_file.PREPARING),
+)
 """All files and folders that an export may have."""
 BEGUN = ".export-"
 """Prefix of the temporary folder in which an export is made; a killed export leaves it behind."""
@@ -59,6 +62,8 @@ def export(options: ExportOptions) -> str:
     model = FedCLIP.from_pretrained(
         options.adapter, revision=options.revision, model=options.model, device="cpu", precision="float32"
     )
+    if model.loaded.lora:
+        peft_folder.check_installed()
     notes = _warned(model, options)
     if options.classes or options.prompt:
         model = model.with_classes(names_of(options.classes) or None, options.prompt)

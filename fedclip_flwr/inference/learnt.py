@@ -6,27 +6,34 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedclip_flwr.base import UserError, content, files, hub
+from fedclip_flwr.base.settings import LORA
 from fedclip_flwr.base.text import some
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.features import FeatureFolder, models
 from fedclip_flwr.learning import Adapter, Classes, ClosedForm
-from fedclip_flwr.runs import history, saved
+from fedclip_flwr.learning.lora import LoraTensors
+from fedclip_flwr.runs import history, peft_folder, saved
 
 log = logging.getLogger(__name__)
-FILES = (saved.CONFIG, saved.TENSORS, "README.md", *(f"model/{pattern}" for pattern in models.FILES))
+FILES = (
+    *(saved.CONFIG, saved.TENSORS, peft_folder.CONFIG, peft_folder.TENSORS, "README.md"),
+    *(f"model/{pattern}" for pattern in models.FILES),
+)
 
 
 class Learnt(NamedTuple):
-    """The contents of a folder: an adapter, or the folder of a `whole` model; and facts about it."""
+    """The contents of a folder: an adapter, LoRA, or the folder of a `whole` model; and facts about it."""
 
     folder: Path
     facts: Mapping[str, Any]
     adapter: Adapter | ClosedForm | None
     whole: Path | None
+    lora: LoraTensors | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -39,8 +46,9 @@ class Learnt(NamedTuple):
 
     def check_features(self, place: str, folder: FeatureFolder) -> None:
         """Raises unless the features in the folder fit the adapter and have its classes."""
-        if self.whole:
-            raise UserError(f"{self.folder} is a whole model, which needs images; {place} has only features")
+        if self.whole or self.lora:
+            what = "LoRA" if self.lora else "a whole model"
+            raise UserError(f"{self.folder} is {what}, which needs images; {place} has only features")
         own = str(self.facts.get("model", ""))
         if folder.dim != self.facts["dim"] or Path(folder.model).name != Path(own).name:
             raise UserError(
@@ -68,8 +76,8 @@ class Learnt(NamedTuple):
             )
 
     def model(self, instead: str = "") -> models.Model:
-        """The CLIP to use: the trained one, or the frozen one that the adapter was made for."""
-        return models.find(str(self.whole)) if self.whole else self.frozen(instead)
+        """The CLIP to use: the trained one, or the frozen one that the adapter was made for, with LoRA."""
+        return models.find(str(self.whole)) if self.whole else replace(self.frozen(instead), lora=self.lora)
 
     def frozen(self, instead: str = "") -> models.Model:
         """The CLIP before training, or the one named `instead`."""
@@ -98,21 +106,33 @@ def find_learnt(name: str, revision: str = "") -> Learnt:
         folder = hub.snapshot(name, kind="model", revision=revision, lacks=_lacks, prefix=name, allow_patterns=FILES)
     if whole := _whole_in(folder):
         return Learnt(folder, saved.load_whole(whole), None, whole)
+    if _kind_in(folder) == LORA:
+        lora, facts = saved.load_lora(folder)
+        return Learnt(folder, facts, None, None, lora)
     adapter, facts = saved.load_adapter(folder)
     return Learnt(folder, facts, adapter, None)
 
 
-def _whole_in(folder: Path) -> Path | None:
-    """The folder of the whole model in it; None if its first readable facts are those of an adapter, or it has none."""
+def _kind_in(folder: Path) -> str:
+    """What the first readable facts in the folder are of; empty if that is a whole model, or nothing."""
     for path in (folder / saved.FACTS, folder / saved.CONFIG):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             kind = files.read_json(path).get("kind")
             if isinstance(kind, str) and kind != "full-model":
-                return None
+                return kind
+    return ""
+
+
+def _whole_in(folder: Path) -> Path | None:
+    """The folder of the whole model in it; None if its first readable facts are those of an adapter, or it has none."""
+    if _kind_in(folder):
+        return None
     return next((path for path in (folder / "model", folder) if (path / saved.WHOLE).exists()), None)
 
 
 def _lacks(folder: Path) -> str | None:
     """The first required file that a folder from the hub lacks."""
-    weights = "model/model.safetensors" if _whole_in(folder) else saved.TENSORS
+    weights = peft_folder.TENSORS if _kind_in(folder) == LORA else saved.TENSORS
+    if _whole_in(folder):
+        weights = "model/model.safetensors"
     return next((name for name in (saved.CONFIG, weights) if not (folder / name).exists()), None)

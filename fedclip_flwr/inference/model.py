@@ -32,7 +32,7 @@ from fedclip_flwr.features import Clip, ahead, clip, encoding, models
 from fedclip_flwr.inference import card
 from fedclip_flwr.inference.learnt import find_learnt
 from fedclip_flwr.learning import Adapter, Classes, ClosedForm
-from fedclip_flwr.runs import saved
+from fedclip_flwr.runs import peft_folder, saved
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +78,10 @@ class FedCLIP(
         facts: Mapping[str, Any] | None = None,
         origin: Path | None = None,
     ) -> None:
-        """Without an `adapter` it uses the CLIP's own features; `origin` is the folder that it was loaded from."""
+        """Without an `adapter` it uses the CLIP's own features, with LoRA if that was merged into it.
+
+        `origin` is the folder that it was loaded from.
+        """
         super().__init__()
         self.net, self.adapter = loaded.net, adapter
         self.vocabulary, self.facts = vocabulary, dict(facts or {})
@@ -109,7 +112,7 @@ class FedCLIP(
         found = learnt.model(model)
         known = usable(learnt.vocabulary)  # features made elsewhere may describe their prompts in a word
         made = cls(Clip(found, str(place), precision), known, learnt.adapter, learnt.facts, learnt.folder)
-        if learnt.adapter:
+        if not learnt.whole:
             learnt.check_dim(made.text.shape[1], found.name)
         return made
 
@@ -210,7 +213,14 @@ class FedCLIP(
     def _save_pretrained(self, save_directory: Path) -> None:
         facts = {**self.facts, "fedclip_flwr": __version__}
         facts["model"] = card.model_name(facts)  # a path on this machine is useless elsewhere
-        if self.adapter is None:
+        if lora := self.loaded.lora:
+            peft_folder.check_installed()
+            tensors = save_directory / peft_folder.TENSORS
+            saved.write_tensors(tensors, peft_folder.to_peft(lora.state), int(facts.get("round", 0)), "save_directory")
+            facts["tensors"] = content.of_file(tensors)
+            revision = str(facts.get("model_revision") or "")
+            peft_folder.write_config(save_directory, lora, facts["model"], revision, type(self.net))
+        elif self.adapter is None:
             files.make_folder(save_directory / "model", "save_directory")
             for file in models.model_files(self.loaded.folder):
                 copy = partial(shutil.copyfile, file)

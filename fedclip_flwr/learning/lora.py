@@ -52,6 +52,8 @@ class LoraSpec:
         kinds = {"targets": str, "layers": str, "modules": list, "rank": int, "alpha": float | int}
         if wrong := [name for name, kind in kinds.items() if not isinstance(given[name], kind)]:
             raise ValueError(f"its {wrong[0]} is {given[wrong[0]]!r}")
+        if given["targets"] not in TOWERS:
+            raise ValueError(f"its targets are {given['targets']!r}, expected one of {', '.join(TOWERS)}")
         if given["rank"] < 1 or not math.isfinite(given["alpha"]):
             raise ValueError(f"its rank is {given['rank']!r} and its alpha {given['alpha']!r}")
         return cls(**{**given, "modules": tuple(map(str, given["modules"]))})
@@ -103,26 +105,23 @@ class LoraTensors:
             a, b = self.state[layer + A], self.state[layer + B]
             if (a.dim(), b.dim()) != (2, 2) or not len(a) == b.shape[1] == self.spec.rank:
                 raise ValueError(f"{layer} has LoRA of {[*a.shape]} and {[*b.shape]}, expected rank {self.spec.rank}")
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise ValueError(f"{layer} has LoRA of {a.dtype} and {b.dtype}")
 
     def merge_into(self, net: torch.nn.Module) -> None:
         """Adds it to the weights of the model in place; a `ValueError` says which layer does not fit."""
         merge(net, self.state, self.spec.scaling * self.share)
 
 
-def deltas(state: Mapping[str, Tensor], scaling: float) -> State:
-    """What is added to the weight of each layer, by the layer's name."""
-    layers = sorted(name.removesuffix(B) for name in state if name.endswith(B))
-    return {layer: scaling * (state[layer + B] @ state[layer + A]) for layer in layers}
-
-
 @torch.no_grad()
 def merge(net: torch.nn.Module, state: Mapping[str, Tensor], scaling: float) -> None:
     """Adds LoRA to the weights of the model in place; a `ValueError` says which layer does not fit."""
-    for layer, delta in deltas(state, scaling).items():
+    for layer in sorted(name.removesuffix(B) for name in state if name.endswith(B)):
+        a, b = state[layer + A], state[layer + B]
         try:
             weight = net.get_parameter(f"{layer}.weight")
         except AttributeError:
             raise ValueError(f"the model has no {layer}") from None
-        if weight.shape != delta.shape:
-            raise ValueError(f"{layer} is {[*weight.shape]} in the model, and {[*delta.shape]} in LoRA")
-        weight.add_(delta.to(weight))
+        if weight.shape != (adds := (len(b), a.shape[1])):
+            raise ValueError(f"{layer} is {[*weight.shape]} in the model, and {[*adds]} in LoRA")
+        weight.add_(scaling * (b.to(weight) @ a.to(weight)))

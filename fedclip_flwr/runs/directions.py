@@ -19,6 +19,7 @@ from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Learner, OneRound
 from fedclip_flwr.learning.one_round import width_of
 from fedclip_flwr.learning.sums import BITS
+from fedclip_flwr.runs import peft_folder
 
 
 def write(relay: str, basis: Tensor, bits: int) -> Path:
@@ -30,7 +31,9 @@ def write(relay: str, basis: Tensor, bits: int) -> Path:
 
 
 def start_of(settings: Settings, features: Features) -> Learner:
-    """The initial state of what the run makes; with `directions`, in those of the file."""
+    """The initial state of what the run makes; with `directions`, in those of the file; with `start`, that folder's."""
+    if settings.start:
+        return peft_folder.start_of(settings, features)
     if not settings.directions:
         return new_learner(settings, features)
     text, path = features.classes.ready().text, Path(settings.directions)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from fedclip_flwr.base import Settings, UserError, files
-from fedclip_flwr.base.settings import STORED, unusable
+from fedclip_flwr.base.settings import LORA_KEYS, STORED, unusable
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, models, open_features
@@ -59,8 +59,9 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
     features = check("data", "model", "prompt", look=lambda: open_features(settings))
     if features:
         holdout = check("holdout", look=lambda: pick_holdout(settings.holdout, features.domains))
-        if settings.directions:
-            check("directions", look=lambda: start_of(settings, features))
+        for key in ("directions", "start"):
+            if getattr(settings, key):
+                check(key, "method", *LORA_KEYS, look=lambda: start_of(settings, features))
     check("results-dir", look=lambda: files.make_folder(*results(settings)))
     check("name", "resume", look=lambda: check_name(settings))
     check("track", look=lambda: trackers.check(settings.track))

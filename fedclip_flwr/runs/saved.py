@@ -14,10 +14,12 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 
 from fedclip_flwr.base import Settings, UserError, content, files, store, tensorfile
@@ -31,6 +33,7 @@ from fedclip_flwr.learning import Adapter, ClosedForm, OneGradient, OneRound
 from fedclip_flwr.learning.adapters import adapter_class, blank_adapter
 from fedclip_flwr.learning.lora import LoraSpec, LoraTensors
 from fedclip_flwr.learning.recipes import length_of
+from fedclip_flwr.runs import peft_folder
 from fedclip_flwr.runs.history import FACTS as FACTS
 from fedclip_flwr.runs.history import TENSORS as TENSORS
 
@@ -40,8 +43,6 @@ OF_A_MACHINE = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tok
 """Entries of a model's files that describe the machine they were on."""
 LARGEST = 2**16
 """No feature is longer than this."""
-PEFT_TENSORS = "adapter_model.safetensors"
-"""The tensors of LoRA in an export, under PEFT's name."""
 
 
 def save_adapter(
@@ -140,17 +141,17 @@ def load_adapter(folder: Path, exact: bool = False) -> tuple[Adapter | ClosedFor
 
 
 def load_lora(folder: Path) -> tuple[LoraTensors, dict[str, Any]]:
-    """LoRA in a folder, such as that of a run or an export, and its facts."""
+    """LoRA in a folder, such as that of a run or an export, in float32, and its facts."""
     facts, state, described, tensors = _read(folder)
     with _reading(described):
         _check_share(facts["blend"])
         _check_texts(facts)
-        state = {name: tensor.clone() for name, tensor in state.items()}
-        found = LoraTensors(LoraSpec.read(facts["lora"]), state, float(facts["blend"]))
+        found = LoraTensors(LoraSpec.read(facts["lora"]), peft_folder.from_peft(state), float(facts["blend"]))
     with _reading(tensors):
         found.check()
     _check_finite(tensors, state)
-    return found, facts
+    own = {name: tensor.to(torch.float32, copy=True) for name, tensor in found.state.items()}
+    return replace(found, state=own), facts
 
 
 @contextlib.contextmanager
@@ -177,7 +178,7 @@ def _read(folder: Path, exact: bool = False) -> _Read:
         if not isinstance(facts, dict):
             raise ValueError("expected an object")
         if facts.get("kind") == LORA and not tensors.exists():
-            tensors = folder / PEFT_TENSORS
+            tensors = folder / peft_folder.TENSORS
     with _reading(tensors):
         state, header = store.mapped(tensors)
         found = content.of_file(tensors)

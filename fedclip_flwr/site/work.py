@@ -95,7 +95,7 @@ def received(task: Task, context: SiteContext, cache: SiteCache) -> Learner:
     state = cache.take(task, learner.state_dict(), context.start)
     learner.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     learner.blend = context.settings.trained_blend if task.blend is None else task.blend
-    if isinstance(learner, Lora) and context.settings.start:
+    if isinstance(learner, Lora) and context.settings.start and learner.frozen:
         if task.frozen is None:
             raise ExchangeError("the server's message lacks the tensors that are not trained")
         learner.take(read_adapter(task.frozen, learner.frozen))
