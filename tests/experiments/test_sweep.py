@@ -91,9 +91,9 @@ def test_the_full_model_has_rounds_and_seeds_of_its_own_and_comes_first(tree: Pa
     plan, features = planned(options(f"folder:{tree}", methods="fedavg,gate", seeds=3, full_model_seeds=2))
     cells = plan.cells()
     assert [cell.method for cell in cells[:4]] == ["fedavg"] * 4
-    assert {cell.settings.seed for cell in cells if cell.whole_model} == {0, 1}
-    assert {cell.settings.num_server_rounds for cell in cells if cell.whole_model} == {1}
-    assert {cell.settings.num_server_rounds for cell in cells if not cell.whole_model} == {2}
+    assert {cell.settings.seed for cell in cells if cell.method == "fedavg"} == {0, 1}
+    assert {cell.settings.num_server_rounds for cell in cells if cell.method == "fedavg"} == {1}
+    assert {cell.settings.num_server_rounds for cell in cells if cell.method == "gate"} == {2}
     assert set(features.domains) == {cell.settings.holdout for cell in cells}
 
 
