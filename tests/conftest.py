@@ -138,6 +138,18 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def hard_tree(tmp_path: Path) -> Path:
+    """As `tree`, with 8 images each, and a domain in which the bundled CLIP makes mistakes."""
+    root = tmp_path / "hard"
+    for domain in ("photo", "sketch"):
+        for figure in ("bird", "house", "tree"):
+            (root / domain / figure).mkdir(parents=True)
+            for i in range(8):
+                picture(7, domain, figure, i)[0].save(root / domain / figure / f"{i}.png")
+    return root
+
+
+@pytest.fixture
 def features(tree: Path) -> Features:
     """The tree's images as the bundled CLIP sees them."""
     return open_features(Settings(data=f"folder:{tree}"), progress=False)

@@ -25,7 +25,8 @@ from fedclip_flwr.exchange import records
 from fedclip_flwr.exchange.codecs import CODECS
 from fedclip_flwr.exchange.link import Downlink
 from fedclip_flwr.exchange.session import Session
-from fedclip_flwr.features import clip
+from fedclip_flwr.features import clip, lora
+from fedclip_flwr.features.lora import Lora
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning import ClosedForm
@@ -33,7 +34,7 @@ from fedclip_flwr.learning.choosing import GRID
 from fedclip_flwr.learning.recipes import RECIPES, new_adapter, new_part
 from fedclip_flwr.learning.sums import BITS
 from fedclip_flwr.learning.training import evaluate, examine, train
-from fedclip_flwr.runs.saved import load_adapter
+from fedclip_flwr.runs.saved import load_adapter, load_lora
 from fedclip_flwr.site import work
 from fedclip_flwr.site.context import open_context
 from tests.extras import needs
@@ -43,6 +44,7 @@ NAMES = ("car", "cat", "fish")
 SETTINGS = Settings(seed=7, local_epochs=2)
 
 
+WITH_LORA = replace(SETTINGS, method="lora", lora_layers="last:1", lora_rank=2)
 HIDDEN = replace(SETTINGS, method="one-round", dp="local", dp_unit="image", epsilon=1.0)
 SHARES = replace(HIDDEN, dp="central", secure_aggregation=True)
 
@@ -271,6 +273,52 @@ def test_a_site_makes_and_keeps_an_adapter_of_its_own(tree: Path, fedclip_home: 
     before = evaluate(new_adapter(Settings(), 128), context.site.validation, context.classes)
     assert answer.report.validation.loss <= before.loss
     assert (facts["personal_epoch"] > 0) == any(not torch.equal(adapter.state_dict()[k], state[k]) for k in state)
+
+
+@needs("lora")
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_of_lora_a_site_sends_only_what_is_trained(tree: Path, codec: str) -> None:
+    settings = replace(WITH_LORA, codec=codec)
+    learner = new_learner(settings, open_features(replace(settings, data=f"folder:{tree}"), progress=False))
+    start = learner.on_cpu()
+    assert {name.rpartition(".")[2] for name in start} == {"lora_B"}
+    given: dict[str, Any] = {"mark": records.mark_of(start)} if codec == "int8" else {"state": start}
+    reply = asked("train", tree, settings=settings, **given, site=f"lora-{codec}")
+    assert set(reply.content["arrays"]) == ({*start} if codec == "float32" else {codec})
+    if codec == "float32":
+        assert any(tensor.any() for tensor in records.read_answer(reply.content, start).state.values())
+    else:
+        assert message_size(reply) < 5000
+
+
+@needs("lora")
+@pytest.mark.parametrize("trains", ["B", "both"])
+def test_a_site_makes_and_keeps_a_lora_of_its_own_with_both_factors(
+    tree: Path, fedclip_home: Path, trains: str
+) -> None:
+    settings = replace(WITH_LORA, lora_train=trains, personalize=True, num_server_rounds=2, learning_rate=0.02)
+    learner = new_learner(settings, open_features(replace(settings, data=f"folder:{tree}"), progress=False))
+    assert isinstance(learner, Lora)
+    run = f"own-lora-{trains}"
+    reply = asked("evaluate", tree, learner.on_cpu(), personal=run, settings=settings)
+    assert set(reply.content) == {"metrics"}
+    found, facts = load_lora(fedclip_home / "personal" / run / "north")
+    assert found.spec == learner.spec
+    assert set(found.state) == set(learner.every)
+    if trains == "B":
+        assert all(torch.equal(found.state[name], tensor) for name, tensor in learner.frozen.items())
+    learner.take(found.state)
+    context = open_context(settings.as_run_config(), {"site": "north", "data": f"folder:{tree}"}, session_of(), False)
+    own = evaluate(learner, context.site.validation, context.classes)
+    assert records.read_answer(reply.content).report.validation == own
+    assert facts["personal_epoch"] > 0
+
+
+def test_a_site_without_peft_says_so_at_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    for kind in ("query", "train"):
+        reply = asked(kind, tree, settings=WITH_LORA, site=f"bare-{kind}")
+        assert "method = 'lora' needs peft: pip install 'fedclip-flwr[lora]'" in str(reply.error.reason)
 
 
 def test_a_site_without_the_classes_says_so(tree: Path) -> None:

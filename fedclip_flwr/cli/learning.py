@@ -129,7 +129,7 @@ def sweep(
         str,
         option(
             "Comma list of zero-shot, local, fedavg, fedprox, paper, one-round, one-round-chosen, one-round-full, "
-            "attention, gate, scale, blend, centralised (default: all)."
+            "attention, gate, scale, blend, lora, lora-both, centralised (default: all but those with LoRA)."
         ),
     ] = "",
     holdouts: Annotated[

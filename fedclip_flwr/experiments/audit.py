@@ -18,17 +18,18 @@ from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError
 from fedclip_flwr.base.seeds import seed_of
+from fedclip_flwr.base.settings import LORA
 from fedclip_flwr.base.text import counted, percent, some, table
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.canaries import found_images, found_sites
 from fedclip_flwr.experiments.simulate import make_sites
-from fedclip_flwr.features import Features, Pixels, models, open_features
+from fedclip_flwr.features import Features, models, open_features
 from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
 from fedclip_flwr.learning.membership import Findings
-from fedclip_flwr.report.heldout import trained
+from fedclip_flwr.report.heldout import trained, unchanged
 from fedclip_flwr.runs import Run, history
-from fedclip_flwr.runs.saved import load_adapter, load_whole
+from fedclip_flwr.runs.saved import load_adapter, load_lora, load_whole
 from fedclip_flwr.site import Site
 from fedclip_flwr.site.context import settings_at
 from fedclip_flwr.site.holdings import own_site, owners_config, together
@@ -153,8 +154,7 @@ def opened(run: Run, options: AuditOptions) -> tuple[Settings, Features, list[Si
         if len(options.sites) != 1:
             raise UserError("--data: the name that the site has in the run is needed, too: --site NAME")
         settings = settings_at(settings.as_run_config(), {"data": options.data})
-    whole = settings.method == "full-model"
-    facts = load_whole(run.path / "model") if whole else load_adapter(run.path)[1]
+    facts = facts_of(run.path, settings.method)
     features = open_features(settings, Vocabulary(tuple(facts["class_names"]), tuple(facts["templates"])))
     examples: dict[str, list[int]] = run.summary["examples"]
     if unknown := [name for name in options.sites if name not in examples]:
@@ -179,13 +179,20 @@ def opened(run: Run, options: AuditOptions) -> tuple[Settings, Features, list[Si
     return settings, features, found if options.canaries == 0 else sites
 
 
+def facts_of(path: Path, method: str) -> dict[str, Any]:
+    """The facts of what the run has made."""
+    if method == "full-model":
+        return load_whole(path / "model")
+    return load_lora(path)[1] if method == LORA else load_adapter(path)[1]
+
+
 def own_images(
     run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
 ) -> Audit:
     """The attack on the sites' own images."""
     device = models.pick_device(settings.device)
-    unseeing = features.whole_model().to(device) if isinstance(features, Pixels) else None
-    learner, classes = trained(run.path, features).to(device), features.classes.ready(device)
+    before, classes = unchanged(settings, features), features.classes.ready(device)
+    unseeing, learner = before and before.to(device), trained(run.path, settings, features).to(device)
     if say:
         say(f"attacking the images of {counted(len(sites), 'site')}…")
     found = attacked(learner, unseeing, sites, classes, settings, options.confidence)
@@ -245,8 +252,9 @@ def with_canaries(
     run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
 ) -> Audit:
     """The attack on canaries in a new simulation."""
-    if isinstance(features, Pixels):
-        raise UserError(f"--canaries: {run.name} trained the whole model; canaries are for adapters and one round")
+    if settings.method in ("full-model", LORA):
+        what = "LoRA" if settings.method == LORA else "the whole model"
+        raise UserError(f"--canaries: {run.name} trained {what}; canaries are for adapters and one round")
     if options.data or options.sites:
         raise UserError("--canaries: they are put into a simulation of all sites; leave out --site and --data")
     classes: Classes = features.classes.ready(models.pick_device(settings.device))

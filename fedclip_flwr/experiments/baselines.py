@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedclip_flwr.base import Settings, UserError
-from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.settings import LORA, LORA_KEYS, ONE_ROUND
 from fedclip_flwr.experiments.simulate import Accuracies, accuracies_of, simulate
 from fedclip_flwr.learning import Classes, Examples, Learner
 from fedclip_flwr.learning.metrics import Score, mean_of
@@ -85,6 +85,10 @@ class Method:
         return self.settings.get("method") == "full-model"
 
     @property
+    def lora(self) -> bool:
+        return self.settings.get("method") == LORA
+
+    @property
     def sends(self) -> bool:
         """True if the method sends something in each round."""
         return self.run is together
@@ -106,6 +110,8 @@ METHODS = {
     "gate": Method("ours, gate", together, {"adapter": "gate"}),
     "scale": Method("ours, scale", together, {"adapter": "scale"}),
     "blend": Method("ours, attention, blend chosen", together, {"blend": "auto"}),
+    "lora": Method("ours, LoRA", together, {"method": LORA}),
+    "lora-both": Method("ours, LoRA, A and B trained", together, {"method": LORA, "lora_train": "both"}),
     "centralised": Method("attention, all in one place", centralised),
 }
 
@@ -115,8 +121,10 @@ def method_of(name: str) -> Method:
     return METHODS.get(name) or Method(f"plug-in, {name}", together, {"adapter": name})
 
 
-OWN = frozenset({"method", "statistics", "one-round-choose", "adapter", "recipe", "strategy"})
+OWN = frozenset({"method", "statistics", "lora-train", "one-round-choose", "adapter", "recipe", "strategy"})
 """Settings that differ between methods."""
+LORA_ONLY = tuple(key for key in (*LORA_KEYS, "gradient-checkpointing") if key not in OWN)
+"""Settings that only the methods with LoRA get."""
 
 
 @dataclass(frozen=True)

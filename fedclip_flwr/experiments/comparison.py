@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedclip_flwr.base import Settings, UserError, content, files, plugins
-from fedclip_flwr.base.settings import STORED, unusable
+from fedclip_flwr.base.settings import LORA, STORED, unusable
 from fedclip_flwr.base.text import counted
 from fedclip_flwr.data import held_out
 from fedclip_flwr.data.presets import PRESETS, fitting
 from fedclip_flwr.experiments import printed, unseen
-from fedclip_flwr.experiments.baselines import METHODS, OWN, PUBLISHED, Published, method_of
+from fedclip_flwr.experiments.baselines import LORA_ONLY, METHODS, OWN, PUBLISHED, Published, method_of
 from fedclip_flwr.experiments.sweep import Plan, sweep
 from fedclip_flwr.experiments.tables import Row, as_csv, markdown, rows
-from fedclip_flwr.features import Features, models
+from fedclip_flwr.features import Features, models, open_features
+from fedclip_flwr.features.lora import check, check_installed
 from fedclip_flwr.learning.adapters import adapter_class
 from fedclip_flwr.runs import read_settings
 from fedclip_flwr.runs.console import NOT_THE_PAPERS
@@ -29,7 +30,9 @@ from fedclip_flwr.runs.opening import open_run
 
 OPTIONS = {"data": "data", "model": "model", "holdout": "holdouts", "seed": "seeds", "num-server-rounds": "rounds"}
 """Settings that a sweep takes as options."""
-MEANINGLESS = frozenset({"min-sites", "round-timeout", "personalize", "name", "resume", "results-dir", "track"})
+MEANINGLESS = frozenset(
+    {"start", "min-sites", "round-timeout", "personalize", "name", "resume", "results-dir", "track"}
+)
 """Settings of messages and run folders, which a sweep does not have."""
 
 
@@ -199,8 +202,13 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
         problems["against"] = f"--against {options.against}: expected one of the compared methods"
     if not re.fullmatch(Settings.keys()["name"].metadata["pattern"], options.name) or options.name == "results":
         problems["name"] = f"--name {options.name}: expected letters, digits, dots and dashes, and not results"
-    seed = options.first_seed + options.seeds - 1
-    settings, features, _ = open_run({**given, **more, "seed": max(seed, 0)}, problems)
+    seed, lora = options.first_seed + options.seeds - 1, _lora(methods, more, problems)
+    shared = {key: value for key, value in more.items() if key not in (*LORA_ONLY, "lora-train", "start")}
+    settings, features, _ = open_run({**given, **shared, "seed": max(seed, 0)}, problems)
+    settings = replace(settings, **{key.replace("-", "_"): lora.as_run_config()[key] for key in LORA_ONLY})
+    if any(method_of(name).lora for name in methods):
+        checked = replace(settings, method=LORA)
+        check(checked, open_features(checked))
     try:
         holdouts = unseen.named(_listed(options.holdouts), features.domains)
     except UserError as error:
@@ -222,7 +230,7 @@ def planned(options: SweepOptions) -> tuple[Plan, Features]:
 def _methods(options: SweepOptions, given: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
     """The methods to compare, in the order of the table, plug-in adapters last; and the problems."""
     unfit = {name: why for name in METHODS if (why := _unfit(name, options.data, given))}
-    wanted = _listed(options.methods) or [name for name in METHODS if name not in unfit]
+    wanted = _listed(options.methods) or [name for name in METHODS if not (name in unfit or METHODS[name].lora)]
     problems = {name: f"--methods {name}: {unfit[name]}" for name in sorted({*wanted} & {*unfit})}
     plugin_names = [name for name in dict.fromkeys(wanted) if name not in METHODS]
     if unknown := sorted(name for name in plugin_names if plugins.reference_of("adapter", name) is None):
@@ -237,9 +245,24 @@ def _methods(options: SweepOptions, given: Mapping[str, object]) -> tuple[list[s
     return [*(name for name in METHODS if name in wanted), *plugin_names], problems
 
 
+def _lora(methods: Sequence[str], given: Mapping[str, object], problems: dict[str, str]) -> Settings:
+    """The given settings of LoRA; adds what is wrong with them to the `problems`."""
+    own = {key: value for key, value in given.items() if key in LORA_ONLY}
+    settings, found = Settings.read({**own, "method": LORA})
+    if not any(method_of(name).lora for name in methods):
+        found = {key: f"{key}: it is for LoRA; add lora or lora-both to --methods, or leave it out" for key in own}
+    problems |= found
+    return settings
+
+
 def _unfit(name: str, data: str, given: Mapping[str, object]) -> str:
     """Why the method can't run on the data or with these settings; empty if it can."""
-    if METHODS[name].whole_model and data.startswith(STORED):
+    if METHODS[name].lora:
+        try:
+            check_installed()
+        except UserError as error:
+            return str(error)
+    if (METHODS[name].whole_model or METHODS[name].lora) and data.startswith(STORED):
         return f"needs images, and {data} has only their features"
     if "blend" in given and (METHODS[name].whole_model or "blend" in METHODS[name].settings):
         return "excludes the setting blend; leave one of them out"

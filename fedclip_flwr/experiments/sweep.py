@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 from fedclip_flwr.base import Settings, UserError, content, files
-from fedclip_flwr.base.settings import ONE_ROUND
+from fedclip_flwr.base.settings import LORA, ONE_ROUND
 from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Report, records
-from fedclip_flwr.experiments.baselines import Case, method_of
+from fedclip_flwr.experiments.baselines import LORA_ONLY, Case, method_of
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, models, open_features
 from fedclip_flwr.learning import Learner
@@ -32,6 +32,14 @@ from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.runs.directions import start_of
 from fedclip_flwr.runs.opening import load_plugins
+
+
+class Trained(NamedTuple):
+    """What is trained of the CLIP, as settings: it decides what is stored of images. By default nothing."""
+
+    method: str = Settings.method
+    lora_targets: str = Settings.lora_targets
+    lora_layers: str = Settings.lora_layers
 
 
 class Cell(NamedTuple):
@@ -42,8 +50,9 @@ class Cell(NamedTuple):
     sites: int
 
     @property
-    def whole_model(self) -> bool:
-        return self.settings.method == "full-model"
+    def trains(self) -> Trained:
+        method, targets, layers = self.settings.method, self.settings.lora_targets, self.settings.lora_layers
+        return Trained(method, targets, layers) if method in ("full-model", LORA) else Trained()
 
     @property
     def rounds(self) -> int:
@@ -57,6 +66,9 @@ class Cell(NamedTuple):
         code = content.of_package(content.memory())
         parts = self.method, str(self.sites), json.dumps(how), features.content, code, torch.__version__
         return content.digest(*parts, *self.settings.packages("adapter", "codec"))
+
+
+NOT_OTHERS = tuple(key.replace("-", "_") for key in LORA_ONLY)
 
 
 class Found(NamedTuple):
@@ -100,7 +112,8 @@ class Plan:
     def _settings(self, method: str, holdout: str, seed: int) -> Settings:
         rounds = self.rounds_of(method) or self.settings.num_server_rounds
         own = {"holdout": holdout, "seed": seed, "num_server_rounds": rounds, **method_of(method).settings}
-        return replace(self.settings, **own)
+        plain = {} if method_of(method).lora else {key: getattr(Settings, key) for key in NOT_OTHERS}
+        return replace(self.settings, **plain, **own)
 
     def rounds_of(self, method: str) -> int:
         if method == "zero-shot":
@@ -140,14 +153,14 @@ def sent_by(start: Learner, settings: Settings) -> tuple[State, State]:
 def sweep(plan: Plan, jobs: int) -> tuple[Results, int]:
     """The results of all cells, and how many of them were stored already."""
     cells, store = plan.cells(), files.home() / "sweeps" / "results"
-    opened = {whole: _open(plan.settings, whole) for whole in sorted({cell.whole_model for cell in cells})}
-    keys = {cell: cell.key(opened[cell.whole_model]) for cell in cells}
+    opened = {trains: _open(plan.settings, trains) for trains in sorted({cell.trains for cell in cells})}
+    keys = {cell: cell.key(opened[cell.trains]) for cell in cells}
     kept = {cell: content.recall(key, store) for cell, key in keys.items()}
     results = {cell: Found(**json.loads(text)) for cell, text in kept.items() if text}
     todo, known = [cell for cell in cells if cell not in results], len(results)
-    for whole in {cell.whole_model for cell in todo}:
-        for domain in opened[whole].domains:  # encoded once, by this process, with a progress bar
-            opened[whole].examples(domain)
+    for trains in {cell.trains for cell in todo}:
+        for domain in opened[trains].domains:  # encoded once, by this process, with a progress bar
+            opened[trains].examples(domain)
     for cell, found in _solved(todo, plan.settings, jobs, len(cells)):
         results[cell] = found
         content.remember(keys[cell], json.dumps(found._asdict()), store)
@@ -200,7 +213,7 @@ def _begin(settings: Settings, rounds: Any) -> None:
 
 
 def _solve(cell: Cell) -> Found:
-    return solve(cell, _open_once(cell.whole_model), _count)
+    return solve(cell, _open_once(cell.trains), _count)
 
 
 def _count() -> None:
@@ -209,9 +222,9 @@ def _count() -> None:
 
 
 @lru_cache
-def _open_once(whole: bool) -> Features:
-    return _open(_settings, whole)
+def _open_once(trains: Trained) -> Features:
+    return _open(_settings, trains)
 
 
-def _open(settings: Settings, whole: bool) -> Features:
-    return open_features(replace(settings, method="full-model") if whole else settings)
+def _open(settings: Settings, trains: Trained) -> Features:
+    return open_features(replace(settings, **trains._asdict()))

@@ -55,6 +55,24 @@ class Preparer:
         return {**inputs, "pixel_values": inputs["pixel_values"].to(self.dtype)}
 
 
+def skeleton(model: Model) -> Any:
+    """The model's modules with the shapes of their weights, without the weights."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        with _quiet_loading(), torch.device("meta"):
+            return AutoModel.from_config(AutoConfig.from_pretrained(model.folder, **OWN_CODE), **OWN_CODE)
+    except Exception as error:  # as in `Clip`
+        raise _not_loaded(model, error) from error
+
+
+def _not_loaded(model: Model, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"model = {model.name!r}: {model.folder} can't be loaded ({reason}); get it again or choose another"
+    )
+
+
 class Clip:
     """A loaded dual encoder. Features are float32; those of prompts have unit length.
 
@@ -80,10 +98,7 @@ class Clip:
                 self.processor = AutoImageProcessor.from_pretrained(model.folder, backend="pil", **OWN_CODE)
                 self._tokenizer = AutoTokenizer.from_pretrained(model.folder, **OWN_CODE)
         except Exception as error:  # a corrupt or foreign file can raise anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"model = {model.name!r}: {model.folder} can't be loaded ({reason}); get it again or choose another"
-            ) from error
+            raise _not_loaded(model, error) from error
         if any(not hasattr(self.net, part) for part in ("get_image_features", "get_text_features", "logit_scale")):
             kind = type(self.net).__name__
             raise UserError(

@@ -158,6 +158,10 @@ class Encoded:
         """The model, loaded once more: to be changed."""
         return Clip(self._model, self._device, self._loaded_in)
 
+    def skeleton(self) -> Any:
+        """The model without its weights."""
+        return clip.skeleton(self._model)
+
     @cached_property
     def _loaded_in(self) -> str:
         """The precision in use: float32 if a lower one changes too many predictions on the data."""

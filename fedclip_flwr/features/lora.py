@@ -35,6 +35,13 @@ def check_installed() -> None:
         raise UserError("method = 'lora' needs peft: pip install 'fedclip-flwr[lora]'")
 
 
+def check(settings: Settings, features: Features) -> None:
+    """Raises unless peft is installed, and the model has the layers that LoRA is to adapt."""
+    check_installed()
+    assert isinstance(features, Encoded)
+    layer_names(features.skeleton(), LoraSpec.of(settings))
+
+
 def layer_names(net: Any, spec: LoraSpec) -> list[str]:
     """The names of the linear layers that get LoRA."""
     found = []

@@ -34,6 +34,7 @@ from fedclip_flwr.flower.grids import RUN, Node, local_grid
 from fedclip_flwr.flower.pinned import own_client_app
 from fedclip_flwr.flower.sizes import message_size
 from fedclip_flwr.learning import Examples
+from fedclip_flwr.learning.lora import A, B
 from fedclip_flwr.learning.metrics import BINS, Quality, Score
 from fedclip_flwr.learning.sums import sums_of
 from fedclip_flwr.server import RoundResult, RunState
@@ -76,6 +77,11 @@ MEANINGS = {
     "seed": "SHA-256 of the secret that is shared",
 }
 """The meaning of each value."""
+LORA_PARTS = {
+    A: "the first factor of what is added to this layer",
+    B: "the second factor of what is added to this layer",
+}
+"""The meaning of a tensor of LoRA, by the end of its name."""
 FIGURES = {
     "validation": SCORE,
     "test": f"{SCORE}, balanced accuracy, macro F1, and for each of 15 bins: confidence minus correct answers",
@@ -184,7 +190,8 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
     holdout = "" if run.holdout == "auto" else run.holdout
     name = f"show-outgoing-{os.getpid()}"
     session = Session(holdout, vocabulary or features.vocabulary, features.model_content or "", name)
-    start = {key: tensor.clone() for key, tensor in new_learner(settings, features).state_dict().items()}
+    learner = new_learner(settings, features)
+    start = {key: tensor.clone() for key, tensor in learner.state_dict().items()}
     app = own_client_app()
     link, package = Downlink(start, run.codec, run.seed), content.of_package(content.memory())
     context = Context(RUN, NODE, dict(node), RecordDict(), run.as_run_config())
@@ -197,6 +204,7 @@ def round_of(run: Settings, node: Mapping[str, Any]) -> list[Sent]:
         grid, endless = local_grid(sites), sys.float_info.max
         more: dict[str, Any] = {"package": package, "plugins": settings.shared_packages}
         nodes = Nodes(grid, link, session=session, **more, timeout=endless, say=lambda _: None)
+        nodes.frozen = learner.frozen if run.start else {}
         while nodes.meet() and not nodes.failures:  # a site that is encoding is asked again
             pass
         if nodes.hellos and not nodes.failures:
@@ -241,7 +249,7 @@ def _described(message: Sent, method: str) -> str:
     for name, record in message.records.items():
         lines.append(f"   {name}")
         meanings = MEANINGS if name in ("hello", "progress") else MEANINGS | FIGURES
-        rows = [(key, _value(value), meanings.get(key, "")) for key, value in record.items()]
+        rows = [(key, _value(value), meanings.get(key, LORA_PARTS.get(key[-7:], ""))) for key, value in record.items()]
         width = max((len(key) for key, *_ in rows), default=0)
         lines += [f"     {key:<{width}}  {value}" + f"  ({what})" * bool(what) for key, value, what in rows]
     return "\n".join(lines)

@@ -18,13 +18,16 @@ from torch import Tensor
 
 from fedclip_flwr.base import Settings, UserError, content, files, store
 from fedclip_flwr.base.errors import one_line
+from fedclip_flwr.base.settings import LORA
 from fedclip_flwr.data import held_out, pick_holdout
 from fedclip_flwr.features import Encoded, Features, Pixels, models, open_features
+from fedclip_flwr.features.lora import Lora
+from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Adapter, Classes, Examples, Learner
 from fedclip_flwr.learning.metrics import sums_by_bin
 from fedclip_flwr.learning.training import logits_of
 from fedclip_flwr.report.output import FILE
-from fedclip_flwr.runs.saved import TENSORS, load_adapter
+from fedclip_flwr.runs.saved import TENSORS, load_adapter, load_lora
 from fedclip_flwr.site.holdings import gathered, together
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ STRONGEST = 3
 DIMENSIONS = 24
 KEPT = "learnt", "domain", "images", "class_names", "zero_shot", "adapted", "weights", "changed", "mended", "spoilt"
 """Required keys of an analysis."""
+CHANGED = "its data or its model has changed since the run"
 
 
 class Predictions(NamedTuple):
@@ -61,12 +65,21 @@ def open_held_out(settings: Settings) -> tuple[Features, str]:
     return features, holdout
 
 
-def trained(folder: Path, features: Features) -> Learner:
-    """The result of the run: its adapter, or its whole model."""
+def unchanged(settings: Settings, features: Features) -> Learner | None:
+    """What gives the features of the frozen CLIP; None if the features themselves are those."""
+    if isinstance(features, Pixels) or settings.method == LORA:
+        return new_learner(settings, features)
+    return None
+
+
+def trained(folder: Path, settings: Settings, features: Features) -> Learner:
+    """The result of the run: its adapter, LoRA, or its whole model."""
+    if settings.method == LORA:
+        return _with_lora(folder, settings, features)
     if not isinstance(features, Pixels):
         adapter, facts = load_adapter(folder)
         if (facts["class_names"], facts["dim"]) != ([*features.vocabulary.class_names], features.classes.dim):
-            raise UserError("its data or its model has changed since the run")
+            raise UserError(CHANGED)
         return adapter
     learner = features.whole_model()
     try:
@@ -77,8 +90,24 @@ def trained(folder: Path, features: Features) -> Learner:
     return learner
 
 
+def _with_lora(folder: Path, settings: Settings, features: Features) -> Learner:
+    found, facts = load_lora(folder)
+    learner = new_learner(settings, features)
+    assert isinstance(learner, Lora)
+    own = {name: tensor.shape for name, tensor in learner.every.items()}
+    if (
+        facts["class_names"] != [*features.vocabulary.class_names]
+        or found.spec != learner.spec
+        or own != {name: tensor.shape for name, tensor in found.state.items()}
+    ):
+        raise UserError(CHANGED)
+    learner.take(found.state)
+    learner.blend = found.share
+    return learner
+
+
 def result_hash(folder: Path) -> str:
-    """The content hash of the run's adapter or whole model."""
+    """The content hash of the run's adapter, LoRA or whole model."""
     model = folder / "model" / "model.safetensors"
     return content.of_file(model if model.exists() else folder / TENSORS)
 
@@ -91,9 +120,8 @@ def analyse(folder: Path, settings: Settings, features: Features, holdout: str) 
         raise UserError(f"none of the images of {holdout} can be read")
     device = models.pick_device(settings.device)
     classes = features.classes.ready(device)
-    before = features.whole_model().to(device) if isinstance(features, Pixels) else None
-    after = trained(folder, features).to(device)
-    zero, adapted = (predictions_of(learner, examples, classes) for learner in (before, after))
+    before, after = unchanged(settings, features), trained(folder, settings, features).to(device)
+    zero, adapted = (predictions_of(learner, examples, classes) for learner in (before and before.to(device), after))
     names, labels = features.vocabulary.class_names, examples.labels
     rows = {"mended": changed(zero, adapted, labels), "spoilt": changed(adapted, zero, labels)}
     shown = [row for of_kind in rows.values() for row in of_kind[:SHOWN]]

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedclip_flwr.base.settings import LORA
 from fedclip_flwr.base.text import bytes_of
 from fedclip_flwr.report.drawing import Plot, canvas, name_ends, room_for, short, write
 from fedclip_flwr.report.story import Story
@@ -167,6 +168,7 @@ def traffic(story: Story) -> Plot | None:
     if not each or not story.run.done:
         return None
     many = story.run.done * max(story.sites, 1)
+    ours = "LoRA" if story.settings.method == LORA else "adapter"
     rows = [
         ("a site and round", each, whole),
         ("a site, all rounds", each * story.run.done, whole and whole * story.run.done),
@@ -181,7 +183,7 @@ def traffic(story: Story) -> Plot | None:
     for place, (name, one, other) in enumerate(rows):
         y = -place
         write(axes, low, y + 0.42, name, "soft", va="center")
-        for value, offset, role, what in ((one, 0.15, "seen", "adapter"), (other, -0.17, "zero", "FedAVG")):
+        for value, offset, role, what in ((one, 0.15, "seen", ours), (other, -0.17, "zero", "FedAVG")):
             if value:
                 axes.barh([y + offset], [value - low], left=low, height=0.26, color=LIGHT[role])
                 write(axes, value * 1.25, y + offset, f"{bytes_of(value)} {what if whole else ''}".strip(), va="center")

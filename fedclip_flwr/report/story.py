@@ -9,10 +9,11 @@ from typing import Any
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.errors import shown
-from fedclip_flwr.base.settings import ONE_ROUND, place_of
+from fedclip_flwr.base.settings import LORA, ONE_ROUND, place_of
 from fedclip_flwr.base.text import bytes_of, counted
 from fedclip_flwr.data import held_out
 from fedclip_flwr.runs import Run
+from fedclip_flwr.runs.console import lora_of
 
 NOTHING: dict[str, Any] = {"seen": None, "unseen": None, "sites": {}, "holdout_sites": {}, "metrics": {}}
 STATUS = {
@@ -121,6 +122,8 @@ class Story:
             return "the whole model"
         if self.settings.method == ONE_ROUND:
             return "a closed form"
+        if self.settings.method == LORA:
+            return lora_of(self.settings)
         name, rank = self.run.adapter
         return f"{'an' if name[0] in 'aeiou' else 'a'} {name} adapter" + (f" of rank {rank}" if rank else "")
 
@@ -141,7 +144,7 @@ class Story:
         of = "the bundled CLIP" if model == "bundled" else model
         what = self.what[0].upper() + self.what[1:]
         one = self.settings.method == ONE_ROUND
-        prefix = "of" if self.settings.method == "full-model" else "for"
+        prefix = "of" if self.settings.method in ("full-model", LORA) else "for"
         made = "made from the sums of" if one else "trained at"
         sites = self.run.summary.get("update", {}).get("sites", self.sites)  # of an update, whose sums count
         text = f"{what} {prefix} {of} was {made} {counted(sites, 'site')} in {counted(self.run.done, 'round')}"

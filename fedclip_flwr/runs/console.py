@@ -151,11 +151,18 @@ def _trained(settings: Settings, features: Features, tensors: State) -> str:
     share = f", {100 * numbers / total:.2f} % of the model's {total:,}" if total else ""
     blend = {"auto": ", blend chosen at the end", 1.0: ""}.get(settings.blend, f", blend {settings.blend}")
     if settings.method == LORA:
-        return f"LoRA of rank {settings.lora_rank} in {TOWERS[settings.lora_targets]}: {holds}{share}{blend}"
+        return f"{lora_of(settings)}: {holds}{share}{blend}"
     from fedclip_flwr.learning.adapters import adapter_class, of_rank  # see above
 
     name = adapter_class(settings.adapter).name + of_rank(settings.adapter, settings.adapter_rank)
     return f"{name}: {holds}{share}{blend}"
+
+
+def lora_of(settings: Settings) -> str:
+    """LoRA in words: its rank, and where it is."""
+    last = int(settings.lora_layers.partition(":")[2] or 0)
+    layers = f"the last {'layer' if last == 1 else f'{last} layers'} of " if last else ""
+    return f"LoRA of rank {settings.lora_rank} in {layers}{TOWERS[settings.lora_targets]}"
 
 
 def _traffic(settings: Settings, tensors: State) -> str:

@@ -99,11 +99,14 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The adapter, with its rank if it has one, or `full-model`."""
+        """The adapter with its rank if it has one, LoRA with its rank and where it is, or `full-model`."""
         if self.settings["method"] == "full-model":
             return "full-model"
         name, rank = self.adapter
-        return f"{name}-{rank}" if rank else name
+        words = [f"{name}-{rank}" if rank else name]
+        if self.settings["method"] == LORA:
+            words += [self.settings[key] for key in ("lora-targets", "lora-layers") if key in self.changed]
+        return " ".join(words)
 
     @property
     def adapter(self) -> tuple[str, int | None]:

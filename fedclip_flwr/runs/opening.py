@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from fedclip_flwr.base import Settings, UserError, files
-from fedclip_flwr.base.settings import LORA_KEYS, STORED, unusable
+from fedclip_flwr.base.settings import LORA, LORA_KEYS, STORED, unusable
 from fedclip_flwr.data import pick_holdout
 from fedclip_flwr.exchange.codecs import codec_of, packs
-from fedclip_flwr.features import Features, models, open_features
+from fedclip_flwr.features import Features, lora, models, open_features
 from fedclip_flwr.features.encoded import T
 from fedclip_flwr.learning.adapters import adapter_class
 from fedclip_flwr.runs.directions import start_of
@@ -59,6 +59,8 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
     features = check("data", "model", "prompt", look=lambda: open_features(settings))
     if features:
         holdout = check("holdout", look=lambda: pick_holdout(settings.holdout, features.domains))
+        if settings.method == LORA:
+            check("method", *LORA_KEYS, look=lambda: lora.check(settings, features))
         for key in ("directions", "start"):
             if getattr(settings, key):
                 check(key, "method", *LORA_KEYS, look=lambda: start_of(settings, features))

@@ -17,7 +17,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.exchange import Session
 from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, Pixels, models, open_features
-from fedclip_flwr.features.lora import Lora
+from fedclip_flwr.features.lora import Lora, check_installed
 from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Classes, Learner
 from fedclip_flwr.learning.adapters import adapter_class
@@ -149,6 +149,8 @@ def settings_at(run_config: Mapping[str, object], node: Mapping[str, object], si
             f"noise-multiplier = {settings.noise_multiplier:g} in the node config: expected at least "
             f"{given['noise-multiplier']}, the value of the run, which its epsilon is computed from"
         )
+    if settings.method == LORA:
+        check_installed()
     adapter_class(settings.adapter, chosen=simulated)  # a plug-in that its owner has not installed is refused
     if packs(settings.codec):
         codec_of(settings.codec, chosen=simulated)

@@ -47,7 +47,7 @@ def test_what_data_means_names_every_place_and_preset() -> None:
 
 def test_the_help_of_a_sweep_lists_every_method() -> None:
     (option,) = get_type_hints(sweep, include_extras=True)["methods"].__metadata__
-    assert option.help == f"Comma list of {', '.join(methods())} (default: all)."
+    assert option.help == f"Comma list of {', '.join(methods())} (default: all but those with LoRA)."
 
 
 @pytest.mark.parametrize("key", ["method", "recipe", "strategy", "codec", "adapter"])

@@ -20,7 +20,7 @@ from fedclip_flwr.exchange import noise, privacy, private_sums
 from fedclip_flwr.experiments import audit
 from fedclip_flwr.experiments.canaries import found_images
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.features.opening import open_features
+from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.runs import history, saved
 from tests.extras import needs
@@ -303,3 +303,22 @@ def test_canaries_are_found_where_features_are_shortened_in_the_span(masked: boo
     rows = list(torch.arange(4000).chunk(4))
     settings = Settings(method="one-round", dp="central", dp_unit="image", epsilon=16.0, secure_aggregation=masked)
     assert 1.5 < found_images(sites(images(4000, 0), rows), classes(), settings, 200, 0.95).epsilon < 16
+
+
+@needs("lora")
+def test_lora_is_attacked_by_its_losses(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how: dict[str, Any] = {"method": "lora", "lora_layers": "last:1", "lora_rank": 2, "learning_rate": 0.02}
+    how |= {"data": f"folder:{tree}", "holdout": "", "num_server_rounds": 2}
+    settings = Settings(**how)
+    features = open_features(settings, progress=False)
+    sites, _ = make_sites(features, "", 1)
+    start = new_learner(settings, features)
+    result = simulate(sites, features.classes.ready(), None, settings, start=start, test_every_round=False)
+    examples = {each.name: [len(p.labels) for p in (each.train, each.validation, each.test)] for each in sites}
+    path = finished(tmp_path, summary={"holdout": None, "examples": examples}, sites=1, **how)
+    saved.save_adapter(path, {**result.last, **start.frozen}, settings, features, 2, blend=result.blend)
+    monkeypatch.setattr(audit, "LEAST", 3)
+    found = facts(path)
+    assert 3 <= found["bits"] < 10
+    assert found["guesses"] == found["bits"]
+    assert "trained LoRA; canaries are for adapters and one round" in run(path, "--canaries", 20)[2]

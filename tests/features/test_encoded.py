@@ -18,7 +18,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.data.folder import ImageFolder
 from fedclip_flwr.data.vocabulary import Vocabulary
-from fedclip_flwr.features import models
+from fedclip_flwr.features import lora, models
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.clip import Clip
 from fedclip_flwr.features.encoded import Pixels
@@ -27,6 +27,7 @@ from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.runs.opening import open_run
 from tests import forked
+from tests.extras import needs
 
 OPEN = """
 import sys
@@ -512,6 +513,33 @@ def test_all_that_is_wrong_with_a_run_is_reported_at_once(tree: Path) -> None:
     first, *others = str(error.value).splitlines()
     assert first.startswith("4 of the settings")
     assert [line.split()[0].rstrip(":") for line in others] == ["x", "adapter", "device", "holdout"]
+
+
+@needs("lora")
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"lora-layers": "last:5"}, "lora-layers = 'last:5': the vision tower has only 4 layers"),
+        ({"lora-targets": "both", "lora-rank": 129}, "lora-rank = 129: q_proj of the vision tower allows at most 128"),
+        ({"lora-targets": "text", "lora-modules": "fc1, fc3"}, "lora-modules: a layer of the text tower has no 'fc3'"),
+    ],
+)
+def test_lora_that_does_not_fit_the_model_is_reported_before_anything_is_encoded(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError) as error:
+        open_run({"data": f"folder:{tree}", "method": "lora", "holdout": "moon", **wrong})
+    first, *others = str(error.value).splitlines()
+    assert first.startswith("2 of the settings")
+    assert expected in " ".join(others)
+    assert not list((tmp_path / "home").glob("features/**/*.safetensors"))
+
+
+def test_lora_without_peft_is_reported_before_a_run(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"method = 'lora' needs peft: pip install 'fedclip-flwr\[lora\]'"):
+        open_run({"data": f"folder:{tree}", "method": "lora"})
 
 
 def test_a_wrong_model_is_reported_beside_a_wrong_data_setting(tree: Path) -> None:

@@ -22,8 +22,10 @@ from fedclip_flwr.learning.gradient import SENT
 from fedclip_flwr.learning.one_round import SUMS
 from fedclip_flwr.operations import outgoing
 from tests import forked
+from tests.extras import needs
 from tests.test_client_app import asked
 
+LORA = Settings(class_names="car,cat,fish", method="lora", lora_layers="last:1", lora_rank=2)
 RUN = Settings(class_names="car,cat,fish", prompt="a picture of a {}", seed=7)
 
 
@@ -273,3 +275,25 @@ def test_options_that_do_not_go_together_are_refused(words: list[str]) -> None:
     result = CliRunner().invoke(app, ["doctor", *words])
     assert result.exit_code == 2
     assert "fedclip doctor site" in result.output
+
+
+@needs("lora")
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_of_lora_only_what_is_trained_leaves(tree: Path, codec: str) -> None:
+    fine, text = shown(tree, replace(LORA, codec=codec))
+    assert fine
+    assert text.count(" bytes leave)") == 3
+    assert "lora_A" not in text
+    assert text.count(".lora_B") == (6 if codec == "float32" else 0)
+    if codec == "float32":
+        assert "q_proj.lora_B" in text
+        assert "(the second factor of what is added to this layer)" in text
+
+
+@needs("lora")
+def test_lora_goes_under_masks_and_after_personalising_nothing_more_leaves(tree: Path) -> None:
+    messages = sent(tree, replace(LORA, secure_aggregation=True, personalize=True))
+    assert not any(message.error for message in messages)
+    (trained,) = (message for message in messages if message.kind == "train")
+    assert set(trained.records["arrays"]) == {"masked"}
+    assert [m.kind for m in messages if "arrays" in m.records] == ["train"]

@@ -56,7 +56,7 @@ def a_run(
     learnt = simulate(made, features.classes, unseen, settings, start=start)
     with RunFolder(settings, "0123456789abcdef") as folder:
         folder.begin([], sites)
-        folder.adapter(learnt.selected.round, learnt.state, features, learnt.blend)
+        folder.adapter(learnt.selected.round, {**learnt.state, **start.frozen}, features, learnt.blend)
         lines = [
             {
                 "round": line.round,

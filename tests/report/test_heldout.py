@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +22,14 @@ from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.learning.adapters import make_adapter
 from fedclip_flwr.learning.base import Examples
 from fedclip_flwr.learning.metrics import quality_of
-from fedclip_flwr.learning.training import logits_of
+from fedclip_flwr.learning.training import evaluate, logits_of
 from fedclip_flwr.report import heldout, output, writing
 from fedclip_flwr.report.heldout import Predictions
 from fedclip_flwr.report.heldout_plots import calibration_error, confused, recalls
 from fedclip_flwr.report.story import Story
 from fedclip_flwr.runs import history
 from fedclip_flwr.runs.saved import load_adapter
+from tests.extras import needs
 from tests.report.made import a_run
 
 
@@ -178,6 +181,37 @@ def test_a_full_model_is_analysed_with_what_it_has_learnt(tmp_path: Path, tree: 
     assert found["adapted"]["correct"] / 12 == pytest.approx(summary["adapted"]["unseen"])
     assert found["zero_shot"]["correct"] / 12 == pytest.approx(summary["zero_shot"]["unseen"])
     assert Story(history.read(path)).what == "the whole model"
+
+
+@needs("lora")
+@pytest.mark.parametrize(
+    ("where", "words", "name"),
+    [
+        ({"lora_layers": "last:1"}, "the last layer of the vision tower", "lora-2 last:1"),
+        ({"lora_targets": "both", "lora_layers": "last:2"}, "the last 2 layers of both towers", "lora-2 both last:2"),
+        ({"lora_targets": "text", "lora_train": "both"}, "the text tower", "lora-2 text"),
+    ],
+)
+def test_lora_is_analysed_with_what_it_has_learnt(
+    tmp_path: Path, hard_tree: Path, where: dict[str, Any], words: str, name: str
+) -> None:
+    given: dict[str, Any] = {"method": "lora", "lora_rank": 2, "data": f"folder:{hard_tree}", "learning_rate": 0.01}
+    path = a_run(tmp_path, learning=1, blend=0.9, **given, **where)
+    run = history.read(path)
+    features = open_features(run.known, progress=False)
+    found = heldout.analyse(path, run.known, features, "sketch")
+    assert found["weights"] is None
+    assert found["learnt"] == content.of_file(path / "adapter.safetensors")
+    plain = open_features(Settings(data=f"folder:{hard_tree}"), progress=False)
+    assert found["zero_shot"]["correct"] == evaluate(None, plain.examples("sketch"), plain.classes.ready()).correct
+    for who in ("zero_shot", "adapted"):
+        assert found[who]["correct"] / 24 == pytest.approx(run.summary[who]["unseen"])
+    assert found["adapted"]["correct"] < found["zero_shot"]["correct"]  # too long a step: enough to tell them apart
+    assert (Story(run).what, run.method) == (f"LoRA of rank 2 in {words}", name)
+    assert Story(run).title == f"LoRA of rank 2 in {words} on hard, sketch unseen"
+    assert f"LoRA of rank 2 in {words} of the bundled CLIP was trained at 3 sites" in Story(run).sentence
+    with pytest.raises(UserError, match="has changed since the run"):
+        heldout.trained(path, replace(run.known, lora_rank=3), features)
 
 
 def test_what_is_kept_is_shown_only_for_the_adapter_that_it_is_of(plain: Path, drawn: Features, tmp_path: Path) -> None:

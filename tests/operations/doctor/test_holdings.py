@@ -3,17 +3,19 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.features import encoding
+from fedclip_flwr.features import encoding, lora
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.inference import encode
 from fedclip_flwr.operations.doctor import holdings
 from fedclip_flwr.operations.doctor.findings import Examination
+from tests.extras import needs
 
 Found = dict[str, tuple[str, str, str]]
 
@@ -179,6 +181,25 @@ def test_pixels_of_a_full_model_take_more_room_and_no_command_makes_them_ahead(t
     found, needed = at_site(tree, Settings(method="full-model"))
     assert needed == 24 * 3 * 64 * 64
     assert "fedclip encode" not in found["features"][2]
+
+
+@needs("lora")
+def test_what_lora_takes_needs_its_room_and_no_command_makes_it_ahead(tree: Path) -> None:
+    tower = Settings(method="lora", class_names="car,cat,fish")
+    for run, each in ((tower, 3 * 64 * 64), (replace(tower, lora_layers="last:1"), 4 * 65 * 128)):
+        found, needed = at_site(tree, run)
+        assert needed == 24 * each
+        assert "fedclip encode" not in found["features"][2]
+    found, needed = at_site(tree, replace(tower, lora_targets="text"))  # which trains on plain features
+    assert needed == 24 * 128 * 4
+    assert "fedclip encode" in found["features"][2]
+
+
+def test_a_site_without_peft_learns_it_before_a_run(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    found, _ = at_site(tree, Settings(method="lora"))
+    assert found["node config"][0] == "FAIL"
+    assert "method = 'lora' needs peft: pip install" in " ".join(found["node config"])
 
 
 def test_a_server_reports_its_own_data(tree: Path) -> None:
