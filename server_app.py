@@ -95,9 +95,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             made = state, link.residual, strategy.memory, nodes.record, session.key, clock.seconds()
             return Checkpoint(*made, resumed, folder.metrics)
 
-        watch = Watch(
-            folder, features, learner.frozen, "zero-shot" if starts_as_zero_shot(settings) else "start", checkpoint
-        )
+        watch = Watch(folder, features, learner.frozen, settings, checkpoint)
         quality = Unseen(learner.to(device), classes, unseen)
         known = earlier.scores(nodes.unchanged) if earlier else {}
         loop = RoundLoop(nodes, strategy, settings, start, quality, watch, before.state if before else None, known)
@@ -246,12 +244,12 @@ class Watch:
     folder: RunFolder
     features: Features
     frozen: State
-    start: str
+    settings: Settings
     checkpoint: Callable[[RunState], Checkpoint]
 
     def on_result(self, result: RoundResult) -> None:
         self.folder.line(result)
-        console.say(console.line(result, self.start))
+        console.say(console.line(result, "zero-shot" if starts_as_zero_shot(self.settings) else "start"))
 
     def on_selected(self, number: int, state: State, blend: float) -> None:
         self.folder.adapter(number, {**state, **self.frozen}, self.features, blend)
