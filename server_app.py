@@ -73,8 +73,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         names = session.vocabulary.class_names
         ledger = ledger_of(folder, settings, names, earlier)
         strategy = strategy_of(settings, start, nodes.names, nodes.examples, len(names), ledger)
-        before = folder.before
-        if before:
+        if before := folder.before:
             resume(before, settings, session, nodes, strategy)
             clock.before = before.seconds
         elif not has_news(folder, settings, nodes, earlier):
