@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 MODULES = {
+    "lora": "peft",
     "mlflow": "mlflow",
     "onnx": "onnxscript",
     "privacy": "dp_accounting",
