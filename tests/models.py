@@ -55,11 +55,11 @@ def small_siglip(folder: Path) -> Path:
 
 
 def small_siglip2(folder: Path) -> Path:
-    """As google/siglip2-*-naflex: images of any shape, as patches with a mask."""
-    from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model
+    """As google/siglip2-*-naflex: images of any shape, as patches with a mask; no sentencepiece model."""
+    from transformers import AutoTokenizer, Siglip2Config, Siglip2ImageProcessor, Siglip2Model
 
-    small_siglip(folder)
     torch.manual_seed(3)
+    AutoTokenizer.from_pretrained(models.BUNDLED, model_max_length=24).save_pretrained(folder)
     config = Siglip2Config(
         text_config={**TEXT, "max_position_embeddings": 24, "projection_size": 16},
         vision_config={**VISION, "num_patches": 16},

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import private_methods, real_features
+from benchmarks import lora, private_methods, real_features
 from benchmarks.__main__ import BENCHMARKS, Benchmark, run
 from benchmarks.scale import Measured, Parts, Setting, calculate, load, looked_up, measure, most, per_site
 from deploy.relay import relayed
@@ -68,7 +68,7 @@ def test_a_page_with_a_failing_benchmark_is_left_as_it_was(
     dict.fromkeys(
         [
             *(benchmark.name for benchmark in BENCHMARKS),
-            *("attacks", "attacks_on_sums", "audit_attack", "constants", "groups", "lessons"),
+            *("attacks", "attacks_on_sums", "audit_attack", "constants", "groups", "lessons", "lora"),
             *("private", "private_images", "private_methods"),
         ]
     ),
@@ -189,6 +189,25 @@ def test_one_table_has_every_method_at_the_same_epsilons_and_what_it_hides(
     assert {row[4] for row in rows[2:] if row[0] == "span"} == {"+0.0 / +0.0 (+0.0)"}  # noise hides all of few images
     assert "Don't compare rows that hide an image with rows that hide a site" in said
     assert "adapters: 2 rounds, 1 seed from 0, noise multipliers central " in said
+
+
+@needs("lora")
+def test_lora_is_measured_beside_a_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--quick"])
+    monkeypatch.setattr(lora, "workplace", lambda: nullcontext(tmp_path))
+    monkeypatch.setattr(lora, "peak_of", lora.peak)  # without processes of their own
+    monkeypatch.setattr(lora.models, "has_bfloat16", lambda: False)
+    assert lora.main().startswith("1 turns, ")
+    printed = capsys.readouterr().out
+    rows = {row[0]: row[1:] for line in printed.splitlines() if (row := line[2:-2].split(" | ")) and len(row) > 1}
+    assert [*rows][2:] == [*lora.VARIANTS]
+    sent = {name: rows[name][5] for name in lora.VARIANTS}
+    assert sent[lora.ALL] == sent["text"] == "35.8 kB"  # 5 layers with 4 + 2 of B's 16 × 8 and 32 × 8, there and back
+    assert sent["both"] == "71.7 kB"
+    assert (rows[lora.ALL][6], rows[lora.STORED][6], rows["text"][6]) == ("151 kB", "3.2 kB", "2.05 kB")
+    assert "float32: a step with last:4 takes " in printed
 
 
 def test_a_table_is_markdown() -> None:

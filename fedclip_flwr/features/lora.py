@@ -88,7 +88,7 @@ def bytes_of_step(learner: Lora, classes: Classes, image: Tensor, batch_size: in
 def _kept(learner: Lora, classes: Classes, images: Tensor) -> int:
     """The bytes that autograd keeps for a step with these images."""
     kept: dict[int, int] = {}
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*nn.Module.parameters(learner), *learner.buffers()]}
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*learner.net.parameters(), *learner.buffers()]}
 
     def keep(tensor: Tensor) -> Tensor:
         if (place := tensor.untyped_storage().data_ptr()) not in own:
@@ -215,7 +215,8 @@ class Lora(Learner):
     def _features(self, images: Tensor) -> Tensor:
         self._set_training()
         with self._precision(), full_convolutions():
-            inputs = as_inputs(self.net, images.float()) if self._last else self.unpack(images)
+            held = self.net.logit_scale.dtype
+            inputs = as_inputs(self.net, images.to(held)) if self._last else self.unpack(images)
             return unit(self.net.get_image_features(**inputs))
 
     def against(self, classes: Classes) -> Classes:

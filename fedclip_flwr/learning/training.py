@@ -13,6 +13,8 @@ validation loss at more sites is selected.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -46,6 +48,8 @@ def train(
 ) -> float:
     """Trains in place with a new Adam; returns the mean loss per example over all epochs (0.0 without any).
 
+    All chance, in the order of examples and in a learner's dropout, is from `seed`.
+
     `proximal` is FedProx's μ (arXiv 1812.06127): μ/2 times the squared distance from the start is added to the
     objective, but not to the returned loss.
     """
@@ -56,36 +60,49 @@ def train(
     steps = [torch.zeros((), device=p.device) for p in parameters]
     generator = torch.Generator().manual_seed(seed)
     total, seen = torch.zeros((), device=examples.features.device), 0
-    for _ in range(epochs):
-        order = torch.randperm(len(examples.labels), generator=generator).to(examples.labels.device)
-        for rows in torch.split(order, batch_size):
-            if len(rows) < recipe.smallest_batch:
-                continue
-            batch = examples.rows(rows)
-            loss = recipe.loss(learner(batch.features), batch.labels, learner.against(classes))
-            gradients = list(torch.autograd.grad(loss, parameters))
-            with torch.no_grad():
-                if proximal:
-                    gradients = [g + proximal * (p - s) for g, p, s in zip(gradients, parameters, start, strict=True)]
-                adam(
-                    parameters,
-                    gradients,
-                    moments,
-                    squares,
-                    [],
-                    steps,
-                    fused=True,
-                    amsgrad=False,
-                    beta1=recipe.betas[0],
-                    beta2=recipe.betas[1],
-                    lr=learning_rate,
-                    weight_decay=recipe.weight_decay,
-                    eps=recipe.eps,
-                    maximize=False,
-                )
-            total += loss.detach() * len(rows)
-            seen += len(rows)
+    with seeded(seed, examples.features.device):
+        for _ in range(epochs):
+            order = torch.randperm(len(examples.labels), generator=generator).to(examples.labels.device)
+            for rows in torch.split(order, batch_size):
+                if len(rows) < recipe.smallest_batch:
+                    continue
+                batch = examples.rows(rows)
+                loss = recipe.loss(learner(batch.features), batch.labels, learner.against(classes))
+                gradients = list(torch.autograd.grad(loss, parameters))
+                with torch.no_grad():
+                    if proximal:
+                        gradients = [
+                            g + proximal * (p - s) for g, p, s in zip(gradients, parameters, start, strict=True)
+                        ]
+                    adam(
+                        parameters,
+                        gradients,
+                        moments,
+                        squares,
+                        [],
+                        steps,
+                        fused=True,
+                        amsgrad=False,
+                        beta1=recipe.betas[0],
+                        beta2=recipe.betas[1],
+                        lr=learning_rate,
+                        weight_decay=recipe.weight_decay,
+                        eps=recipe.eps,
+                        maximize=False,
+                    )
+                total += loss.detach() * len(rows)
+                seen += len(rows)
     return total.item() / seen if seen else 0.0
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Meanwhile torch draws from this seed; afterwards its generators go on as if nothing had been drawn."""
+    on_gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(on_gpu):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[gpu.index] for gpu in on_gpu)):
+            generator.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.features import clip, models
 from fedclip_flwr.features.clip import Clip
+from fedclip_flwr.features.pixels import packed
 from fedclip_flwr.features.whole import WholeModel
 from fedclip_flwr.learning.base import Classes, Examples
 from fedclip_flwr.learning.recipes import RECIPES
@@ -113,10 +114,24 @@ def test_a_full_model_lies_in_memory_as_tensors_travel_also_where_the_frozen_one
     assert all(tensor.is_contiguous() for tensor in WholeModel.copy_of(loaded, PROMPTS).state_dict().values())
 
 
-def test_a_model_that_takes_images_of_any_shape_cannot_be_trained_in_full(tmp_path: Path) -> None:
+def test_a_full_model_takes_images_of_any_shape_as_their_processor_gives_them(tmp_path: Path) -> None:
     loaded = Clip(models.find(str(small_siglip2(tmp_path / "model"))))
-    with pytest.raises(UserError, match="method = 'full-model': the image format of siglip2 is not supported"):
-        loaded.preparer(torch.uint8)(IMAGES)
+    images = [image.resize((32 + 8 * (number % 5), 40)) for number, image in enumerate(IMAGES)]
+    inputs = loaded.processor(images=images, return_tensors="pt")
+    assert len({*map(tuple, inputs["spatial_shapes"].tolist())}) > 1
+    assert 0 < inputs["pixel_attention_mask"].float().mean() < 1  # some patches are none
+    with torch.no_grad():
+        expected = F.normalize(loaded.net.get_image_features(**inputs).pooler_output, dim=-1)
+        pixels = loaded.preparer(torch.uint8)(images)["pixel_values"]
+        seen = WholeModel.copy_of(loaded, PROMPTS)(pixels)
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 3, 8, 8), (2, 16)])
+def test_images_that_are_none_can_not_be_stored_as_pixels(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="the images of other can't be stored as pixels: use method = 'adapter'"):
+        packed({"pixel_values": torch.zeros(shape)}, "other")
 
 
 def test_siglip_takes_texts_that_are_filled_up_whatever_the_others_are(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedclip_flwr.base.seeds import seed_of
 from fedclip_flwr.learning.adapters import Gate, make_adapter
-from fedclip_flwr.learning.base import Classes, Examples
+from fedclip_flwr.learning.base import Classes, Examples, Learner
 from fedclip_flwr.learning.metrics import Score
 from fedclip_flwr.learning.recipes import RECIPES, class_loss, contrastive_loss
 from fedclip_flwr.learning.selection import better, chosen
@@ -309,3 +309,31 @@ def test_where_zero_shot_cannot_be_selected_it_may_be_better_than_what_is() -> N
     zero, best, later = scores(9), scores(3), scores(4)
     assert chosen(later, best, zero, RECIPES["paper"])
     assert not chosen(later, best, zero, RECIPES["default"])
+
+
+class Dropping(Learner):
+    """A learner that draws by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(DIM))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(F.dropout(features, 0.5) @ self.weight, dim=-1)
+
+
+def test_a_learner_draws_from_the_seed_and_others_draw_as_if_it_had_not() -> None:
+    examples, classes = problem(40)
+
+    def trained(seed: int, rows: int = 32) -> Tensor:
+        learner = Dropping()
+        train(learner, examples, classes, RECIPES["default"], learning_rate=0.1, batch_size=rows, seed=seed)
+        return learner.weight.detach()
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = trained(1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, trained(1))
+    assert not torch.equal(trained(1, 40), trained(2, 40))  # all in one batch: their order does not matter
