@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.learning.lora import LoraSpec, LoraTensors, deltas, first_a, merge
+from fedclip_flwr.learning.lora import LoraSpec, LoraTensors, first_a, merge
 
 SPEC = LoraSpec("vision", "all", ("layer",), 2, 4.0)
 
@@ -25,7 +25,10 @@ def merged(b: Tensor, a: Tensor, scaling: float = 2.0) -> Tensor:
 
 def test_what_is_added_to_a_layer_by_hand() -> None:
     state = {"layer.lora_A": torch.tensor([[1.0, 2.0]]), "layer.lora_B": torch.tensor([[3.0], [-1.0]])}
-    assert torch.equal(deltas(state, 0.5)["layer"], torch.tensor([[1.5, 3.0], [-0.5, -1.0]]))
+    one = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    nn.init.zeros_(one.get_parameter("layer.weight"))
+    merge(one, state, 0.5)
+    assert torch.equal(one.get_parameter("layer.weight"), torch.tensor([[1.5, 3.0], [-0.5, -1.0]]))
 
 
 def test_with_frozen_a_the_mean_of_b_is_the_mean_of_the_layers() -> None:
