@@ -314,6 +314,17 @@ def test_a_site_makes_and_keeps_a_lora_of_its_own_with_both_factors(
     assert facts["personal_epoch"] > 0
 
 
+@needs("lora")
+@pytest.mark.parametrize("settings", [WITH_LORA, replace(SETTINGS, method="full-model")], ids=["lora", "full-model"])
+def test_a_site_without_images_to_validate_with_trains_a_tower(tree: Path, settings: Settings) -> None:
+    for path in [*tree.rglob("1.png"), *tree.rglob("2.png"), *tree.rglob("3.png"), *tree.rglob("fish/0.png")]:
+        path.unlink()  # four are left: two to train on, two to test with
+    learner = new_learner(settings, open_features(replace(settings, data=f"folder:{tree}"), progress=False))
+    start = learner.on_cpu()
+    reply = asked("train", tree, start, names=("car", "cat", "fish"), settings=settings)
+    assert records.read_answer(reply.content, start).report.validation.examples == 0
+
+
 def test_a_site_without_peft_says_so_at_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     for kind in ("query", "train"):

@@ -24,7 +24,8 @@ from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.canaries import found_images, found_sites
 from fedclip_flwr.experiments.simulate import make_sites
-from fedclip_flwr.features import Features, models, open_features
+from fedclip_flwr.features import Features, Pixels, models, open_features
+from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
 from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.report.heldout import trained, unchanged
@@ -252,16 +253,16 @@ def with_canaries(
     run: Run, settings: Settings, features: Features, sites: list[Site], options: AuditOptions, say: Say
 ) -> Audit:
     """The attack on canaries in a new simulation."""
-    if settings.method in ("full-model", LORA):
-        what = "LoRA" if settings.method == LORA else "the whole model"
-        raise UserError(f"--canaries: {run.name} trained {what}; canaries are for adapters and one round")
+    if isinstance(features, Pixels):
+        raise UserError(f"--canaries: {run.name} trained the whole model; canaries are for other methods")
     if options.data or options.sites:
         raise UserError("--canaries: they are put into a simulation of all sites; leave out --site and --data")
     classes: Classes = features.classes.ready(models.pick_device(settings.device))
     unit, attacker = attacked_by(settings)
     which = found_images if unit == "image" else found_sites
     claimed = privacy.spent(settings, [settings.rounds])  # first: it may lack a package
-    found = which(sites, classes, settings, options.canaries, options.confidence)
+    start = new_learner(settings, features) if settings.method == LORA else None
+    found = which(sites, classes, settings, options.canaries, options.confidence, start)
     who = f"{options.canaries:,} canary {unit}s, each in by the toss of a coin"
     return Audit(run.name, who, attacker, unit, found, options.confidence, settings.delta, claimed, run.unit)
 

@@ -2,11 +2,12 @@
 
 Each one is in by the toss of a coin, and an attack guesses these coins.
 
-- **images**: features in random directions, of random classes, at random sites. The adapter after the last round is
-  compared with that of a second simulation without any, which an attacker who knows all other images could make, too.
-  From the sums of one round all other images' sums are taken away; noise stays. With `dp=local` the attacker is the
-  server, which sees each site's sums; else the attacker has the total with the noise, before anything is made of it:
-  `gradient` is released like that, `span` and `full` are mended first.
+- **images**: features in random directions (with LoRA what it takes in their place: random bytes or activations), of
+  random classes, at random sites. The adapter after the last round is compared with that of a second simulation without
+  any, which an attacker who knows all other images could make, too. From the sums of one round all other images' sums
+  are taken away; noise stays. With `dp=local` the attacker is the server, which sees each site's sums; else the
+  attacker has the total with the noise, before anything is made of it: `gradient` is released like that, `span` and `full`
+  are mended first.
 - **sites**, for runs whose privacy is that of sites: their update is as long as may be, in a direction of their own.
   With `dp=central` one that is out sends an update of zero, and the attacker has the adapter after the last round. With
   `local` it sends the opposite, and the attacker is the server, which sees each update. That is what ε is about there.
@@ -14,8 +15,10 @@ Each one is in by the toss of a coin, and an attack guesses these coins.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from flwr.app import Message, MessageType
@@ -43,9 +46,14 @@ from fedclip_flwr.site.sums import exact_sums
 
 
 def found_images(
-    sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float
+    sites: Sequence[Site],
+    classes: Classes,
+    settings: Settings,
+    count: int,
+    confidence: float,
+    start: Learner | None = None,
 ) -> Findings:
-    """The findings on canary images in a simulation of these settings."""
+    """The findings on canary images in a simulation of these settings; `start` as in `simulate`."""
     chance = torch.Generator().manual_seed(seed_of(settings.seed, "audit", "canaries"))
     owners = torch.randint(len(sites), (count,), generator=chance)
     inside = torch.rand(count, generator=chance) < 0.5
@@ -58,7 +66,7 @@ def found_images(
     if settings.method == ONE_ROUND and settings.strategy == "fedavg":
         scores = scores_in_sums(sites, with_them, canaries, owners, classes, settings)
         return findings_of(scores, inside, settings.delta, confidence, 0.0)
-    unseeing, learner = (learnt(which, classes, settings) for which in (sites, with_them))
+    unseeing, learner = (learnt(which, classes, settings, start) for which in (sites, with_them))
     attack = membership.drops if isinstance(learner, OneRound) else membership.by_gradients
     scores = attack(learner, unseeing, canaries, classes)
     return findings_of(scores, inside, settings.delta, confidence)
@@ -122,25 +130,39 @@ def arrays_of(message: Message) -> State:
 
 
 def drawn(sites: Sequence[Site], classes: Classes, count: int, chance: torch.Generator) -> Examples:
-    """Features in random directions, as long as images' own, of random classes."""
+    """Features in random directions, as long as images' own, of random classes; in place of bytes, random bytes."""
     usual = next(site.train.features for site in sites if len(site.train.labels))
-    features = F.normalize(torch.randn(count, classes.dim, generator=chance), dim=1).to(usual)
+    shape = (count, *usual.shape[1:])
+    if usual.dtype == torch.uint8:
+        features = torch.randint(256, shape, generator=chance).to(usual)
+    else:
+        features = F.normalize(torch.randn(shape, generator=chance), dim=-1).to(usual) * usual.norm(dim=-1).mean()
     labels = torch.randint(len(classes.text), (count,), generator=chance).to(usual.device)
-    return Examples(features * usual.norm(dim=1).mean(), labels)
+    return Examples(features, labels)
 
 
-def learnt(sites: Sequence[Site], classes: Classes, settings: Settings) -> Learner:
+def learnt(sites: Sequence[Site], classes: Classes, settings: Settings, start: Learner | None) -> Learner:
     """What a simulation has after the last round: which one is selected may depend on canaries."""
-    learner = new_part(settings, classes).to(classes.text.device)
-    learner.load_state_dict(simulated(sites, classes, settings).last)
+    learner = started(settings, classes, start)
+    learner.load_state_dict(simulated(sites, classes, settings, start=start).last)
     return learner
 
 
+def started(settings: Settings, classes: Classes, start: Learner | None) -> Learner:
+    """A copy of the `start`; a new adapter by default."""
+    return (copy.deepcopy(start) if start else new_part(settings, classes)).to(classes.text.device)
+
+
 def simulated(
-    sites: Sequence[Site], classes: Classes, settings: Settings, wrap: Wrap = lambda name, node: node
+    sites: Sequence[Site],
+    classes: Classes,
+    settings: Settings,
+    wrap: Wrap = lambda name, node: node,
+    start: Learner | None = None,
 ) -> Result:
+    how: dict[str, Any] = {"start": start, "test_every_round": False, "wrap": wrap}
     with tqdm(desc="simulating", total=settings.rounds, unit=" rounds", delay=2, leave=False) as bar:
-        return simulate(sites, classes, None, settings, test_every_round=False, after_round=bar.update, wrap=wrap)
+        return simulate(sites, classes, None, settings, after_round=bar.update, **how)
 
 
 def findings_of(
@@ -151,13 +173,20 @@ def findings_of(
     return membership.findings(scores[inside], scores[~inside], signed, delta, confidence)
 
 
-def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, count: int, confidence: float) -> Findings:
-    """The findings on canary sites in a simulation of these settings."""
+def found_sites(
+    sites: Sequence[Site],
+    classes: Classes,
+    settings: Settings,
+    count: int,
+    confidence: float,
+    begin: Learner | None = None,
+) -> Findings:
+    """The findings on canary sites in a simulation of these settings; `begin` is the `start` of `simulate`."""
     settings = replace(
         settings, codec="float32", secure_aggregation=False, fraction_train=1.0, early_stop=0, site_weights="equal"
     )
     chance = torch.Generator().manual_seed(seed_of(settings.seed, "audit", "canaries"))
-    start = new_part(settings, classes).on_cpu()
+    start = started(settings, classes, begin).on_cpu()
     if count > (numbers := len(flat(start.values()))):
         raise UserError(f"--canaries {count}: an adapter of {numbers} numbers has room for as many; take fewer")
     directions = Directions.drawn(numbers, count, chance)
@@ -188,7 +217,7 @@ def found_sites(sites: Sequence[Site], classes: Classes, settings: Settings, cou
 
         return answer
 
-    result = simulated([*sites, *canaries], classes, settings, wrap)
+    result = simulated([*sites, *canaries], classes, settings, wrap, begin)
     if settings.dp == "local":
         return findings_of(seen, inside, settings.delta, confidence, 0.0)
     moved = directions.along(flat(result.last.values()) - flat(start.values()))

@@ -18,7 +18,7 @@ from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.cli import app
 from fedclip_flwr.exchange import noise, privacy, private_sums
 from fedclip_flwr.experiments import audit
-from fedclip_flwr.experiments.canaries import found_images
+from fedclip_flwr.experiments.canaries import found_images, found_sites
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.learning.membership import Findings
@@ -210,7 +210,7 @@ def test_a_whole_model_is_attacked_by_its_losses(tmp_path: Path, tree: Path, mon
     found = facts(path)
     assert 3 <= found["bits"] < 10
     assert (found["guesses"], found["epsilon_at_least"]) == (found["bits"], 0.0)
-    assert "trained the whole model; canaries are for adapters and one round" in run(path, "--canaries", 20)[2]
+    assert "trained the whole model; canaries are for other methods" in run(path, "--canaries", 20)[2]
 
 
 def test_who_is_left_after_one_was_forgotten_has_the_same_images(tmp_path: Path, data: Path) -> None:
@@ -321,4 +321,20 @@ def test_lora_is_attacked_by_its_losses(tmp_path: Path, tree: Path, monkeypatch:
     found = facts(path)
     assert 3 <= found["bits"] < 10
     assert found["guesses"] == found["bits"]
-    assert "trained LoRA; canaries are for adapters and one round" in run(path, "--canaries", 20)[2]
+    found = facts(path, "--canaries", 20)
+    assert (found["attacked"], found["bits"]) == ("20 canary images, each in by the toss of a coin", 20)
+    assert found["auc"] > 0.8
+
+
+@needs("lora", "privacy")
+def test_canary_sites_in_a_lora_stay_below_what_is_claimed(tree: Path) -> None:
+    how: dict[str, Any] = {"method": "lora", "lora_layers": "last:1", "lora_rank": 2, "data": f"folder:{tree}"}
+    settings = Settings(dp="central", num_server_rounds=1, holdout="", **how)
+    features = open_features(settings, progress=False)
+    every, _ = make_sites(features, "", 2)
+    start = new_learner(settings, features)
+    found = found_sites(every, features.classes.ready(), settings, 20, 0.95, start)
+    claimed = privacy.spent(settings, [1])
+    assert found.bits == 20
+    assert claimed is not None
+    assert found.epsilon <= claimed
