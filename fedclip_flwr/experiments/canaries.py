@@ -6,8 +6,8 @@ Each one is in by the toss of a coin, and an attack guesses these coins.
   random classes, at random sites. The adapter after the last round is compared with that of a second simulation without
   any, which an attacker who knows all other images could make, too. From the sums of one round all other images' sums
   are taken away; noise stays. With `dp=local` the attacker is the server, which sees each site's sums; else the
-  attacker has the total with the noise, before anything is made of it: `gradient` is released like that, `span` and `full`
-  are mended first.
+  attacker has the total with the noise, before anything is made of it: `gradient` is released like that, `span` and
+  `full` are mended first.
 - **sites**, for runs whose privacy is that of sites: their update is as long as may be, in a direction of their own.
   With `dp=central` one that is out sends an update of zero, and the attacker has the adapter after the last round. With
   `local` it sends the opposite, and the attacker is the server, which sees each update. That is what ε is about there.
@@ -141,7 +141,7 @@ def drawn(sites: Sequence[Site], classes: Classes, count: int, chance: torch.Gen
     return Examples(features, labels)
 
 
-def learnt(sites: Sequence[Site], classes: Classes, settings: Settings, start: Learner | None) -> Learner:
+def learnt(sites: Sequence[Site], classes: Classes, settings: Settings, start: Learner | None = None) -> Learner:
     """What a simulation has after the last round: which one is selected may depend on canaries."""
     learner = started(settings, classes, start)
     learner.load_state_dict(simulated(sites, classes, settings, start=start).last)
