@@ -56,7 +56,7 @@ def compare(features: Features, sites: Sequence[Site], settings: dict[str, Any],
     classes, rows = features.classes.ready(), []
     for name, given in METHODS.items():
         how = Settings(**settings, **given)
-        pairs = attacked(learnt(sites, classes, how), None, sites, classes, how, CONFIDENCE)
+        pairs = attacked(learnt(sites, classes, how, None), None, sites, classes, how, CONFIDENCE)
         rows.append(row(name, "images", pairs, None))
         rows.append(row(name, "canary images", found_images(sites, classes, how, canaries, CONFIDENCE), None))
     for dp, multipliers in MULTIPLIERS.items():

@@ -45,6 +45,8 @@ SCANNED = 500
 class Encoded:
     """Features of a source's images, from the store or encoded now."""
 
+    trains_tower = False
+    """Whether what is stored is for training a tower, and not features."""
     _entry, _doing = "given", "encoding"
     _older: str | None = "images"  # the name under which an earlier version stored features of unit length
 
@@ -255,6 +257,7 @@ class Encoded:
 class TowerPixels(Encoded):
     """The images as uint8 pixels, to train the vision tower."""
 
+    trains_tower = True
     _entry, _doing, _older = "pixels", "reading", None
 
     def room(self, images: int) -> int:
@@ -285,7 +288,7 @@ class Pixels(TowerPixels):
 class Activations(Encoded):
     """What enters the last layers of the vision tower, for each image: those before them are run once."""
 
-    _older = None
+    trains_tower, _older = True, None
 
     def __init__(self, *args: Any, last: int, **more: Any) -> None:
         super().__init__(*args, **more)

@@ -12,6 +12,7 @@ from fedclip_flwr.cli import app
 from fedclip_flwr.experiments.simulate import Result, make_sites, simulate
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.operations import simulation
+from tests.extras import needs
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,22 @@ def test_what_encoding_has_no_use_for_is_refused(tree: Path) -> None:
     code, output = encode("data=features:/tmp")
     assert (code, "these are features already" in output) == (2, True)
     assert others
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        (["method=full-model"], "pixels-*.safetensors"),
+        pytest.param(["method=lora", "lora-layers=last:1"], "last1-*.safetensors", marks=needs("lora")),
+    ],
+)
+def test_what_a_tower_is_trained_on_is_stored_but_is_no_feature_folder(
+    tree: Path, fedclip_home: Path, given: list[str], stored: str
+) -> None:
+    assert encode(f"data={tree}", *given)[0] == 0
+    assert len([*fedclip_home.glob(f"features/*/{stored}")]) == 2
+    code, output = encode(f"data={tree}", *given, "--out", "made")
+    assert (code, "no features are made; leave it out" in output) == (2, True)
 
 
 def test_a_folder_that_could_not_be_completed_does_not_say_that_it_is(tree: Path, tmp_path: Path) -> None:

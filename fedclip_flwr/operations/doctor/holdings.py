@@ -8,11 +8,10 @@ from typing import Any
 
 from fedclip_flwr.base import Settings, content, files
 from fedclip_flwr.base.roles import HOLDOUT
-from fedclip_flwr.base.settings import ENCODING_KEYS, STORED
+from fedclip_flwr.base.settings import STORED, STORING_KEYS
 from fedclip_flwr.base.text import bytes_of, some
 from fedclip_flwr.data import Source, Vocabulary, pick_holdout
 from fedclip_flwr.features import Encoded, Features, models, open_features
-from fedclip_flwr.features.encoded import Activations, TowerPixels
 from fedclip_flwr.features.opening import server_vocabulary, source_of
 from fedclip_flwr.operations.doctor.findings import Examination
 from fedclip_flwr.runs.history import results
@@ -123,9 +122,8 @@ def _stored(ex: Examination, settings: Settings, run: Settings, features: Featur
     lacking = sum(count - stored for stored, count in (counts or {}).values())
     if counts and lacking:
         found = ", ".join(f"{domain} {stored:,} of {count:,}" for domain, (stored, count) in counts.items())
-        plain = not isinstance(features, TowerPixels | Activations)
-        ahead = f"; to encode now: {_command(settings, run)}" if plain else ""
-        ex.note("features", f"stored: {found}", f"a run encodes the rest first, and waits for it{ahead}")
+        ahead = f"to encode now: {_command(settings, run)}"
+        ex.note("features", f"stored: {found}", f"a run encodes the rest first, and waits for it; {ahead}")
     elif counts:
         ex.ok("features", f"all {sum(count for _, count in counts.values()):,} are stored")
     return features.room(lacking)
@@ -135,5 +133,5 @@ def _command(settings: Settings, run: Settings) -> str:
     """The command that encodes the data as the run needs it."""
     here, plain = settings.as_run_config(), Settings().as_run_config()
     given = {**here, "class-names": run.class_names}
-    words = [f"{key}={given[key]}" for key in ENCODING_KEYS if key == "data" or given[key] != plain[key]]
+    words = [f"{key}={given[key]}" for key in STORING_KEYS if key == "data" or given[key] != plain[key]]
     return " ".join(["fedclip encode", *map(shlex.quote, words)])

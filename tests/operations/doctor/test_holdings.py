@@ -177,22 +177,25 @@ def test_a_feature_folder_needs_no_model(tree: Path, tmp_path: Path) -> None:
     assert found["features"][0] == "FAIL"
 
 
-def test_pixels_of_a_full_model_take_more_room_and_no_command_makes_them_ahead(tree: Path) -> None:
-    found, needed = at_site(tree, Settings(method="full-model"))
-    assert needed == 24 * 3 * 64 * 64
-    assert "fedclip encode" not in found["features"][2]
+def trained_on(tree: Path, run: Settings) -> int:
+    """The room for what the run is trained on, which the command that is named encodes."""
+    found, needed = at_site(tree, run)
+    words = shlex.split(found["features"][2].partition("to encode now: ")[2])
+    encode.encode(words[2:])
+    assert at_site(tree, run)[0]["features"] == ("ok", "all 24 are stored", "")
+    return needed
+
+
+def test_pixels_of_a_full_model_take_more_room(tree: Path) -> None:
+    assert trained_on(tree, Settings(method="full-model", class_names="car,cat,fish")) == 24 * 3 * 64 * 64
 
 
 @needs("lora")
-def test_what_lora_takes_needs_its_room_and_no_command_makes_it_ahead(tree: Path) -> None:
+def test_what_lora_takes_needs_its_room(tree: Path) -> None:
     tower = Settings(method="lora", class_names="car,cat,fish")
-    for run, each in ((tower, 3 * 64 * 64), (replace(tower, lora_layers="last:1"), 4 * 65 * 128)):
-        found, needed = at_site(tree, run)
-        assert needed == 24 * each
-        assert "fedclip encode" not in found["features"][2]
-    found, needed = at_site(tree, replace(tower, lora_targets="text"))  # which trains on plain features
-    assert needed == 24 * 128 * 4
-    assert "fedclip encode" in found["features"][2]
+    assert trained_on(tree, tower) == 24 * 3 * 64 * 64
+    assert trained_on(tree, replace(tower, lora_layers="last:1")) == 24 * 4 * 65 * 128
+    assert trained_on(tree, replace(tower, lora_targets="text")) == 24 * 128 * 4  # plain features
 
 
 def test_a_site_without_peft_learns_it_before_a_run(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
