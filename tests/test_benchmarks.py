@@ -21,6 +21,7 @@ from deploy.relay import relayed
 from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.base.settings import Settings
 from fedclip_flwr.exchange import privacy
+from fedclip_flwr.features import models
 from fedclip_flwr.features.folder import FeatureFolder
 from harness.features import write_features
 from harness.machine import OURS, memory, processes, table
@@ -198,7 +199,7 @@ def test_lora_is_measured_beside_a_whole_model(
     monkeypatch.setattr(sys, "argv", ["x", "--quick"])
     monkeypatch.setattr(lora, "workplace", lambda: nullcontext(tmp_path))
     monkeypatch.setattr(lora, "peak_of", lora.peak)  # without processes of their own
-    monkeypatch.setattr(lora.models, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(models, "has_bfloat16", lambda: False)
     assert lora.main().startswith("1 turns, ")
     printed = capsys.readouterr().out
     rows = {row[0]: row[1:] for line in printed.splitlines() if (row := line[2:-2].split(" | ")) and len(row) > 1}

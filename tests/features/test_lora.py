@@ -50,7 +50,7 @@ def lively(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=MAKERS.values(), ids=MAKERS)
+@pytest.fixture(scope="module", params=MAKERS.values(), ids=[*MAKERS])
 def any_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lively(request.param(tmp_path_factory.mktemp("any") / "model"))
 
@@ -129,7 +129,7 @@ def test_it_starts_from_what_is_stored_as_zero_shot(
     for name, image in zip(CLASSES, IMAGES, strict=True):
         (tmp_path / "images" / name).mkdir(parents=True)
         image.save(tmp_path / "images" / name / "a.png")
-    given = {"data": f"folder:{tmp_path / 'images'}", "model": str(any_folder), "device": "cpu"}
+    given: dict[str, Any] = {"data": f"folder:{tmp_path / 'images'}", "model": str(any_folder), "device": "cpu"}
     settings = Settings(method="lora", lora_targets=targets, lora_layers=layers, lora_rank=2, **given)
     opened = [open_features(of, root=tmp_path, progress=False) for of in (Settings(**given), settings)]
     plain, stored = (features.examples(features.domains[0]) for features in opened)
@@ -167,7 +167,8 @@ class ByHand(nn.Module):
         self.a, self.b = nn.Parameter(a), nn.Parameter(torch.zeros(linear.out_features, len(a)))
 
     def forward(self, given: Tensor) -> Tensor:
-        return self.linear(given) + self.scaling * (given @ self.a.T @ self.b.T)
+        found: Tensor = self.linear(given) + self.scaling * (given @ self.a.T @ self.b.T)
+        return found
 
 
 class HandLearner(Learner):
@@ -194,7 +195,7 @@ class HandLearner(Learner):
 
 @pytest.mark.parametrize("trained", ["B", "both"])
 def test_it_learns_what_lora_by_hand_learns(any_folder: Path, trained: str) -> None:
-    given = {"lora_train": trained, "lora_modules": "q_proj,v_proj", "seed": 9}
+    given: dict[str, Any] = {"lora_train": trained, "lora_modules": "q_proj,v_proj", "seed": 9}
     learner, text = lora(any_folder, **given), frozen(loaded(any_folder))
     by_hand = HandLearner(loaded(any_folder), 9, both=trained == "both")
     images = pixels_of(loaded(any_folder))
@@ -245,7 +246,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit(any_folder: Path, dro
     images, text = pixels_of(loaded(any_folder)), frozen(loaded(any_folder))
     found = []
     for checkpointing in (False, True):
-        more = {"lora_targets": "both", "lora_train": "both", "gradient_checkpointing": checkpointing}
+        more: dict[str, Any] = {"lora_targets": "both", "lora_train": "both", "gradient_checkpointing": checkpointing}
         learner = shaken(lora(any_folder, lora_dropout=dropout, **more))
         torch.manual_seed(1)
         found.append(gradients(learner, images, text))
@@ -260,7 +261,7 @@ def test_the_blend_is_the_share_of_lora_that_is_used(any_folder: Path) -> None:
     with torch.no_grad():
         for learner.blend in (0.0, 0.5, 1.0):
             found[learner.blend] = learner(images)
-            tensors = LoraTensors(learner.spec, learner.every, learner.blend)
+            tensors = LoraTensors(learner.spec, {**learner.every}, learner.blend)
             merged = loaded(any_folder)
             tensors.merge_into(merged.net)
             own = F.normalize(merged.encode(Unpacking(clip.processor)(images)), dim=-1)

@@ -100,9 +100,9 @@ def test_a_complete_lora_is_two_factors_of_the_rank() -> None:
     for shapes in ([(2, 5)], [(2, 5), (3, 2), (2, 5)], []):
         with pytest.raises(ValueError, match="its tensors are not pairs of LoRA"):
             tensors(*shapes).check()
-    for shapes in ([(1, 5), (3, 1)], [(2, 5), (3, 1)], [(2, 5), (2,)]):
+    for wrong in ([(1, 5), (3, 1)], [(2, 5), (3, 1)], [(2, 5), (2,)]):
         with pytest.raises(ValueError, match=r"layer has LoRA of \[.*, expected rank 2"):
-            tensors(*shapes).check()
+            tensors(*wrong).check()
 
 
 def test_lora_that_does_not_fit_a_model_is_reported_and_half_of_it_is_half_the_change() -> None:
