@@ -17,7 +17,7 @@ from fedclip_flwr.base.errors import UserError
 from fedclip_flwr.data.drawn import CLASSES, picture
 from fedclip_flwr.features import clip, models
 from fedclip_flwr.features.clip import Clip
-from fedclip_flwr.features.pixels import packed
+from fedclip_flwr.features.pixels import Unpacking, packed
 from fedclip_flwr.features.whole import WholeModel
 from fedclip_flwr.learning.base import Classes, Examples
 from fedclip_flwr.learning.recipes import RECIPES
@@ -117,6 +117,7 @@ def test_a_full_model_lies_in_memory_as_tensors_travel_also_where_the_frozen_one
 def test_a_full_model_takes_images_of_any_shape_as_their_processor_gives_them(tmp_path: Path) -> None:
     loaded = Clip(models.find(str(small_siglip2(tmp_path / "model"))))
     images = [image.resize((32 + 8 * (number % 5), 40)) for number, image in enumerate(IMAGES)]
+    loaded.processor.image_mean, loaded.processor.image_std = [0.3, 0.5, 0.6], [0.2, 0.4, 0.5]
     inputs = loaded.processor(images=images, return_tensors="pt")
     assert len({*map(tuple, inputs["spatial_shapes"].tolist())}) > 1
     assert 0 < inputs["pixel_attention_mask"].float().mean() < 1  # some patches are none
@@ -125,6 +126,7 @@ def test_a_full_model_takes_images_of_any_shape_as_their_processor_gives_them(tm
         pixels = loaded.preparer(torch.uint8)(images)["pixel_values"]
         seen = WholeModel.copy_of(loaded, PROMPTS)(pixels)
     assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(Unpacking(loaded.processor)(pixels), dict(inputs), rtol=0, atol=1e-5, check_dtype=False)
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
 
 
