@@ -330,7 +330,26 @@ MUTATIONS: Sequence[Mutation] = (
         "fedclip_flwr/site/work.py",
         "test_client_app.py",
         ("trained = privacy.at_site(trained, before, settings)", "pass"),
-        ("learner.blend = task.blend", "pass"),
+        ("if task.blend is None else task.blend", "if True else 0.0"),
+    ),
+    # LoRA
+    *changes(
+        "fedclip_flwr/learning/lora.py",
+        "learning/test_lora.py",
+        ("uniform.view(rank, width) / math.sqrt(width)", "uniform.view(rank, width)"),
+        ("weight.add_(scaling * (", "weight.add_(("),
+    ),
+    *changes(
+        "fedclip_flwr/features/lora.py",
+        "features/test_lora.py",
+        ("layer.scaling[NAME] = self.spec.scaling * share", "layer.scaling[NAME] = self.spec.scaling"),
+        ("layer.lora_dropout[NAME].training = torch.is_grad_enabled()", "layer.lora_dropout[NAME].training = True"),
+        ("second.zero_()", "second.fill_(1e-4)"),
+    ),
+    *changes(
+        "fedclip_flwr/features/towers.py",
+        "features/test_lora.py",
+        ("model.pre_layrnorm = nn.Identity()", "pass"),
     ),
     # the paper's recipe, and papers
     *changes(
