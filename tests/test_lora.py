@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -38,16 +38,21 @@ def pictures(root: Path) -> Path:
     return root
 
 
-def test_three_sites_over_tls_a_simulation_and_one_process_end_with_the_same_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Settings, demo.Outcome, demo.Outcome]:
+    """The settings of a federation, and its result over TLS and simulated."""
     data = f"folder:{pictures(tmp_path / 'pictures')}"
     how = {"num_server_rounds": 2, "batch_size": 4, "data": data, **SMALL}
-    settings = Settings(**how)
-    features = open_features(settings, progress=False)
     monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
-    deployed, simulated = demo.demo(tmp_path, given(**how), f"data='{data}'")
+    return Settings(**how), *demo.demo(tmp_path, given(**how), f"data='{data}'")
+
+
+def test_three_sites_over_tls_a_simulation_and_one_process_end_with_the_same_tensors(
+    both: tuple[Settings, demo.Outcome, demo.Outcome],
+) -> None:
+    settings, deployed, simulated = both
     assert demo.difference(deployed, simulated) == pytest.approx(0, abs=1e-6)
+    features = open_features(settings, progress=False)
     learner = new_learner(settings, features)
     assert isinstance(learner, Lora)
     sites, unseen = make_sites(features, settings.holdout, 3, settings.seed)
@@ -59,14 +64,27 @@ def test_three_sites_over_tls_a_simulation_and_one_process_end_with_the_same_ten
     assert deployed.summary["adapted"]["seen"] == pytest.approx(truth.selected.seen, abs=0.004)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tree: Path, tmp_path: Path) -> None:
-    settings = given(**SMALL, lora_dropout=0.1, codec="int8", num_server_rounds=6, data=f"folder:{tree}", batch_size=4)
+class Resumed(NamedTuple):
+    """The folders of a run that was never interrupted and of one that was killed and resumed; what that one said."""
+
+    whole: Path
+    cut: Path
+    said: str
+
+
+@pytest.fixture
+def resumed(tree: Path, tmp_path: Path) -> Resumed:
+    settings = given(**SMALL, lora_dropout=0.1, codec="int8", num_server_rounds=4, data=f"folder:{tree}", batch_size=4)
     done = fedclip("run", "--nodes", "2", f"results-dir={tmp_path / 'whole'}", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = cut_off(2, tmp_path / "cut", *settings)
+    folder = cut_off(1, tmp_path / "cut", *settings)
     done = fedclip("run", f"results-dir={tmp_path / 'cut'}", "resume=latest")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resuming after round" in done.stdout
-    complete = run_folder(tmp_path / "whole")
-    assert (complete / "adapter.safetensors").read_bytes() == (folder / "adapter.safetensors").read_bytes()
-    assert_same_checkpoint(complete, folder)
+    return Resumed(run_folder(tmp_path / "whole"), folder, done.stdout)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(resumed: Resumed) -> None:
+    assert "resuming after round" in resumed.said
+    adapters = [(folder / "adapter.safetensors").read_bytes() for folder in (resumed.whole, resumed.cut)]
+    assert adapters[0] == adapters[1]
+    assert_same_checkpoint(resumed.whole, resumed.cut)
