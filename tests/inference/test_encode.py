@@ -120,10 +120,11 @@ def test_what_encoding_has_no_use_for_is_refused(tree: Path) -> None:
     ],
 )
 def test_what_a_tower_is_trained_on_is_stored_but_is_no_feature_folder(
-    tree: Path, fedclip_home: Path, given: list[str], stored: str
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], stored: str
 ) -> None:
+    monkeypatch.setenv("FEDCLIP_HOME", str(tmp_path / "home"))
     assert encode(f"data={tree}", *given)[0] == 0
-    assert len([*fedclip_home.glob(f"features/*/{stored}")]) == 2
+    assert len([*(tmp_path / "home").glob(f"features/*/{stored}")]) == 2
     code, output = encode(f"data={tree}", *given, "--out", "made")
     assert (code, "no features are made; leave it out" in output) == (2, True)
 
