@@ -17,13 +17,13 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from xdist.scheduler import LoadScopeScheduling
 
 from fedclip_flwr.base.settings import Settings
-from fedclip_flwr.data.drawn import picture
 from fedclip_flwr.features.base import Features
 from fedclip_flwr.features.opening import open_features
 from fedclip_flwr.flower import lines
 from fedclip_flwr.flower.grids import act_as_server
 from tests import budget
 from tests.learnt import saved_adapter
+from tests.trees import draw
 
 HUGGING_FACE = tempfile.mkdtemp(prefix="huggingface-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUGGING_FACE, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -128,25 +128,13 @@ def drawn() -> Features:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A folder domain/class/image: 2 domains, 3 classes, 4 images each."""
-    root = tmp_path / "tree"
-    for domain in ("photo", "cartoon"):
-        for figure in ("car", "cat", "fish"):
-            (root / domain / figure).mkdir(parents=True)
-            for i in range(4):
-                picture(7, domain, figure, i)[0].save(root / domain / figure / f"{i}.png")
-    return root
+    return draw(tmp_path / "tree", ("photo", "cartoon"), ("car", "cat", "fish"), 4)
 
 
 @pytest.fixture
 def hard_tree(tmp_path: Path) -> Path:
     """As `tree`, with 8 images each, and a domain in which the bundled CLIP makes mistakes."""
-    root = tmp_path / "hard"
-    for domain in ("photo", "sketch"):
-        for figure in ("bird", "house", "tree"):
-            (root / domain / figure).mkdir(parents=True)
-            for i in range(8):
-                picture(7, domain, figure, i)[0].save(root / domain / figure / f"{i}.png")
-    return root
+    return draw(tmp_path / "hard", ("photo", "sketch"), ("bird", "house", "tree"), 8)
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from deploy import demo
 from fedclip_flwr.base import Settings
-from fedclip_flwr.data.drawn import DOMAINS, picture
+from fedclip_flwr.data.drawn import DOMAINS
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.lora import Lora
 from fedclip_flwr.features.opening import new_learner, open_features
 from fedclip_flwr.operations import simulation
 from tests.extras import needs
 from tests.test_running import assert_same_checkpoint, cut_off, fedclip, run_folder
+from tests.trees import draw
 
 pytestmark = [pytest.mark.federation, needs("lora", "simulation")]
 
@@ -28,20 +29,10 @@ def given(**settings: Any) -> list[str]:
     return [f"{key.replace('_', '-')}={value}" for key, value in settings.items()]
 
 
-def pictures(root: Path) -> Path:
-    """A folder of four domains, of which three sites have one each."""
-    for domain in DOMAINS:
-        for figure in ("car", "cat", "fish"):
-            (root / domain / figure).mkdir(parents=True)
-            for number in range(5):
-                picture(7, domain, figure, number)[0].save(root / domain / figure / f"{number}.png")
-    return root
-
-
 @pytest.fixture
 def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Settings, demo.Outcome, demo.Outcome]:
     """The settings of a federation, and its result over TLS and simulated."""
-    data = f"folder:{pictures(tmp_path / 'pictures')}"
+    data = f"folder:{draw(tmp_path / 'pictures', DOMAINS, ('car', 'cat', 'fish'), 5)}"  # three sites have a domain each
     how = {"num_server_rounds": 2, "batch_size": 4, "data": data, **SMALL}
     monkeypatch.setattr(simulation, "stop_in_order", lambda word: None)
     return Settings(**how), *demo.demo(tmp_path, given(**how), f"data='{data}'")
