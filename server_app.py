@@ -27,7 +27,7 @@ from fedclip_flwr.learning import Classes, Examples, Learner, examine
 from fedclip_flwr.learning.metrics import Quality
 from fedclip_flwr.learning.recipes import starts_as_zero_shot
 from fedclip_flwr.report import writing
-from fedclip_flwr.runs import console
+from fedclip_flwr.runs import console, saved
 from fedclip_flwr.runs.checkpoint import Checkpoint
 from fedclip_flwr.runs.directions import start_of
 from fedclip_flwr.runs.folder import RunFolder
@@ -74,7 +74,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         ledger = ledger_of(folder, settings, names, earlier)
         strategy = strategy_of(settings, start, nodes.names, nodes.examples, len(names), ledger)
         if before := folder.before:
-            resume(before, settings, session, nodes, strategy)
+            resume(folder, before, settings, session, nodes, strategy)
             clock.before = before.seconds
         elif not has_news(folder, settings, nodes, earlier):
             return
@@ -198,10 +198,18 @@ def encoded(grid: Grid, features: Features, holdout: str | None, device: torch.d
     return unseen
 
 
-def resume(before: Checkpoint, settings: Settings, session: Session, nodes: Nodes, strategy: AdapterFedAvg) -> None:
+def resume(
+    folder: RunFolder, before: Checkpoint, settings: Settings, session: Session, nodes: Nodes, strategy: AdapterFedAvg
+) -> None:
     """Restores the state after the last complete round, and waits for the sites."""
     if before.session != session.key:
         raise UserError(f"resume = {settings.resume!r}: that run had another model or other classes")
+    if nodes.frozen:
+        made = saved.load_lora(folder.path)[0].state
+        if not all(torch.equal(tensor, made[name]) for name, tensor in nodes.frozen.items()):
+            raise UserError(
+                f"start = {settings.start!r}: it has changed since the run began; restore it, or start a new run"
+            )
     nodes.link.resume(before.state.state, before.residual)
     strategy.memory = before.strategy
     nodes.resume(before.nodes, settings.least_sites)

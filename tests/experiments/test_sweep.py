@@ -23,12 +23,10 @@ from fedclip_flwr.experiments import comparison, printed
 from fedclip_flwr.experiments.baselines import METHODS, Published
 from fedclip_flwr.experiments.comparison import SweepOptions, compare, planned
 from fedclip_flwr.experiments.simulate import make_sites, simulate
-from fedclip_flwr.experiments.sweep import Cell, Found, Plan, Trained, solve
+from fedclip_flwr.experiments.sweep import Cell, Found, Plan, solve
 from fedclip_flwr.experiments.tables import as_csv, markdown, rows
-from fedclip_flwr.features import lora
-from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.features.opening import open_features
 from tests import forked
-from tests.extras import needs
 
 BIN = Path(sys.executable).parent
 NAMES = ("cow", "elk", "fox")
@@ -47,12 +45,6 @@ def folder(root: Path, seed: int = 0, **facts: Any) -> Path:
     described = {"model": "m", "embedding_dim": 8, "logit_scale": 10.0, "prompt": "a {}", "class_names": list("xyz")}
     (root / "features.json").write_text(json.dumps({**described, "domains": NAMES, "parameters": 1000, **facts}))
     return root
-
-
-@pytest.fixture
-def forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sweep's processes need not load torch."""
-    monkeypatch.setattr("fedclip_flwr.experiments.sweep.get_context", lambda _: forked.CONTEXT)
 
 
 def options(data: str, *settings: str, **changed: Any) -> SweepOptions:
@@ -592,81 +584,3 @@ def test_a_folder_that_cannot_be_written_is_reported_before_the_work(tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="set --out to another folder"):
         compare(options(f"features:{folder(tmp_path / 'f')}", out=str(tmp_path / "file")))
-
-
-WITH_LORA = ("lora-layers=last:1", "lora-rank=2", "learning-rate=0.01")
-
-
-@needs("lora")
-def test_lora_gets_its_settings_and_no_other_method_does(tree: Path) -> None:
-    plan, _ = planned(options(f"folder:{tree}", *WITH_LORA, methods="lora,lora-both,gate,fedavg"))
-    found = {cell.method: cell for cell in plan.cells()}
-    how = {name: cell.settings for name, cell in found.items()}
-    assert [how[name].lora_train for name in ("lora", "lora-both")] == ["B", "both"]
-    assert {name for name, each in how.items() if (each.lora_layers, each.lora_rank) == ("last:1", 2)} == {
-        *("lora", "lora-both")
-    }
-    assert {(how[name].lora_layers, how[name].lora_rank) for name in ("zero-shot", "gate", "fedavg")} == {("all", 8)}
-    assert {name: cell.trains for name, cell in found.items()} == {
-        "fedavg": Trained("full-model"),
-        "lora": Trained("lora", "vision", "last:1"),
-        "lora-both": Trained("lora", "vision", "last:1"),
-        "zero-shot": Trained(),
-        "gate": Trained(),
-    }
-
-
-@needs("lora")
-def test_lora_is_swept_beside_an_adapter(hard_tree: Path, tmp_path: Path, forks: None) -> None:
-    how: dict[str, Any] = {"holdouts": "sketch", "seeds": 1, "rounds": 1, "out": str(tmp_path / "out")}
-    table = compare(options(f"folder:{hard_tree}", *WITH_LORA, methods="lora,scale", **how))
-    lora, zero = (
-        next(line for line in table.splitlines() if f"| {row} |" in line) for row in ("ours, LoRA", "zero-shot")
-    )
-    settings = Settings(
-        data=f"folder:{hard_tree}", method="lora", lora_layers="last:1", lora_rank=2, learning_rate=0.01
-    )
-    settings = replace(settings, num_server_rounds=1, holdout="sketch")
-    features = open_features(settings, progress=False)
-    sites, unseen = make_sites(features, "sketch", 1)
-    start = new_learner(settings, features)
-    result = simulate(sites, features.classes, unseen, settings, start=start)
-    percents = [f"{100 * (value or 0):.1f}" for value in (result.selected.seen, result.selected.unseen)]
-    assert " / ".join(percents) in lora
-    assert result.selected != result.zero_shot
-    assert f"{100 * (result.zero_shot.seen or 0):.1f} / {100 * (result.zero_shot.unseen or 0):.1f}" in zero
-    assert "21.6 kB" in lora  # 2,304 numbers there and back
-
-
-def test_a_sweep_has_lora_only_if_it_is_named(tree: Path, tmp_path: Path) -> None:
-    plan, _ = planned(options(f"folder:{tree}"))
-    assert not {"lora", "lora-both"} & {*plan.methods}
-
-
-@needs("lora")
-@pytest.mark.parametrize(
-    ("given", "methods", "expected"),
-    [
-        ("lora-rank=2", "gate", "lora-rank: it is for LoRA; add lora or lora-both to --methods, or leave it out"),
-        ("lora-train=both", "lora", "lora-train: the methods differ in it"),
-        ("start=/somewhere", "lora", "start: it has no effect in a sweep; leave it out"),
-        ("lora-layers=3", "lora", "lora-layers = '3': expected all or last:N"),
-        ("lora-layers=last:99", "lora", "lora-layers = 'last:99': the vision tower has only 4 layers"),
-        ("lora-rank=500", "lora", "lora-rank = 500: q_proj of the vision tower allows at most 128"),
-        ("lora-modules=query", "lora", "lora-modules: a layer of the vision tower has no 'query'; it has k_proj"),
-    ],
-)
-def test_settings_of_lora_that_can_not_be_are_refused(tree: Path, given: str, methods: str, expected: str) -> None:
-    with pytest.raises(UserError) as caught:
-        planned(options(f"folder:{tree}", given, methods=methods))
-    assert expected in str(caught.value)
-
-
-def test_lora_needs_images_and_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = f"features:{folder(tmp_path / 'f')}"
-    monkeypatch.setattr(lora, "find_spec", lambda name: object())
-    with pytest.raises(UserError, match=r"--methods lora: needs images, and features:.* has only their features"):
-        planned(options(data, methods="lora"))
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--methods lora: method = 'lora' needs peft: pip install"):
-        planned(options(data, methods="lora"))

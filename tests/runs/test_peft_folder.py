@@ -211,6 +211,17 @@ def test_a_folder_that_lacks_something_is_refused_and_no_pickle_is_read(given: d
     assert "start" in problems  # it is for method = 'lora'
 
 
+def serve(config: Mapping[str, Any]) -> None:
+    """A federation of two sites."""
+
+    def site(number: int) -> Any:
+        node: dict[str, Any] = {"partition-id": number, "num-partitions": 2, "data": config["data"]}
+        context = Context(RUN, 1, node, RecordDict(), dict(config))
+        return lambda message: client_app.app(message, context)
+
+    server_app.serve(local_grid({2: site(0), 3: site(1)}), config)
+
+
 @pytest.mark.parametrize("more", [{}, {"codec": "int8"}, {"lora-train": "both"}, {"lora-targets": "text"}], ids=str)
 def test_a_run_goes_on_from_it(
     more: dict[str, Any],
@@ -226,12 +237,7 @@ def test_a_run_goes_on_from_it(
     config |= {"data": f"folder:{tree}", "results-dir": str(tmp_path / "runs"), "name": "after"}
     config |= {"num-server-rounds": 1, **more}
 
-    def site(number: int) -> Any:
-        node: dict[str, Any] = {"partition-id": number, "num-partitions": 2, "data": f"folder:{tree}"}
-        context = Context(RUN, 1, node, RecordDict(), config)
-        return lambda message: client_app.app(message, context)
-
-    server_app.serve(local_grid({2: site(0), 3: site(1)}), config)
+    serve(config)
     after = tmp_path / "runs" / "after"
     summary = json.loads((after / "summary.json").read_text())
     assert summary["failures"] == []
@@ -272,3 +278,19 @@ def test_a_simulation_sends_what_is_not_trained(given: dict[str, Any]) -> None:
         scores = [examine(start, site.test, features.classes.ready()).score for site in sites]
     assert result.rounds[0].seen == pytest.approx(sum(score.accuracy or 0.0 for score in scores) / 2)
     assert any(not torch.equal(tensor, result.last[name]) for name, tensor in start.state_dict().items())
+
+
+def test_a_run_resumes_only_from_the_start_that_it_had(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "at_end", lambda *_: "no report")
+    config = {**Settings().as_run_config(), **given, "holdout": "", "num-server-rounds": 1}
+    serve(config)
+    longer = {**config, "num-server-rounds": 2, "resume": "latest"}
+    path = Path(given["start"]) / peft_folder.TENSORS
+    held = path.read_bytes()
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="it has changed since the run began; restore it, or start a new run"):
+        serve(longer)
+    path.write_bytes(held)
+    serve(longer)
+    lines = (Path(given["results-dir"]) / "latest" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
