@@ -279,10 +279,11 @@ def test_options_that_do_not_go_together_are_refused(words: list[str]) -> None:
 
 @needs("lora")
 @pytest.mark.parametrize("codec", ["float32", "int8"])
-def test_of_lora_only_what_is_trained_leaves(tree: Path, codec: str) -> None:
-    fine, text = shown(tree, replace(LORA, codec=codec))
+@pytest.mark.parametrize("start", ["", "/where/only/the/server/has/it"], ids=["zero-shot", "start"])
+def test_of_lora_only_what_is_trained_leaves(tree: Path, codec: str, start: str) -> None:
+    fine, text = shown(tree, replace(LORA, codec=codec, start=start))
     assert fine
-    assert text.count(" bytes leave)") == 3
+    assert text.count(" bytes leave)") == 3 + bool(start)  # the start is tested beside zero-shot
     assert "lora_A" not in text
     assert text.count(".lora_B") == (6 if codec == "float32" else 0)
     if codec == "float32":
