@@ -240,6 +240,6 @@ def tensors_to_send(message: Message, context: Context) -> Collection[str]:
         return SENT if context.run_config.get("statistics") == GRADIENT else SUMS
     if method == "adapter":
         return tensor_names(adapter)
-    if method == LORA:
-        return opened_for(message, context).start()
+    if method == LORA:  # the other answers have none: the model need not be loaded
+        return opened_for(message, context).start() if message.metadata.message_type == MessageType.TRAIN else ()
     return message.content.array_records.get("arrays", {}).keys()

@@ -82,7 +82,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         folder.trackers.begin(folder.run, folder.path, settings, folder.metrics)
         clock.met = time.monotonic()
         plan = settings, features, holdout, nodes.hellos.values(), start, folder.path
-        console.say(console.plan(*plan, step_memory(learner, features, settings)))
+        console.say(console.plan(*plan, step_memory(learner, features, settings), nodes.frozen))
         resumed = [*before.resumed, before.state.round] if before else []
         if before:
             console.say(console.resuming(before.state.round, folder.with_other_package))

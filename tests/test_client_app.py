@@ -143,6 +143,18 @@ def test_a_site_that_is_still_encoding_reports_its_progress(tree: Path, monkeypa
     assert isinstance(answers[2], records.Hello)
 
 
+@needs("lora")
+@pytest.mark.parametrize("layers", ["last:1", "all"])
+def test_a_site_of_a_run_with_lora_encodes_in_slices_too(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    monkeypatch.setattr(clip, "PART", 8)
+    monkeypatch.setenv("FEDCLIP_HOME", str(tree.parent / "home"))
+    settings = replace(WITH_LORA, lora_layers=layers, round_timeout=1e-6)
+    answers = [records.read_hello(asked("query", tree, settings=settings).content) for _ in range(2)]
+    assert answers == [records.Progress("north", 8, 24), records.Progress("north", 20, 24)]
+
+
 def test_training_answers_with_the_received_adapters_scores_and_the_trained_adapter(tree: Path) -> None:
     settings = SETTINGS
     adapter = new_adapter(settings, 128)

@@ -516,5 +516,5 @@ ENCODING_KEYS = (
     *("model", "model-revision", "prompt", "class-names", "device", "precision"),
 )
 """The keys of the settings that encoding uses."""
-STORING_KEYS = (*ENCODING_KEYS, "method", "lora-targets", "lora-layers")
+STORING_KEYS = (*ENCODING_KEYS, "method", *LORA_KEYS)
 """Those that say what is stored of an image: features, or what a tower is trained with."""

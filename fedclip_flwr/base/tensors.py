@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types of real numbers that are read from files."""
 
 
 def length_of(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:

@@ -25,11 +25,11 @@ from fedclip_flwr.exchange import privacy
 from fedclip_flwr.experiments.canaries import found_images, found_sites
 from fedclip_flwr.experiments.simulate import make_sites
 from fedclip_flwr.features import Features, Pixels, models, open_features
-from fedclip_flwr.features.opening import new_learner
 from fedclip_flwr.learning import Classes, Examples, Learner, OneRound, membership
 from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.report.heldout import trained, unchanged
 from fedclip_flwr.runs import Run, history
+from fedclip_flwr.runs.directions import start_of
 from fedclip_flwr.runs.saved import load_adapter, load_lora, load_whole
 from fedclip_flwr.site import Site
 from fedclip_flwr.site.context import settings_at
@@ -261,7 +261,7 @@ def with_canaries(
     unit, attacker = attacked_by(settings)
     which = found_images if unit == "image" else found_sites
     claimed = privacy.spent(settings, [settings.rounds])  # first: it may lack a package
-    start = new_learner(settings, features) if settings.method == LORA else None
+    start = start_of(settings, features) if settings.method == LORA else None
     found = which(sites, classes, settings, options.canaries, options.confidence, start)
     who = f"{options.canaries:,} canary {unit}s, each in by the toss of a coin"
     return Audit(run.name, who, attacker, unit, found, options.confidence, settings.delta, claimed, run.unit)

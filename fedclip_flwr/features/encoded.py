@@ -298,5 +298,4 @@ class Activations(Encoded):
         return images * 4 * self._model.activations
 
     def _compute(self, inputs: clip.Inputs) -> Tensor:
-        found = self._clip.encode(inputs, self._last)
-        return found if self._loaded_in == "float32" else found.half()
+        return self._clip.encode(inputs, self._last).to(getattr(torch, self._loaded_in))

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fedclip_flwr.base import UserError, content, files, store, tensorfile
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.settings import MOST_NORM
+from fedclip_flwr.base.tensors import REAL
 from fedclip_flwr.data import Vocabulary
 from fedclip_flwr.data.vocabulary import SEPARATOR, check_classes, check_plain, numbering, templates_of
 from fedclip_flwr.learning import Classes, Examples
@@ -28,7 +29,6 @@ MOST = 1e6
 """Upper limit of scale and bias: above those of any model, and low enough for finite logits."""
 CHECKED = 1000
 """The number of a domain's features that are checked for unit length."""
-REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

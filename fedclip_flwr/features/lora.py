@@ -60,6 +60,15 @@ def layer_names(net: Any, spec: LoraSpec) -> list[str]:
     return found
 
 
+def shapes(net: Any, spec: LoraSpec) -> dict[str, tuple[int, int]]:
+    """The shapes of all tensors of LoRA."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in layer_names(net, spec):
+        width, made = net.get_submodule(name).in_features, net.get_submodule(name).out_features
+        found |= {name + A: (spec.rank, width), name + B: (made, spec.rank)}
+    return found
+
+
 def step_memory(learner: Learner, features: Features, settings: Settings) -> int | None:
     """About how much memory a step takes beside the model; None if that is not LoRA, or features are not encoded."""
     if not isinstance(learner, Lora) or not isinstance(features, Encoded):
@@ -113,7 +122,7 @@ class Lora(Learner):
         super().__init__()
         self.spec = spec = LoraSpec.of(settings)
         self._dtype, self._templates = loaded.dtype, len(vocabulary.templates)
-        self.unpack = Unpacking(loaded.processor)
+        self.unpack = Unpacking(loaded.processor).to(loaded.device)
         self.net, names = loaded.net, layer_names(loaded.net, spec)
         self._give_lora(names, settings)
         self._vision, self._last = "vision" in spec.towers, spec.last
@@ -176,7 +185,7 @@ class Lora(Learner):
 
     @property
     def frozen(self) -> State:
-        return {name: tensor.detach() for name, tensor in self.every.items() if not tensor.requires_grad}
+        return {name: tensor.detach().cpu() for name, tensor in self.every.items() if not tensor.requires_grad}
 
     @property
     def every(self) -> dict[str, nn.Parameter]:

@@ -62,7 +62,7 @@ class Learner(nn.Module):
 
     @property
     def frozen(self) -> dict[str, Tensor]:
-        """Tensors that are a part of what is learnt, but not trained."""
+        """Tensors that are a part of what is learnt, but not trained; on the CPU."""
         return {}
 
     def against(self, classes: Classes) -> Classes:

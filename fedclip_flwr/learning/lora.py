@@ -21,12 +21,14 @@ from torch import Tensor
 
 from fedclip_flwr.base import Settings
 from fedclip_flwr.base.seeds import seed_of
-from fedclip_flwr.base.tensors import State
+from fedclip_flwr.base.tensors import REAL, State
 
 A, B = ".lora_A", ".lora_B"
 """The ends of the names of tensors; before them stands the layer's name in the model."""
 TOWERS = {"vision": ("vision",), "text": ("text",), "both": ("vision", "text")}
 """The towers that each value of `lora-targets` adapts."""
+MOST_RANK, MOST_ALPHA = 2**14, 1e6
+"""Upper limits of `lora-rank` and `lora-alpha`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class LoraSpec:
             raise ValueError(f"its {wrong[0]} is {given[wrong[0]]!r}")
         if given["targets"] not in TOWERS:
             raise ValueError(f"its targets are {given['targets']!r}, expected one of {', '.join(TOWERS)}")
-        if given["rank"] < 1 or not math.isfinite(given["alpha"]):
+        if not (0 < given["rank"] <= MOST_RANK and 0 < given["alpha"] <= MOST_ALPHA):
             raise ValueError(f"its rank is {given['rank']!r} and its alpha {given['alpha']!r}")
         return cls(**{**given, "modules": tuple(map(str, given["modules"]))})
 
@@ -105,7 +107,7 @@ class LoraTensors:
             a, b = self.state[layer + A], self.state[layer + B]
             if (a.dim(), b.dim()) != (2, 2) or not len(a) == b.shape[1] == self.spec.rank:
                 raise ValueError(f"{layer} has LoRA of {[*a.shape]} and {[*b.shape]}, expected rank {self.spec.rank}")
-            if not (a.is_floating_point() and b.is_floating_point()):
+            if not {a.dtype, b.dtype} <= {*REAL}:
                 raise ValueError(f"{layer} has LoRA of {a.dtype} and {b.dtype}")
 
     def merge_into(self, net: torch.nn.Module) -> None:

@@ -45,8 +45,12 @@ def plan(
     tensors: State,
     folder: Path,
     memory: int | None = None,
+    frozen: State | None = None,
 ) -> str:
-    """The text before round 1: settings, data, sites. `memory`: bytes that a step takes, if they were measured."""
+    """The text before round 1: settings, data, sites.
+
+    `memory`: bytes that a step takes, if they were measured. `frozen`: tensors that go to the sites in each message.
+    """
     weights = "sites weighted equally" if settings.site_weights == "equal" else "sites weighted by their examples"
     part, pull = settings.fraction_train, f" with mu {settings.proximal:g}" if settings.proximal else ""
     share_of_sites = f", {100 * part:g} % of them train in a round" if part < 1 else ""
@@ -60,7 +64,7 @@ def plan(
         ("classes", f"{len(names)}: {some(names)}"),
         ("held out", _held_out(features, holdout, hellos)),
         ("trained", _trained(settings, features, tensors)),
-        ("traffic", _traffic(settings, tensors)),
+        ("traffic", _traffic(settings, tensors, frozen or {})),
         *(
             [("memory", f"about {bytes_of(memory)} for a batch of {settings.batch_size}, and the model")]
             if memory
@@ -165,7 +169,7 @@ def lora_of(settings: Settings) -> str:
     return f"LoRA of rank {settings.lora_rank} in {layers}{TOWERS[settings.lora_targets]}"
 
 
-def _traffic(settings: Settings, tensors: State) -> str:
+def _traffic(settings: Settings, tensors: State, frozen: State) -> str:
     if settings.method == ONE_ROUND:
         from fedclip_flwr.learning import OneGradient, OneRound  # see above
 
@@ -178,7 +182,8 @@ def _traffic(settings: Settings, tensors: State) -> str:
     packed = packs(settings.codec)
     size = packed_size(settings.codec, tensors) if packed else sum(tensor.nbytes for tensor in tensors.values())
     how = f", differences in {settings.codec}" if packed else ""
-    return f"{bytes_of(size)} to a site and as much back in each round{how}"
+    more = f", and {bytes_of(sum(tensor.nbytes for tensor in frozen.values()))} in each message to it" if frozen else ""
+    return f"{bytes_of(size)} to a site and as much back in each round{how}{more}"
 
 
 def _rate(settings: Settings, features: Features, hellos: Collection[Hello]) -> str:

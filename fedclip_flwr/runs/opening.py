@@ -13,6 +13,7 @@ from fedclip_flwr.exchange.codecs import codec_of, packs
 from fedclip_flwr.features import Features, lora, models, open_features
 from fedclip_flwr.features.encoded import T
 from fedclip_flwr.learning.adapters import adapter_class
+from fedclip_flwr.runs import peft_folder
 from fedclip_flwr.runs.directions import start_of
 from fedclip_flwr.runs.history import check_name, results
 from fedclip_flwr.server.robust import rule_of
@@ -61,9 +62,10 @@ def open_run(given: Mapping[str, Any], known: Mapping[str, str] | None = None) -
         holdout = check("holdout", look=lambda: pick_holdout(settings.holdout, features.domains))
         if settings.method == LORA:
             check("method", *LORA_KEYS, look=lambda: lora.check(settings, features))
-        for key in ("directions", "start"):
-            if getattr(settings, key):
-                check(key, "method", *LORA_KEYS, look=lambda: start_of(settings, features))
+        if settings.directions:
+            check("directions", "method", look=lambda: start_of(settings, features))
+        if settings.start:
+            check("start", "method", *LORA_KEYS, look=lambda: peft_folder.checked(settings, features))
     check("results-dir", look=lambda: files.make_folder(*results(settings)))
     check("name", "resume", look=lambda: check_name(settings))
     check("track", look=lambda: trackers.check(settings.track))

@@ -7,9 +7,10 @@ what is read of it is refused if it asks for more than plain LoRA in the layers 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,13 @@ from torch import Tensor
 from fedclip_flwr.base import Settings, UserError, files, store, tensorfile
 from fedclip_flwr.base.errors import one_line
 from fedclip_flwr.base.tensors import State
-from fedclip_flwr.features import Features
-from fedclip_flwr.features.lora import Lora
+from fedclip_flwr.features import Encoded, Features
+from fedclip_flwr.features.lora import Lora, shapes
 from fedclip_flwr.features.opening import new_learner
-from fedclip_flwr.learning.lora import TOWERS, A, B, LoraSpec, LoraTensors
+from fedclip_flwr.learning import Learner
+from fedclip_flwr.learning.lora import MOST_ALPHA, MOST_RANK, TOWERS, A, B, LoraSpec, LoraTensors
 
+log = logging.getLogger(__name__)
 CONFIG, TENSORS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json"
 PREFIX, END = "base_model.model.", ".weight"
 """The start and the end of a tensor's name in PEFT's format."""
@@ -49,7 +52,8 @@ class PeftFolder(NamedTuple):
     state: State
     rank: int
     alpha: float
-    content: str  # of the CLIP, if it is one of our exports
+    model: str  # the name of the CLIP, as its maker gave it
+    content: str  # the CLIP's hash, if the folder is one of our exports
 
 
 def to_peft(state: Mapping[str, Tensor]) -> State:
@@ -86,30 +90,39 @@ def write_config(folder: Path, lora: LoraTensors, model: str, revision: str, kin
     config.save_pretrained(str(folder))
 
 
-def start_of(settings: Settings, features: Features) -> Lora:
+def start_of(settings: Settings, features: Features) -> Learner:
     """The learner of a run that goes on from the folder in `start`."""
+    found = checked(settings, features)
+    if found.model and not found.content and Path(found.model).name != Path(features.model).name:
+        log.warning("start: made for %r, by its own words; this run's model is %r", found.model, features.model)
+    learner = new_learner(settings, features)
+    assert isinstance(learner, Lora)
+    learner.take(found.state)
+    return learner
+
+
+def checked(settings: Settings, features: Features) -> PeftFolder:
+    """What the folder in `start` holds; raises unless it fits the settings and the model."""
+    assert isinstance(features, Encoded)
     try:
         found = read(Path(settings.start))
         if found.content and features.model_content and found.content != features.model_content:
             raise ValueError("it is for another model: set model to the one that it was made with")
         _check_settings(found, settings)
-        learner = new_learner(settings, features)
-        assert isinstance(learner, Lora)
-        _check_fit(found.state, learner.every)
+        _check_fit(found.state, shapes(features.skeleton(), LoraSpec.of(settings)))
     except ValueError as error:
         raise UserError(f"start = {settings.start!r}: {one_line(error)}") from None
-    learner.take(found.state)
-    learner.first = learner.on_cpu()
-    return learner
+    return found
 
 
 def read(folder: Path) -> PeftFolder:
     """What the folder holds; a `ValueError` says what is wrong with it, or what LoRA here can't do."""
-    rank, alpha = _sizes(_opened(folder / CONFIG, files.read_json))
+    rank, alpha = _sizes(facts := _opened(folder / CONFIG, files.read_json))
     if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
         raise ValueError(f"it has only {PICKLE}, a pickle, which is never read: save it again as safetensors")
     tensors, _ = _opened(folder / TENSORS, store.mapped)
-    return PeftFolder(_plain(tensors, rank), rank, alpha, _content(folder / OURS))
+    model = str(facts.get("base_model_name_or_path") or "")
+    return PeftFolder(_plain(tensors, rank), rank, alpha, model, _content(folder / OURS))
 
 
 def _opened(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -132,8 +145,11 @@ def _sizes(facts: Any) -> tuple[int, float]:
     if asked:
         raise ValueError(f"it has {asked[0]} = {json.dumps(facts[asked[0]])}: only plain LoRA can be trained here")
     rank, alpha = facts.get("r"), facts.get("lora_alpha")
-    if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0 and 0 < alpha <= 1e6):
-        raise ValueError(f"its r is {rank!r} and its lora_alpha {alpha!r}: expected numbers above 0")
+    if not (
+        isinstance(rank, int) and isinstance(alpha, int | float) and 0 < rank <= MOST_RANK and 0 < alpha <= MOST_ALPHA
+    ):
+        most = f"up to {MOST_RANK:,} and {MOST_ALPHA:,.0f}"
+        raise ValueError(f"its r is {rank!r} and its lora_alpha {alpha!r}: expected numbers above 0, {most}")
     return rank, float(alpha) * (rank**0.5 if facts.get("use_rslora") else 1.0)
 
 
@@ -191,10 +207,11 @@ def _place(name: str) -> tuple[str, str, str]:
     return found[1], found[2], found[3]
 
 
-def _check_fit(state: State, own: Mapping[str, Tensor]) -> None:
+def _check_fit(state: State, own: Mapping[str, Sequence[int]]) -> None:
     """Raises unless the model has the same layers, of the same shapes."""
-    for name in sorted({*own, *state}):
-        there, here = (f"{[*of[name].shape]}" if name in of else "nothing" for of in (state, own))
+    given = {name: tensor.shape for name, tensor in state.items()}
+    for name in sorted({*own, *given}):
+        there, here = (f"{[*of[name]]}" if name in of else "nothing" for of in (given, own))
         if there != here:
             raise ValueError(
                 f"it is for another model, or for some of its layers: it has {there} for {name}, expected {here}; "

@@ -145,6 +145,7 @@ def load_lora(folder: Path) -> tuple[LoraTensors, dict[str, Any]]:
     facts, state, described, tensors = _read(folder)
     with _reading(described):
         _check_share(facts["blend"])
+        _check_size(facts["dim"])
         _check_texts(facts)
         found = LoraTensors(LoraSpec.read(facts["lora"]), peft_folder.from_peft(state), float(facts["blend"]))
     with _reading(tensors):
@@ -237,6 +238,11 @@ def _blank(facts: dict[str, Any]) -> Adapter | ClosedForm:
             raise ValueError(f"its directions are {width!r}, expected a number from 0 to {dim}")
         return OneRound(statistics, len(learnt_classes(facts)), dim, width)
     return blank_adapter(kind, dim, rank=rank, blend=float(blend), length=float(length))
+
+
+def _check_size(dim: object) -> None:
+    if not isinstance(dim, int) or not 0 < dim <= LARGEST:
+        raise ValueError(f"its dim is {dim!r}, expected a whole number from 1 to {LARGEST:,}")
 
 
 def _check_share(blend: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from fedclip_flwr.experiments import audit
 from fedclip_flwr.experiments.canaries import found_images, found_sites
 from fedclip_flwr.experiments.simulate import make_sites, simulate
 from fedclip_flwr.features.opening import new_learner, open_features
+from fedclip_flwr.inference import export
+from fedclip_flwr.inference.model import FedCLIP
 from fedclip_flwr.learning.membership import Findings
 from fedclip_flwr.runs import history, saved
+from fedclip_flwr.site import Site
 from tests.extras import needs
 from tests.finished import finished
-from tests.learnt import whole_model_run
+from tests.learnt import lora_run, whole_model_run
 from tests.server.test_one_round import classes, images, sites
 
 CLASSES = ["cat", "dog", "fish", "hen"]
@@ -64,13 +68,18 @@ def made(root: Path, data: Path, **given: Any) -> Path:
     features = open_features(settings)
     sites, _ = make_sites(features, "", 3, settings.seed)
     result = simulate(sites, features.classes.ready(), None, settings, test_every_round=False)
-    examples = {each.name: [len(p.labels) for p in (each.train, each.validation, each.test)] for each in sites}
+    examples = numbers(sites)
     epsilon = privacy.spent(settings, [settings.rounds])
     spent = {"dp": settings.dp, "epsilon": epsilon, "delta": settings.delta} if epsilon is not None else None
     summary = {"holdout": None, "examples": examples, "privacy": spent}
     path = finished(root, summary=summary, sites=3, **how)
     saved.save_adapter(path, result.state, settings, features, result.selected.round, blend=result.blend)
     return path
+
+
+def numbers(sites: Sequence[Site]) -> dict[str, list[int]]:
+    """Of the examples of each site, as a run's summary has them."""
+    return {each.name: [len(p.labels) for p in (each.train, each.validation, each.test)] for each in sites}
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -314,7 +323,7 @@ def test_lora_is_attacked_by_its_losses(tmp_path: Path, tree: Path, monkeypatch:
     sites, _ = make_sites(features, "", 1)
     start = new_learner(settings, features)
     result = simulate(sites, features.classes.ready(), None, settings, start=start, test_every_round=False)
-    examples = {each.name: [len(p.labels) for p in (each.train, each.validation, each.test)] for each in sites}
+    examples = numbers(sites)
     path = finished(tmp_path, summary={"holdout": None, "examples": examples}, sites=1, **how)
     saved.save_adapter(path, {**result.last, **start.frozen}, settings, features, 2, blend=result.blend)
     monkeypatch.setattr(audit, "LEAST", 3)
@@ -338,3 +347,25 @@ def test_canary_sites_in_a_lora_stay_below_what_is_claimed(tree: Path) -> None:
     assert found.bits == 20
     assert claimed is not None
     assert found.epsilon <= claimed
+
+
+@needs("lora")
+def test_canaries_are_put_into_a_run_with_the_start_that_the_run_had(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, learner, features = lora_run(tree, tmp_path / "before")
+    export.write(FedCLIP.from_pretrained(place, precision="float32"), tmp_path / "start")
+    how: dict[str, Any] = {"method": "lora", "lora_layers": "last:1", "lora_rank": 2, "lora_alpha": 2.0, "holdout": ""}
+    how |= {"data": f"folder:{tree}", "start": str(tmp_path / "start"), "precision": "float32"}
+    starts: list[Any] = []
+
+    def noted(*given: Any) -> Findings:
+        starts.append(given[-1])
+        return Findings(2, 1, 1, 0.5, 0.0, 1.0, 0.0, 0.0)
+
+    monkeypatch.setattr(audit, "found_images", noted)
+    sites, _ = make_sites(features, "", 2)
+    path = finished(tmp_path / "runs", summary={"holdout": None, "examples": numbers(sites)}, sites=2, **how)
+    saved.save_adapter(path, {**learner.on_cpu(), **learner.frozen}, Settings(**how), features, 1)
+    facts(path, "--canaries", 20)
+    assert all(torch.equal(starts[0].every[name], tensor) for name, tensor in learner.every.items())

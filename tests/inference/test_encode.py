@@ -116,7 +116,9 @@ def test_what_encoding_has_no_use_for_is_refused(tree: Path) -> None:
     ("given", "stored"),
     [
         (["method=full-model"], "pixels-*.safetensors"),
-        pytest.param(["method=lora", "lora-layers=last:1"], "last1-*.safetensors", marks=needs("lora")),
+        pytest.param(
+            ["method=lora", "lora-layers=last:1", "lora-modules=fc1"], "last1-*.safetensors", marks=needs("lora")
+        ),
     ],
 )
 def test_what_a_tower_is_trained_on_is_stored_but_is_no_feature_folder(

@@ -135,6 +135,18 @@ def test_damaged_tensors_are_refused_in_a_line(tree: Path, tmp_path: Path) -> No
             FedCLIP.from_pretrained(place)
 
 
+@pytest.mark.parametrize(("wrong", "expected"), [({}, "lacks 'dim'"), ({"dim": "128"}, "its dim is '128'")])
+def test_facts_without_a_dimension_are_refused_in_a_line(
+    wrong: dict[str, Any], expected: str, tree: Path, tmp_path: Path
+) -> None:
+    place, _, _ = lora_run(tree, tmp_path)
+    facts = json.loads((place / saved.FACTS).read_text())
+    del facts["dim"]
+    (place / saved.FACTS).write_text(json.dumps({**facts, **wrong}))
+    with pytest.raises(UserError, match=rf"adapter\.json .*{expected}"):
+        FedCLIP.from_pretrained(place)
+
+
 def test_in_a_lower_precision_the_sum_is_rounded_once(tree: Path, tmp_path: Path) -> None:
     place, _, _ = lora_run(tree, tmp_path)
     full, low = (FedCLIP.from_pretrained(place, precision=name) for name in ("float32", "bfloat16"))

@@ -82,7 +82,9 @@ def test_the_specification_is_read_from_the_settings_and_from_a_file() -> None:
         ({"rank": "8"}, "its rank is '8'"),
         ({"modules": "q_proj"}, "its modules is 'q_proj'"),
         ({"rank": 0}, "its rank is 0"),
+        ({"alpha": 10**400}, "and its alpha 1000"),
         ({"alpha": float("inf")}, "its alpha inf"),
+        ({"alpha": 10**400}, "its alpha 1000"),
     ],
 )
 def test_a_wrong_specification_is_reported(wrong: dict[str, Any], expected: str) -> None:

@@ -19,12 +19,14 @@ pytestmark = pytest.mark.package
 EXTRAS = {
     "oldest": ("simulation", "privacy", "lora"),
     "oldest for ONNX": ("simulation", "privacy", "onnx"),  # which asks for a newer torch
-    "newest": ("simulation", "privacy", "onnx"),
+    "newest": ("simulation", "privacy", "onnx", "lora"),
 }
 TOOLS = ("hypothesis", "mypy", "pytest", "pytest-xdist")
 TESTS = (
     "learning/test_adapters.py",
     "features/test_clip.py",
+    "features/test_lora.py",
+    "inference/test_lora.py",
     "cli/test_cli.py",
     "features/test_encoding.py",
     "learning/test_training.py",
@@ -123,6 +125,22 @@ def test_an_export_is_loaded_in_python(end: Environment, run: Path, tree: Path) 
     prediction = json.loads(end.do("fedclip", "predict", image, "-a", run, "--json"))
     label, probability = json.loads(end.do("python", "-c", PREDICTED, image))
     assert (label, probability) == (prediction["label"], pytest.approx(prediction["probability"], abs=1e-5))
+
+
+PEFT = """
+from peft import PeftModel
+from transformers import AutoModel
+from fedclip_flwr.features.models import BUNDLED
+print(len(PeftModel.from_pretrained(AutoModel.from_pretrained(BUNDLED), "lora").peft_config))
+"""
+
+
+def test_lora_is_trained_and_read_by_peft(end: Environment) -> None:
+    if end.run("python", "-c", "import peft").returncode:
+        pytest.skip("without the extra lora")
+    end.do("fedclip", "run", "method=lora", "lora-layers=last:1", "num-server-rounds=1", "results-dir=with-lora")
+    end.do("fedclip", "export", "with-lora/latest", "--out", "lora")
+    assert end.do("python", "-c", PEFT).split()[-1] == "1"
 
 
 FLOWER = """

@@ -97,9 +97,8 @@ def test_the_start_is_what_the_export_predicts(given: dict[str, Any], tmp_path: 
     settings, features, _ = open_run({**given, "holdout": ""})
     learner = start_of(settings, features)
     assert isinstance(learner, Lora)
-    assert learner.first.keys() == learner.trained.keys()
     held = peft_folder.from_peft(load_file(tmp_path / "start" / "adapter_model.safetensors"))
-    for name, tensor in {**learner.first, **learner.frozen}.items():
+    for name, tensor in learner.every.items():
         assert torch.equal(tensor, held.pop(name))
     assert not held
     model = FedCLIP.from_pretrained(tmp_path / "start", precision="float32")
@@ -110,7 +109,9 @@ def test_the_start_is_what_the_export_predicts(given: dict[str, Any], tmp_path: 
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-3)
 
 
-def test_an_adapter_of_peft_itself_is_gone_on_from(given: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_of_peft_itself_is_gone_on_from(
+    given: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     net = Clip(models.find("bundled"), "cpu", "float32").net
@@ -122,10 +123,13 @@ def test_an_adapter_of_peft_itself_is_gone_on_from(given: dict[str, Any], tmp_pa
     theirs = {**given, "start": str(tmp_path / "theirs"), "holdout": ""}
     wanted = "lora-targets=both lora-layers=all lora-modules=q_proj,v_proj lora-rank=4 lora-alpha=12"
     assert refusal(theirs).endswith(f"its LoRA is another one: set {wanted}")
+    config.base_model_name_or_path = "somebody/another-clip"
+    made.save_pretrained(tmp_path / "theirs")
     settings, features, _ = open_run(
         {**theirs, **dict(word.split("=") for word in wanted.split()), "lora-rank": 4, "lora-alpha": 12.0}
     )
     learner = start_of(settings, features)
+    assert "made for 'somebody/another-clip', by its own words; this run's model is 'bundled'" in caplog.text
     tensors = dict(made.named_parameters())
     for name, tensor in learner.state_dict().items():
         assert torch.equal(tensor, tensors[f"base_model.model.{name}.default.weight"])
@@ -161,8 +165,10 @@ def test_settings_that_differ_are_given(changed: dict[str, Any], wanted: str, gi
         ({"r": "2"}, "its r is '2' and its lora_alpha 2: expected numbers above 0"),
         ({"lora_alpha": 0}, "its lora_alpha 0: expected numbers above 0"),
         ({"r": 3}, "expected rank 3"),
+        ({"r": 10**400, "use_rslora": True}, "its r is 1000"),
+        ({"r": 10**5}, "expected numbers above 0, up to 16,384 and 1,000,000"),
     ],
-    ids=str,
+    ids=range(12),
 )
 def test_what_is_no_plain_lora_is_refused(facts: dict[str, Any], why: str, given: dict[str, Any]) -> None:
     change(given, **facts)
@@ -180,8 +186,9 @@ def test_what_is_no_plain_lora_is_refused(facts: dict[str, Any], why: str, given
         (pairs(PART.format(2, "q_proj"), PART.format(3, "k_proj")), "is not in the same parts of all last layers"),
         ({k: v * float("inf") for k, v in pairs(PART.format(3, "q_proj")).items()}, "numbers that are not finite"),
         (pairs(PART.format(3, "q_proj"), rank=4), "expected rank 2"),
+        ({k: v.to(torch.float8_e4m3fn) for k, v in pairs(PART.format(3, "q_proj")).items()}, "LoRA of torch.float8"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_tensors_elsewhere_are_refused(tensors: dict[str, Tensor], why: str, given: dict[str, Any]) -> None:
     write(given, tensors)
@@ -255,7 +262,9 @@ def test_a_run_goes_on_from_it(
             assert summary["zero_shot"]["metrics"]["seen"]["calibration_error"] == pytest.approx(figures, abs=1e-3)
             assert lines[0]["loss"] != pytest.approx(loss, abs=1e-3)
     assert len(lines) == 2
-    assert "  start\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "  start\n" in printed
+    assert ("and 9.22 kB in each message to it" in printed) == (more.get("lora-train") != "both")
     held, now = (
         load_file(path) for path in (tmp_path / "start" / "adapter_model.safetensors", after / "adapter.safetensors")
     )
