@@ -130,7 +130,7 @@ def case(name: str, folder: str, device: str, precision: str) -> Case:
         elif settings.lora_targets == "text":
             images = torch.randn(BATCH, model.dim, generator=generator)
         if precision != "float32" and images.is_floating_point():
-            images = images.half()  # as they are stored then
+            images = images.to(getattr(torch, precision))  # as they are stored then
     return Case(learner, Examples(images, torch.arange(BATCH) % len(CLASSES)).ready(device), classes)
 
 
