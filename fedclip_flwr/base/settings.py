@@ -88,7 +88,7 @@ class Settings:
         "all",
         "with lora: the layers that it adapts, `all` or `last:N`; those before run once, and their output is stored",
         pattern=r"all|last:[1-9][0-9]{0,2}",
-        expected="all or last:N",
+        expected="all or last:N, with N from 1",
     )
     lora_modules: str = _setting(
         "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
@@ -204,7 +204,11 @@ class Settings:
         False, "each site makes an adapter of its own after the last round, which it never sends"
     )
     device: str = _setting("auto", "where encoding and learning run", **_DEVICE)
-    precision: str = _setting("auto", "precision of encoding", choices=("auto", "float32", "bfloat16", "float16"))
+    precision: str = _setting(
+        "auto",
+        "precision of encoding; with lora and full-model of training, too",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     name: str = _setting("", "name of the run and its folder; empty for one made from the time", **_NAME)
     resume: str = _setting("", "the run to resume after its last complete round, or `latest`", **_NAME)
     update: str = _setting(

@@ -35,11 +35,11 @@ def check_installed() -> None:
         raise UserError("method = 'lora' needs peft: pip install 'fedclip-flwr[lora]'")
 
 
-def check(settings: Settings, features: Features) -> None:
-    """Raises unless peft is installed, and the model has the layers that LoRA is to adapt."""
+def check(settings: Settings, features: Features) -> list[str]:
+    """The names of the layers that LoRA is to adapt; raises unless peft is installed, and the model has them."""
     check_installed()
     assert isinstance(features, Encoded)
-    layer_names(features.skeleton(), LoraSpec.of(settings))
+    return layer_names(features.skeleton(), LoraSpec.of(settings))
 
 
 def layer_names(net: Any, spec: LoraSpec) -> list[str]:

@@ -25,6 +25,7 @@ from fedclip_flwr.base.tensors import State
 from fedclip_flwr.features import Encoded, Features
 from fedclip_flwr.features.lora import Lora, shapes
 from fedclip_flwr.features.opening import new_learner
+from fedclip_flwr.features.towers import layers_of
 from fedclip_flwr.learning import Learner
 from fedclip_flwr.learning.lora import MOST_ALPHA, MOST_RANK, TOWERS, A, B, LoraSpec, LoraTensors
 
@@ -108,8 +109,9 @@ def checked(settings: Settings, features: Features) -> PeftFolder:
         found = read(Path(settings.start))
         if found.content and features.model_content and found.content != features.model_content:
             raise ValueError("it is for another model: set model to the one that it was made with")
-        _check_settings(found, settings)
-        _check_fit(found.state, shapes(features.skeleton(), LoraSpec.of(settings)))
+        net = features.skeleton()
+        _check_settings(found, settings, net)
+        _check_fit(found.state, shapes(net, LoraSpec.of(settings)))
     except ValueError as error:
         raise UserError(f"start = {settings.start!r}: {one_line(error)}") from None
     return found
@@ -129,7 +131,7 @@ def _opened(path: Path, read: Callable[[Path], Any]) -> Any:
     """What `read` makes of the file."""
     try:
         return read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing: expected a folder that PEFT has saved") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read ({one_line(error)}): copy it again") from None
@@ -174,7 +176,7 @@ def _content(path: Path) -> str:
     return str(facts.get("model_content") or "") if isinstance(facts, dict) and "fedclip_flwr" in facts else ""
 
 
-def _check_settings(found: PeftFolder, settings: Settings) -> None:
+def _check_settings(found: PeftFolder, settings: Settings, net: Any) -> None:
     """Raises unless the settings ask for LoRA of the folder's size, in the same towers, layers and parts of them."""
     spec = LoraSpec.of(settings)
     parts: dict[str, dict[int, set[str]]] = {}
@@ -186,6 +188,7 @@ def _check_settings(found: PeftFolder, settings: Settings) -> None:
     last = {len(of) for of in numbers}
     begins = all(of[0] == 0 for of in numbers)
     even = all(own == modules for layers in parts.values() for own in layers.values())
+    even &= all(max(layers) >= len(layers_of(net, tower)) - 1 for tower, layers in parts.items())
     if not even or any(of != [*range(of[0], of[-1] + 1)] for of in numbers) or (len(last) > 1 and not begins):
         raise ValueError("its LoRA is not in the same parts of all last layers: LoRA like that can't be trained here")
     own = spec.layers if (spec.layers == "all" and begins) or last == {spec.last} else ""

@@ -184,11 +184,12 @@ def test_what_is_no_plain_lora_is_refused(facts: dict[str, Any], why: str, given
         ({PART.format(3, "q_proj.lora_A"): torch.ones(2, 128)}, "its tensors are not pairs of LoRA"),
         (pairs(PART.format(1, "q_proj"), PART.format(3, "q_proj")), "is not in the same parts of all last layers"),
         (pairs(PART.format(2, "q_proj"), PART.format(3, "k_proj")), "is not in the same parts of all last layers"),
+        (pairs(PART.format(1, "q_proj")), "is not in the same parts of all last layers"),
         ({k: v * float("inf") for k, v in pairs(PART.format(3, "q_proj")).items()}, "numbers that are not finite"),
         (pairs(PART.format(3, "q_proj"), rank=4), "expected rank 2"),
         ({k: v.to(torch.float8_e4m3fn) for k, v in pairs(PART.format(3, "q_proj")).items()}, "LoRA of torch.float8"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_tensors_elsewhere_are_refused(tensors: dict[str, Tensor], why: str, given: dict[str, Any]) -> None:
     write(given, tensors)
@@ -207,6 +208,7 @@ def test_a_folder_that_lacks_something_is_refused_and_no_pickle_is_read(given: d
     assert "adapter_config.json is missing: expected a folder that PEFT has saved" in refusal(
         {**given, "start": str(tmp_path)}
     )
+    assert "adapter_config.json is missing" in refusal({**given, "start": str(start / peft_folder.CONFIG)})
     (start / peft_folder.TENSORS).rename(start / peft_folder.PICKLE)
     assert "only adapter_model.bin, a pickle, which is never read: save it again as safetensors" in refusal(given)
     (start / peft_folder.TENSORS).write_bytes(b"no tensors")

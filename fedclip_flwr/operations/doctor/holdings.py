@@ -8,12 +8,13 @@ from typing import Any
 
 from fedclip_flwr.base import Settings, content, files
 from fedclip_flwr.base.roles import HOLDOUT
-from fedclip_flwr.base.settings import STORED, STORING_KEYS
+from fedclip_flwr.base.settings import LORA, STORED, STORING_KEYS
 from fedclip_flwr.base.text import bytes_of, some
 from fedclip_flwr.data import Source, Vocabulary, pick_holdout
-from fedclip_flwr.features import Encoded, Features, models, open_features
+from fedclip_flwr.features import Encoded, Features, lora, models, open_features
 from fedclip_flwr.features.opening import server_vocabulary, source_of
 from fedclip_flwr.operations.doctor.findings import Examination
+from fedclip_flwr.runs import peft_folder
 from fedclip_flwr.runs.history import results
 from fedclip_flwr.runs.relay import group_of
 from fedclip_flwr.site.context import GROUP, LIMITS, OWNER_KEYS, settings_at
@@ -60,6 +61,8 @@ def examine_server(ex: Examination, settings: Settings) -> int:
     features = _features(ex, settings, None)
     if not features:
         return 0
+    if settings.start:
+        ex.look("start", peft_folder.checked, settings, features)
     holdout = ex.look("holdout", lambda: [pick_holdout(settings.holdout, features.domains)])
     if holdout:
         ex.ok("holdout", holdout[0] or "none: all domains are trained on")
@@ -88,6 +91,8 @@ def _features(ex: Examination, settings: Settings, given: Vocabulary | None) -> 
         _classes(ex, features, source)
         if isinstance(features, Encoded):
             ex.ok("encoding", f"in {features.likely_precision} on {device}")
+    if features and settings.method == LORA and not ex.look("lora", lora.check, settings, features):
+        return None
     return features
 
 

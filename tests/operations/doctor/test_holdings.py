@@ -198,6 +198,19 @@ def test_what_lora_takes_needs_its_room(tree: Path) -> None:
     assert trained_on(tree, replace(tower, lora_targets="text")) == 24 * 128 * 4  # plain features
 
 
+@needs("lora")
+def test_lora_that_does_not_fit_is_found_before_a_run(tree: Path, tmp_path: Path) -> None:
+    wrong = Settings(method="lora", lora_layers="last:99", class_names="car,cat,fish")
+    for found, needed in (at_site(tree, wrong), at_server(data=f"folder:{tree}", method="lora", lora_layers="last:99")):
+        assert found["lora"][:2] == ("FAIL", "lora-layers = 'last:99': the vision tower has only 4 layers")
+        assert "features" not in found
+        assert needed == 0
+    found, _ = at_server(data=f"folder:{tree}", method="lora", start=str(tmp_path))
+    assert found["start"][0] == "FAIL"
+    assert "expected a folder that PEFT has saved" in found["start"][1]
+    assert "start" not in at_site(tree, Settings(method="lora", start="/only/at/the/server"))[0]
+
+
 def test_a_site_without_peft_learns_it_before_a_run(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     found, _ = at_site(tree, Settings(method="lora"))
